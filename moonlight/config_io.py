@@ -1,0 +1,107 @@
+"""Recipes on disk: YAML with `base:` inheritance and dotted overrides, checked against `moonlight.config`."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moonlight.config import Run
+from moonlight.errors import UserError
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest known one is named), wrong type, value out of range.
+    """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {override!r}: write it as section.key=value, for example train.seed=7")
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    return from_dict(plain)
+
+
+def from_dict(tree: Any) -> Run:
+    """Build a Run from nested plain values, with every key and type checked."""
+    return _build(Run, tree, "")
+
+
+def to_yaml(run: Run) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(dataclasses.asdict(run), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
+    """The YAML tree of `path` merged over the one its `base:` names (relative to the file itself)."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: its base: leads back to itself")
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML recipe") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"recipe {path}: the top level must be a mapping with keys such as model, data and train")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return OmegaConf.merge(_read_tree(path.parent / str(base), (*seen, path)), tree)
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """One dataclass from one mapping."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}: a mapping of keys is expected here")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"accepted are {', '.join(fields)}"
+            raise UserError(f"unknown recipe key {prefix}{key}: {hint}")
+    values = {}
+    for name, field in fields.items():
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"recipe key {prefix}{name} is missing: it has no default")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Check one value against its type; integers are accepted as floats, and 1e-4 (text in YAML 1.1) too."""
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{name}.")
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in accepted:
+        return None
+    if type(value) in accepted:
+        return value
+    if float in accepted and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
+    raise UserError(f"{name} is {value!r}: expected {wanted}")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,1 @@
+"""The Moonlight model on Megatron-Core. See `build` for the entry."""

@@ -1,0 +1,166 @@
+"""From a recipe to this rank's part of the model on Megatron-Core."""
+
+import torch
+import torch.nn.functional as F
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from moonlight.config import Run
+from moonlight.model.attention import CausalAttention
+from moonlight.model.experts import Experts
+from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
+from moonlight.model.router import Router
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(run: Run) -> MLATransformerConfig:
+    """Megatron's configuration of a recipe."""
+    model, parallel = run.model, run.parallel
+    dtype = DTYPES[run.train.dtype]
+    dense, layers = model.first_k_dense_replace, model.num_hidden_layers
+    interleaved = parallel.virtual_pipeline_parallel_size > 1
+    grouped = model.num_expert_groups > 1
+    return MLATransformerConfig(
+        num_layers=layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.intermediate_size,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        rope_type="rope",
+        rotary_base=model.rope_theta,
+        num_moe_experts=model.num_experts,
+        moe_layer_freq=[0] * dense + [1] * (layers - dense),
+        moe_ffn_hidden_size=model.moe_intermediate_size,
+        moe_shared_expert_intermediate_size=model.moe_intermediate_size * model.num_shared_experts,
+        moe_router_topk=model.num_experts_per_tok,
+        moe_router_topk_scaling_factor=model.routed_scaling_factor,
+        moe_router_num_groups=model.num_expert_groups if grouped else None,
+        moe_router_group_topk=model.topk_group if grouped else None,
+        moe_router_load_balancing_type="none",  # the loss and the bias are our router's
+        moe_token_dispatcher_type="alltoall",
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        sequence_parallel=parallel.tensor_parallel_size > 1,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if interleaved else None,
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # With the defaults, interleaved schedules silently exchange wrong activations over gloo.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Gloo may still be sending what an interleaved schedule frees.
+        deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
+        # Losses are sums over this rank's tokens, already divided by the global count; see train/step.py.
+        calculate_per_token_loss=True,
+        perform_initialization=False,  # init.py fills every tensor
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _layer_spec(with_experts: bool) -> ModuleSpec:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if with_experts:
+        mlp = ModuleSpec(
+            module=MoELayer,
+            submodules=MoESubmodules(
+                router=Router,
+                experts=ModuleSpec(module=Experts),
+                shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+            ),
+        )
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+    attention = ModuleSpec(
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ReplicatedLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ReplicatedLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=LatentRMSNorm,
+            kv_layernorm=LatentRMSNorm,
+        ),
+    )
+
+    # Megatron's residual-and-dropout hook; dropout is zero, so only the sum is left.
+    def add_residual(training: bool, fused: bool):
+        return lambda output_with_bias, residual, probability: residual + output_with_bias[0]
+
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=add_residual,
+            pre_cross_attn_layernorm=IdentityOp,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=add_residual,
+        ),
+    )
+
+
+def build_model(run: Run) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), with uninitialised weights.
+
+    Needs `parallel.build_groups` first.
+    """
+    config = transformer_config(run)
+    chunks = run.parallel.virtual_pipeline_parallel_size
+    models = []
+    for chunk in range(chunks):
+        stage = chunk if chunks > 1 else None
+        first = get_transformer_layer_offset(config, stage)
+        count = get_num_layers_to_build(config, stage)
+        specs = [_layer_spec(layer >= run.model.first_k_dense_replace) for layer in range(first, first + count)]
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+            vocab_size=run.model.vocab_size,
+            max_sequence_length=run.model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            position_embedding_type="none",  # rotary embedding is latent attention's own
+            share_embeddings_and_output_weights=False,
+            vp_stage=stage,
+        )
+        models.append(model)
+    return models

@@ -1,0 +1,117 @@
+"""Sigmoid router with bias balancing and the sequence-wise auxiliary loss (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+
+def choose_experts(
+    scores: torch.Tensor, bias: torch.Tensor, num_experts_per_tok: int, num_groups: int, topk_group: int
+) -> torch.Tensor:
+    """Indices [tokens, num_experts_per_tok] of the experts with the highest score plus bias.
+
+    With groups, only experts of the `topk_group` best groups stand for election; a group is scored by the sum of its
+    two best experts, as transformers does it. (Megatron takes the best num_experts_per_tok / topk_group.)
+    `scores` [tokens, experts] and `bias` [experts] are float32.
+    """
+    candidates = scores + bias
+    if num_groups > 1:
+        grouped = candidates.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts per group]
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        best = group_scores.topk(topk_group, dim=-1).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
+        candidates = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return candidates.topk(num_experts_per_tok, dim=-1).indices
+
+
+class Router(torch.nn.Module):
+    """Chooses experts for tokens. Weight [experts, hidden]; scores and their use are float32 in every precision.
+
+    `expert_bias` [experts] steers only the choice, never the weights of the mixture. `tokens_per_expert` counts this
+    rank's choices since it was last read; `update_expert_bias` turns the counts of all ranks into the next bias.
+    """
+
+    def __init__(self, config: Any, pg_collection: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.tp_group = pg_collection.tp
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(
+            torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=device)
+        self.register_buffer("expert_bias", zeros)
+        self.register_buffer("tokens_per_expert", zeros.clone(), persistent=False)
+        self.register_buffer("aux_loss", torch.zeros((), device=device), persistent=False)
+        self.aux_loss_weight = 0.0
+        """Auxiliary loss coefficient / sequences in the global batch; set by the training step."""
+        self.layer_number = 0
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by Megatron's layer with its number, from 1."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route `hidden` [sequence, batch, hidden].
+
+        Returns the mixture weights [tokens, experts], zero where not chosen, and the choice as booleans.
+        """
+        config = self.config
+        logits = F.linear(hidden.float(), self.weight.float())
+        scores = logits.sigmoid().flatten(0, 1)  # [tokens, experts]
+        chosen = choose_experts(
+            scores.detach(),
+            self.expert_bias,
+            config.moe_router_topk,
+            config.moe_router_num_groups or 1,
+            config.moe_router_group_topk or 1,
+        )
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.moe_router_topk_scaling_factor
+        probabilities = torch.zeros_like(scores).scatter(1, chosen, weights)
+        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+        if self.training and torch.is_grad_enabled():
+            self.tokens_per_expert += routing_map.sum(0)
+            if self.aux_loss_weight > 0:
+                loss = self._sequence_aux_loss(scores.view(logits.shape))
+                self.aux_loss += loss.detach()
+                probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss * self.aux_loss_weight)
+        return probabilities, routing_map
+
+    def _sequence_aux_loss(self, scores: torch.Tensor) -> torch.Tensor:
+        """Sum over this micro-batch's sequences of sum_i f_i P_i (DeepSeek-V3, eq. 17-20), without the coefficient.
+
+        `scores` [sequence, batch, experts]. Under sequence parallelism the ranks' values add up to the whole: f counts
+        the choices of all ranks, P is this rank's share of the mean. f is taken without the bias, as in eq. 18.
+        """
+        top_k, num_experts = self.config.moe_router_topk, scores.shape[-1]
+        length = scores.shape[0] * self.tp_group.size()
+        choice = scores.detach().topk(top_k, dim=-1).indices
+        counts = torch.zeros_like(scores).scatter(-1, choice, 1.0).sum(0)  # [batch, experts]
+        if self.tp_group.size() > 1:
+            torch.distributed.all_reduce(counts, group=self.tp_group)
+        fractions = counts * (num_experts / (top_k * length))
+        means = (scores / scores.sum(-1, keepdim=True)).sum(0) / length
+        return (fractions * means).sum()
+
+
+@torch.no_grad()
+def update_expert_bias(routers: list[Router], update_rate: float, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """Moonlight's balancing rule, once a step: b_i += u * (sign(e_i) - mean_j sign(e_j)), e_i = mean load - load_i.
+
+    `group` joins all ranks that saw different tokens of these layers (tensor- and data-parallel). Counts are reset.
+
+    Returns:
+        The load of the step, tokens per expert [len(routers), experts].
+    """
+    counts = torch.stack([router.tokens_per_expert for router in routers])
+    torch.distributed.all_reduce(counts, group=group)
+    signs = (counts.mean(-1, keepdim=True) - counts).sign()
+    steps = update_rate * (signs - signs.mean(-1, keepdim=True))
+    for router, step in zip(routers, steps, strict=True):
+        router.expert_bias += step
+        router.tokens_per_expert.zero_()
+    return counts

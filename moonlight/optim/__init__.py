@@ -1,0 +1,1 @@
+"""Muon, AdamW, and which parameter goes to which."""

@@ -1,0 +1,71 @@
+"""Processes and process groups: joining the world, Megatron's groups for a layout, and leaving cleanly."""
+
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+from megatron.core import parallel_state, tensor_parallel
+from moonlight.config import Parallel
+
+RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
+"""Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""
+
+
+def world_size() -> int:
+    """Processes in the world, from the environment; 1 when nothing launched us."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number in the world, from the environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_world(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Create the default process group: NCCL with CUDA, gloo without."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    if "MASTER_ADDR" in os.environ and RENDEZVOUS_FILE not in os.environ:
+        method = "env://"
+    elif RENDEZVOUS_FILE in os.environ:
+        method = f"file://{os.environ[RENDEZVOUS_FILE]}"
+    else:
+        assert world_size() == 1
+        method = f"file://{Path(tempfile.mkdtemp(prefix='moonlight-')) / 'rendezvous'}"
+    if backend == "gloo" and method != "env://":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, init_method=method, rank=rank(), world_size=world_size(), timeout=timeout)
+
+
+def build_groups(parallel: Parallel, seed: int) -> None:
+    """Megatron's process groups for a layout, replacing any that exist, and its random streams.
+
+    The world size must be divisible by the layout (`Parallel.data_parallel_size` says so to the user).
+    """
+    parallel.data_parallel_size(dist.get_world_size())
+    parallel_state.destroy_model_parallel()
+    virtual = parallel.virtual_pipeline_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def leave_world() -> None:
+    """Drop every group of this process."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,170 @@
+"""One forward and backward pass over a global batch, with a loss that does not depend on the layout.
+
+The objective is: sum of the counted tokens' losses / counted tokens of the global batch, plus aux_loss_alpha x the mean
+over the global batch's sequences of the auxiliary loss, summed over layers. Every rank and micro-batch adds its share, already divided by
+the global count, so gradients are only ever summed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from moonlight.config import Run
+from moonlight.model.router import Router, update_expert_bias
+from moonlight.optim.replicated import ReplicatedOptimizer
+from moonlight.optim.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this data-parallel rank. All [micro_batch_size, sequence_length]."""
+
+    tokens: torch.Tensor
+    """int64 ids."""
+    labels: torch.Tensor
+    """int64 ids: the next token of each."""
+    loss_mask: torch.Tensor
+    """float32: 1 where the label counts, 0 where not."""
+
+
+def data_parallel(models: Sequence[GPTModel]) -> list[DistributedDataParallel]:
+    """Wrap this rank's model chunks in Megatron's data parallelism: gradients are summed in float32."""
+    config = models[0].config  # one object for all chunks and wrappers: schedules read their functions from it
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, model, disable_bucketing=chunk > 0)
+        for chunk, model in enumerate(models)
+    ]
+    config.finalize_model_grads_func = _sum_gradients
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def _sum_gradients(models: list[Any], num_tokens: Any, **kwargs: Any) -> None:
+    """Megatron's reduction without its division by `num_tokens`: the losses are divided already."""
+    finalize_model_grads(models, None, **kwargs)
+
+
+def routers(models: Sequence[Any]) -> list[Router]:
+    """The routers of this rank, in the order of their layers."""
+    found = [module for model in models for module in model.modules() if isinstance(module, Router)]
+    return sorted(found, key=lambda router: router.layer_number)
+
+
+def _forward(global_count: torch.Tensor, iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+    """Megatron's forward step: losses per token [batch, sequence] on the last stage, and how to reduce them."""
+    batch = next(iterator)
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+    output = model(batch.tokens, positions, None, labels=batch.labels)
+
+    def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = (losses * batch.loss_mask).sum() / global_count
+        # Schedules divide what they are given in place, so the report is a copy.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()
+
+    return output, reduce
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step did. Equal on every rank."""
+
+    loss: float
+    aux_loss: float
+    """Mean over sequences of the auxiliary loss, summed over layers, without its coefficient."""
+    gradient_norm: float
+    learning_rate: float
+    skipped: bool
+    """The gradient was not finite: nothing was changed."""
+    update_rms: dict[str, float]
+    """Per algorithm, the RMS of the update before the learning rate; empty when skipped."""
+    max_load: float
+    """Largest share of tokens an expert got, over all layers, in units of the even share."""
+
+
+def train_step(
+    models: Sequence[DistributedDataParallel],
+    optimizer: ReplicatedOptimizer,
+    run: Run,
+    batches: Sequence[Batch],
+    step: int,
+) -> StepResult:
+    """One optimizer step, counted from 1: gradients, clipping, update, router biases.
+
+    A gradient that is not finite on any rank skips the step everywhere; router biases and their counts, which must not
+    move in a skipped step, are therefore updated only after the norm is known.
+    """
+    rate = learning_rate(run.schedule, step, run.train.train_steps)
+    loss = forward_backward(models, run, batches)
+    norm = optimizer.gradient_norm()
+    skipped = not math.isfinite(norm)
+    update_sums = {} if skipped else optimizer.step(rate, step, norm)
+    model_group = parallel_state.get_tensor_and_data_parallel_group()
+    max_load, aux_loss = torch.zeros((), device=loss.device), torch.zeros((), device=loss.device)
+    if local := routers(models):
+        counts = update_expert_bias(local, 0.0 if skipped else run.schedule.router_bias_update_rate, model_group)
+        max_load = (counts.max(-1).values / counts.mean(-1)).max()
+        aux_loss = torch.stack([router.aux_loss for router in local]).sum() / run.train.global_batch_size
+        dist.all_reduce(aux_loss, group=model_group)
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    dist.all_reduce(aux_loss, group=pipeline_group)
+    dist.all_reduce(max_load, op=dist.ReduceOp.MAX, group=pipeline_group)
+    update_rms = {}
+    for name, sums in update_sums.items():
+        dist.all_reduce(sums)
+        if sums[1] > 0:
+            update_rms[name] = (sums[0] / sums[1]).sqrt().item()
+    return StepResult(loss.item(), aux_loss.item(), norm, rate, skipped, update_rms, max_load.item())
+
+
+def forward_backward(
+    models: Sequence[DistributedDataParallel], run: Run, batches: Sequence[Batch], *, forward_only: bool = False
+) -> torch.Tensor:
+    """Run a global batch forward and, unless `forward_only`, backward; gradients land in `parameter.main_grad`.
+
+    `batches` are this data-parallel rank's micro-batches; all ranks must give the same number. Gradient buffers are
+    cleared first.
+
+    Returns:
+        The mean language-model loss of the global batch, a float32 scalar equal on every rank.
+    """
+    data_group = parallel_state.get_data_parallel_group()
+    count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+    dist.all_reduce(count, group=data_group)
+    global_count = count.clamp(min=1)
+    if not forward_only:
+        num_sequences = sum(len(batch.tokens) for batch in batches) * dist.get_world_size(data_group)
+        for model in models:
+            model.zero_grad_buffer()
+        for router in routers(models):
+            router.aux_loss_weight = run.model.aux_loss_alpha / num_sequences
+            router.aux_loss.zero_()
+    schedule = get_forward_backward_func()
+    losses = schedule(
+        forward_step_func=partial(_forward, global_count),
+        data_iterator=[iter(batches) for _ in models],
+        model=list(models),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=forward_only,
+    )
+    loss = torch.stack(losses).sum() if losses else torch.zeros_like(global_count)
+    dist.all_reduce(loss, group=data_group)
+    # Earlier pipeline stages hold zero.
+    dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+    return loss

@@ -1,0 +1,158 @@
+"""What the multi-process tests run on each rank, and how their answers are put together into whole tensors."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from moonlight.config import Data, Model, Optimizer, Parallel, Run, Schedule, Train
+Recipe = Run
+
+LAYOUTS: dict[str, tuple[int, Parallel]] = {
+    "1": (1, Parallel()),
+    "DP2": (2, Parallel()),
+    "TP2": (2, Parallel(tensor_parallel_size=2)),
+    "TP2-ETP2": (2, Parallel(tensor_parallel_size=2, expert_tensor_parallel_size=2)),
+    "PP2": (2, Parallel(pipeline_parallel_size=2)),
+    "PP2-interleaved": (2, Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
+    "EP2": (2, Parallel(expert_parallel_size=2)),
+    "EP2xTP2": (2, Parallel(expert_parallel_size=2, tensor_parallel_size=2)),
+    "EP2xTP2-4": (4, Parallel(expert_parallel_size=2, tensor_parallel_size=2)),
+    "EP2xTP2-ETP2-4": (
+        4,
+        Parallel(expert_parallel_size=2, tensor_parallel_size=2, expert_tensor_parallel_size=2),
+    ),
+    "EP2xPP2": (4, Parallel(expert_parallel_size=2, pipeline_parallel_size=2)),
+    "EP2xDP2": (4, Parallel(expert_parallel_size=2)),
+}
+"""Name -> (processes, layout)."""
+
+
+def recipe(parallel: Parallel = Parallel(), **train: Any) -> Recipe:  # noqa: B008
+    """A Moonlight of four layers, small enough that a step takes a moment."""
+    train = {"train_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "seed": 5} | train
+    return Run(
+        name="test",
+        model=Model(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+            intermediate_size=64,
+            moe_intermediate_size=24,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_shared_experts=2,
+            max_position_embeddings=64,
+            initializer_range=0.08,
+            aux_loss_alpha=0.01,
+        ),
+        data=Data(path="none", tokenizer="none", sequence_length=32),
+        optimizer=Optimizer(newton_schulz_dtype="float32"),
+        schedule=Schedule(lr=2e-3, warmup_steps=2),
+        parallel=parallel,
+        train=Train(**train),
+    )
+
+
+def global_batch(run: Recipe, step: int, masked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens [global_batch_size, sequence_length + 1] of a step, and which labels count."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (run.train.global_batch_size, run.data.sequence_length)
+    tokens = torch.randint(0, run.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+    mask = (torch.rand(shape, generator=generator) >= masked).float()
+    return tokens, mask
+
+
+def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
+    """This data-parallel rank's micro-batches of a step."""
+    from megatron.core import parallel_state
+
+    from moonlight.train.step import Batch
+
+    tokens, mask = global_batch(run, step, masked)
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine, my_mask = tokens.chunk(size)[rank], mask.chunk(size)[rank]
+    return [
+        Batch(tokens=t[:, :-1], labels=t[:, 1:], loss_mask=m)
+        for t, m in zip(mine.split(run.train.micro_batch_size), my_mask.split(run.train.micro_batch_size), strict=True)
+    ]
+
+
+def build(run: Recipe) -> list[Any]:
+    """Groups, model chunks with initial weights, and Megatron's data parallelism around them."""
+    from moonlight import parallel
+    from moonlight.model.build import build_model
+    from moonlight.model.shards import initialize, sharded_state
+    from moonlight.train.step import data_parallel
+
+    parallel.build_groups(run.parallel, run.train.seed)
+    models = build_model(run)
+    initialize(sharded_state(models), run.model, run.train.seed)
+    return data_parallel(models)
+
+
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
+
+
+def collect(models: list[Any], attribute: str | None = None) -> list[Piece]:
+    """(key, whole shape, offset, values) of every parameter's `attribute`, or of the parameter itself."""
+    from moonlight.model.shards import pieces, sharded_state
+
+    found = []
+    for key, sharded in sharded_state([model.module for model in models]).items():
+        value = sharded.data
+        if attribute is not None:
+            value = getattr(value, attribute, None)
+            if value is None:
+                continue
+        for piece in pieces(replace(sharded, data=value.detach())):
+            found.append((key, piece.global_shape, piece.global_offset, piece.data.float().numpy().copy()))
+    return found
+
+
+def assemble(answers: list[list[Piece]]) -> dict[str, np.ndarray]:
+    """Whole tensors from the pieces of all ranks: every element given, and replicas agreeing to the last bits."""
+    whole: dict[str, np.ndarray] = {}
+    for answer in answers:
+        for key, shape, offset, values in answer:
+            tensor = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
+            where = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
+            known = ~np.isnan(tensor[where])
+            np.testing.assert_allclose(tensor[where][known], values[known], rtol=1e-5, atol=1e-7, err_msg=key)
+            tensor[where] = values
+    for key, tensor in whole.items():
+        assert not np.isnan(tensor).any(), f"{key}: elements that no rank holds"
+    return whole
+
+
+def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
+    """Loss and gradient pieces of the first step."""
+    from moonlight.train.step import forward_backward, routers
+
+    models = build(run)
+    weights = collect(models)
+    loss = forward_backward(models, run, local_batches(run, 0, masked))
+    return {
+        "loss": loss.item(),
+        "weights": weights,
+        "gradients": collect(models, "main_grad"),
+        "aux": [router.aux_loss.item() for router in routers(models)],
+    }
+
+
+def train_losses(run: Recipe, steps: int) -> list[float]:
+    """Losses of the first steps."""
+    from moonlight.optim.replicated import ReplicatedOptimizer
+    from moonlight.train.step import train_step
+
+    models = build(run)
+    optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
+    return [
+        train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)
+    ]
