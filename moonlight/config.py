@@ -260,11 +260,12 @@ class Train:
     """Precision of weights and activations in the model; master weights and gradient sums are always float32."""
     threads_per_process: int = 0
     """CPU threads of each process; 0 shares the machine's cores among the local processes."""
-    log_every_steps: int = 1
     validate_every_steps: int = 100
     validation_sequences: int = 0
     """Sequences of a validation during training; 0 takes all. The last validation always takes all."""
     save_every_steps: int = 100
+    stop_at_step: int = 0
+    """Save and stop after this step, without changing the schedule; 0 goes on to train_steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0 keeps all."""
 
@@ -274,12 +275,11 @@ class Train:
             train_steps=self.train_steps,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
-            log_every_steps=self.log_every_steps,
             validate_every_steps=self.validate_every_steps,
             save_every_steps=self.save_every_steps,
         )
         _one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("seed", "threads_per_process", "validation_sequences", "keep_checkpoints"):
+        for name in ("seed", "threads_per_process", "validation_sequences", "stop_at_step", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} is {value}: it must be at least 0")
 

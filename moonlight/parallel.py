@@ -26,8 +26,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join_world(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Create the default process group: NCCL with CUDA, gloo without."""
+def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Create the default process group: NCCL with CUDA, gloo without.
+
+    Args:
+        threads: CPU threads of this process; 0 leaves them as they are (OMP_NUM_THREADS, or all cores).
+    """
+    if threads:
+        torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"

@@ -137,7 +137,7 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
 
     models = build(run)
     weights = collect(models)
-    loss = forward_backward(models, run, local_batches(run, 0, masked))
+    loss, _ = forward_backward(models, run, local_batches(run, 0, masked))
     return {
         "loss": loss.item(),
         "weights": weights,

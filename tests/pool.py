@@ -20,9 +20,6 @@ TIMEOUT_S = 240
 def _serve(pipe: Connection) -> None:
     """Run calls until the pipe closes: each joins a fresh world, answers, and leaves it."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
     from moonlight import parallel
 
     while True:
@@ -33,7 +30,7 @@ def _serve(pipe: Connection) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ[parallel.RENDEZVOUS_FILE] = rendezvous
         try:
-            parallel.join_world(timeout=timedelta(seconds=60))
+            parallel.join_world(threads=1, timeout=timedelta(seconds=60))
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())

@@ -24,6 +24,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from moonlight.config import Run
+from moonlight.data.loader import Sample, stack
 from moonlight.model.router import Router, update_expert_bias
 from moonlight.optim.replicated import ReplicatedOptimizer
 from moonlight.optim.schedule import learning_rate
@@ -39,6 +40,22 @@ class Batch:
     """int64 ids: the next token of each."""
     loss_mask: torch.Tensor
     """float32: 1 where the label counts, 0 where not."""
+
+
+def data_parallel_share(numbers: Sequence[int]) -> Sequence[int]:
+    """This data-parallel rank's run of the samples of a global batch."""
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    each = len(numbers) // size
+    return numbers[rank * each : (rank + 1) * each]
+
+
+def to_batches(samples: list[Sample], micro_batch_size: int) -> list[Batch]:
+    """Cut samples into micro-batches on this rank's device."""
+    device = torch.cuda.current_device()
+    return [
+        Batch(*(tensor.to(device) for tensor in stack(samples[start : start + micro_batch_size])))
+        for start in range(0, len(samples), micro_batch_size)
+    ]
 
 
 def data_parallel(models: Sequence[GPTModel]) -> list[DistributedDataParallel]:
@@ -109,7 +126,7 @@ def train_step(
     move in a skipped step, are therefore updated only after the norm is known.
     """
     rate = learning_rate(run.schedule, step, run.train.train_steps)
-    loss = forward_backward(models, run, batches)
+    loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
     skipped = not math.isfinite(norm)
     update_sums = {} if skipped else optimizer.step(rate, step, norm)
@@ -133,14 +150,15 @@ def train_step(
 
 def forward_backward(
     models: Sequence[DistributedDataParallel], run: Run, batches: Sequence[Batch], *, forward_only: bool = False
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a global batch forward and, unless `forward_only`, backward; gradients land in `parameter.main_grad`.
 
     `batches` are this data-parallel rank's micro-batches; all ranks must give the same number. Gradient buffers are
     cleared first.
 
     Returns:
-        The mean language-model loss of the global batch, a float32 scalar equal on every rank.
+        The mean language-model loss of the global batch and the number of tokens it is the mean of: float32 scalars
+        equal on every rank.
     """
     data_group = parallel_state.get_data_parallel_group()
     count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
@@ -167,4 +185,4 @@ def forward_backward(
     dist.all_reduce(loss, group=data_group)
     # Earlier pipeline stages hold zero.
     dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
-    return loss
+    return loss, count

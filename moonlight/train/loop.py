@@ -1,0 +1,133 @@
+"""The training loop: from a recipe to a trained checkpoint, resuming where a former process stopped."""
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moonlight import parallel
+from moonlight.config import Run
+from moonlight.data.loader import TrainingSamples, ValidationSamples
+from moonlight.files import folder_lock
+from moonlight.model.build import build_model
+from moonlight.model.shards import initialize
+from moonlight.optim.replicated import ReplicatedOptimizer
+from moonlight.train import checkpoint, run_folder
+from moonlight.train.checkpoint import TrainState
+from moonlight.train.metrics import LiveLine, Metrics
+from moonlight.train.step import StepResult, data_parallel, data_parallel_share, to_batches, train_step
+from moonlight.train.validate import bits_per_byte, validate
+
+
+def train(run: Run) -> None:
+    """Train `run` on this process's part of the world, which must have been joined.
+
+    Raises:
+        UserError: the recipe does not fit the world, the data, the tokenizer or the run folder.
+    """
+    run.num_microbatches(dist.get_world_size())
+    folder = run_folder.path(run)
+    manifest = run_folder.check_data(run)
+    first_rank = dist.get_rank() == 0
+    with contextlib.ExitStack() as stack:
+        if first_rank:
+            stack.enter_context(folder_lock(folder))
+            run_folder.claim(folder, run)
+        dist.barrier()
+
+        parallel.build_groups(run.parallel, run.train.seed)
+        models = build_model(run)
+        optimizer = ReplicatedOptimizer(models, run.optimizer)
+        newest = checkpoint.latest(folder / "checkpoints")
+        if newest is None:
+            state = TrainState()
+            initialize(optimizer.master_state(), run.model, run.train.seed)
+            optimizer.copy_masters_to_model()
+        else:
+            state = checkpoint.load(newest, run, optimizer)
+        wrapped = data_parallel(models)
+        samples = TrainingSamples(Path(run.data.path), run.data.sequence_length, run.train.seed)
+        held_out = ValidationSamples(Path(run.data.path), run.data.sequence_length, manifest["tokenizer"]["eos_id"])
+
+        total_steps, last_step = run.train.train_steps, run.train.stop_at_step or run.train.train_steps
+        if first_rank:
+            metrics = Metrics(folder, state.step)
+            stack.callback(metrics.close)
+            line = LiveLine(total_steps, state.step)
+            stack.callback(line.close)
+            if newest is not None:
+                line.note(f"{folder}: going on after step {state.step} of {total_steps}")
+        started, first_step = time.monotonic(), state.step
+
+        while state.step < last_step:
+            step = state.step + 1
+            step_started = time.monotonic()
+            first = state.consumed_sequences
+            mine = data_parallel_share(range(first, first + run.train.global_batch_size))
+            batches = to_batches([samples[number] for number in mine], run.train.micro_batch_size)
+            result = train_step(wrapped, optimizer, run, batches, step)
+            state = advance(state, run, result)
+            seconds = time.monotonic() - step_started
+
+            entry = describe(state, run, result, seconds)
+            if step % run.train.validate_every_steps == 0 or step == total_steps:
+                sequences = 0 if step == total_steps else run.train.validation_sequences
+                entry["loss/validation"] = validate(wrapped, run, held_out, sequences)
+                if sequences == 0:
+                    split = manifest["splits"]["validation"]
+                    entry["bits_per_byte/validation"] = bits_per_byte(
+                        entry["loss/validation"], split["tokens"], split["bytes"]
+                    )
+            if first_rank:
+                metrics.write(entry)
+                line.update(entry, (time.monotonic() - started) / (step - first_step) * (last_step - step))
+                if "loss/validation" in entry:
+                    line.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")
+                if result.skipped:
+                    line.note(f"step {step}: skipped, its gradient norm is {result.gradient_norm}")
+            if step % run.train.save_every_steps == 0 or step == last_step:
+                if first_rank:
+                    metrics.sync()
+                checkpoint.save(folder / "checkpoints", run, optimizer, state)
+
+        if first_rank:
+            line.close()
+            run_folder.summarize(folder, run, manifest)
+        dist.barrier()
+
+
+def advance(state: TrainState, run: Run, result: StepResult) -> TrainState:
+    """The state after a step."""
+    sequences = state.consumed_sequences + run.train.global_batch_size
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        consumed_sequences=sequences,
+        consumed_tokens=sequences * run.data.sequence_length,
+        skipped_steps=state.skipped_steps + result.skipped,
+    )
+
+
+def describe(state: TrainState, run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
+    """One step's object in metrics.jsonl."""
+    tokens = run.train.global_batch_size * run.data.sequence_length
+    entry: dict[str, Any] = {
+        "step": state.step,
+        "consumed_tokens": state.consumed_tokens,
+        "loss/train": result.loss,
+        "loss/aux": result.aux_loss,
+        "optim/grad_norm": result.gradient_norm,
+        "optim/lr": result.learning_rate,
+        "optim/skipped_steps": state.skipped_steps,
+        "moe/max_load": result.max_load,
+        "speed/tokens_per_second": tokens / seconds,
+        "time/step_seconds": seconds,
+    }
+    entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}
+    if torch.cuda.is_available():
+        entry["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
+    return entry

@@ -1,0 +1,145 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the terminal, the loss curve."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+METRICS_FILE = "metrics.jsonl"
+UNREPEATABLE = ("speed/", "time/", "memory/")
+"""Prefixes of keys that differ between two runs of the same recipe; all others repeat bit for bit."""
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    return list(_whole_lines(path))
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+class Metrics:
+    """Writes one JSON object a step, and the same values to TensorBoard. Only the first rank makes one."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Go on after `step`: what a killed run wrote beyond it is dropped, because those steps are done again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+        part = folder / f".{METRICS_FILE}.part"
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        part.replace(folder / METRICS_FILE)
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one step's object."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        for key, value in entry.items():
+            if key != "step":
+                self._board.add_scalar(key, value, entry["step"])
+
+    def sync(self) -> None:
+        """Flush to the disk; called before a checkpoint that makes these steps final."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class LiveLine:
+    """One line on a terminal that follows the run; elsewhere a plain line every few seconds."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self._console = Console(stderr=True)
+        self._total = total_steps
+        self._said = 0.0
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("starting", total=total_steps, completed=first_step)
+
+    def update(self, entry: dict[str, Any], seconds_left: float) -> None:
+        """Show a step's metrics."""
+        text = f"loss {entry['loss/train']:.4f}  {entry['speed/tokens_per_second']:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=entry["step"], description=text)
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES or entry["step"] == self._total:
+            self._said = time.monotonic()
+            self._console.print(
+                f"step {entry['step']}/{self._total}  {text}  {seconds_left:.0f} s left", highlight=False
+            )
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        (self._progress.console if self._progress else self._console).print(text, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def summary_table(rows: dict[str, str]) -> Table:
+    """The table at the end of a run."""
+    table = Table(show_header=False, title="Summary", title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def draw_loss_curve(folder: Path, title: str) -> Path:
+    """Training and validation loss over tokens, as `loss.png` in the run folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = read_metrics(folder)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    millions = [entry["consumed_tokens"] / 1e6 for entry in entries]
+    axes.plot(millions, [entry["loss/train"] for entry in entries], linewidth=0.8, alpha=0.7, label="training")
+    validated = [entry for entry in entries if "loss/validation" in entry]
+    axes.plot(
+        [entry["consumed_tokens"] / 1e6 for entry in validated],
+        [entry["loss/validation"] for entry in validated],
+        marker="o",
+        markersize=4,
+        label="validation",
+    )
+    axes.set_xlabel("tokens (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path = folder / "loss.png"
+    part = folder / ".loss.part.png"
+    figure.savefig(part)
+    pyplot.close(figure)
+    part.replace(path)
+    return path

@@ -1,0 +1,131 @@
+"""The folder of a run: what it may be used for, the checks before a run starts, the summary after it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moonlight.config import Run
+from moonlight.config_io import load_recipe, to_yaml
+from moonlight.data.prepare import check_tokenizer, load_manifest
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.errors import UserError
+from moonlight.files import write_text
+from moonlight.train.metrics import draw_loss_curve, read_metrics, summary_table
+
+CONFIG_FILE = "config.yaml"
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "runs_folder",
+        "parallel",
+        "train.micro_batch_size",
+        "train.threads_per_process",
+        "train.validate_every_steps",
+        "train.validation_sequences",
+        "train.save_every_steps",
+        "train.keep_checkpoints",
+        "train.stop_at_step",
+    }
+)
+"""Settings, or whole sections, that a run may be continued with at other values than it was started with."""
+
+
+def path(run: Run) -> Path:
+    """Where everything of the run lies."""
+    return Path(run.runs_folder) / run.name
+
+
+def check_data(run: Run) -> dict[str, Any]:
+    """The manifest of the prepared data, after checking that data, tokenizer and model belong together.
+
+    Raises:
+        UserError: something is missing, or the three do not match.
+    """
+    manifest = load_manifest(Path(run.data.path))
+    check_tokenizer(manifest, Tokenizer.load(Path(run.data.tokenizer)))
+    if manifest["tokenizer"]["num_ids"] > run.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {run.model.vocab_size}: the tokenizer {run.data.tokenizer} has "
+            f"{manifest['tokenizer']['num_ids']} ids, which need at least as many rows"
+        )
+    if "validation" not in manifest["splits"]:
+        raise UserError(f"data {run.data.path} has no held-out documents: prepare it with a validation share above 0")
+    tokens, needed = manifest["splits"]["train"]["tokens"], run.data.sequence_length + 1
+    if tokens < needed:
+        raise UserError(
+            f"data {run.data.path} has {tokens} training tokens: too few for one sequence of "
+            f"data.sequence_length {run.data.sequence_length} and the token after it"
+        )
+    return manifest
+
+
+def claim(folder: Path, run: Run) -> None:
+    """Write the resolved recipe into the folder, or check that it continues the run that is there.
+
+    Raises:
+        UserError: the folder holds a run of other settings, or something that is no run.
+    """
+    config = folder / CONFIG_FILE
+    if config.exists():
+        before, now = _flat(dataclasses.asdict(load_recipe(config))), _flat(dataclasses.asdict(run))
+        changed = [
+            f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
+            for key in now
+            if before.get(key) != now[key] and not {key, key.split(".")[0]} & FREE_TO_CHANGE
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another name, or remove it"
+            )
+    elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+        raise UserError(f"{folder} exists with something else in it: it has no {CONFIG_FILE}; choose another name")
+    write_text(config, to_yaml(run))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run's newest checkpoint is its last; cheap, and imports no torch."""
+    folder = path(run)
+    pointer = folder / "checkpoints" / "latest"
+    if not pointer.exists():
+        return False
+    state = json.loads((pointer.parent / pointer.read_text().strip() / "state.json").read_text())
+    return state["state"]["step"] >= run.train.train_steps
+
+
+def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
+    """Draw the loss curve and print the table of results."""
+    entries = read_metrics(folder)
+    curve = draw_loss_curve(folder, f"{run.name}: {run.optimizer.name}")
+    rows = {
+        "steps": f"{entries[-1]['step']} of {run.train.train_steps}",
+        "tokens": f"{entries[-1]['consumed_tokens']:,}",
+        "training loss": f"{entries[-1]['loss/train']:.4f} nats per token",
+    }
+    validated = [entry for entry in entries if "loss/validation" in entry]
+    if validated:
+        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token"
+    if validated and "bits_per_byte/validation" in validated[-1]:
+        split = manifest["splits"]["validation"]
+        rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every one predicted"
+        rows["bits per byte: model"] = f"{validated[-1]['bits_per_byte/validation']:.3f}"
+        for name in ("gzip", "xz"):
+            bits = 8 * split[f"{name}_bytes"] / split["compressed_text_bytes"]
+            rows[f"bits per byte: {name} -9"] = f"{bits:.3f}"
+    seconds = sum(entry["time/step_seconds"] for entry in entries)
+    rows["speed"] = f"{entries[-1]['consumed_tokens'] / seconds:,.0f} tokens/s over {seconds:.0f} s of steps"
+    rows["loss curve"] = str(curve)
+    rows["checkpoint"] = str(folder / "checkpoints")
+    Console().print(summary_table(rows))

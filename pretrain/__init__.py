@@ -1,0 +1,1 @@
+"""The training command: `moonlight pretrain`, or `torchrun ... -m pretrain`."""

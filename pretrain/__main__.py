@@ -1,0 +1,40 @@
+"""One process of a training run: `torchrun --nproc-per-node 8 -m pretrain recipe.yaml train.seed=7`.
+
+Without torchrun, `moonlight pretrain` starts as many of these as the recipe's `parallel.num_processes`.
+"""
+
+import argparse
+import sys
+
+from moonlight.config import Run
+from moonlight.errors import report_errors
+
+
+def work(run: Run) -> None:
+    """Join the world, train, and leave it."""
+    from moonlight import parallel
+    from moonlight.train.loop import train
+
+    parallel.join_world(run.train.threads_per_process)
+    try:
+        train(run)
+    finally:
+        parallel.leave_world()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
+    parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
+    parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+    arguments = parser.parse_args()
+    with report_errors(debug=arguments.debug):
+        from moonlight.config_io import load_recipe
+
+        work(load_recipe(arguments.recipe, arguments.overrides))
+        return 0
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
