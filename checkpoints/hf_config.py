@@ -5,7 +5,9 @@ from typing import Any
 from moonlight.config import Model
 
 
-def hf_config(model: Model, *, dtype: str = "float32", bos_id: int | None = None, eos_id: int | None = None) -> dict[str, Any]:
+def hf_config(
+    model: Model, *, dtype: str = "float32", bos_id: int | None = None, eos_id: int | None = None
+) -> dict[str, Any]:
     """A native DeepSeek-V3 configuration that transformers, vLLM and SGLang read without remote code.
 
     Written by hand because `save_pretrained` of transformers 5 drops `topk_method`, `scoring_func` and

@@ -85,7 +85,8 @@ class Model:
             f"model.q_lora_rank is {self.q_lora_rank}: it must be greater than 0, or null for a direct projection",
         )
         _require(
-            self.qk_rope_head_dim % 2 == 0, f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even"
+            self.qk_rope_head_dim % 2 == 0,
+            f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even",
         )
         _require(
             1 <= self.first_k_dense_replace < self.num_hidden_layers,
@@ -233,7 +234,10 @@ class Parallel:
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel size on `world_size` processes; raises UserError if the layout does not divide them."""
         for name, model_size in (
-            ("tensor_parallel_size x pipeline_parallel_size", self.tensor_parallel_size * self.pipeline_parallel_size),
+            (
+                "tensor_parallel_size x pipeline_parallel_size",
+                self.tensor_parallel_size * self.pipeline_parallel_size,
+            ),
             (
                 "expert_tensor_parallel_size x expert_parallel_size x pipeline_parallel_size",
                 self.expert_tensor_parallel_size * self.expert_parallel_size * self.pipeline_parallel_size,
@@ -279,7 +283,13 @@ class Train:
             save_every_steps=self.save_every_steps,
         )
         _one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("seed", "threads_per_process", "validation_sequences", "stop_at_step", "keep_checkpoints"):
+        for name in (
+            "seed",
+            "threads_per_process",
+            "validation_sequences",
+            "stop_at_step",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} is {value}: it must be at least 0")
 
@@ -339,7 +349,10 @@ class Run:
                 pp * vpp,
             ),
         ):
-            _require(value % divisor == 0, f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})")
+            _require(
+                value % divisor == 0,
+                f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})",
+            )
         _require(
             self.data.sequence_length <= model.max_position_embeddings,
             f"data.sequence_length is {self.data.sequence_length}: at most model.max_position_embeddings "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moonlight.config import Run
@@ -56,7 +56,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
         raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML recipe") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(tree):
+    if not isinstance(tree, DictConfig):
         raise UserError(f"recipe {path}: the top level must be a mapping with keys such as model, data and train")
     base = tree.pop("base", None)
     if base is None:

@@ -123,18 +123,21 @@ def _install_in_megatron() -> None:
     on_cpu = _TorchOnCpu("torch")
     schedules.torch = on_cpu
     state_dict_saver.torch = on_cpu
-    megatron.core.tensor_parallel.random._set_cuda_rng_state = (
-        lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
+        torch.set_rng_state(new_state)
     )
-    megatron.core.tensor_parallel.random._get_cuda_rng_state = (
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron.core.tensor_parallel.random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
     )
 
     # Gloo's all-to-all wants its split sizes as numbers; this function leaves CPU tensors alone.
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    even_gather, even_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    even_gather, even_reduce_scatter = (
+        mappings._gather_along_first_dim,
+        mappings._reduce_scatter_along_first_dim,
+    )
 
     def gather(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         if output_split_sizes is None or group.size() == 1:

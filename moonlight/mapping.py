@@ -90,7 +90,12 @@ def _mixture(model: Model, key: str, name: str) -> list[Row]:
         _experts(f"{key}.experts", f"{name}.experts", "up_proj", count, hidden, width),
         _experts(f"{key}.experts", f"{name}.experts", "down_proj", count, width, hidden),
         _gate_up(f"{key}.shared_experts.linear_fc1.weight", f"{name}.shared_experts", shared, hidden),
-        _same(f"{key}.shared_experts.linear_fc2.weight", f"{name}.shared_experts.down_proj.weight", hidden, shared),
+        _same(
+            f"{key}.shared_experts.linear_fc2.weight",
+            f"{name}.shared_experts.down_proj.weight",
+            hidden,
+            shared,
+        ),
     ]
 
 
@@ -103,7 +108,12 @@ def table(model: Model) -> list[Row]:
         rows += [
             _same(f"{key}.input_layernorm.weight", f"{name}.input_layernorm.weight", hidden, kind="norm"),
             *_attention(model, f"{key}.self_attention", f"{name}.self_attn"),
-            _same(f"{key}.pre_mlp_layernorm.weight", f"{name}.post_attention_layernorm.weight", hidden, kind="norm"),
+            _same(
+                f"{key}.pre_mlp_layernorm.weight",
+                f"{name}.post_attention_layernorm.weight",
+                hidden,
+                kind="norm",
+            ),
         ]
         if layer < model.first_k_dense_replace:
             width = model.intermediate_size

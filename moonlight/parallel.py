@@ -1,15 +1,15 @@
 """Processes and process groups: joining the world, Megatron's groups for a layout, and leaving cleanly."""
 
 import os
-import tempfile
+import sys
 from datetime import timedelta
-from pathlib import Path
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed as dist
-
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 from megatron.core import parallel_state, tensor_parallel
+
 from moonlight.config import Parallel
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
@@ -27,28 +27,41 @@ def rank() -> int:
 
 
 def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Create the default process group: NCCL with CUDA, gloo without.
+    """Create the default process group from the launcher's environment: NCCL with CUDA, gloo without.
 
     Args:
         threads: CPU threads of this process; 0 leaves them as they are (OMP_NUM_THREADS, or all cores).
     """
     if threads:
         torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "nccl"
-    else:
-        backend = "gloo"
-    if "MASTER_ADDR" in os.environ and RENDEZVOUS_FILE not in os.environ:
-        method = "env://"
-    elif RENDEZVOUS_FILE in os.environ:
+    if RENDEZVOUS_FILE in os.environ:
+        _use_loopback()
         method = f"file://{os.environ[RENDEZVOUS_FILE]}"
+    elif "MASTER_ADDR" in os.environ:
+        method = "env://"
     else:
-        assert world_size() == 1
-        method = f"file://{Path(tempfile.mkdtemp(prefix='moonlight-')) / 'rendezvous'}"
-    if backend == "gloo" and method != "env://":
+        join_alone()
+        return
+    dist.init_process_group(_backend(), init_method=method, rank=rank(), world_size=world_size(), timeout=timeout)
+
+
+def join_alone() -> None:
+    """A world of this process only."""
+    _use_loopback()
+    dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _use_loopback() -> None:
+    """Keep gloo's traffic on this machine, whatever its host name resolves to."""
+    if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend, init_method=method, rank=rank(), world_size=world_size(), timeout=timeout)
+
+
+def _backend() -> str:
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return "nccl"
 
 
 def build_groups(parallel: Parallel, seed: int) -> None:

@@ -16,6 +16,11 @@ SECONDS_TO_END = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
+def under_launcher() -> bool:
+    """Whether torchrun, or this module, started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def launch(num_processes: int, arguments: Sequence[str], threads_per_process: int) -> None:
     """Run `python -m pretrain *arguments` as a world of `num_processes` on this machine and wait for it.
 

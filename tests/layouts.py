@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from moonlight.config import Data, Model, Optimizer, Parallel, Run, Schedule, Train
+
 Recipe = Run
 
 LAYOUTS: dict[str, tuple[int, Parallel]] = {
@@ -153,6 +154,4 @@ def train_losses(run: Recipe, steps: int) -> list[float]:
 
     models = build(run)
     optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
-    return [
-        train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)
-    ]
+    return [train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)]

@@ -49,9 +49,7 @@ def test_first_step_gradients_equal_one_process(pool, reference, layout):
 @pytest.mark.parametrize("masked", [0.0, 0.8])
 @pytest.mark.parametrize("layout", ["1", "TP2", "DP2"])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
-def test_loss_is_the_same_however_the_batch_is_cut(
-    pool, reference, masked_reference, layout, micro_batch_size, masked
-):
+def test_loss_is_the_same_however_the_batch_is_cut(pool, reference, masked_reference, layout, micro_batch_size, masked):
     world_size, parallel = LAYOUTS[layout]
     run = recipe(parallel, micro_batch_size=micro_batch_size)
     answers = pool.run(world_size, first_gradients, run, masked)

@@ -5,14 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layouts import build, collect, assemble, recipe
+from layouts import assemble, build, collect, recipe
 
 SHAPES = {
     "moonlight": {},
     "q_lora": {"q_lora_rank": 24},
     "groups": {"num_experts": 16, "num_expert_groups": 4, "topk_group": 2, "num_experts_per_tok": 4},
     "three-dense": {"first_k_dense_replace": 3, "num_experts": 64, "num_experts_per_tok": 6},
-    "wide-heads": {"qk_nope_head_dim": 12, "v_head_dim": 20, "num_attention_heads": 2, "num_shared_experts": 1},
+    "wide-heads": {
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 20,
+        "num_attention_heads": 2,
+        "num_shared_experts": 1,
+    },
     "groups-q_lora": {
         "q_lora_rank": 16,
         "num_experts": 32,

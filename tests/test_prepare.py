@@ -18,9 +18,7 @@ from moonlight.data.prepare import check_tokenizer, load_manifest, prepare
 from moonlight.data.tokenizer import Tokenizer, train_tokenizer
 from moonlight.errors import UserError
 
-DOCUMENTS = [
-    f"# file {i}\n" + "def f(x):\n    return x + 1\n" * (i % 5) + "漢字 😀\r\n\t" * (i % 3) for i in range(40)
-]
+DOCUMENTS = [f"# file {i}\n" + "def f(x):\n    return x + 1\n" * (i % 5) + "漢字 😀\r\n\t" * (i % 3) for i in range(40)]
 DATA_FILES = ("train.bin", "train.idx", "validation.bin", "validation.idx")
 SHARE = 0.25
 
@@ -78,9 +76,7 @@ def test_manifest_counts(prepared, jsonl, tokenizer_folder):
         }
     ]
     held_out = "".join(
-        text
-        for text in DOCUMENTS
-        if [*tokenizer.encode(text), tokenizer.eos_id] in read_back(prepared, "validation")
+        text for text in DOCUMENTS if [*tokenizer.encode(text), tokenizer.eos_id] in read_back(prepared, "validation")
     ).encode()
     validation = manifest["splits"]["validation"]
     assert validation["bytes"] == validation["compressed_text_bytes"] == len(held_out)
@@ -108,9 +104,7 @@ def test_every_format_gives_the_same_ids(prepared, tokenizer_folder, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tokenizer_folder, tmp_path):
-    many = write_jsonl(
-        tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(60) for text in DOCUMENTS]
-    )
+    many = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(60) for text in DOCUMENTS])
     for workers in (1, 2):
         prepare([many], tokenizer_folder, tmp_path / str(workers), workers=workers)
     names = (*DATA_FILES, "manifest.json")
@@ -142,9 +136,7 @@ def test_bad_records_are_set_aside(tokenizer_folder, tmp_path):
     cut.write_bytes(gzip.compress(b'{"text": "whole"}\n' * 9)[:-10])
     inputs = [path, latin, tmp_path / "rows.parquet", broken, cut]
     manifest = prepare(inputs, tokenizer_folder, tmp_path / "data", validation_share=SHARE, max_bad_share=0.5)
-    quarantine = [
-        json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()
-    ]
+    quarantine = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
     found = [(Path(entry["file"]).name, entry["line"]) for entry in quarantine]
     assert found[:8] == [("some.jsonl", line) for line in (4, 5, 6, 7, 8, 48, 49, 50)]
     assert [name for name, _ in found[8:]] == ["latin.txt", "rows.parquet", "broken.parquet", "cut.jsonl.gz"]
@@ -275,9 +267,7 @@ def run_prepare(*arguments, **options):
 
 
 def test_a_killed_run_leaves_no_data_and_no_processes(tokenizer_folder, tmp_path):
-    many = write_jsonl(
-        tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(250) for text in DOCUMENTS]
-    )
+    many = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(250) for text in DOCUMENTS])
     context = multiprocessing.get_context("spawn")
     out = tmp_path / "data"
     process = context.Process(target=run_prepare, args=([many], tokenizer_folder, out), kwargs={"workers": 2})

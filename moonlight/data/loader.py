@@ -3,11 +3,12 @@
 from functools import lru_cache
 from pathlib import Path
 
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
 import numpy as np
 import torch
-
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 from moonlight.errors import UserError
 
 Sample = tuple[np.ndarray, np.ndarray]

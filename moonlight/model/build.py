@@ -1,9 +1,9 @@
 """From a recipe to this rank's part of the model on Megatron-Core."""
 
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
 import torch
 import torch.nn.functional as F
-
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+
 from moonlight.config import Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts

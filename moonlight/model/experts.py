@@ -16,14 +16,16 @@ class Experts(torch.nn.Module):
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__()
-        self.ep_group, self.tp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.ep_group, self.tp_group, self.edp_group = (
+            pg_collection.ep,
+            pg_collection.expt_tp,
+            pg_collection.expt_dp,
+        )
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self.tp_group.size()
 
         def weight(*shape: int) -> torch.nn.Parameter:
             parameter = torch.nn.Parameter(
-                torch.empty(
-                    num_local_experts, *shape, dtype=config.params_dtype, device=torch.cuda.current_device()
-                )
+                torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
             # Always reduced over the expert-data-parallel group. Megatron marks experts so only when EP > 1, which
             # leaves their gradients unreduced over TP when experts are not tensor-parallel themselves.

@@ -38,6 +38,9 @@ class Router(torch.nn.Module):
         self.config = config
         self.tp_group = pg_collection.tp
         device = torch.cuda.current_device()
+        self.expert_bias: torch.Tensor
+        self.tokens_per_expert: torch.Tensor
+        self.aux_loss: torch.Tensor
         self.weight = torch.nn.Parameter(
             torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype, device=device)
         )
@@ -99,7 +102,9 @@ class Router(torch.nn.Module):
 
 
 @torch.no_grad()
-def update_expert_bias(routers: list[Router], update_rate: float, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+def update_expert_bias(
+    routers: list[Router], update_rate: float, group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
     """Moonlight's balancing rule, once a step: b_i += u * (sign(e_i) - mean_j sign(e_j)), e_i = mean load - load_i.
 
     `group` joins all ranks that saw different tokens of these layers (tensor- and data-parallel). Counts are reset.

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Iterator
-
-import torch
+from typing import TypeAlias
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
+
 from moonlight import mapping
 from moonlight.config import Model
 
-Sharded = ShardedTensor | ShardedTensorFactory
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def sharded_state(models: list[GPTModel]) -> dict[str, Sharded]:

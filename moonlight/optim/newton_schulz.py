@@ -36,8 +36,8 @@ WORKSPACE_ELEMENTS = 2**26
 def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dtype: torch.dtype) -> torch.Tensor:
     """The orthogonal factor of each matrix, approximately: singular values are driven towards 1.
 
-    X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X. `matrices` [..., rows, columns] in any dtype, computed
-    in `dtype`; a zero matrix stays zero. The result has `dtype`.
+    X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X. `matrices` [..., rows, columns] in any dtype,
+    computed in `dtype`; a zero matrix stays zero. The result has `dtype`.
     """
     first, then = COEFFICIENTS[coefficients]
     transposed = matrices.shape[-2] > matrices.shape[-1]  # iterate on the smaller Gram matrix

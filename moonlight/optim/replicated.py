@@ -1,19 +1,21 @@
 """The optimizer of a run, with its whole state on every data-parallel rank.
 
-Each parameter of this rank has a float32 master copy (the parameter itself, if it is float32) and its momenta. Gradients
-arrive reduced in `parameter.main_grad`. Data-parallel ranks repeat the same arithmetic on the same numbers, so they stay
-equal without communication; only matrices cut by tensor parallelism are gathered, orthogonalised whole, and cut again.
+Each parameter of this rank has a float32 master copy (the parameter itself, if it is float32) and its momenta.
+Gradients arrive reduced in `parameter.main_grad`. Data-parallel ranks repeat the same arithmetic on the same numbers,
+so they stay equal without communication; only matrices cut by tensor parallelism are gathered, orthogonalised whole,
+and cut again.
 """
 
 from dataclasses import dataclass, replace
 
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
 import torch
 import torch.distributed as dist
-
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.models.gpt import GPTModel
+
 from moonlight.config import Optimizer
 from moonlight.model.shards import Sharded, is_first_replica, pieces, sharded_state
 from moonlight.optim.newton_schulz import orthogonalize_all
@@ -118,7 +120,9 @@ class ReplicatedOptimizer:
             update = next(updates) if p.rule.algorithm == "muon" else self._adamw_update(p, scale, step)
             p.master.mul_(decay).sub_(update, alpha=learning_rate)
             if is_first_replica(p.sharded):
-                sums[p.rule.algorithm] += torch.stack([update.double().square().sum(), update.new_tensor(update.numel()).double()])
+                sums[p.rule.algorithm] += torch.stack(
+                    [update.double().square().sum(), update.new_tensor(update.numel()).double()]
+                )
         self.copy_masters_to_model()
         return sums
 

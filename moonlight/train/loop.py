@@ -17,7 +17,7 @@ from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
 from moonlight.optim.replicated import ReplicatedOptimizer
 from moonlight.train import checkpoint, run_folder
-from moonlight.train.checkpoint import TrainState
+from moonlight.train.checkpoint_files import TrainState, latest
 from moonlight.train.metrics import LiveLine, Metrics
 from moonlight.train.step import StepResult, data_parallel, data_parallel_share, to_batches, train_step
 from moonlight.train.validate import bits_per_byte, validate
@@ -42,7 +42,7 @@ def train(run: Run) -> None:
         parallel.build_groups(run.parallel, run.train.seed)
         models = build_model(run)
         optimizer = ReplicatedOptimizer(models, run.optimizer)
-        newest = checkpoint.latest(folder / "checkpoints")
+        newest = latest(folder / "checkpoints")
         if newest is None:
             state = TrainState()
             initialize(optimizer.master_state(), run.model, run.train.seed)

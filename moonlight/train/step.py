@@ -1,8 +1,8 @@
 """One forward and backward pass over a global batch, with a loss that does not depend on the layout.
 
-The objective is: sum of the counted tokens' losses / counted tokens of the global batch, plus aux_loss_alpha x the mean
-over the global batch's sequences of the auxiliary loss, summed over layers. Every rank and micro-batch adds its share, already divided by
-the global count, so gradients are only ever summed.
+The objective is: sum of the counted tokens' losses / counted tokens of the global batch, plus aux_loss_alpha x the
+mean over the global batch's sequences of the auxiliary loss, summed over layers. Every rank and micro-batch adds its
+share, already divided by the global count, so gradients are only ever summed.
 """
 
 import math
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
 import torch
 import torch.distributed as dist
-
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -23,6 +23,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+
 from moonlight.config import Run
 from moonlight.data.loader import Sample, stack
 from moonlight.model.router import Router, update_expert_bias
@@ -149,7 +150,11 @@ def train_step(
 
 
 def forward_backward(
-    models: Sequence[DistributedDataParallel], run: Run, batches: Sequence[Batch], *, forward_only: bool = False
+    models: Sequence[DistributedDataParallel],
+    run: Run,
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a global batch forward and, unless `forward_only`, backward; gradients land in `parameter.main_grad`.
 

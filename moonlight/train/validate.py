@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import torch
-
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
 from megatron.core.distributed import DistributedDataParallel
+
 from moonlight.config import Run
 from moonlight.data.loader import ValidationSamples
 from moonlight.train.step import data_parallel_share, forward_backward, to_batches

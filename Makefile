@@ -1,0 +1,43 @@
+# Two commands: `make quickstart` and `make test`. Both prepare .venv first if it is missing.
+PYTHON ?= python3
+CORPUS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.txt
+# The CPU build of torch: from the configured package index if it has one, else from PyTorch's own.
+TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: install quickstart test test-full lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} is not supported: use 3.11, 3.12 or 3.13, for example make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)+cpu" 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)+cpu" --index-url $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: install
+	@$(BIN)/moonlight quickstart $(if $(CORPUS),--corpus "$(CORPUS)")
+
+test: install
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs/quickstart

@@ -1,0 +1,1 @@
+"""Using and judging exported models."""

@@ -1,0 +1,164 @@
+"""The `moonlight` command. Every command imports what it needs when it runs, so that --help is instant."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moonlight.errors import UserError, report_errors
+
+app = typer.Typer(
+    help="From a folder of text to a Hugging Face model, trained with Muon. Start with: moonlight quickstart",
+    epilog="Any command takes --debug, which prints the whole traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Inputs = Annotated[
+    list[Path],
+    typer.Option("--input", help="A text, .jsonl, .jsonl.gz or .parquet file, or a folder. Repeatable."),
+]
+TextField = Annotated[str, typer.Option(help="JSONL key or Parquet column that holds the text.")]
+
+
+@tokenizer_app.command("train", epilog="Example: moonlight tokenizer train --input corpus/ --vocab-size 4096 --out tok")
+def tokenizer_train(
+    input: Inputs,
+    vocab_size: Annotated[int, typer.Option(help="Number of ids, control and byte pieces included.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    text_field: TextField = "text",
+) -> None:
+    """Train a SentencePiece tokenizer, saved with the Hugging Face fast tokenizer made from it."""
+    from moonlight.data.tokenizer import train_tokenizer
+
+    train_tokenizer(input, vocab_size, out, text_field=text_field, threads=os.cpu_count() or 1)
+
+
+@data_app.command("prepare", epilog="Example: moonlight data prepare --input corpus/ --tokenizer tok --out data")
+def data_prepare(
+    input: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="Folder of `moonlight tokenizer train`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: .bin/.idx files and manifest.json.")],
+    text_field: TextField = "text",
+    validation_share: Annotated[float, typer.Option(help="Share of documents held out, chosen by hash.")] = 0.05,
+    max_bad_share: Annotated[float, typer.Option(help="Largest share of records that may be bad.")] = 0.01,
+    license: Annotated[str, typer.Option(help="Licence of the text, for the manifest.")] = "unknown",
+    workers: Annotated[int, typer.Option(help="Encoding processes; 0 takes one per core.")] = 0,
+) -> None:
+    """Encode text, JSONL or Parquet into Megatron's indexed format, with held-out documents and a manifest."""
+    from moonlight.data.prepare import prepare
+
+    prepare(
+        input,
+        tokenizer,
+        out,
+        text_field=text_field,
+        validation_share=validation_share,
+        workers=workers or os.cpu_count() or 1,
+        max_bad_share=max_bad_share,
+        license=license,
+    )
+
+
+@app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+) -> None:
+    """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
+    from moonlight.config_io import load_recipe
+    from moonlight.train import run_folder
+    from pretrain.launch import launch, under_launcher
+
+    run = load_recipe(recipe, overrides or [])
+    if under_launcher():
+        from pretrain.__main__ import work
+
+        work(run)
+        return
+    run.num_microbatches(run.parallel.num_processes)
+    run_folder.check_data(run)
+    if run_folder.is_finished(run):
+        print(f"{run_folder.path(run)}: this run has finished already")
+        return
+    arguments = [str(recipe), *(overrides or [])]
+    launch(run.parallel.num_processes, arguments, run.train.threads_per_process)
+
+
+@app.command(epilog="Example: moonlight export runs/quickstart --out runs/quickstart/hf")
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32 (the master weights) or bfloat16.")] = "float32",
+    max_shard_size: Annotated[int, typer.Option(help="Most megabytes of one safetensors file.")] = 5000,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not the recipe's.")] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder for transformers, vLLM and SGLang."""
+    from checkpoints.export import export as write
+
+    if max_shard_size < 1:
+        raise UserError(f"--max-shard-size is {max_shard_size}: it must be at least 1 (megabyte)")
+    written = write(source, out, dtype=dtype, max_shard_bytes=max_shard_size * 10**6, tokenizer=tokenizer)
+    print(f"{out}: written" if written else f"{out}: this checkpoint has been exported already")
+
+
+@app.command(epilog="Example: moonlight verify runs/quickstart runs/quickstart/hf")
+def verify(
+    source: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="The exported Hugging Face folder.")],
+) -> None:
+    """Compare a checkpoint with an exported folder: every tensor, then logits and routes. Exits 1 on a difference."""
+    from checkpoints.verify import print_report
+    from checkpoints.verify import verify as compare
+
+    report = compare(source, folder)
+    print_report(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main("')
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+) -> None:
+    """Continue a text with an exported model, by plain transformers."""
+    from eval.generate import generate as complete
+
+    print(complete(folder, prompt, max_new_tokens))
+
+
+@app.command(epilog="Example: moonlight quickstart --corpus ~/texts")
+def quickstart(
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file of text; by default the sources of Python's standard library."),
+    ] = None,
+    recipe: Annotated[Path, typer.Option(help="Recipe to train.")] = Path("configs/quickstart.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+) -> None:
+    """The whole road from text to a completion. Finished steps are not repeated."""
+    from moonlight.quickstart import quickstart as go
+
+    go(corpus, recipe, overrides or [])
+
+
+def main() -> None:
+    """Entry point of the `moonlight` command."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    with report_errors(debug=debug):
+        app(prog_name="moonlight")
+
+
+if __name__ == "__main__":
+    main()

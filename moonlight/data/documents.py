@@ -1,0 +1,207 @@
+"""Reading documents from text files, JSONL and Parquet, one record at a time.
+
+A document is a whole text file, the text field of a JSONL line, or the text column of a Parquet row. What
+cannot be read as text is a bad record with its place and reason; reading goes on after it.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from moonlight.errors import UserError
+from moonlight.files import sha256_of
+
+SKIPPED_NAMES = frozenset({"site-packages", "__pycache__", "node_modules", "test", "tests"})
+"""Folders that a walk does not enter: other people's packages, build products and test data."""
+
+_RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_SNIFFED_BYTES = 8192
+_PARQUET_ROWS_AT_ONCE = 1024
+
+
+class Record(NamedTuple):
+    """One document, or one bad record, for which `text` is None and `reason` says why."""
+
+    file: Path
+    line: int
+    """1-based line of a JSONL file or row of a Parquet file; 1 for a text file."""
+    text: str | None
+    """Always encodable as UTF-8. May be empty: the caller skips and counts those."""
+    reason: str
+    position: int
+    """Bytes of the file consumed once this record has been read; for progress only."""
+
+
+def iter_files(inputs: Sequence[Path], skipped_names: Collection[str] = SKIPPED_NAMES) -> list[Path]:
+    """List the files behind `inputs`, in an order that depends on names alone; a file named twice comes once.
+
+    A file given by name is always taken. A folder is walked recursively: hidden entries (leading dot),
+    folders named in `skipped_names`, links to folders, and binary files (a NUL among the first 8192 bytes)
+    are left out; the number of binary files left out is said on stderr.
+
+    Raises:
+        UserError: an input does not exist or cannot be read.
+    """
+    files: dict[Path, None] = {}
+    for path in inputs:
+        if path.is_dir():
+            files.update(dict.fromkeys(_walk(path, skipped_names)))
+        elif path.exists():
+            _check_readable(path)
+            files[path] = None
+        else:
+            raise UserError(
+                f"input {path} does not exist: give a text, .jsonl, .jsonl.gz or .parquet file, or a folder"
+            )
+    return list(files)
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over the content of `files` and their paths relative to the folder they share.
+
+    Moving that folder changes nothing; renaming, adding, removing or editing a file does.
+    """
+    digest = hashlib.sha256()
+    common = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
+    for file in files:
+        name = os.path.relpath(file.absolute(), common)
+        try:
+            line = json.dumps([name, file.stat().st_size, sha256_of(file)])
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
+    """Yield every record of one file; the kind of file is told by its suffix.
+
+    Args:
+        text_field: key of a JSONL object, or Parquet column, that holds the document.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with file.open("rb") as stream:
+            if file.name.endswith(".parquet"):
+                yield from _read_parquet(file, stream, text_field)
+            elif file.name.endswith((".jsonl", ".jsonl.gz")):
+                yield from _read_jsonl(file, stream, text_field)
+            else:
+                yield _read_text(file, stream)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
+    binary = 0
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped_names)
+        for name in sorted(names):
+            path = Path(parent, name)
+            if name.startswith(".") or not path.is_file():
+                continue
+            if b"\0" in _check_readable(path) and not name.endswith(_RECORD_SUFFIXES):
+                binary += 1
+                continue
+            yield path
+    if binary:
+        print(f"{folder}: left out {binary} binary files", file=sys.stderr)
+
+
+def _check_readable(path: Path) -> bytes:
+    """The first bytes of a file that can be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_SNIFFED_BYTES)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: object, error: OSError) -> UserError:
+    return UserError(f"input {path} cannot be read: {error.strerror or error}")
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise _unreadable(error.filename, error)
+
+
+def _read_text(file: Path, stream: BinaryIO) -> Record:
+    raw = stream.read()
+    if b"\0" in raw:
+        return Record(file, 1, None, "holds a NUL byte, so it is not text", len(raw))
+    try:
+        return Record(file, 1, raw.decode("utf-8-sig"), "", len(raw))
+    except UnicodeDecodeError as error:
+        return Record(file, 1, None, f"not UTF-8: {error.reason} at byte {error.start}", len(raw))
+
+
+def _read_jsonl(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Record]:
+    lines: Any = gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
+    number = 0
+    try:
+        # Lines are split as bytes, so that one line that is not UTF-8 does not spoil the rest of the file.
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                text, reason = _text_of_json(line, text_field)
+            else:
+                text, reason = "", ""
+            yield Record(file, number, text, reason, stream.tell())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        yield Record(file, number + 1, None, f"damaged gzip stream: {error}", stream.tell())
+
+
+def _text_of_json(line: bytes, text_field: str) -> tuple[str | None, str]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8: {error.reason} at byte {error.start} of the line"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+    if not isinstance(value, dict):
+        return None, f"a JSON object is expected, not {type(value).__name__}"
+    if text_field not in value:
+        return None, f"no field {text_field!r}"
+    return _checked_text(value[text_field], f"field {text_field!r}")
+
+
+def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size, row = file.stat().st_size, 0
+    try:
+        table = pyarrow.parquet.ParquetFile(stream)
+        num_rows = table.metadata.num_rows
+        if text_field not in table.schema_arrow.names:
+            # One bad record a row: the share of bad records must tell how much of the corpus is lost.
+            for row in range(1, num_rows + 1):
+                yield Record(file, row, None, f"no column {text_field!r}", size * row // num_rows)
+            return
+        for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=[text_field]):
+            for scalar in batch.column(text_field):
+                row += 1
+                try:
+                    text, reason = _checked_text(scalar.as_py(), f"column {text_field!r}")
+                except UnicodeDecodeError as error:
+                    text, reason = None, f"not UTF-8: {error.reason} at byte {error.start}"
+                yield Record(file, row, text, reason, size * row // num_rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Record(file, row + 1, None, f"damaged Parquet file: {' '.join(str(error).split())[:200]}", size)
+
+
+def _checked_text(value: Any, name: str) -> tuple[str | None, str]:
+    if not isinstance(value, str):
+        return None, f"{name} holds {type(value).__name__}, not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return None, f"{name} holds half of a surrogate pair at character {error.start}"
+    return value, ""

@@ -1,0 +1,386 @@
+"""Documents to token ids on disk, in Megatron's indexed dataset format, with a manifest that describes them.
+
+One process reads, splits and writes; worker processes encode. Batches come back in the order in which they
+were read, so the files are the same bytes for any number of workers. A worker imports this module, which
+therefore imports neither torch nor Megatron before `prepare` runs.
+"""
+
+import contextlib
+import hashlib
+import json
+import lzma
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy
+
+from moonlight.data.documents import Record, fingerprint, iter_files, read_records
+from moonlight.data.tokenizer import Tokenizer, check_same
+from moonlight.errors import UserError
+from moonlight.files import sha256_of, whole_folder, write_json
+
+_VERSION = 1
+_BATCH_BYTES = 1 << 19
+_COMPRESSED_BYTES = 64 << 20
+"""Held-out text that gzip and xz are measured on, at most: xz -9 looks back no further and reads 2-3 MB/s."""
+_SECONDS_BETWEEN_LINES = 10
+
+_worker_tokenizer: Tokenizer | None = None
+
+
+def prepare(
+    inputs: Sequence[Path],
+    tokenizer_folder: Path,
+    out: Path,
+    *,
+    text_field: str = "text",
+    validation_share: float = 0.06,
+    workers: int = 1,
+    max_bad_share: float = 0.01,
+    license: str = "unknown",
+) -> dict[str, Any]:
+    """Encode `inputs` and write the data folder `out`; say so and return if it is there already.
+
+    `out` gets `train.bin/.idx` and `validation.bin/.idx` (uint16 up to 65,499 ids, int32 above; a document is
+    its ids and the tokenizer's [EOS]), `manifest.json`, and `quarantine.jsonl` if there are bad records. It
+    appears whole or not at all. A document belongs to the split that the hash of its text says, so added
+    files move none, and copies of one document never lie on both sides.
+
+    Args:
+        validation_share: share of documents held out, at least 0 and less than 1; with 0 there is no
+            validation split.
+        workers: encoding processes; 1 encodes in this process.
+        max_bad_share: largest share of records that may be bad.
+        license: noted in the manifest for every source.
+
+    Returns:
+        The manifest. `tokens` counts the [EOS] ids, `bytes` is UTF-8 text. For the held-out text, documents
+        joined with nothing between, `gzip_bytes` and `xz_bytes` are its sizes under `gzip -9` and `xz -9`,
+        measured on its first `compressed_text_bytes`.
+
+    Raises:
+        UserError: a setting out of range, no documents, an empty split, too many bad records, unreadable
+            inputs or tokenizer, or `out` exists with something else in it.
+    """
+    _check_settings(validation_share, workers, max_bad_share)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    files_of: list[list[Path]] = []
+    for path in inputs:
+        taken = {file for files in files_of for file in files}
+        files_of.append([file for file in iter_files([path]) if file not in taken])
+    all_files = [file for files in files_of for file in files]
+    wanted = {
+        "version": _VERSION,
+        "settings": {
+            "text_field": text_field,
+            "validation_share": validation_share,
+            "max_bad_share": max_bad_share,
+            "license": license,
+        },
+        "inputs_sha256": fingerprint(all_files),
+        "tokenizer": {"sha256": tokenizer.sha256, "num_ids": tokenizer.num_ids, "eos_id": tokenizer.eos_id},
+    }
+    if out.exists():
+        check_same(out, wanted)
+        print(f"{out}: this data has been prepared already")
+        return load_manifest(out)
+
+    sources: list[dict[str, Any]] = [
+        {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
+    ]
+    with whole_folder(out) as part:
+        intake = _Intake(part / "quarantine.jsonl", text_field)
+        names = ("train", "validation") if validation_share else ("train",)
+        splits = {name: _Split(part, name, tokenizer.num_ids) for name in names}
+        held_out = _Compressed()
+        total = sum(file.stat().st_size for file in all_files)
+        with _progress(total) as advance, contextlib.closing(intake):
+            for batch, encoded in _encode_all(intake.batches(files_of), tokenizer, tokenizer_folder, workers):
+                for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
+                    held = _position_of(raw) < validation_share
+                    if held:
+                        held_out.add(raw)
+                    splits["validation" if held else "train"].add(raw, ids)
+                    source = sources[source_index]
+                    source["documents"] += 1
+                    source["bytes"] += len(raw)
+                    source["tokens"] += len(ids)
+                advance(batch.position)
+        intake.check(max_bad_share)
+        described = {name: split.finish() for name, split in splits.items()}
+        _check_splits(described, validation_share, inputs)
+        if "validation" in described:
+            described["validation"].update(held_out.sizes())
+        manifest = {
+            **wanted,
+            "sources": sources,
+            "splits": described,
+            "bad_records": intake.bad,
+            "empty_documents": intake.empty,
+        }
+        write_json(part / "manifest.json", manifest)
+    return manifest
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a data folder; raise UserError if the folder or a file that belongs there is missing."""
+    path = folder / "manifest.json"
+    hint = "make the folder with `moonlight data prepare`"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"data {path}: {error.strerror or error}; {hint}") from None
+    except ValueError:
+        raise UserError(f"data {path} is not JSON; {hint}") from None
+    if not isinstance(manifest, dict) or manifest.get("version") != _VERSION or "splits" not in manifest:
+        raise UserError(f"data {path} is not a data manifest of version {_VERSION}; {hint}")
+    for name in (f"{split}.{suffix}" for split in manifest["splits"] for suffix in ("bin", "idx")):
+        if not (folder / name).is_file():
+            raise UserError(f"data {folder} has no {name}, which its manifest names; {hint} again")
+    return manifest
+
+
+def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the data that `manifest` describes was made with `tokenizer`."""
+    made_with = manifest["tokenizer"]["sha256"]
+    if made_with != tokenizer.sha256:
+        raise UserError(
+            f"the data was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
+            f"{tokenizer.sha256[:12]}: give the same tokenizer, or prepare the data again"
+        )
+
+
+@dataclass
+class _Batch:
+    """Documents to encode together."""
+
+    raw: list[bytes] = field(default_factory=list)
+    """UTF-8 text."""
+    sources: list[int] = field(default_factory=list)
+    """Index of each document's input."""
+    position: int = 0
+    """Bytes of all input files read once this batch is full."""
+
+
+class _Intake:
+    """Reads records into batches, counts what is empty or bad, and writes the bad ones down."""
+
+    def __init__(self, quarantine: Path, text_field: str) -> None:
+        self.documents = self.bad = self.empty = 0
+        self._quarantine, self._text_field = quarantine, text_field
+        self._file: TextIO | None = None
+        self._first_bad = ""
+
+    def batches(self, files_of: list[list[Path]]) -> Iterator[_Batch]:
+        """Batches of about 512 KiB of text, from the files of each input in turn."""
+        batch, size, before = _Batch(), 0, 0
+        for source, file in ((source, file) for source, files in enumerate(files_of) for file in files):
+            for record in read_records(file, self._text_field):
+                batch.position = before + record.position
+                if record.text is None:
+                    self._set_aside(record)
+                elif not record.text:
+                    self.empty += 1
+                else:
+                    self.documents += 1
+                    batch.raw.append(record.text.encode())
+                    batch.sources.append(source)
+                    size += len(batch.raw[-1])
+                if size >= _BATCH_BYTES:
+                    yield batch
+                    batch, size = _Batch(position=batch.position), 0
+            before += file.stat().st_size
+        if batch.raw:
+            yield batch
+
+    def check(self, max_bad_share: float) -> None:
+        """Raise UserError if too many records were bad, or none was a document."""
+        records = self.documents + self.bad + self.empty
+        if self.bad > max_bad_share * records:
+            raise UserError(
+                f"{self.bad} of {records} records ({self.bad / records:.2%}) cannot be used, more than "
+                f"max_bad_share {max_bad_share} allows; the first is {self._first_bad}"
+            )
+        if not self.documents:
+            raise UserError(f"the inputs hold no documents ({records} records, {self.empty} of them empty)")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _set_aside(self, record: Record) -> None:
+        if self._file is None:
+            self._first_bad = f"{record.file}, line {record.line}: {record.reason}"
+            self._file = self._quarantine.open("w", encoding="utf-8")
+        self.bad += 1
+        entry = {"file": str(record.file), "line": record.line, "reason": record.reason}
+        self._file.write(json.dumps(entry) + "\n")
+
+
+class _Split:
+    """One .bin/.idx pair being written."""
+
+    def __init__(self, folder: Path, name: str, num_ids: int) -> None:
+        indexed_dataset = _import_indexed_dataset()
+        self._dtype = indexed_dataset.DType.optimal_dtype(num_ids)
+        self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
+        self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._bin), self._dtype)
+        self._counts = {"documents": 0, "bytes": 0, "tokens": 0}
+
+    def add(self, raw: bytes, ids: numpy.ndarray) -> None:
+        """Append one document; `ids` is int32 [tokens], its last the [EOS]."""
+        self._builder.add_document(ids, [len(ids)])
+        for key, more in (("documents", 1), ("bytes", len(raw)), ("tokens", len(ids))):
+            self._counts[key] += more
+
+    def finish(self) -> dict[str, Any]:
+        """Write the index, and give the split's part of the manifest."""
+        self._builder.finalize(str(self._idx))
+        checksums = {"bin_sha256": sha256_of(self._bin), "idx_sha256": sha256_of(self._idx)}
+        return {**self._counts, "dtype": self._dtype.__name__, **checksums}
+
+
+class _Compressed:
+    """What gzip -9 and xz -9 would make of a text, without keeping it."""
+
+    def __init__(self) -> None:
+        self._compressors: dict[str, Any] = {
+            "gzip_bytes": zlib.compressobj(9, wbits=31),
+            "xz_bytes": lzma.LZMACompressor(preset=9),
+        }
+        self._sizes = {"compressed_text_bytes": 0, "gzip_bytes": 0, "xz_bytes": 0}
+
+    def add(self, raw: bytes) -> None:
+        raw = raw[: _COMPRESSED_BYTES - self._sizes["compressed_text_bytes"]]
+        self._sizes["compressed_text_bytes"] += len(raw)
+        for name, compressor in self._compressors.items():
+            self._sizes[name] += len(compressor.compress(raw))
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes in bytes. Ends the compressors: call it once."""
+        for name, compressor in self._compressors.items():
+            self._sizes[name] += len(compressor.flush())
+        return self._sizes
+
+
+def _check_settings(validation_share: float, workers: int, max_bad_share: float) -> None:
+    if not 0 <= validation_share < 1:
+        raise UserError(f"validation_share is {validation_share}: it must be at least 0 and less than 1")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"max_bad_share is {max_bad_share}: it must be from 0 to 1")
+    if workers < 1:
+        raise UserError(f"workers is {workers}: it must be at least 1")
+
+
+def _check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inputs: Sequence[Path]) -> None:
+    for name, split in splits.items():
+        if not split["documents"]:
+            raise UserError(
+                f"validation_share is {validation_share}: no document of {', '.join(map(str, inputs))} falls "
+                f"into {name}; choose another share, or 0 for no validation split"
+            )
+
+
+def _position_of(raw: bytes) -> float:
+    """Where a document's text lies between 0 and 1, by its hash."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
+
+
+def _encode(tokenizer: Tokenizer, raw: list[bytes]) -> list[numpy.ndarray]:
+    """Ids of each document with [EOS] after them, int32 [tokens]."""
+    return [numpy.array([*tokenizer.encode(text.decode()), tokenizer.eos_id], numpy.int32) for text in raw]
+
+
+def _encode_in_worker(raw: list[bytes]) -> list[numpy.ndarray]:
+    assert _worker_tokenizer is not None
+    return _encode(_worker_tokenizer, raw)
+
+
+def _start_worker(tokenizer_folder: Path) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer.load(tokenizer_folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A worker waits for work for ever, also when its parent was killed.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _encode_all(
+    batches: Iterable[_Batch], tokenizer: Tokenizer, tokenizer_folder: Path, workers: int
+) -> Iterator[tuple[_Batch, list[numpy.ndarray]]]:
+    """Each batch with its documents' ids, in the order of `batches`; at most 3 a worker are in memory."""
+    if workers == 1:
+        for batch in batches:
+            yield batch, _encode(tokenizer, batch.raw)
+        return
+    # spawn: a forked child of a process that has threads (torch starts some) may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
+    waiting: deque[tuple[_Batch, Future[list[numpy.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode_in_worker, batch.raw)))
+            if len(waiting) >= 3 * workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _import_indexed_dataset() -> Any:
+    """Megatron's indexed dataset, without its warnings about optional packages."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function to tell the bytes of input done: a bar on a terminal, else a line every 10 seconds."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            progress.TextColumn("preparing"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    started = said = time.monotonic()
+
+    def say(done: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= _SECONDS_BETWEEN_LINES or done >= total:
+            said, speed = now, done / (now - started)
+            left = (total - done) / max(speed, 1)
+            console.print(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left")
+
+    yield say

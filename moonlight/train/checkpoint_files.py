@@ -1,0 +1,95 @@
+"""Checkpoints on disk, as far as they can be understood without torch: where they are, what they are of, whether whole.
+
+    runs/<name>/checkpoints/step-00000100/   Megatron's distributed checkpoint and state.json
+    runs/<name>/checkpoints/latest           the name of the newest complete one
+
+`state.json` holds what is not a tensor (where the run stands, its recipe), and the size and checksum of every file.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moonlight.config import Run
+from moonlight.errors import UserError
+from moonlight.files import sha256_of
+
+STATE_FILE = "state.json"
+LATEST_FILE = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands. With the checkpoint's tensors, all that its continuation depends on."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    consumed_sequences: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step`."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest complete checkpoint, or None if there is none yet."""
+    pointer = checkpoints / LATEST_FILE
+    return checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint, after checking that every file is whole.
+
+    Raises:
+        UserError: missing, incomplete, truncated or altered files.
+    """
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["files"]
+    except OSError:
+        raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"checkpoint file {path} is damaged: it does not hold what was written") from None
+    for name, known in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
+        if file.stat().st_size != known["bytes"]:
+            size = file.stat().st_size
+            raise UserError(f"checkpoint file {file} has {size} bytes instead of {known['bytes']}: it is truncated")
+        if sha256_of(file) != known["sha256"]:
+            raise UserError(f"checkpoint file {file} does not match its checksum: it is damaged")
+    return content
+
+
+def check_model(folder: Path, content: dict[str, Any], run: Run) -> None:
+    """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, can continue `run`."""
+    there, here = content["recipe"]["model"], dataclasses.asdict(run.model)
+    differences = [
+        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in here.items() if there.get(key) != value
+    ]
+    if differences:
+        raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
+    optimizer = content["recipe"]["optimizer"]["name"]
+    if optimizer != run.optimizer.name:
+        raise UserError(f"checkpoint {folder} holds the state of {optimizer}, the recipe wants {run.optimizer.name}")
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run folder or of its checkpoints folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / STATE_FILE).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if newest := latest(folder):
+            return newest
+    raise UserError(f"{path} holds no checkpoint: give a run folder, or a checkpoint such as .../step-00000100")
