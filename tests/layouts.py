@@ -1,6 +1,7 @@
 """What the multi-process tests run on each rank, and how their answers are put together into whole tensors."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,3 +156,38 @@ def train_losses(run: Recipe, steps: int) -> list[float]:
     models = build(run)
     optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
     return [train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)]
+
+
+def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[float]:
+    """Train `steps` more steps and save, after loading the newest checkpoint of `folder` if asked to."""
+    from moonlight import parallel
+    from moonlight.model.build import build_model
+    from moonlight.model.shards import initialize
+    from moonlight.optim.replicated import ReplicatedOptimizer
+    from moonlight.train import checkpoint
+    from moonlight.train.checkpoint_files import TrainState, find
+    from moonlight.train.step import data_parallel, train_step
+
+    parallel.build_groups(run.parallel, run.train.seed)
+    models = build_model(run)
+    optimizer = ReplicatedOptimizer(models, run.optimizer)
+    state = TrainState()
+    if load_first:
+        state = checkpoint.load(find(folder), run, optimizer)
+    else:
+        initialize(optimizer.master_state(), run.model, run.train.seed)
+    wrapped = data_parallel(models)
+    first = state.step + 1
+    losses = [
+        train_step(wrapped, optimizer, run, local_batches(run, step), step).loss for step in range(first, first + steps)
+    ]
+    if not load_first:
+        checkpoint.save(folder, run, optimizer, TrainState(step=steps))
+    return losses
+
+
+def train_run(run: Recipe) -> None:
+    """The real training loop on this rank."""
+    from moonlight.train.loop import train
+
+    train(run)

@@ -5,13 +5,18 @@ depends on the layout that wrote it. See `checkpoint_files` for the files.
 """
 
 import dataclasses
+import queue
 import shutil
 from pathlib import Path
+from typing import Any
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from moonlight.config import Run
 from moonlight.files import fsync, sha256_of, write_json, write_text
@@ -25,6 +30,35 @@ from moonlight.train.checkpoint_files import (
     step_folder,
 )
 from moonlight.train.index import check_pickles
+
+
+class _InProcessWriter(FileSystemWriterAsync):
+    """Writes files in this process.
+
+    Megatron's own forks a process per file, though threads are running, and keeps a manager process that would
+    outlive a killed run.
+    """
+
+    @staticmethod
+    def write_preloaded_data_multiproc(
+        transform_list: list, use_msc: bool, rank: int, write_buckets: list, global_results_queue: Any
+    ) -> None:
+        results: dict[int, Any] | Exception = {}
+        for index, bucket in enumerate(write_buckets):
+            outcomes, counter = queue.Queue[Any](), queue.Queue[int]()
+            counter.put(index)
+            FileSystemWriterAsync.write_preloaded_data(transform_list, index, bucket, outcomes, counter, True)
+            _, outcome = outcomes.get()
+            if isinstance(outcome, Exception):
+                results = outcome
+                break
+            assert isinstance(results, dict)
+            results[index] = outcome
+        global_results_queue.put(results)
+
+
+torch_strategy.FileSystemWriterAsync = _InProcessWriter
+filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def save(checkpoints: Path, run: Run, optimizer: ReplicatedOptimizer, state: TrainState) -> Path:

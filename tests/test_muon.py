@@ -1,0 +1,149 @@
+"""Newton-Schulz and the optimizer's update against slow, obvious twins and torch's own AdamW."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import assemble, build, collect, local_batches, recipe
+
+from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
+from moonlight.optim.routing import RULES, Rule, route
+
+
+def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
+    """One matrix, float64, exactly as the papers write it."""
+    first, then = COEFFICIENTS[name]
+    x = matrix.astype(np.float64)
+    if x.shape[0] > x.shape[1]:
+        return slow_newton_schulz(matrix.T, steps, name).T
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for step in range(steps):
+        a, b, c = first[step] if step < len(first) else then
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    batch=st.integers(1, 3),
+    name=st.sampled_from(sorted(COEFFICIENTS)),
+    seed=st.integers(0, 2**31),
+)
+def test_float32_equals_the_slow_twin(rows, columns, batch, name, seed):
+    matrices = torch.randn(batch, rows, columns, generator=torch.Generator().manual_seed(seed))
+    fast = orthogonalize(matrices, 5, name, torch.float32)
+    for matrix, result in zip(matrices, fast, strict=True):
+        slow = slow_newton_schulz(matrix.numpy(), 5, name)
+        # Five steps amplify float32 rounding of the small singular values by up to 3.4^5.
+        assert np.linalg.norm(result.numpy() - slow) <= 1e-4 * np.linalg.norm(slow)
+
+
+def test_singular_values_end_near_one():
+    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(matrix, 5, "moonlight", torch.float32))
+    assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_bfloat16_stays_near_float32():
+    matrix = torch.randn(4, 96, 160, generator=torch.Generator().manual_seed(1))
+    exact = orthogonalize(matrix, 5, "moonlight", torch.float32)
+    rounded = orthogonalize(matrix, 5, "moonlight", torch.bfloat16).float()
+    assert (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_zero_matrix_stays_zero():
+    assert orthogonalize(torch.zeros(2, 5, 7), 5, "moonlight", torch.float32).eq(0).all()
+
+
+def test_batching_by_shape_changes_nothing_but_rounding():
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(8, 16), (3, 8, 16), (16, 8), (300, 280), (2, 300, 280), (1, 9), (8, 16)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    together = orthogonalize_all(matrices, 5, "moonlight", torch.float32)
+    for matrix, result in zip(matrices, together, strict=True):
+        assert result.shape == matrix.shape
+        alone = orthogonalize(matrix, 5, "moonlight", torch.float32)
+        torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_needs_a_rule():
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.new\.weight"):
+        route(["embedding.word_embeddings.weight", "decoder.layers.0.new.weight"])
+
+
+def test_the_first_rule_that_matches_wins():
+    rules = (Rule(pattern="a.*", algorithm="adamw"), Rule(pattern="*", algorithm="muon"))
+    assert route(["a.b", "b"], rules)["a.b"].algorithm == "adamw"
+    assert route(["a.b", "b"], rules)["b"].algorithm == "muon"
+    assert route(["decoder.layers.3.mlp.linear_fc1.weight"], RULES).popitem()[1].num_matrices == 2
+
+
+def two_updates(run):
+    """Weights before, and after each of two steps with the gradients that led to them."""
+    from moonlight.optim.replicated import ReplicatedOptimizer
+    from moonlight.train.step import forward_backward
+
+    models = build(run)
+    optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
+    history = [(collect(models), None, None)]
+    for step in (1, 2):
+        forward_backward(models, run, local_batches(run, step))
+        norm = optimizer.gradient_norm()
+        gradients = collect(models, "main_grad")
+        optimizer.step(1e-2, step, norm)
+        history.append((collect(models), gradients, norm))
+    return history
+
+
+def hugging_face_matrices(key: str, tensor: np.ndarray) -> list[np.ndarray]:
+    """Views of the matrices in a checkpoint tensor, as Hugging Face counts them."""
+    if "linear_fc1" in key:
+        return list(np.split(tensor, 2))
+    return list(tensor) if tensor.ndim == 3 else [tensor]
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_two_steps_equal_the_slow_twin(pool, name):
+    from dataclasses import replace
+
+    run = recipe()
+    run = replace(run, optimizer=replace(run.optimizer, name=name, clip_grad_norm=0.5))
+    (history,) = pool.run(1, two_updates, run)
+    weights, *after = [(assemble([w]), assemble([g]) if g is not None else {}, norm) for w, g, norm in history]
+    weights = weights[0]
+    on_muon = {key for key in weights if name == "muon" and not key.endswith("layernorm.weight")}
+    on_muon -= {"embedding.word_embeddings.weight", "output_layer.weight"}
+    momentum = {key: np.zeros_like(value, dtype=np.float64) for key, value in weights.items()}
+    reference = {
+        key: torch.nn.Parameter(torch.from_numpy(value).double())
+        for key, value in weights.items()
+        if key not in on_muon and not key.endswith("expert_bias")
+    }
+    adamw = torch.optim.AdamW(reference.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    expected = {key: value.astype(np.float64) for key, value in weights.items()}
+    for updated, gradients, norm in after:
+        assert norm == pytest.approx(math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())))
+        assert norm > 0.5  # clipping is at work
+        scale = 0.5 / norm
+        for key in on_muon & gradients.keys():
+            gradient = gradients[key] * scale
+            momentum[key] = 0.95 * momentum[key] + gradient
+            nesterov = gradient + 0.95 * momentum[key]
+            for weight, direction in zip(
+                hugging_face_matrices(key, expected[key]), hugging_face_matrices(key, nesterov), strict=True
+            ):
+                update = 0.2 * math.sqrt(max(weight.shape)) * slow_newton_schulz(direction, 5, "moonlight")
+                weight -= 1e-2 * (update + 0.1 * weight)
+        for key, parameter in reference.items():
+            parameter.grad = torch.from_numpy(gradients[key] * scale).double()
+        adamw.step()
+        expected |= {key: parameter.detach().numpy() for key, parameter in reference.items()}
+        for key, value in updated.items():
+            error = np.linalg.norm(value - expected[key]) / max(np.linalg.norm(expected[key]), 1e-12)
+            assert error < 1e-5, (key, error)
