@@ -55,10 +55,10 @@ def export(
     checkpoint = open_checkpoint(source)
     tokenizer = tokenizer or Path(checkpoint.run.data.tokenizer)
     ids = Tokenizer.load(tokenizer)
-    if ids.num_ids > checkpoint.run.model.vocab_size:
+    if ids.sha256 != checkpoint.tokenizer_sha256:
         raise UserError(
-            f"tokenizer {tokenizer} has {ids.num_ids} ids, the model {checkpoint.run.model.vocab_size} rows: "
-            "give the tokenizer that the model was trained with"
+            f"tokenizer {tokenizer} has checksum {ids.sha256[:12]}, the model was trained with "
+            f"{checkpoint.tokenizer_sha256[:12]}: give that tokenizer with --tokenizer"
         )
     made_from = {
         "state_sha256": sha256_of(checkpoint.folder / "state.json"),

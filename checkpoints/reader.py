@@ -23,6 +23,8 @@ class Checkpoint:
     folder: Path
     run: Run
     step: int
+    tokenizer_sha256: str
+    """Checksum of the tokenizer that made the tokens it was trained on."""
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, key: str) -> torch.Tensor:
@@ -54,4 +56,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for row in mapping.table(run.model):
         if shapes.get(row.key) != row.shape:
             raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")
-    return Checkpoint(folder=folder, run=run, step=content["state"]["step"], shapes=shapes)
+    return Checkpoint(
+        folder=folder,
+        run=run,
+        step=content["state"]["step"],
+        tokenizer_sha256=content["tokenizer_sha256"],
+        shapes=shapes,
+    )

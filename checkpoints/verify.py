@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from checkpoints.export import DTYPES
 from checkpoints.reader import Checkpoint, open_checkpoint
 from moonlight.config import Parallel
 from moonlight.errors import UserError
@@ -86,8 +87,7 @@ def verify(source: Path, folder: Path) -> Report:
     generator = torch.Generator().manual_seed(0)
     length = min(PROMPT_TOKENS, checkpoint.run.model.max_position_embeddings)
     prompts = torch.randint(0, checkpoint.run.model.vocab_size, (2, length), generator=generator)
-    dtype = _config(folder)["torch_dtype"]
-    ours, our_routes = _megatron(checkpoint, prompts, getattr(torch, dtype))
+    ours, our_routes = _megatron(checkpoint, prompts, _dtype(folder))
     theirs, their_routes = _transformers(folder, prompts)
     different = sum(int((a != b).any(-1).sum()) for a, b in zip(our_routes, their_routes, strict=True))
     return Report(
@@ -100,29 +100,43 @@ def verify(source: Path, folder: Path) -> Report:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, name: str, key: str) -> Any:
+    """The value of `key` in one of the folder's JSON files."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder} is no Hugging Face folder: it has no readable config.json") from None
+        return json.loads((folder / name).read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is no exported folder: it has no readable {name} with {key} in it") from None
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    name = _read(folder, "config.json", "torch_dtype")
+    if name not in DTYPES:
+        raise UserError(f"{folder / 'config.json'} says torch_dtype {name!r}: accepted are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 def compare_tensors(checkpoint: Checkpoint, folder: Path) -> tuple[int, list[str]]:
     """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once."""
-    dtype = getattr(torch, _config(folder)["torch_dtype"])
+    dtype = _dtype(folder)
     problems: list[str] = []
     owner: dict[str, Path] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} is no Hugging Face folder: it has no .safetensors file")
-    opened = {file: safe_open(file, framework="pt") for file in files}
+    opened = {file: _open(file) for file in files}
     for file, handle in opened.items():
         for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             if name in owner:
                 problems.append(f"{name} is in {owner[name].name} and again in {file.name}")
             owner[name] = file
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-    if index != {name: file.name for name, file in owner.items()}:
+    if _read(folder, "model.safetensors.index.json", "weight_map") != {name: file.name for name, file in owner.items()}:
         problems.append("model.safetensors.index.json does not name the files' tensors")
     seen = set()
     for part, value in checkpoint.hugging_face_tensors():

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -21,6 +21,9 @@ tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+"""What the command line raises for arguments it cannot use; Typer exports no name for it."""
 
 Inputs = Annotated[
     list[Path],
@@ -86,6 +89,7 @@ def pretrain(
         return
     run.num_microbatches(run.parallel.num_processes)
     run_folder.check_data(run)
+    run_folder.check_folder(run_folder.path(run), run)
     if run_folder.is_finished(run):
         print(f"{run_folder.path(run)}: this run has finished already")
         return
@@ -129,7 +133,7 @@ def verify(
 def generate(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
 ) -> None:
     """Continue a text with an exported model, by plain transformers."""
     from eval.generate import generate as complete
@@ -155,9 +159,18 @@ def quickstart(
 def main() -> None:
     """Entry point of the `moonlight` command."""
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    code = None
     with report_errors(debug=debug):
-        app(prog_name="moonlight")
+        try:
+            code = app(arguments, prog_name="moonlight", standalone_mode=False)
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+                raise SystemExit(2) from None
+            place = error.ctx.command_path if error.ctx else "moonlight"
+            raise UserError(f"{error.format_message().rstrip('.')}; see {place} --help") from None
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from moonlight.errors import UserError
 
+MAX_STEPS = 99_999_999
+"""Checkpoint folders are named by steps of eight digits, so that their names sort."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -266,7 +269,7 @@ class Train:
     """CPU threads of each process; 0 shares the machine's cores among the local processes."""
     validate_every_steps: int = 100
     validation_sequences: int = 0
-    """Sequences of a validation during training; 0 takes all. The last validation always takes all."""
+    """Held-out sequences, the first ones, of every validation; 0 takes all. After the last step all are taken once."""
     save_every_steps: int = 100
     stop_at_step: int = 0
     """Save and stop after this step, without changing the schedule; 0 goes on to train_steps."""
@@ -281,6 +284,14 @@ class Train:
             micro_batch_size=self.micro_batch_size,
             validate_every_steps=self.validate_every_steps,
             save_every_steps=self.save_every_steps,
+        )
+        _require(
+            self.train_steps <= MAX_STEPS,
+            f"train.train_steps is {self.train_steps}: at most {MAX_STEPS} is accepted",
+        )
+        _require(
+            self.stop_at_step <= self.train_steps,
+            f"train.stop_at_step is {self.stop_at_step}: at most train.train_steps ({self.train_steps}) is accepted",
         )
         _one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
         for name in (

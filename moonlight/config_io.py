@@ -1,7 +1,9 @@
 """Recipes on disk: YAML with `base:` inheritance and dotted overrides, checked against `moonlight.config`."""
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from moonlight.config import Run
 from moonlight.errors import UserError
 
+_LARGEST_INT = 2**31 - 1
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Read a recipe file and apply `section.key=value` overrides.
@@ -27,11 +31,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise UserError(f"override {override!r}: write it as section.key=value, for example train.seed=7")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
     try:
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {path}: {_first_line(error)}") from None
     return from_dict(plain)
 
 
@@ -52,9 +59,9 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
         raise UserError(f"{path}: its base: leads back to itself")
     try:
         tree = OmegaConf.load(path)
-    except OSError as error:
+    except OSError as error:  # also when the file holds one value instead of a mapping
         raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML recipe") from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
     if not isinstance(tree, DictConfig):
         raise UserError(f"recipe {path}: the top level must be a mapping with keys such as model, data and train")
@@ -72,9 +79,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"accepted are {', '.join(fields)}"
-            raise UserError(f"unknown recipe key {prefix}{key}: {hint}")
+            raise UserError(f"unknown recipe key {prefix}{key}: {_hint(str(key), prefix, fields)}")
     values = {}
     for name, field in fields.items():
         if name in tree:
@@ -82,6 +87,15 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"recipe key {prefix}{name} is missing: it has no default")
     return cls(**values)
+
+
+def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
+    """What may have been meant by an unknown key: the same key of another section, or the nearest of this one."""
+    for section, cls in typing.get_type_hints(Run).items():
+        if dataclasses.is_dataclass(cls) and key in {field.name for field in dataclasses.fields(cls)}:
+            return f"did you mean {section}.{key}?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"accepted are {', '.join(known)}"
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -92,13 +106,15 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in accepted:
         return None
+    if type(value) is int and abs(value) > _LARGEST_INT:
+        raise UserError(f"{name} is {value}: at most {_LARGEST_INT} is accepted")
+    if float in accepted and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: a finite number is expected")
     if type(value) in accepted:
         return value
-    if float in accepted and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
     wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
     raise UserError(f"{name} is {value!r}: expected {wanted}")
 

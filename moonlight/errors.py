@@ -2,21 +2,31 @@
 
 import contextlib
 import errno
+import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 ERROR_FILE = "MOONLIGHT_ERROR_FILE"
-"""Set for a process that another one launched: its message goes there, for the launcher to print once."""
+"""Set for a process that another one launched: its report goes there, for the launcher to print once."""
+DEBUG = "MOONLIGHT_DEBUG"
+"""Set by --debug, for this process and all that it starts."""
 
 _OF_THE_MACHINE = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
+    errno.EFBIG: "the disk, or the limit that `ulimit -f` shows, does not allow a file of this size",
+    errno.EIO: "the disk reports a failure: check it, or choose a folder on another disk",
     errno.EACCES: "it may not be read or written by this user",
     errno.EPERM: "it may not be read or written by this user",
     errno.EROFS: "choose a folder that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
+    errno.EISDIR: "a folder stands where a file is needed: choose another path",
+    errno.ELOOP: "its links lead in a circle: choose another path",
 }
 
 
@@ -39,21 +49,47 @@ def message_of(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system that name no file, as those of a full disk do, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        # Libraries written in Rust, such as safetensors, have exceptions of their own.
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def report_errors(*, debug: bool) -> Iterator[None]:
     """End the process with code 2 and one line for errors that are the user's to mend.
 
-    With `debug`, their traceback is printed too. Others pass through, with their traceback.
+    With `debug`, their traceback is printed too. Others pass through, with their traceback. A launched process
+    prints neither: its launcher knows which of several reports is the cause.
     """
+    if debug:
+        os.environ[DEBUG] = "1"
     try:
         yield
-    except (UserError, OSError) as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         message = message_of(error)
+        if ERROR_FILE in os.environ:
+            report = {"message": message, "traceback": traceback.format_exc()}
+            path = Path(os.environ[ERROR_FILE])
+            part = path.with_name(f".{path.name}.part")
+            part.write_text(json.dumps(report), encoding="utf-8")
+            part.replace(path)
+            raise SystemExit(2 if message else 1) from None
         if message is None:
             raise
-        if debug:
+        if DEBUG in os.environ:
             traceback.print_exc()
-        if ERROR_FILE in os.environ:
-            Path(os.environ[ERROR_FILE]).write_text(message, encoding="utf-8")
-        else:
-            print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moonlight.errors import UserError
+from moonlight.errors import UserError, naming
 
 
 def sha256_of(path: Path) -> str:
@@ -32,10 +32,11 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, replacing it in one step."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        fsync(part)
-        part.replace(path)
-        fsync(path.parent)
+        with naming(path):
+            part.write_text(text, encoding="utf-8")
+            fsync(part)
+            part.replace(path)
+            fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -43,6 +44,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make `path` and its parents; raise UserError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"folder {path.parent} cannot be written ({error.strerror}): choose a folder that can be made"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -53,17 +64,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary name is removed first. `path` must not exist: callers decide what an existing folder means.
     """
     assert not path.exists(), path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    make_folder(part)
     try:
-        yield part
-        for entry in sorted(part.rglob("*")):
-            fsync(entry)
-        fsync(part)
-        part.rename(path)
-        fsync(path.parent)
+        with naming(path):
+            yield part
+            for entry in sorted(part.rglob("*")):
+                fsync(entry)
+            fsync(part)
+            part.rename(path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -74,7 +85,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     The kernel drops the lock when its holder ends, however it ends, so nothing stale is ever left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """Processes and process groups: joining the world, Megatron's groups for a layout, and leaving cleanly."""
 
+import gc
 import os
 import sys
 from datetime import timedelta
@@ -9,6 +10,7 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from moonlight.config import Parallel
 
@@ -84,7 +86,13 @@ def build_groups(parallel: Parallel, seed: int) -> None:
 
 
 def leave_world() -> None:
-    """Drop every group of this process."""
+    """Drop every group of this process, and the threads that serve them.
+
+    A group lives as long as anything names it: Megatron caches rotary tables per module, modules name groups, and
+    models are cycles that only the garbage collector frees.
+    """
+    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()

@@ -5,13 +5,18 @@ Without torchrun, `moonlight pretrain` starts as many of these as the recipe's `
 
 import argparse
 import sys
+from typing import NoReturn
 
 from moonlight.config import Run
-from moonlight.errors import report_errors
+from moonlight.errors import UserError, report_errors
 
 
 def work(run: Run) -> None:
     """Join the world, train, and leave it."""
+    from moonlight.train import run_folder
+
+    run_folder.check_folder(run_folder.path(run), run)
+
     from moonlight import parallel
     from moonlight.train.loop import train
 
@@ -22,13 +27,18 @@ def work(run: Run) -> None:
         parallel.leave_world()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
+    parser = _Parser(prog="python -m pretrain", description=__doc__)
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
-    arguments = parser.parse_args()
-    with report_errors(debug=arguments.debug):
+    with report_errors(debug="--debug" in sys.argv):
+        arguments = parser.parse_args()
         from moonlight.config_io import load_recipe
 
         work(load_recipe(arguments.recipe, arguments.overrides))

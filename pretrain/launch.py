@@ -1,6 +1,7 @@
 """Local processes for a run on one machine, so that a laptop needs no launcher."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moonlight.errors import ERROR_FILE, UserError
+from moonlight.errors import DEBUG, ERROR_FILE, UserError
 
+SECONDS_TO_REPORT = 3.0
+"""After one process failed, the others may still be writing down the error that made it fail."""
 SECONDS_TO_END = 10.0
 _PR_SET_PDEATHSIG = 1
 
@@ -51,13 +54,24 @@ def launch(num_processes: int, arguments: Sequence[str], threads_per_process: in
             raise
         if failed is None:
             return
+        deadline = time.monotonic() + SECONDS_TO_REPORT
+        while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+            time.sleep(0.1)
         _end(workers)
-        messages = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("error-*"))]
-        if messages:
-            raise UserError(messages[0])
-        code = workers[failed].returncode
-        print(f"process {failed} of {num_processes} ended with code {code}", file=sys.stderr)
-        raise SystemExit(code if code > 0 else 1)
+        files = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    # When a user's error ends one process, the others fail in their next exchange with it.
+    causes = [report for report in reports if report["message"] is not None] or reports
+    if causes:
+        message = causes[0]["message"]
+        if message is None or DEBUG in os.environ:
+            print(causes[0]["traceback"], end="", file=sys.stderr)
+        if message is not None:
+            raise UserError(message)
+    code = workers[failed].returncode
+    reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    print(f"process {failed} of {num_processes} ended with {reason}", file=sys.stderr)
+    raise SystemExit(code if code > 0 else 1)
 
 
 def _end_with_parent() -> None:

@@ -1,10 +1,14 @@
 """Fixtures shared by the tests."""
 
 import shutil
+import subprocess
+import sys
 import sysconfig
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from bad_input import check_line
 from pool import Pool
 
 
@@ -48,3 +52,81 @@ def tokenizer_folder(small_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "small"
     train_tokenizer([small_corpus], 1024, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(small_corpus, tokenizer_folder, tmp_path_factory):
+    """`small_corpus` prepared, its tab-indented file held out."""
+    from moonlight.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare([small_corpus], tokenizer_folder, folder, validation_share=0.1)
+    return folder
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished run of four steps by one process; not to be changed: copy `folder` instead."""
+
+    recipe: Path
+    folder: Path
+    """Run folder with checkpoints after steps 2 and 4."""
+    data: Path
+    tokenizer: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(small_corpus, tokenizer_folder, tmp_path_factory):
+    """A run that `moonlight pretrain` finished in a process of its own."""
+    from layouts import recipe
+
+    from moonlight.config_io import to_yaml
+    from moonlight.data.prepare import prepare
+
+    place = tmp_path_factory.mktemp("tiny")
+    prepare([small_corpus], tokenizer_folder, place / "data", validation_share=0.1)
+    run = recipe(train_steps=4, save_every_steps=2, validate_every_steps=4, threads_per_process=1)
+    run = replace(
+        run,
+        name="tiny",
+        runs_folder=str(place / "runs"),
+        model=replace(run.model, vocab_size=1024),
+        data=replace(run.data, path=str(place / "data"), tokenizer=str(tokenizer_folder)),
+    )
+    path = place / "tiny.yaml"
+    path.write_text(to_yaml(run))
+    command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(path)]
+    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent.parent)
+    return TinyRun(path, place / "runs" / "tiny", place / "data", tokenizer_folder)
+
+
+@pytest.fixture
+def refuses(tmp_path, monkeypatch, capfd):
+    """Calls the command in this process, and checks the line and that nothing came or went in `tmp_path`."""
+
+    from moonlight.cli import main
+
+    def call(arguments, *words):
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["moonlight", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        check_line(ended.value.code, capfd.readouterr().err, words)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return call
+
+
+@pytest.fixture
+def as_worker(monkeypatch):
+    """Makes `moonlight pretrain` train in this process, as under torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.fixture
+def runs(tiny_run, tmp_path):
+    """A copy of the tiny run that may be damaged; its folder is runs/tiny."""
+    shutil.copytree(tiny_run.folder, tmp_path / "runs" / "tiny")
+    return tmp_path / "runs"

@@ -182,7 +182,7 @@ def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[flo
         train_step(wrapped, optimizer, run, local_batches(run, step), step).loss for step in range(first, first + steps)
     ]
     if not load_first:
-        checkpoint.save(folder, run, optimizer, TrainState(step=steps))
+        checkpoint.save(folder, run, optimizer, TrainState(step=steps), tokenizer_sha256="")
     return losses
 
 
@@ -191,3 +191,18 @@ def train_run(run: Recipe) -> None:
     from moonlight.train.loop import train
 
     train(run)
+
+
+def make_run(runs: Path, data_folder: Path, tokenizer_folder: Path, layout: str = "1", **train: Any) -> Recipe:
+    """A recipe of eight steps on real data, checkpoints every third."""
+    world_size, parallel = LAYOUTS[layout]
+    train = {"train_steps": 8, "save_every_steps": 3, "validate_every_steps": 4, "validation_sequences": 16} | train
+    run = recipe(replace(parallel, num_processes=world_size), **train)
+    return replace(
+        run,
+        name=layout,
+        runs_folder=str(runs),
+        model=replace(run.model, vocab_size=1024),
+        data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
+        optimizer=replace(run.optimizer, newton_schulz_dtype="bfloat16"),
+    )

@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from moonlight.data.documents import fingerprint, iter_files, read_records
-from moonlight.data.prepare import check_tokenizer, load_manifest, prepare
+from moonlight.data.manifest import check_tokenizer, load_manifest
+from moonlight.data.prepare import prepare
 from moonlight.data.tokenizer import Tokenizer, train_tokenizer
 from moonlight.errors import UserError
 
@@ -200,7 +201,7 @@ def test_errors_name_what_is_wrong(jsonl, tokenizer_folder, tmp_path):
     one.write_text("one document")
     for inputs, options, message in (
         ([tmp_path / "nowhere"], {}, "nowhere does not exist"),
-        ([empty], {}, "no documents"),
+        ([empty], {}, "has no files of text"),
         ([], {}, "no documents"),
         (
             [one],

@@ -11,37 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import LAYOUTS, recipe, train_run
+from layouts import LAYOUTS, make_run, train_run
 
 from checkpoints.reader import open_checkpoint
 from moonlight.config_io import to_yaml
 from moonlight.train.metrics import UNREPEATABLE, read_metrics
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def data_folder(small_corpus, tokenizer_folder, tmp_path_factory):
-    from moonlight.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("data") / "small"
-    prepare([small_corpus], tokenizer_folder, folder, validation_share=0.1)
-    return folder
-
-
-def make_run(runs, data_folder, tokenizer_folder, layout="1", **train):
-    """A recipe of eight steps on real data, checkpoints every third."""
-    world_size, parallel = LAYOUTS[layout]
-    train = {"train_steps": 8, "save_every_steps": 3, "validate_every_steps": 4, "validation_sequences": 16} | train
-    run = recipe(replace(parallel, num_processes=world_size), **train)
-    return replace(
-        run,
-        name=layout,
-        runs_folder=str(runs),
-        model=replace(run.model, vocab_size=1024),
-        data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
-        optimizer=replace(run.optimizer, newton_schulz_dtype="bfloat16"),
-    )
 
 
 def outcome(run):

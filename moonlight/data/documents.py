@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from moonlight.errors import UserError
 from moonlight.files import sha256_of
 
-SKIPPED_NAMES = frozenset({"site-packages", "__pycache__", "node_modules", "test", "tests"})
+SKIPPED_NAMES = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules", "test", "tests"})
 """Folders that a walk does not enter: other people's packages, build products and test data."""
 
 _RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -46,12 +46,17 @@ def iter_files(inputs: Sequence[Path], skipped_names: Collection[str] = SKIPPED_
     are left out; the number of binary files left out is said on stderr.
 
     Raises:
-        UserError: an input does not exist or cannot be read.
+        UserError: an input does not exist, cannot be read, or is a folder without files to take.
     """
     files: dict[Path, None] = {}
     for path in inputs:
         if path.is_dir():
-            files.update(dict.fromkeys(_walk(path, skipped_names)))
+            found = dict.fromkeys(_walk(path, skipped_names))
+            if not found:
+                raise UserError(
+                    f"input {path} has no files of text: give a folder with text, .jsonl, .jsonl.gz or .parquet files"
+                )
+            files.update(found)
         elif path.exists():
             _check_readable(path)
             files[path] = None
@@ -101,7 +106,7 @@ def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
 
 
 def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
-    binary = 0
+    binary = taken = 0
     for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped_names)
         for name in sorted(names):
@@ -111,8 +116,9 @@ def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
             if b"\0" in _check_readable(path) and not name.endswith(_RECORD_SUFFIXES):
                 binary += 1
                 continue
+            taken += 1
             yield path
-    if binary:
+    if binary and taken:
         print(f"{folder}: left out {binary} binary files", file=sys.stderr)
 
 

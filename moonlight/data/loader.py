@@ -19,7 +19,12 @@ class _Stream:
     """The documents of one split, joined in a given order, read by position."""
 
     def __init__(self, prefix: Path) -> None:
-        self.dataset = IndexedDataset(str(prefix))
+        try:
+            self.dataset = IndexedDataset(str(prefix))
+        except (AssertionError, ValueError, KeyError):
+            raise UserError(
+                f"data {prefix}.idx is damaged: make the folder with `moonlight data prepare` again"
+            ) from None
         self.lengths = np.asarray(self.dataset.sequence_lengths, dtype=np.int64)
         self.num_tokens = int(self.lengths.sum())
 

@@ -26,11 +26,11 @@ from typing import Any, TextIO
 import numpy
 
 from moonlight.data.documents import Record, fingerprint, iter_files, read_records
+from moonlight.data.manifest import VERSION, load_manifest
 from moonlight.data.tokenizer import Tokenizer, check_same
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, whole_folder, write_json
 
-_VERSION = 1
 _BATCH_BYTES = 1 << 19
 _COMPRESSED_BYTES = 64 << 20
 """Held-out text that gzip and xz are measured on, at most: xz -9 looks back no further and reads 2-3 MB/s."""
@@ -81,7 +81,7 @@ def prepare(
         files_of.append([file for file in iter_files([path]) if file not in taken])
     all_files = [file for files in files_of for file in files]
     wanted = {
-        "version": _VERSION,
+        "version": VERSION,
         "settings": {
             "text_field": text_field,
             "validation_share": validation_share,
@@ -131,34 +131,6 @@ def prepare(
         }
         write_json(part / "manifest.json", manifest)
     return manifest
-
-
-def load_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of a data folder; raise UserError if the folder or a file that belongs there is missing."""
-    path = folder / "manifest.json"
-    hint = "make the folder with `moonlight data prepare`"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"data {path}: {error.strerror or error}; {hint}") from None
-    except ValueError:
-        raise UserError(f"data {path} is not JSON; {hint}") from None
-    if not isinstance(manifest, dict) or manifest.get("version") != _VERSION or "splits" not in manifest:
-        raise UserError(f"data {path} is not a data manifest of version {_VERSION}; {hint}")
-    for name in (f"{split}.{suffix}" for split in manifest["splits"] for suffix in ("bin", "idx")):
-        if not (folder / name).is_file():
-            raise UserError(f"data {folder} has no {name}, which its manifest names; {hint} again")
-    return manifest
-
-
-def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the data that `manifest` describes was made with `tokenizer`."""
-    made_with = manifest["tokenizer"]["sha256"]
-    if made_with != tokenizer.sha256:
-        raise UserError(
-            f"the data was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
-            f"{tokenizer.sha256[:12]}: give the same tokenizer, or prepare the data again"
-        )
 
 
 @dataclass

@@ -91,6 +91,8 @@ def train_tokenizer(
         UserError: inputs missing or without text, vocab_size too large or too small for them, or `out` exists
             with something else in it.
     """
+    if not 0 < vocab_size < 2**31:
+        raise UserError(f"vocab_size is {vocab_size}: it must be from 1 to {2**31 - 1}, for example 32000")
     files = iter_files(inputs)
     settings = {"vocab_size": vocab_size, "text_field": text_field, "max_training_bytes": max_training_bytes}
     wanted = {"version": _VERSION, "settings": settings, "inputs_sha256": fingerprint(files)}
@@ -101,7 +103,11 @@ def train_tokenizer(
     size = sum(file.stat().st_size for file in files)
     words, bad = _count_words(files, text_field, min(1.0, max_training_bytes / max(size, 1)))
     if not words:
-        raise UserError(f"inputs {', '.join(map(str, inputs)) or '(none)'}: no text to train a tokenizer on")
+        names = ", ".join(map(str, inputs)) or "(none)"
+        raise UserError(
+            f"inputs {names}: no text to train a tokenizer on ({bad} records cannot be used); give UTF-8 text, or "
+            f"JSONL or Parquet with the field {text_field!r}"
+        )
     model = _train_model(words, vocab_size, threads)
     with whole_folder(out) as part:
         (part / "tokenizer.model").write_bytes(model)

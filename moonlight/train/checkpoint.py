@@ -4,9 +4,11 @@ Weights are float32 masters under the names of `moonlight.mapping`, momenta unde
 depends on the layout that wrote it. See `checkpoint_files` for the files.
 """
 
+import contextlib
 import dataclasses
 import queue
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
 
 from moonlight.config import Run
+from moonlight.errors import UserError, naming
 from moonlight.files import fsync, sha256_of, write_json, write_text
 from moonlight.optim.replicated import ReplicatedOptimizer
 from moonlight.train.checkpoint_files import (
@@ -61,34 +65,65 @@ torch_strategy.FileSystemWriterAsync = _InProcessWriter
 filesystem_async._results_queue = queue.SimpleQueue()
 
 
-def save(checkpoints: Path, run: Run, optimizer: ReplicatedOptimizer, state: TrainState) -> Path:
-    """Write a checkpoint by all ranks; `latest` moves only once it is on the disk. Old ones are removed after that."""
+def save(checkpoints: Path, run: Run, optimizer: ReplicatedOptimizer, state: TrainState, tokenizer_sha256: str) -> Path:
+    """Write a checkpoint by all ranks; `latest` moves only once it is on the disk. Old ones are removed after that.
+
+    Args:
+        tokenizer_sha256: checksum of the tokenizer that made the run's tokens, for whoever exports the model.
+    """
     final = step_folder(checkpoints, state.step)
     part = checkpoints / f".{final.name}.part"
     if dist.get_rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(optimizer.master_state() | optimizer.momentum_state(), str(part))
-    if dist.get_rank() == 0:
-        files = sorted(path for path in part.iterdir())
-        content = {
-            "state": dataclasses.asdict(state),
-            "recipe": dataclasses.asdict(run),
-            "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files},
-        }
-        write_json(part / STATE_FILE, content)
-        for file in files:
-            fsync(file)
-        fsync(part)
-        if final.exists():  # complete, but `latest` never came to name it
-            shutil.rmtree(final)
-        part.rename(final)
-        fsync(checkpoints)
-        write_text(checkpoints / LATEST_FILE, final.name + "\n")
-        _remove_old(checkpoints, run.train.keep_checkpoints)
+    with _nothing_half_written(part, final):
+        dist_checkpointing.save(optimizer.master_state() | optimizer.momentum_state(), str(part))
+        if dist.get_rank() == 0:
+            content = {
+                "state": dataclasses.asdict(state),
+                "recipe": dataclasses.asdict(run),
+                "tokenizer_sha256": tokenizer_sha256,
+            }
+            _publish(part, final, content)
+            _remove_old(checkpoints, run.train.keep_checkpoints)
     dist.barrier()
     return final
+
+
+@contextlib.contextmanager
+def _nothing_half_written(part: Path, final: Path) -> Iterator[None]:
+    """Remove `part` when writing fails, and say so in one line if the disk would not take it."""
+    try:
+        with naming(final):
+            yield
+    except BaseException as error:
+        free = shutil.disk_usage(part.parent).free
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        # Only the first rank knows which rank failed, and why; the others raise without a reason.
+        if isinstance(error, CheckpointException) and error.failures:
+            reason, _ = next(iter(error.failures.values()))
+            raise UserError(
+                f"checkpoint {final} could not be written ({reason}): {free} bytes are free on its disk; free some "
+                "space, or raise the limit that `ulimit -f` shows, and start again"
+            ) from error
+        raise
+
+
+def _publish(part: Path, final: Path, content: dict[str, Any]) -> None:
+    """Complete the checkpoint in `part` with its `state.json`, give it its name, and let `latest` point to it."""
+    files = sorted(part.iterdir())
+    content["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    write_json(part / STATE_FILE, content)
+    for file in files:
+        fsync(file)
+    fsync(part)
+    if final.exists():  # complete, but `latest` never came to name it
+        shutil.rmtree(final)
+    part.rename(final)
+    fsync(final.parent)
+    write_text(final.parent / LATEST_FILE, final.name + "\n")
 
 
 def _remove_old(checkpoints: Path, keep: int) -> None:

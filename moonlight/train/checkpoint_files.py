@@ -8,11 +8,13 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moonlight.config import Run
+from moonlight.config_io import from_dict
 from moonlight.errors import UserError
 from moonlight.files import sha256_of
 
@@ -37,13 +39,29 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None if there is none yet."""
+    """The newest complete checkpoint, or None if there is none yet.
+
+    Raises:
+        UserError: `latest` is there and names none.
+    """
     pointer = checkpoints / LATEST_FILE
-    return checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    if not pointer.exists():
+        return None
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        name = ""
+    if not re.fullmatch(r"step-\d{8}", name) or not (checkpoints / name / STATE_FILE).is_file():
+        there = ", ".join(sorted(file.parent.name for file in checkpoints.glob(f"step-*/{STATE_FILE}"))) or "none"
+        raise UserError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it; there are {there}")
+    return checkpoints / name
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
     """`state.json` of a checkpoint, after checking that every file is whole.
+
+    Args:
+        check_files: False looks at nothing but `state.json` itself.
 
     Raises:
         UserError: missing, incomplete, truncated or altered files.
@@ -51,12 +69,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        files = content["files"]
+        state = TrainState(**content["state"])
+        sound = all(type(value) is int and value >= 0 for value in dataclasses.astuple(state))
+        sound = sound and all({"bytes", "sha256"} <= known.keys() for known in content["files"].values())
+        recipe = content["recipe"]
     except OSError:
         raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint file {path} is damaged: it does not hold what was written") from None
-    for name, known in files.items():
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound or ".metadata" not in content["files"]:
+        raise UserError(f"checkpoint file {path} is damaged: it does not hold what was written")
+    try:
+        from_dict(recipe)
+    except UserError as error:
+        raise UserError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
+    for name, known in content["files"].items() if check_files else ():
         file = folder / name
         if not file.is_file():
             raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")

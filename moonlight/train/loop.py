@@ -75,13 +75,9 @@ def train(run: Run) -> None:
 
             entry = describe(state, run, result, seconds)
             if step % run.train.validate_every_steps == 0 or step == total_steps:
-                sequences = 0 if step == total_steps else run.train.validation_sequences
-                entry["loss/validation"] = validate(wrapped, run, held_out, sequences)
-                if sequences == 0:
-                    split = manifest["splits"]["validation"]
-                    entry["bits_per_byte/validation"] = bits_per_byte(
-                        entry["loss/validation"], split["tokens"], split["bytes"]
-                    )
+                entry["loss/validation"] = validate(wrapped, run, held_out, run.train.validation_sequences)
+            if step == total_steps:
+                entry |= judge(validate(wrapped, run, held_out), manifest)
             if first_rank:
                 metrics.write(entry)
                 line.update(entry, (time.monotonic() - started) / (step - first_step) * (last_step - step))
@@ -92,7 +88,7 @@ def train(run: Run) -> None:
             if step % run.train.save_every_steps == 0 or step == last_step:
                 if first_rank:
                     metrics.sync()
-                checkpoint.save(folder / "checkpoints", run, optimizer, state)
+                checkpoint.save(folder / "checkpoints", run, optimizer, state, manifest["tokenizer"]["sha256"])
 
         if first_rank:
             line.close()
@@ -131,3 +127,10 @@ def describe(state: TrainState, run: Run, result: StepResult, seconds: float) ->
     if torch.cuda.is_available():
         entry["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
     return entry
+
+
+def judge(loss: float, manifest: dict[str, Any]) -> dict[str, float]:
+    """The loss over all held-out documents, every byte of them predicted, and the bits per byte it means."""
+    split = manifest["splits"]["validation"]
+    bits = bits_per_byte(loss, split["tokens"], split["bytes"])
+    return {"loss/held_out": loss, "bits_per_byte/held_out": bits}

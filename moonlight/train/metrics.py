@@ -11,11 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moonlight.errors import UserError, naming
+from moonlight.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 UNREPEATABLE = ("speed/", "time/", "memory/")
 """Prefixes of keys that differ between two runs of the same recipe; all others repeat bit for bit."""
 
 SECONDS_BETWEEN_LINES = 10.0
+SMOOTHING = 0.1
+"""Weight of the newest step in the speed that the terminal shows."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -27,9 +32,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise UserError(f"{path} is damaged: line {number} is not JSON; remove that line") from None
 
 
 class Metrics:
@@ -40,16 +48,16 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
-        part = folder / f".{METRICS_FILE}.part"
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        part.replace(folder / METRICS_FILE)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._path = folder / METRICS_FILE
+        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one step's object."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
         for key, value in entry.items():
             if key != "step":
                 self._board.add_scalar(key, value, entry["step"])
@@ -70,6 +78,7 @@ class LiveLine:
         self._console = Console(stderr=True)
         self._total = total_steps
         self._said = 0.0
+        self._speed = 0.0
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -86,7 +95,9 @@ class LiveLine:
 
     def update(self, entry: dict[str, Any], seconds_left: float) -> None:
         """Show a step's metrics."""
-        text = f"loss {entry['loss/train']:.4f}  {entry['speed/tokens_per_second']:,.0f} tokens/s"
+        speed = entry["speed/tokens_per_second"]
+        self._speed += (speed - self._speed) * (SMOOTHING if self._speed else 1.0)
+        text = f"loss {entry['loss/train']:.4f}  {self._speed:,.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=entry["step"], description=text)
         elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES or entry["step"] == self._total:
@@ -139,7 +150,11 @@ def draw_loss_curve(folder: Path, title: str) -> Path:
     figure.tight_layout()
     path = folder / "loss.png"
     part = folder / ".loss.part.png"
-    figure.savefig(part)
-    pyplot.close(figure)
-    part.replace(path)
+    try:
+        with naming(path):
+            figure.savefig(part)
+            part.replace(path)
+    finally:
+        pyplot.close(figure)
+        part.unlink(missing_ok=True)
     return path

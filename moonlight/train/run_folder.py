@@ -1,7 +1,6 @@
 """The folder of a run: what it may be used for, the checks before a run starts, the summary after it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ from rich.console import Console
 
 from moonlight.config import Run
 from moonlight.config_io import load_recipe, to_yaml
-from moonlight.data.prepare import check_tokenizer, load_manifest
+from moonlight.data.manifest import check_tokenizer, load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
+from moonlight.train.checkpoint_files import latest, read_state
 from moonlight.train.metrics import draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
@@ -62,15 +62,21 @@ def check_data(run: Run) -> dict[str, Any]:
     return manifest
 
 
-def claim(folder: Path, run: Run) -> None:
-    """Write the resolved recipe into the folder, or check that it continues the run that is there.
+def check_folder(folder: Path, run: Run) -> None:
+    """Check that `folder` is new, or holds the run that `run` would continue; nothing is written.
 
     Raises:
         UserError: the folder holds a run of other settings, or something that is no run.
     """
     config = folder / CONFIG_FILE
     if config.exists():
-        before, now = _flat(dataclasses.asdict(load_recipe(config))), _flat(dataclasses.asdict(run))
+        try:
+            there = load_recipe(config)
+        except UserError as error:
+            raise UserError(
+                f"{folder} cannot be continued, its {CONFIG_FILE} is damaged: {error}; choose another name"
+            ) from None
+        before, now = _flat(dataclasses.asdict(there)), _flat(dataclasses.asdict(run))
         changed = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in now
@@ -80,9 +86,23 @@ def claim(folder: Path, run: Run) -> None:
             raise UserError(
                 f"{folder} holds a run with other settings: {'; '.join(changed)}; choose another name, or remove it"
             )
-    elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder} exists with something else in it: it has no {CONFIG_FILE}; choose another name")
-    write_text(config, to_yaml(run))
+    elif folder.is_dir():
+        # Tokenizer and data may have been made inside the folder before the run.
+        own = [Path(place).resolve() for place in (run.data.path, run.data.tokenizer)]
+        for entry in sorted(folder.iterdir()):
+            if not entry.name.startswith(".") and not any(place.is_relative_to(entry.resolve()) for place in own):
+                raise UserError(
+                    f"{folder} exists with something else in it ({entry.name}) and no {CONFIG_FILE}: "
+                    "choose another name, or remove it"
+                )
+    elif folder.exists():
+        raise UserError(f"{folder} is a file: choose another name for the run, or remove it")
+
+
+def claim(folder: Path, run: Run) -> None:
+    """Write the resolved recipe into the folder, after `check_folder`."""
+    check_folder(folder, run)
+    write_text(folder / CONFIG_FILE, to_yaml(run))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,12 +117,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_finished(run: Run) -> bool:
     """Whether the run's newest checkpoint is its last; cheap, and imports no torch."""
-    folder = path(run)
-    pointer = folder / "checkpoints" / "latest"
-    if not pointer.exists():
-        return False
-    state = json.loads((pointer.parent / pointer.read_text().strip() / "state.json").read_text())
-    return state["state"]["step"] >= run.train.train_steps
+    newest = latest(path(run) / "checkpoints")
+    return newest is not None and read_state(newest, check_files=False)["state"]["step"] >= run.train.train_steps
 
 
 def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
@@ -117,10 +133,11 @@ def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
     validated = [entry for entry in entries if "loss/validation" in entry]
     if validated:
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token"
-    if validated and "bits_per_byte/validation" in validated[-1]:
+    if "bits_per_byte/held_out" in entries[-1]:
         split = manifest["splits"]["validation"]
-        rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every one predicted"
-        rows["bits per byte: model"] = f"{validated[-1]['bits_per_byte/validation']:.3f}"
+        rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every byte predicted"
+        rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per token"
+        rows["bits per byte: model"] = f"{entries[-1]['bits_per_byte/held_out']:.3f}"
         for name in ("gzip", "xz"):
             bits = 8 * split[f"{name}_bytes"] / split["compressed_text_bytes"]
             rows[f"bits per byte: {name} -9"] = f"{bits:.3f}"

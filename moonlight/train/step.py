@@ -23,6 +23,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moonlight.config import Run
 from moonlight.data.loader import Sample, stack
@@ -81,6 +82,18 @@ def routers(models: Sequence[Any]) -> list[Router]:
     """The routers of this rank, in the order of their layers."""
     found = [module for model in models for module in model.modules() if isinstance(module, Router)]
     return sorted(found, key=lambda router: router.layer_number)
+
+
+def _let_go_of_the_graph(models: Sequence[Any]) -> None:
+    """Drop the last autograd graph, which token dispatchers keep by their router's weights.
+
+    Its hooks name the model, so the two would keep each other, and every process group, alive out of the garbage
+    collector's sight.
+    """
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, MoELayer):
+                module.token_dispatcher.probs = module.token_dispatcher.routing_map = None
 
 
 def _forward(global_count: torch.Tensor, iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
@@ -186,6 +199,7 @@ def forward_backward(
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
+    _let_go_of_the_graph(models)
     loss = torch.stack(losses).sum() if losses else torch.zeros_like(global_count)
     dist.all_reduce(loss, group=data_group)
     # Earlier pipeline stages hold zero.

@@ -1,0 +1,66 @@
+"""The manifest of a data folder, checked against the files beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.errors import UserError
+
+VERSION = 1
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a data folder; raise UserError if it, or a file that belongs there, is missing or damaged."""
+    path = folder / "manifest.json"
+    hint = "make the folder with `moonlight data prepare`"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"data {path}: {error.strerror or error}; {hint}") from None
+    except ValueError:
+        raise UserError(f"data {path} is not JSON; {hint}") from None
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        raise UserError(f"data {path} is not a data manifest of version {VERSION}; {hint}")
+    try:
+        sizes = _check_fields(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"data {path} is damaged: it does not hold what was written; {hint} again") from None
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            raise UserError(f"data {folder} has no {name}, which its manifest names; {hint} again")
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise UserError(f"data {folder / name} is damaged: it has {found} bytes instead of {size}; {hint} again")
+    return manifest
+
+
+def _check_fields(manifest: dict[str, Any]) -> dict[str, int]:
+    """Sizes in bytes of the files that the manifest describes, after checking all that a training run needs of it."""
+    tokenizer, splits = manifest["tokenizer"], manifest["splits"]
+    counts = [tokenizer["num_ids"], tokenizer["eos_id"] + 1]
+    sizes = {}
+    for name, split in splits.items():
+        counts += [split["documents"], split["bytes"], split["tokens"]]
+        sizes[f"{name}.bin"] = split["tokens"] * numpy.dtype(split["dtype"]).itemsize
+        # Megatron's header, then length and place of each document, then the numbers of documents.
+        sizes[f"{name}.idx"] = 34 + 12 * split["documents"] + 8 * (split["documents"] + 1)
+    if "validation" in splits:
+        counts += [splits["validation"][f"{name}_bytes"] for name in ("compressed_text", "gzip", "xz")]
+    if "train" not in splits or not isinstance(tokenizer["sha256"], str):
+        raise ValueError
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError
+    return sizes
+
+
+def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the data that `manifest` describes was made with `tokenizer`."""
+    made_with = manifest["tokenizer"]["sha256"]
+    if made_with != tokenizer.sha256:
+        raise UserError(
+            f"the data was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
+            f"{tokenizer.sha256[:12]}: give the same tokenizer, or prepare the data again"
+        )

@@ -1,0 +1,281 @@
+"""Bad checkpoints, run folders, disks and processes: one line, exit code 2, nothing left behind."""
+
+import io
+import os
+import pickle
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from bad_input import NEWEST, check_line, command, cut, flip, in_state, run_command, sign
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from moonlight.cli import main
+from moonlight.errors import report_errors
+from moonlight.files import write_text
+
+# Checkpoints
+
+
+def index_of_nothing(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"weights": 1}))
+    sign(folder)
+
+
+def common_of_nothing(folder):
+    (folder / "common.pt").write_bytes(b"")
+    sign(folder)
+
+
+DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
+
+
+@pytest.mark.parametrize(
+    "edit, training, exporting",
+    [
+        (lambda folder: (folder / "__0_0.distcp").unlink(), "is incomplete: __0_0.distcp is missing", ...),
+        (cut("__0_0.distcp"), "it is truncated", ...),
+        (flip, "__0_0.distcp does not match its checksum: it is damaged", ...),
+        (lambda folder: (folder / "state.json").unlink(), f"latest names no checkpoint ('{NEWEST}')", ...),
+        (cut("state.json"), DAMAGED_STATE, ...),
+        (lambda folder: (folder / "state.json").write_bytes(b"\xff"), DAMAGED_STATE, ...),
+        (in_state(lambda content: [content]), DAMAGED_STATE, ...),
+        (in_state(lambda content: content.update(files=[1])), DAMAGED_STATE, ...),
+        (in_state(lambda content: content.update(files={})), DAMAGED_STATE, ...),
+        (in_state(lambda content: content.update(state={"step": "4"})), DAMAGED_STATE, ...),
+        (in_state(lambda content: content.update(state={"step": 4, "stage": 2})), DAMAGED_STATE, ...),
+        (
+            in_state(lambda content: content["recipe"].pop("model")),
+            "state.json cannot be used: recipe key model is missing",
+            ...,
+        ),
+        (
+            in_state(lambda content: content["recipe"]["model"].update(hidden_size=64)),
+            "is of another model: hidden_size 64 there, 32 here",
+            "has shape (1024, 32), expected (1024, 64)",
+        ),
+        (
+            in_state(lambda content: content["recipe"]["optimizer"].update(name="adamw")),
+            "holds the state of adamw, the recipe wants muon",
+            None,
+        ),
+        (index_of_nothing, ".metadata is refused: it is no index", ...),
+        (common_of_nothing, "common.pt is refused: it holds more than plain values", None),
+    ],
+)
+def test_damaged_checkpoint(refuses, as_worker, tiny_run, runs, tmp_path, edit, training, exporting):
+    """Going on and exporting refuse it: with the same words (...), others, or not at all (None)."""
+    edit(runs / "tiny" / "checkpoints" / NEWEST)
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], NEWEST, training)
+    if exporting is not None:
+        exporting = training if exporting is ... else exporting
+        refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], NEWEST, exporting)
+
+
+@pytest.mark.parametrize("content", ["step-00000099", "", "..", "/etc", b"\xff", "folder"])
+def test_latest_names_no_checkpoint(refuses, tiny_run, runs, tmp_path, content):
+    latest = runs / "tiny" / "checkpoints" / "latest"
+    latest.unlink()
+    if content == "folder":
+        latest.mkdir()
+    else:
+        latest.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = (f"{latest} names no checkpoint", "there are step-00000002, step-00000004")
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], *words)
+    refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], *words)
+
+
+class Evil:
+    """Pickled, this makes whoever unpickles it create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def evil_index(folder, mark):
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def evil_common(folder, mark):
+    torch.save({"epoch": Evil(mark)}, folder / "common.pt")
+
+
+def evil_bytes(folder, mark):
+    """An honest index, but for one tensor that it calls bytes: torch unpickles those."""
+    key = "embedding.word_embeddings.weight"
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    bytes_entry = BytesStorageMetadata()
+    bytes_entry.size = index.state_dict_metadata[key].size
+    bytes_entry.properties = index.state_dict_metadata[key].properties
+    stream = io.BytesIO()
+    torch.save(Evil(mark), stream)
+    (folder / "__0_9.distcp").write_bytes(stream.getvalue())
+    index.state_dict_metadata[key] = bytes_entry
+    index.storage_data[MetadataIndex(key)] = _StorageInfo("__0_9.distcp", 0, len(stream.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "forge, words, exports",
+    [
+        (evil_index, ".metadata is refused: posix.mkdir has no place in it", False),
+        (evil_common, "common.pt is refused: it holds more than plain values", True),
+        (evil_bytes, ".metadata is refused: embedding.word_embeddings.weight is no tensor", False),
+    ],
+)
+def test_malicious_checkpoint(refuses, as_worker, tiny_run, runs, tmp_path, monkeypatch, forge, words, exports):
+    folder, mark = runs / "tiny" / "checkpoints" / NEWEST, tmp_path / "mark"
+    forge(folder, mark)
+    sign(folder)
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], str(folder), words)
+    if exports:  # exporting reads no common.pt
+        monkeypatch.setattr(sys, "argv", ["moonlight", "export", str(runs / "tiny"), "--out", str(tmp_path / "hf")])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+    else:
+        refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], str(folder), words)
+    assert not mark.exists()
+
+
+# Folders
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "below a file"])
+def test_output_is_something_else(refuses, tiny_run, small_corpus, tmp_path, there):
+    out = tmp_path / "out"
+    if there == "folder":
+        out.mkdir()
+        (out / "diary.txt").write_text("my own")
+    else:
+        out.write_text("my own")
+    if there == "below a file":
+        out = out / "deeper"
+        words = (f"folder {tmp_path / 'out'} cannot be written",)
+    else:
+        words = (f"{out} exists with something else in it: choose another folder, or remove it",)
+    refuses(["tokenizer", "train", "--input", small_corpus, "--vocab-size", 1024, "--out", out], *words)
+    prepare = ["data", "prepare", "--input", small_corpus, "--tokenizer", tiny_run.tokenizer, "--out", out]
+    refuses([*prepare, "--workers", 1], *words)
+    refuses(["export", tiny_run.folder, "--out", out], *words)
+    assert (tmp_path / "out" / "diary.txt" if there == "folder" else tmp_path / "out").read_text() == "my own"
+
+
+def test_run_folder_is_something_else(refuses, tiny_run, tmp_path):
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("my own")
+    pretrain = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}"]
+    refuses([*pretrain, "name=diary"], f"{tmp_path / 'diary'} exists with something else in it (monday.txt)")
+    (tmp_path / "note").write_text("my own")
+    refuses([*pretrain, "name=note"], f"{tmp_path / 'note'} is a file: choose another name")
+
+
+def test_run_folder_of_other_settings(refuses, tiny_run, tmp_path):
+    words = f"{tiny_run.folder} holds a run with other settings: schedule.lr (0.002 there, 0.5 now); choose another"
+    refuses(["pretrain", tiny_run.recipe, "schedule.lr=0.5"], words)
+
+
+def test_run_folder_with_a_damaged_recipe(refuses, tiny_run, runs):
+    (runs / "tiny" / "config.yaml").write_text("name: tiny\n")
+    refuses(
+        ["pretrain", tiny_run.recipe, f"runs_folder={runs}"],
+        f"{runs / 'tiny'} cannot be continued, its config.yaml is damaged: recipe key model is missing",
+    )
+
+
+def test_damaged_metrics(refuses, as_worker, tiny_run, runs):
+    with (runs / "tiny" / "metrics.jsonl").open("a") as file:
+        file.write("no json\n")
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], "metrics.jsonl is damaged: line 5 is not JSON")
+
+
+# A full disk
+
+
+def test_full_disk_names_the_file(tmp_path, capfd):
+    path = tmp_path / "file"
+    (tmp_path / ".file.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as ended, report_errors(debug=False):
+        write_text(path, "text")
+    words = (f"{path}: No space left on device; free some space, or choose a folder on another disk",)
+    check_line(ended.value.code, capfd.readouterr().err, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "data", "export"])
+def test_full_disk(tiny_run, small_corpus, tmp_path, name):
+    out = tmp_path / "out"
+    arguments = {
+        "tokenizer": ["tokenizer", "train", "--input", small_corpus, "--vocab-size", 500],
+        "data": ["data", "prepare", "--input", small_corpus, "--tokenizer", tiny_run.tokenizer, "--workers", 2],
+        "export": ["export", tiny_run.folder],
+    }[name]
+    code, _, err = run_command(*arguments, "--out", out, largest_file=4096)
+    check_line(code, err, (f"{out}: File too large", "ulimit -f"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_during_a_checkpoint_of_two_processes(tiny_run, tmp_path):
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "parallel.num_processes=2"]
+    code, _, err = run_command(*arguments, largest_file=60_000)
+    lines = err.splitlines()
+    assert code == 2 and sum(line.startswith("error: ") for line in lines) == 1, err
+    assert f"checkpoint {tmp_path / 'tiny' / 'checkpoints' / 'step-00000002'} could not be written" in lines[-1]
+    assert "Traceback" not in err and "bytes are free" in lines[-1]
+    assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
+
+
+# Several processes
+
+
+def test_an_error_of_all_workers_is_said_once(tiny_run, runs):
+    flip(runs / "tiny" / "checkpoints" / NEWEST)
+    (runs / "tiny" / "checkpoints" / "latest").write_text(NEWEST)
+    in_state(lambda content: content["state"].update(step=3))(runs / "tiny" / "checkpoints" / NEWEST)
+    code, _, err = run_command("pretrain", tiny_run.recipe, f"runs_folder={runs}", "parallel.num_processes=2")
+    check_line(code, err, (f"{NEWEST}/__0_0.distcp does not match its checksum",))
+
+
+def test_a_defect_keeps_its_traceback_once(tiny_run, tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "tensorboard.py").write_text("raise RuntimeError('a broken package')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}"}
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path / 'runs'}", "parallel.num_processes=2"]
+    code, _, err = run_command(*arguments, env=environment)
+    assert code == 1
+    assert err.count("Traceback") == 1 and err.count("RuntimeError: a broken package") == 1, err
+    assert err.splitlines()[-1].startswith("process ") and err.endswith(" of 2 ended with code 1\n")
+
+
+def test_one_run_at_a_time_and_the_end_of_a_killed_worker(refuses, monkeypatch, tiny_run, tmp_path):
+    rarely = ("train.train_steps=100000", "train.save_every_steps=50000", "train.validate_every_steps=50000")
+    first = command("pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "parallel.num_processes=2", *rarely)
+    try:
+        deadline = time.monotonic() + 150
+        metrics = tmp_path / "tiny" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert first.poll() is None and time.monotonic() < deadline, first.communicate(timeout=5)
+            time.sleep(0.2)
+        workers = psutil.Process(first.pid).children()
+        assert len(workers) == 2
+        rank = {worker.environ()["RANK"]: worker for worker in workers}
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "1")
+            patch.setenv("RANK", "0")
+            refuses(
+                ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "train.train_steps=100000"],
+                f"{tmp_path / 'tiny'} is in use by another run (process {rank['0'].pid}): wait for it",
+            )
+        rank["1"].kill()
+        _, err = first.communicate(timeout=30)
+    finally:
+        first.kill()
+    assert first.returncode == 1
+    assert err.splitlines()[-1] == "process 1 of 2 ended with signal SIGKILL"
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
