@@ -105,7 +105,7 @@ def _read(folder: Path, name: str, key: str) -> Any:
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is no exported folder: it has no readable {name} with {key} in it") from None
+        raise UserError(f"{folder} is no Hugging Face folder: it has no readable {name} with {key} in it") from None
 
 
 def _dtype(folder: Path) -> torch.dtype:

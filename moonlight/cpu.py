@@ -161,6 +161,8 @@ def _install() -> None:
     # Megatron reports every optional package that is missing; none of them is needed here.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Megatron calls collectives by names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _install_in_megatron()
 
 

@@ -103,12 +103,14 @@ class LiveLine:
         elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES or entry["step"] == self._total:
             self._said = time.monotonic()
             self._console.print(
-                f"step {entry['step']}/{self._total}  {text}  {seconds_left:.0f} s left", highlight=False
+                f"step {entry['step']}/{self._total}  {text}  {seconds_left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
-        (self._progress.console if self._progress else self._console).print(text, highlight=False)
+        (self._progress.console if self._progress else self._console).print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress is not None:
