@@ -182,9 +182,10 @@ def _megatron(
         (model,) = models
         routes: list[torch.Tensor] = []
         for router in routers(models):
-            _record(router, routes, lambda output: output[1])
-        positions = torch.arange(prompts.shape[1]).expand_as(prompts)
-        logits = model.eval()(prompts, positions, None)
+            _record(router, routes, lambda output: output[1].cpu())
+        tokens = prompts.to(torch.cuda.current_device())
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits = model.eval()(tokens, positions, None).cpu()
     finally:
         parallel.leave_world()
     batch, length = prompts.shape
@@ -197,7 +198,9 @@ def _megatron(
 def _transformers(folder: Path, prompts: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The same of the exported folder, by plain transformers in float32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     experts = model.config.n_routed_experts
     routes: list[torch.Tensor] = []

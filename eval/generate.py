@@ -4,17 +4,28 @@ from pathlib import Path
 
 from moonlight.errors import UserError
 
+MAX_TEMPERATURE = 10.0
 
-def generate(folder: Path, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its greedy continuation.
+
+def generate(folder: Path, prompt: str, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> str:
+    """The prompt and its continuation.
+
+    Args:
+        temperature: 0 takes the likeliest token each time; above 0 draws from the distribution so sharpened.
+        seed: of the draws.
 
     Raises:
         UserError: `folder` is no Hugging Face folder, or the prompt leaves no room in the model's context.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it has no config.json; make one with `moonlight export`")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise UserError(f"temperature is {temperature}: it must be from 0 to {MAX_TEMPERATURE}")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -29,6 +40,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int) -> str:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     except Exception as error:
         raise _unusable(folder, error) from error
+    torch.manual_seed(seed)
     tokens = torch.tensor([ids])
     with torch.no_grad():
         output = model.generate(
@@ -36,7 +48,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int) -> str:
             attention_mask=torch.ones_like(tokens),
             max_length=None,
             max_new_tokens=min(max_new_tokens, most + 1 - len(ids)),
-            do_sample=False,
+            **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.decode(output[0, 1:], skip_special_tokens=True)

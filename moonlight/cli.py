@@ -134,11 +134,13 @@ def generate(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Continue a text with an exported model, by plain transformers."""
     from eval.generate import generate as complete
 
-    print(complete(folder, prompt, max_new_tokens))
+    print(complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed))
 
 
 @app.command(epilog="Example: moonlight quickstart --corpus ~/texts")

@@ -29,6 +29,9 @@ _OF_THE_MACHINE = {
     errno.ELOOP: "its links lead in a circle: choose another path",
 }
 
+CODE_INTERRUPTED = 130
+"""What shells report of a command ended by Ctrl-C."""
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -76,7 +79,9 @@ def report_errors(*, debug: bool) -> Iterator[None]:
         os.environ[DEBUG] = "1"
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        raise SystemExit(CODE_INTERRUPTED) from None
+    except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         message = message_of(error)

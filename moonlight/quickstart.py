@@ -18,8 +18,9 @@ from moonlight.errors import UserError
 from moonlight.files import write_text
 from moonlight.train import run_folder
 
-PROMPT = 'def main():\n    """'
-NEW_TOKENS = 64
+PROMPT = "import os\n\n\ndef main(argv):\n"
+NEW_TOKENS = 96
+TEMPERATURE = 0.6
 VALIDATION_SHARE = 0.1
 
 
@@ -63,12 +64,8 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
         _step("verification", "verify", folder, hugging_face)
         _step(
             "completion",
-            "generate",
-            hugging_face,
-            "--prompt",
-            PROMPT,
-            "--max-new-tokens",
-            NEW_TOKENS,
+            *("generate", hugging_face, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS),
+            *("--temperature", TEMPERATURE),
             out=completion,
         )
 

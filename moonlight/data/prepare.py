@@ -1,31 +1,23 @@
 """Documents to token ids on disk, in Megatron's indexed dataset format, with a manifest that describes them.
 
-One process reads, splits and writes; worker processes encode. Batches come back in the order in which they
-were read, so the files are the same bytes for any number of workers. A worker imports this module, which
-therefore imports neither torch nor Megatron before `prepare` runs.
+This process reads, splits and writes; `encode` spreads the encoding over others.
 """
 
 import contextlib
 import hashlib
 import json
 import lzma
-import multiprocessing
-import os
-import signal
-import threading
 import time
 import warnings
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy
 
 from moonlight.data.documents import Record, fingerprint, iter_files, read_records
+from moonlight.data.encode import Batch, encode_all
 from moonlight.data.manifest import VERSION, load_manifest
 from moonlight.data.tokenizer import Tokenizer, check_same
 from moonlight.errors import UserError
@@ -35,8 +27,6 @@ _BATCH_BYTES = 1 << 19
 _COMPRESSED_BYTES = 64 << 20
 """Held-out text that gzip and xz are measured on, at most: xz -9 looks back no further and reads 2-3 MB/s."""
 _SECONDS_BETWEEN_LINES = 10
-
-_worker_tokenizer: Tokenizer | None = None
 
 
 def prepare(
@@ -106,7 +96,7 @@ def prepare(
         held_out = _Compressed()
         total = sum(file.stat().st_size for file in all_files)
         with _progress(total) as advance, contextlib.closing(intake):
-            for batch, encoded in _encode_all(intake.batches(files_of), tokenizer, tokenizer_folder, workers):
+            for batch, encoded in encode_all(intake.batches(files_of), tokenizer, tokenizer_folder, workers):
                 for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
                     held = _position_of(raw) < validation_share
                     if held:
@@ -133,18 +123,6 @@ def prepare(
     return manifest
 
 
-@dataclass
-class _Batch:
-    """Documents to encode together."""
-
-    raw: list[bytes] = field(default_factory=list)
-    """UTF-8 text."""
-    sources: list[int] = field(default_factory=list)
-    """Index of each document's input."""
-    position: int = 0
-    """Bytes of all input files read once this batch is full."""
-
-
 class _Intake:
     """Reads records into batches, counts what is empty or bad, and writes the bad ones down."""
 
@@ -154,9 +132,9 @@ class _Intake:
         self._file: TextIO | None = None
         self._first_bad = ""
 
-    def batches(self, files_of: list[list[Path]]) -> Iterator[_Batch]:
+    def batches(self, files_of: list[list[Path]]) -> Iterator[Batch]:
         """Batches of about 512 KiB of text, from the files of each input in turn."""
-        batch, size, before = _Batch(), 0, 0
+        batch, size, before = Batch(), 0, 0
         for source, file in ((source, file) for source, files in enumerate(files_of) for file in files):
             for record in read_records(file, self._text_field):
                 batch.position = before + record.position
@@ -171,7 +149,7 @@ class _Intake:
                     size += len(batch.raw[-1])
                 if size >= _BATCH_BYTES:
                     yield batch
-                    batch, size = _Batch(position=batch.position), 0
+                    batch, size = Batch(position=batch.position), 0
             before += file.stat().st_size
         if batch.raw:
             yield batch
@@ -267,55 +245,6 @@ def _check_splits(splits: dict[str, dict[str, Any]], validation_share: float, in
 def _position_of(raw: bytes) -> float:
     """Where a document's text lies between 0 and 1, by its hash."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
-
-
-def _encode(tokenizer: Tokenizer, raw: list[bytes]) -> list[numpy.ndarray]:
-    """Ids of each document with [EOS] after them, int32 [tokens]."""
-    return [numpy.array([*tokenizer.encode(text.decode()), tokenizer.eos_id], numpy.int32) for text in raw]
-
-
-def _encode_in_worker(raw: list[bytes]) -> list[numpy.ndarray]:
-    assert _worker_tokenizer is not None
-    return _encode(_worker_tokenizer, raw)
-
-
-def _start_worker(tokenizer_folder: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer.load(tokenizer_folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    # A worker waits for work for ever, also when its parent was killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _encode_all(
-    batches: Iterable[_Batch], tokenizer: Tokenizer, tokenizer_folder: Path, workers: int
-) -> Iterator[tuple[_Batch, list[numpy.ndarray]]]:
-    """Each batch with its documents' ids, in the order of `batches`; at most 3 a worker are in memory."""
-    if workers == 1:
-        for batch in batches:
-            yield batch, _encode(tokenizer, batch.raw)
-        return
-    # spawn: a forked child of a process that has threads (torch starts some) may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
-    waiting: deque[tuple[_Batch, Future[list[numpy.ndarray]]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, batch.raw)))
-            if len(waiting) >= 3 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _import_indexed_dataset() -> Any:
