@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from moonlight.errors import UserError, report_errors
+from moonlight.errors import CODE_INTERRUPTED, UserError, report_errors
 
 app = typer.Typer(
     help="From a folder of text to a Hugging Face model, trained with Muon. Start with: moonlight quickstart",
@@ -24,6 +24,9 @@ app.add_typer(data_app, name="data")
 
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 """What the command line raises for arguments it cannot use; Typer exports no name for it."""
+
+PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
+"""Set for the commands that quickstart runs: it speaks for them when it is interrupted."""
 
 Inputs = Annotated[
     list[Path],
@@ -172,6 +175,8 @@ def main() -> None:
                 raise SystemExit(2) from None
             place = error.ctx.command_path if error.ctx else "moonlight"
             raise UserError(f"{error.format_message().rstrip('.')}; see {place} --help") from None
+    if code == CODE_INTERRUPTED and PART_OF_QUICKSTART not in os.environ:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -265,6 +265,8 @@ class Train:
     seed: int = 1234
     dtype: str = "float32"
     """Precision of weights and activations in the model; master weights and gradient sums are always float32."""
+    fp32_residual_connection: bool = False
+    """Keep the residual stream in float32 when dtype is bfloat16."""
     threads_per_process: int = 0
     """CPU threads of each process; 0 shares the machine's cores among the local processes."""
     validate_every_steps: int = 100

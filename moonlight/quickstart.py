@@ -4,6 +4,7 @@ Each step appears whole or not at all, so a step whose result is there is done. 
 moment, ends with the same bytes.
 """
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -90,7 +91,8 @@ def _step(name: str, *arguments: object, out: Path | None = None) -> None:
     """Run one `moonlight` command in a process of its own; with `out`, keep what it prints there."""
     print(f"== {name}: moonlight {' '.join(map(str, arguments))!s}".replace("\n", "\\n"), flush=True)
     command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
-    result = subprocess.run(command, stdout=subprocess.PIPE if out else None, text=True)
+    environment = os.environ | {"MOONLIGHT_PART_OF_QUICKSTART": "1"}
+    result = subprocess.run(command, stdout=subprocess.PIPE if out else None, text=True, env=environment)
     if result.returncode:
         raise SystemExit(result.returncode)
     if out:

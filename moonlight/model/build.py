@@ -74,7 +74,8 @@ def transformer_config(run: Run) -> MLATransformerConfig:
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32 if run.train.fp32_residual_connection else dtype,
+        fp32_residual_connection=run.train.fp32_residual_connection,
         bf16=dtype is torch.bfloat16,
         # With the defaults, interleaved schedules silently exchange wrong activations over gloo.
         overlap_p2p_comm=interleaved,

@@ -28,6 +28,7 @@ class ReplicatedLinear(torch.nn.Module):
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, with the sequence-parallel mark on its gain.
 
+    Takes any dtype, computes in float32 and returns its gain's dtype, so that a float32 residual stream can feed it.
     Megatron's own torch norm refuses sequence parallelism.
     """
 
@@ -40,7 +41,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class LatentRMSNorm(RMSNorm):
