@@ -62,7 +62,7 @@ def data_prepare(
     """Encode text, JSONL or Parquet into Megatron's indexed format, with held-out documents and a manifest."""
     from moonlight.data.prepare import prepare
 
-    prepare(
+    manifest = prepare(
         input,
         tokenizer,
         out,
@@ -72,6 +72,14 @@ def data_prepare(
         max_bad_share=max_bad_share,
         license=license,
     )
+    for name, split in manifest["splits"].items():
+        rate = split["bytes"] / split["tokens"]
+        print(
+            f"{name}: {split['documents']:,} documents, {split['bytes']:,} bytes, {split['tokens']:,} tokens "
+            f"({rate:.2f} bytes per token)"
+        )
+    if manifest["bad_records"]:
+        print(f"{manifest['bad_records']:,} bad records are listed in {out / 'quarantine.jsonl'}")
 
 
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")

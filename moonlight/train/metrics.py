@@ -15,6 +15,7 @@ from moonlight.errors import UserError, naming
 from moonlight.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
 UNREPEATABLE = ("speed/", "time/", "memory/")
 """Prefixes of keys that differ between two runs of the same recipe; all others repeat bit for bit."""
 
@@ -126,7 +127,7 @@ def summary_table(rows: dict[str, str]) -> Table:
 
 
 def draw_loss_curve(folder: Path, title: str) -> Path:
-    """Training and validation loss over tokens, as `loss.png` in the run folder."""
+    """Training and validation loss over tokens, as a picture in the run folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +151,7 @@ def draw_loss_curve(folder: Path, title: str) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    path = folder / "loss.png"
+    path = folder / CURVE_FILE
     part = folder / ".loss.part.png"
     try:
         with naming(path):

@@ -13,7 +13,7 @@ from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
 from moonlight.train.checkpoint_files import latest, read_state
-from moonlight.train.metrics import draw_loss_curve, read_metrics, summary_table
+from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
 
@@ -116,9 +116,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run's newest checkpoint is its last; cheap, and imports no torch."""
+    """Whether the run's newest checkpoint is its last and its summary was made; cheap, and imports no torch."""
     newest = latest(path(run) / "checkpoints")
-    return newest is not None and read_state(newest, check_files=False)["state"]["step"] >= run.train.train_steps
+    if newest is None or not (path(run) / CURVE_FILE).exists():
+        return False
+    return read_state(newest, check_files=False)["state"]["step"] >= run.train.train_steps
 
 
 def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
