@@ -1,7 +1,10 @@
 """Every layout against one process: initial weights, gradients tensor by tensor, losses."""
 
+import hashlib
+
 import numpy as np
 import pytest
+import torch
 from layouts import LAYOUTS, assemble, first_gradients, recipe, train_losses
 
 
@@ -68,3 +71,20 @@ def test_losses_of_five_steps_equal_one_process(pool, reference_losses, layout):
     world_size, parallel = LAYOUTS[layout]
     for losses in pool.run(world_size, train_losses, recipe(parallel), 5):
         assert losses == pytest.approx(reference_losses, rel=1e-5)
+
+
+def test_initial_weights_follow_from_seed_and_hugging_face_name(reference):
+    """Drawn again here from nothing but the recipe's seed and the name that the tensor has in an exported folder."""
+    run = recipe()
+
+    def drawn(name, shape, seed=run.train.seed):
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return run.model.initializer_range * torch.randn(shape, generator=generator).numpy()
+
+    weights = reference["weights"]
+    up = weights["decoder.layers.2.mlp.experts.up_proj"][5].T
+    np.testing.assert_array_equal(up, drawn("model.layers.2.mlp.experts.5.up_proj.weight", up.shape))
+    gate, _ = np.split(weights["decoder.layers.0.mlp.linear_fc1.weight"], 2)
+    np.testing.assert_array_equal(gate, drawn("model.layers.0.mlp.gate_proj.weight", gate.shape))
+    assert (gate != drawn("model.layers.0.mlp.gate_proj.weight", gate.shape, seed=6)).any()
