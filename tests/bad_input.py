@@ -1,5 +1,6 @@
 """What the tests of bad input share: running the command, checking its line, damaging files."""
 
+import ctypes
 import json
 import resource
 import subprocess
@@ -20,10 +21,19 @@ def check_line(code, err, words):
     assert not missing, (missing, err)
 
 
+_PR_CAPBSET_DROP = 24
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+
+
 def command(*arguments, largest_file=None, **options):
-    """The command in a process of its own, which can write no file beyond `largest_file` bytes."""
+    """The command in a process of its own, which can write no file beyond `largest_file` bytes.
+
+    Permissions of files bind it even when it is root's.
+    """
 
     def limit():
+        for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, capability)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
