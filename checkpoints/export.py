@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,13 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, max
     count = _count_shards(checkpoint, dtype, max_bytes)
     shard_of: dict[str, str] = {}
     total = 0
-    shards = track(_shards(checkpoint, dtype, max_bytes), description="exporting", total=count, transient=True)
+    shards = track(
+        _shards(checkpoint, dtype, max_bytes),
+        description="exporting",
+        total=count,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(shard, str(folder / name), metadata={"format": "pt"})

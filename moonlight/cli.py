@@ -46,6 +46,7 @@ def tokenizer_train(
     from moonlight.data.tokenizer import train_tokenizer
 
     train_tokenizer(input, vocab_size, out, text_field=text_field, threads=os.cpu_count() or 1)
+    print(f"{out}: {vocab_size:,} ids")
 
 
 @data_app.command("prepare", epilog="Example: moonlight data prepare --input corpus/ --tokenizer tok --out data")
@@ -85,7 +86,9 @@ def data_prepare(
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value; moonlight/config.py has all keys.")
+    ] = None,
 ) -> None:
     """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
     from moonlight.config_io import load_recipe
@@ -184,7 +187,7 @@ def main() -> None:
             place = error.ctx.command_path if error.ctx else "moonlight"
             raise UserError(f"{error.format_message().rstrip('.')}; see {place} --help") from None
     if code == CODE_INTERRUPTED and PART_OF_QUICKSTART not in os.environ:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command goes on, training from its newest checkpoint", file=sys.stderr)
     raise SystemExit(code)
 
 

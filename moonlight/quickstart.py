@@ -42,6 +42,8 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
         overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
     if not corpus.exists():
         raise UserError(f"corpus {corpus} does not exist: give a folder or file of text")
+    if not recipe.exists():
+        raise UserError(f"recipe {recipe} does not exist: run this in the repository, or give --recipe")
     run = load_recipe(recipe, overrides)
     folder = run_folder.path(run)
     tokenizer, data, hugging_face = Path(run.data.tokenizer), Path(run.data.path), folder / "hf"
