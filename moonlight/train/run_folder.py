@@ -84,7 +84,8 @@ def check_folder(folder: Path, run: Run) -> None:
         ]
         if changed:
             raise UserError(
-                f"{folder} holds a run with other settings: {'; '.join(changed)}; give this one another with name=..., or remove it"
+                f"{folder} holds a run with other settings: {'; '.join(changed)}; give this one another name with "
+                "name=..., or remove that folder"
             )
     elif folder.is_dir():
         # Tokenizer and data may have been made inside the folder before the run.
@@ -93,7 +94,7 @@ def check_folder(folder: Path, run: Run) -> None:
             if not entry.name.startswith(".") and not any(place.is_relative_to(entry.resolve()) for place in own):
                 raise UserError(
                     f"{folder} exists with something else in it ({entry.name}) and no {CONFIG_FILE}: "
-                    "give this one another with name=..., or remove it"
+                    "give this one another name with name=..., or remove it"
                 )
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the run, or remove it")
