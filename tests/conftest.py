@@ -7,6 +7,7 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import hypothesis  # noqa: F401  (early: after the tests of endless nesting CPython 3.11 may fail to compile it)
 import pytest
 from bad_input import check_line
 from pool import Pool

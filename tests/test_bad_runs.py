@@ -177,7 +177,7 @@ def test_run_folder_is_something_else(refuses, tiny_run, tmp_path):
 
 
 def test_run_folder_of_other_settings(refuses, tiny_run, tmp_path):
-    words = f"{tiny_run.folder} holds a run with other settings: schedule.lr (0.002 there, 0.5 now); give this one another name"
+    words = f"{tiny_run.folder} holds a run with other settings: schedule.lr (0.002 there, 0.5 now); give this one"
     refuses(["pretrain", tiny_run.recipe, "schedule.lr=0.5"], words)
 
 
