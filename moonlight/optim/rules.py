@@ -1,0 +1,64 @@
+"""The update rules of Muon and AdamW for lists of tensors: what every optimizer here applies to what it holds.
+
+All arithmetic is float32. Gradients are scaled on the way in (clipping), never in place.
+"""
+
+import torch
+
+Tensors = list[torch.Tensor]
+
+
+@torch.no_grad()
+def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, nesterov: bool, scale: float) -> Tensors:
+    """Advance the momenta, M <- mu M + s G, and return what is to be orthogonalised: s G + mu M, or M without Nesterov.
+
+    Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. The result is float32 and new.
+    """
+    sums = [m.float() for m in momenta]
+    if momenta and sums[0] is momenta[0]:
+        sums = torch._foreach_mul(momenta, momentum)
+    else:
+        torch._foreach_mul_(sums, momentum)
+    torch._foreach_add_(sums, gradients, alpha=scale)
+    torch._foreach_copy_(momenta, sums)
+    if nesterov:
+        torch._foreach_mul_(sums, momentum)
+        torch._foreach_add_(sums, gradients, alpha=scale)
+    return sums
+
+
+def muon_scale(rows: int, columns: int, rms_match: float) -> float:
+    """Factor of an orthogonal update: rms_match * sqrt(max(rows, columns)) (arXiv 2502.16982, eq. 4)."""
+    return rms_match * max(rows, columns) ** 0.5
+
+
+@torch.no_grad()
+def adamw_updates(
+    gradients: Tensors,
+    first: Tensors,
+    second: Tensors,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    scale: float,
+) -> Tensors:
+    """Advance AdamW's two float32 moments and return its update, before learning rate and decay; `step` from 1."""
+    scaled = torch._foreach_mul(gradients, scale)
+    torch._foreach_lerp_(first, scaled, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, scaled, scaled, 1 - beta2)
+    denominators = torch._foreach_div(second, 1 - beta2**step)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, eps)
+    updates = torch._foreach_div(first, 1 - beta1**step)
+    torch._foreach_div_(updates, denominators)
+    return updates
+
+
+@torch.no_grad()
+def apply_updates(weights: Tensors, updates: Tensors, *, learning_rate: float, weight_decay: float) -> None:
+    """W <- W - lr (U + wd W), decoupled decay."""
+    torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
+    torch._foreach_add_(weights, updates, alpha=-learning_rate)
