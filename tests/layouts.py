@@ -86,36 +86,38 @@ def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
     ]
 
 
-def build(run: Recipe) -> list[Any]:
-    """Groups, model chunks with initial weights, and Megatron's data parallelism around them."""
+def build(run: Recipe) -> tuple[list[Any], Any]:
+    """Groups, model chunks with initial weights, and their optimizer."""
     from moonlight import parallel
     from moonlight.model.build import build_model
-    from moonlight.model.shards import initialize, sharded_state
-    from moonlight.train.step import data_parallel
+    from moonlight.model.shards import initialize
+    from moonlight.optim.sharded import make_optimizer
 
     parallel.build_groups(run.parallel, run.train.seed)
     models = build_model(run)
-    initialize(sharded_state(models), run.model, run.train.seed)
-    return data_parallel(models)
+    optimizer = make_optimizer(models, run)
+    with optimizer.fill_masters() as state:
+        initialize(state, run.model, run.train.seed)
+    return models, optimizer
 
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
 
-def collect(models: list[Any], attribute: str | None = None) -> list[Piece]:
-    """(key, whole shape, offset, values) of every parameter's `attribute`, or of the parameter itself."""
-    from moonlight.model.shards import pieces, sharded_state
+def collect(models: list[Any]) -> list[Piece]:
+    """(key, whole shape, offset, values) of every tensor of the model on this rank."""
+    from moonlight.model.shards import pieces_of, sharded_state
 
-    found = []
-    for key, sharded in sharded_state([model.module for model in models]).items():
-        value = sharded.data
-        if attribute is not None:
-            value = getattr(value, attribute, None)
-            if value is None:
-                continue
-        for piece in pieces(replace(sharded, data=value.detach())):
-            found.append((key, piece.global_shape, piece.global_offset, piece.data.float().numpy().copy()))
-    return found
+    return flatten({key: pieces_of(sharded) for key, sharded in sharded_state(models).items()})
+
+
+def flatten(state: dict[str, Any]) -> list[Piece]:
+    """The rectangles of `Pieces`, as arrays."""
+    return [
+        (key, pieces.shape, offset, values.detach().float().numpy().copy())
+        for key, pieces in state.items()
+        for offset, values in pieces.rectangles
+    ]
 
 
 def assemble(answers: list[list[Piece]]) -> dict[str, np.ndarray]:
@@ -137,49 +139,39 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
     """Loss and gradient pieces of the first step."""
     from moonlight.train.step import forward_backward, routers
 
-    models = build(run)
+    models, optimizer = build(run)
     weights = collect(models)
+    optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, local_batches(run, 0, masked))
     return {
         "loss": loss.item(),
         "weights": weights,
-        "gradients": collect(models, "main_grad"),
+        "gradients": flatten(optimizer.gradient_state()),
         "aux": [router.aux_loss.item() for router in routers(models)],
     }
 
 
 def train_losses(run: Recipe, steps: int) -> list[float]:
     """Losses of the first steps."""
-    from moonlight.optim.replicated import ReplicatedOptimizer
+
     from moonlight.train.step import train_step
 
-    models = build(run)
-    optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
+    models, optimizer = build(run)
     return [train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)]
 
 
 def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[float]:
     """Train `steps` more steps and save, after loading the newest checkpoint of `folder` if asked to."""
-    from moonlight import parallel
-    from moonlight.model.build import build_model
-    from moonlight.model.shards import initialize
-    from moonlight.optim.replicated import ReplicatedOptimizer
+
     from moonlight.train import checkpoint
     from moonlight.train.checkpoint_files import TrainState, find
-    from moonlight.train.step import data_parallel, train_step
+    from moonlight.train.step import train_step
 
-    parallel.build_groups(run.parallel, run.train.seed)
-    models = build_model(run)
-    optimizer = ReplicatedOptimizer(models, run.optimizer)
-    state = TrainState()
-    if load_first:
-        state = checkpoint.load(find(folder), run, optimizer)
-    else:
-        initialize(optimizer.master_state(), run.model, run.train.seed)
-    wrapped = data_parallel(models)
-    first = state.step + 1
+    models, optimizer = build(run)
+    state = checkpoint.load(find(folder), run, optimizer) if load_first else TrainState()
     losses = [
-        train_step(wrapped, optimizer, run, local_batches(run, step), step).loss for step in range(first, first + steps)
+        train_step(models, optimizer, run, local_batches(run, step), step).loss
+        for step in range(state.step + 1, state.step + 1 + steps)
     ]
     if not load_first:
         checkpoint.save(folder, run, optimizer, TrainState(step=steps), tokenizer_sha256="")

@@ -15,8 +15,13 @@ LEVELS = (
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),
     (
         "moonlight.config",
+        "moonlight.config_checks",
         "moonlight.config_io",
+        "moonlight.config_model",
+        "moonlight.config_optim",
         "moonlight.mapping",
+        "moonlight.optim.partition",
+        "moonlight.optim.routing",
         "moonlight.optim.schedule",
         "moonlight.files",
         "moonlight.errors",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import assemble, build, collect, local_batches, recipe
+from layouts import assemble, build, collect, flatten, local_batches, recipe
 
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
 from moonlight.optim.routing import RULES, Rule, route
@@ -86,17 +86,17 @@ def test_the_first_rule_that_matches_wins():
 
 def two_updates(run):
     """Weights before, and after each of two steps with the gradients that led to them."""
-    from moonlight.optim.replicated import ReplicatedOptimizer
     from moonlight.train.step import forward_backward
 
-    models = build(run)
-    optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
+    models, optimizer = build(run)
     history = [(collect(models), None, None)]
     for step in (1, 2):
+        optimizer.data_parallel.zero_gradients()
         forward_backward(models, run, local_batches(run, step))
         norm = optimizer.gradient_norm()
-        gradients = collect(models, "main_grad")
-        optimizer.step(1e-2, step, norm)
+        gradients = flatten(optimizer.gradient_state())
+        optimizer.step(learning_rate=1e-2, weight_decay=0.1, step=step, gradient_norm=norm)
+        optimizer.data_parallel.finish_weights()
         history.append((collect(models), gradients, norm))
     return history
 

@@ -34,6 +34,7 @@ def test_choice(experts, k, groups, topk_group):
 def biases_after_a_step(run):
     """Biases per layer after one training step, the tokens each rank sent to each expert, and the auxiliary loss."""
     from moonlight.optim.replicated import ReplicatedOptimizer
+
     from moonlight.train.step import routers, train_step
 
     models = build(run)

@@ -1,7 +1,8 @@
 """Which part of which whole tensor each parameter of this rank is, and the initial values that follow from it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
@@ -17,7 +18,7 @@ from moonlight.config import Model
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
-def sharded_state(models: list[GPTModel]) -> dict[str, Sharded]:
+def sharded_state(models: Sequence[GPTModel]) -> dict[str, Sharded]:
     """Parameters and persistent buffers of this rank under their whole-tensor names.
 
     A fused gate-and-up projection comes as a factory that yields its two pieces; all else as ShardedTensor.
@@ -38,6 +39,20 @@ def pieces(sharded: Sharded) -> list[ShardedTensor]:
     return list(sharded.build())
 
 
+@dataclass
+class Pieces:
+    """What this rank holds of one whole tensor of a checkpoint: rectangles of it."""
+
+    shape: tuple[int, ...]
+    rectangles: list[tuple[tuple[int, ...], torch.Tensor]]
+
+
+def pieces_of(sharded: Sharded) -> Pieces:
+    """The rectangles of a tensor as Megatron cut it."""
+    found = pieces(sharded)
+    return Pieces(tuple(found[0].global_shape), [(tuple(p.global_offset), p.data.detach()) for p in found])
+
+
 def is_first_replica(sharded: Sharded) -> bool:
     """Whether this rank's copy is the one that counts where each element must count once in the world."""
     replica = sharded.replica_id
@@ -55,14 +70,14 @@ def _hugging_face_tensor(part: mapping.Part, seed: int, std: float) -> torch.Ten
     return torch.empty(part.shape).normal_(0.0, std, generator=generator)
 
 
-def _overlap(part: mapping.Part, row: mapping.Row, piece: ShardedTensor) -> Iterator[tuple[tuple, tuple]]:
+def _overlap(part: mapping.Part, row: mapping.Row, piece_offset, piece_shape) -> Iterator[tuple[tuple, tuple]]:
     """Where `part` and `piece` meet: (index into the part as the checkpoint lays it out, index into the piece)."""
     part_index: list[slice] = []
     piece_index: list[int | slice] = []
     for axis, size in enumerate(row.shape):
         where = part.index[axis] if axis < len(part.index) else slice(0, size)
         low, high = (where, where + 1) if isinstance(where, int) else (where.start, where.stop)
-        offset, length = piece.global_offset[axis], piece.local_shape[axis]
+        offset, length = piece_offset[axis], piece_shape[axis]
         start, stop = max(low, offset), min(high, offset + length)
         if start >= stop:
             return
@@ -84,10 +99,9 @@ def initialize(state: dict[str, Sharded], model: Model, seed: int) -> None:
     rows = {row.key: row for row in mapping.table(model)}
     for key, sharded in state.items():
         row = rows[key]
-        for piece in pieces(sharded):
-            assert tuple(piece.global_shape) == row.shape, (key, piece.global_shape, row.shape)
+        for off, data in sharded.rectangles:
             for part in row.parts:
-                for part_index, piece_index in _overlap(part, row, piece):
+                for part_index, piece_index in _overlap(part, row, off, data.shape):
                     value = _hugging_face_tensor(part, seed, model.initializer_range)
                     value = value.T if part.transposed else value
-                    piece.data[piece_index].copy_(value[part_index])
+                    data[piece_index].copy_(value[part_index])

@@ -1,7 +1,11 @@
-"""Which parameter goes to Muon and which to AdamW, and which matrices a parameter holds."""
+"""Which parameter goes to Muon and which to AdamW, and which rows of a parameter are one matrix. No torch."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+
+from moonlight.config_model import Model
+from moonlight.config_optim import Optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,8 +16,11 @@ class Rule:
     algorithm: str
     """muon or adamw."""
     num_matrices: int = 1
-    """Matrices stacked along the rows: one matrix is what the Hugging Face model calls one matrix, so a fused
-    gate-and-up projection is two. Tensors of three dimensions are one matrix per expert besides."""
+    """Matrices of equal height stacked along the rows: one matrix is what the Hugging Face model calls one matrix, so a
+    fused gate-and-up projection is two. Tensors of three dimensions are one matrix per expert besides."""
+    head_rows: tuple[int, ...] = ()
+    """Heights of the matrices of one attention head, which repeat along the rows; not empty only in `per_head`."""
+    decay: bool = True
 
 
 RULES = (
@@ -29,10 +36,48 @@ RULES = (
 """First match wins (arXiv 2502.16982, 2.2: AdamW for embedding, head and norms; Muon for every other matrix)."""
 
 
+def rules_of(optimizer: Optimizer, model: Model) -> tuple[Rule, ...]:
+    """The rules that a recipe asks for."""
+    if optimizer.name == "adamw":
+        return tuple(replace(rule, algorithm="adamw") for rule in RULES)
+    if optimizer.matrices == "per_matrix":
+        return RULES
+    query = (model.qk_nope_head_dim, model.qk_rope_head_dim)
+    key_value = (model.qk_nope_head_dim, model.v_head_dim)
+    by_head = {"linear_q_proj": query, "linear_q_up_proj": query, "linear_kv_up_proj": key_value}
+    heads = tuple(
+        Rule(pattern=f"decoder.layers.*.self_attention.{name}.weight", algorithm="muon", head_rows=rows)
+        for name, rows in by_head.items()
+    )
+    return heads + RULES
+
+
 def route(keys: list[str], rules: tuple[Rule, ...] = RULES) -> dict[str, Rule]:
-    """The rule of every parameter; raises ValueError listing those that no rule claims."""
-    routes = {key: next((rule for rule in rules if fnmatchcase(key, rule.pattern)), None) for key in keys}
-    unclaimed = [key for key, rule in routes.items() if rule is None]
+    """The rule of every parameter: the first whose pattern matches its name.
+
+    Raises:
+        ValueError: listing the parameters that no rule claims, and those claimed twice: by two rules of one pattern, or
+            because two parameters have one name.
+    """
+    matching = {key: [rule for rule in rules if fnmatchcase(key, rule.pattern)] for key in keys}
+    unclaimed = [key for key, found in matching.items() if not found]
     if unclaimed:
         raise ValueError(f"no optimizer rule claims {', '.join(unclaimed)}")
-    return {key: rule for key, rule in routes.items() if rule is not None}
+    repeated = {pattern for pattern, count in Counter(rule.pattern for rule in rules).items() if count > 1}
+    twice = [key for key, found in matching.items() if repeated & {rule.pattern for rule in found}]
+    twice += [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise ValueError(f"optimizer rules claim twice: {', '.join(twice)}")
+    return {key: found[0] for key, found in matching.items()}
+
+
+def matrix_heights(rule: Rule, shape: tuple[int, ...]) -> list[int]:
+    """Rows of each matrix of a parameter that is laid out as rows on one rank: [rows, columns], or [experts, rows,
+    columns] with the experts' rows one after another."""
+    if len(shape) == 3:
+        return [shape[1]] * shape[0]
+    if rule.head_rows:
+        assert shape[0] % sum(rule.head_rows) == 0, (rule, shape)
+        return list(rule.head_rows) * (shape[0] // sum(rule.head_rows))
+    assert shape[0] % rule.num_matrices == 0, (rule, shape)
+    return [shape[0] // rule.num_matrices] * rule.num_matrices

@@ -14,11 +14,9 @@ def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, ne
 
     Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. The result is float32 and new.
     """
-    sums = [m.float() for m in momenta]
-    if momenta and sums[0] is momenta[0]:
-        sums = torch._foreach_mul(momenta, momentum)
-    else:
-        torch._foreach_mul_(sums, momentum)
+    if not momenta:
+        return []
+    sums = list(torch._foreach_mul([m.float() for m in momenta], momentum))
     torch._foreach_add_(sums, gradients, alpha=scale)
     torch._foreach_copy_(momenta, sums)
     if nesterov:
@@ -52,7 +50,7 @@ def adamw_updates(
     denominators = torch._foreach_div(second, 1 - beta2**step)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)
-    updates = torch._foreach_div(first, 1 - beta1**step)
+    updates = list(torch._foreach_div(first, 1 - beta1**step))
     torch._foreach_div_(updates, denominators)
     return updates
 
@@ -60,5 +58,7 @@ def adamw_updates(
 @torch.no_grad()
 def apply_updates(weights: Tensors, updates: Tensors, *, learning_rate: float, weight_decay: float) -> None:
     """W <- W - lr (U + wd W), decoupled decay."""
+    if not weights:
+        return
     torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
     torch._foreach_add_(weights, updates, alpha=-learning_rate)

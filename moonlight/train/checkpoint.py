@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moonlight.config import Run
 from moonlight.errors import UserError, naming
 from moonlight.files import fsync, sha256_of, write_json, write_text
-from moonlight.optim.replicated import ReplicatedOptimizer
+from moonlight.optim.sharded import ShardedOptimizer
 from moonlight.train.checkpoint_files import (
     LATEST_FILE,
     STATE_FILE,
@@ -65,7 +65,7 @@ torch_strategy.FileSystemWriterAsync = _InProcessWriter
 filesystem_async._results_queue = queue.SimpleQueue()
 
 
-def save(checkpoints: Path, run: Run, optimizer: ReplicatedOptimizer, state: TrainState, tokenizer_sha256: str) -> Path:
+def save(checkpoints: Path, run: Run, optimizer: ShardedOptimizer, state: TrainState, tokenizer_sha256: str) -> Path:
     """Write a checkpoint by all ranks; `latest` moves only once it is on the disk. Old ones are removed after that.
 
     Args:
@@ -134,7 +134,7 @@ def _remove_old(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def load(folder: Path, run: Run, optimizer: ReplicatedOptimizer) -> TrainState:
+def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
     """Fill the optimizer's masters and momenta and the model from a checkpoint that any layout wrote."""
     content = read_state(folder)
     check_model(folder, content, run)

@@ -15,11 +15,11 @@ from moonlight.data.loader import TrainingSamples, ValidationSamples
 from moonlight.files import folder_lock
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
-from moonlight.optim.replicated import ReplicatedOptimizer
+from moonlight.optim.sharded import make_optimizer
 from moonlight.train import checkpoint, run_folder
 from moonlight.train.checkpoint_files import TrainState, latest
 from moonlight.train.metrics import LiveLine, Metrics
-from moonlight.train.step import StepResult, data_parallel, data_parallel_share, to_batches, train_step
+from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
 from moonlight.train.validate import bits_per_byte, validate
 
 
@@ -41,15 +41,14 @@ def train(run: Run) -> None:
 
         parallel.build_groups(run.parallel, run.train.seed)
         models = build_model(run)
-        optimizer = ReplicatedOptimizer(models, run.optimizer)
+        optimizer = make_optimizer(models, run)
         newest = latest(folder / "checkpoints")
         if newest is None:
             state = TrainState()
-            initialize(optimizer.master_state(), run.model, run.train.seed)
-            optimizer.copy_masters_to_model()
+            with optimizer.fill_masters() as state_to_fill:
+                initialize(state_to_fill, run.model, run.train.seed)
         else:
             state = checkpoint.load(newest, run, optimizer)
-        wrapped = data_parallel(models)
         samples = TrainingSamples(Path(run.data.path), run.data.sequence_length, run.train.seed)
         held_out = ValidationSamples(Path(run.data.path), run.data.sequence_length, manifest["tokenizer"]["eos_id"])
 
@@ -69,15 +68,15 @@ def train(run: Run) -> None:
             first = state.consumed_sequences
             mine = data_parallel_share(range(first, first + run.train.global_batch_size))
             batches = to_batches([samples[number] for number in mine], run.train.micro_batch_size)
-            result = train_step(wrapped, optimizer, run, batches, step)
+            result = train_step(models, optimizer, run, batches, step)
             state = advance(state, run, result)
             seconds = time.monotonic() - step_started
 
             entry = describe(state, run, result, seconds)
             if step % run.train.validate_every_steps == 0 or step == total_steps:
-                entry["loss/validation"] = validate(wrapped, run, held_out, run.train.validation_sequences)
+                entry["loss/validation"] = validate(models, run, held_out, run.train.validation_sequences)
             if step == total_steps:
-                entry |= judge(validate(wrapped, run, held_out), manifest)
+                entry |= judge(validate(models, run, held_out), manifest)
             if first_rank:
                 metrics.write(entry)
                 line.update(entry, (time.monotonic() - started) / (step - first_step) * (last_step - step))

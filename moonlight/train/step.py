@@ -16,11 +16,6 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -28,8 +23,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from moonlight.config import Run
 from moonlight.data.loader import Sample, stack
 from moonlight.model.router import Router, update_expert_bias
-from moonlight.optim.replicated import ReplicatedOptimizer
 from moonlight.optim.schedule import learning_rate
+from moonlight.optim.sharded import ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -58,24 +53,6 @@ def to_batches(samples: list[Sample], micro_batch_size: int) -> list[Batch]:
         Batch(*(tensor.to(device) for tensor in stack(samples[start : start + micro_batch_size])))
         for start in range(0, len(samples), micro_batch_size)
     ]
-
-
-def data_parallel(models: Sequence[GPTModel]) -> list[DistributedDataParallel]:
-    """Wrap this rank's model chunks in Megatron's data parallelism: gradients are summed in float32."""
-    config = models[0].config  # one object for all chunks and wrappers: schedules read their functions from it
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    wrapped = [
-        DistributedDataParallel(config, ddp_config, model, disable_bucketing=chunk > 0)
-        for chunk, model in enumerate(models)
-    ]
-    config.finalize_model_grads_func = _sum_gradients
-    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    return wrapped
-
-
-def _sum_gradients(models: list[Any], num_tokens: Any, **kwargs: Any) -> None:
-    """Megatron's reduction without its division by `num_tokens`: the losses are divided already."""
-    finalize_model_grads(models, None, **kwargs)
 
 
 def routers(models: Sequence[Any]) -> list[Router]:
@@ -128,8 +105,8 @@ class StepResult:
 
 
 def train_step(
-    models: Sequence[DistributedDataParallel],
-    optimizer: ReplicatedOptimizer,
+    models: Sequence[GPTModel],
+    optimizer: ShardedOptimizer,
     run: Run,
     batches: Sequence[Batch],
     step: int,
@@ -140,10 +117,14 @@ def train_step(
     move in a skipped step, are therefore updated only after the norm is known.
     """
     rate = learning_rate(run.schedule, step, run.train.train_steps)
+    optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
     skipped = not math.isfinite(norm)
-    update_sums = {} if skipped else optimizer.step(rate, step, norm)
+    update_sums = {}
+    if not skipped:
+        decay = run.optimizer.weight_decay
+        update_sums = optimizer.step(learning_rate=rate, weight_decay=decay, step=step, gradient_norm=norm)
     model_group = parallel_state.get_tensor_and_data_parallel_group()
     max_load, aux_loss = torch.zeros((), device=loss.device), torch.zeros((), device=loss.device)
     if local := routers(models):
@@ -163,16 +144,15 @@ def train_step(
 
 
 def forward_backward(
-    models: Sequence[DistributedDataParallel],
+    models: Sequence[GPTModel],
     run: Run,
     batches: Sequence[Batch],
     *,
     forward_only: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a global batch forward and, unless `forward_only`, backward; gradients land in `parameter.main_grad`.
+    """Run a global batch forward and, unless `forward_only`, backward, which adds to gradient sums and exchanges them.
 
-    `batches` are this data-parallel rank's micro-batches; all ranks must give the same number. Gradient buffers are
-    cleared first.
+    `batches` are this data-parallel rank's micro-batches; all ranks must give the same number.
 
     Returns:
         The mean language-model loss of the global batch and the number of tokens it is the mean of: float32 scalars
@@ -184,8 +164,6 @@ def forward_backward(
     global_count = count.clamp(min=1)
     if not forward_only:
         num_sequences = sum(len(batch.tokens) for batch in batches) * dist.get_world_size(data_group)
-        for model in models:
-            model.zero_grad_buffer()
         for router in routers(models):
             router.aux_loss_weight = run.model.aux_loss_alpha / num_sequences
             router.aux_loss.zero_()

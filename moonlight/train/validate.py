@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 
 from moonlight.config import Run
 from moonlight.data.loader import ValidationSamples
@@ -14,9 +14,7 @@ from moonlight.train.step import data_parallel_share, forward_backward, to_batch
 
 
 @torch.no_grad()
-def validate(
-    models: Sequence[DistributedDataParallel], run: Run, samples: ValidationSamples, max_sequences: int = 0
-) -> float:
+def validate(models: Sequence[GPTModel], run: Run, samples: ValidationSamples, max_sequences: int = 0) -> float:
     """Mean loss in nats per token over the first `max_sequences` sequences; 0 takes every held-out token."""
     total = min(len(samples), max_sequences) if max_sequences else len(samples)
     for model in models:

@@ -1,0 +1,159 @@
+"""Data parallelism with owners: gradients leave during the backward pass, weights return during the next forward pass.
+
+Replaces Megatron's DistributedDataParallel, whose equal shards would cut matrices or pad them. Megatron's schedules call
+the same hooks: `no_sync_func` while micro-batches accumulate, `finalize_model_grads_func` at the end.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from moonlight.model.shards import Sharded, sharded_state
+from moonlight.optim.parameters import Parameter, data_parallel_group, find_parameters, tensor_parallel_group
+from moonlight.optim.partition import Fragment, partition
+from moonlight.optim.routing import Rule
+from moonlight.optim.wire import Bucket, Lane
+
+
+class DataParallel:
+    """The parameters of this rank's model chunks, who owns which rows of them, and their exchange.
+
+    Gradient sums are float32, in `parameter.main_grad`; after `finish_gradients` every owner has the world's sums of its
+    rows in its buckets.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[GPTModel],
+        rules: tuple[Rule, ...],
+        bucket_size: int,
+        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    ) -> None:
+        """Args:
+        bucket_size: elements after which a bucket is closed.
+        groups: data-parallel groups of dense and of expert parameters; by default Megatron's.
+        """
+        state = sharded_state(models)
+        self.parameters = find_parameters(state, rules)
+        trained = {parameter.key for parameter in self.parameters}
+        self.buffers: dict[str, Sharded] = {key: value for key, value in state.items() if key not in trained}
+        for parameter in self.parameters:
+            model = parameter.model
+            model.main_grad = torch.zeros_like(model, dtype=torch.float32)  # type: ignore[attr-defined]
+        self.lanes: list[Lane] = []
+        self._lane_of: dict[torch.nn.Parameter, Lane] = {}
+        for expert in (False, True):
+            group = groups[expert] if groups else data_parallel_group(expert)
+            own = [parameter for parameter in self.parameters if parameter.is_expert == expert]
+            lane = Lane(_buckets(own, group, bucket_size))
+            self.lanes.append(lane)
+            self._lane_of |= {parameter.model: lane for parameter in own}
+        self._last_micro_batch = True
+        self._hook(models)
+        config = models[0].config
+        config.no_sync_func = self.no_sync
+        config.finalize_model_grads_func = self._finalize
+
+    def zero_gradients(self) -> None:
+        """Before a backward pass: gradient sums start from zero."""
+        torch._foreach_zero_([p.model.main_grad for p in self.parameters])  # type: ignore[attr-defined]
+        for lane in self.lanes:
+            lane.start_backward()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients only add up: another micro-batch follows."""
+        self._last_micro_batch = False
+        try:
+            yield
+        finally:
+            self._last_micro_batch = True
+
+    def finish_gradients(self) -> None:
+        """Wait until this rank's own rows hold the sums over the world."""
+        for lane in self.lanes:
+            lane.finish_gradients()
+        replicated = [
+            gradient
+            for lane in self.lanes
+            for bucket in lane.buckets
+            for fragment, gradient in zip(bucket.own, bucket.gradients, strict=True)
+            if self.parameters[fragment.parameter].slicing == "replicated"
+        ]
+        # Under sequence parallelism each rank saw its part of the sequence; peers own the same rows.
+        if replicated:
+            flat = torch.cat([gradient.flatten() for gradient in replicated])
+            dist.all_reduce(flat, group=tensor_parallel_group(expert=False))
+            parts = flat.split([gradient.numel() for gradient in replicated])
+            torch._foreach_copy_(replicated, [p.view_as(g) for p, g in zip(parts, replicated, strict=True)])
+
+    def start_weights(self) -> None:
+        """The owners have changed their rows in the model: send them to everyone, waited for when a module needs them."""
+        for lane in self.lanes:
+            lane.start_weights()
+
+    def finish_weights(self) -> None:
+        """Wait until the whole model is up to date; for whoever reads it without running it."""
+        for lane in self.lanes:
+            lane.finish_weights()
+
+    def own(self) -> Iterator[tuple[Parameter, Fragment, torch.Tensor]]:
+        """What this rank owns: parameter, rows, and where their gradient sum appears, float32 [rows, columns]."""
+        for lane in self.lanes:
+            for bucket in lane.buckets:
+                for fragment, gradient in zip(bucket.own, bucket.gradients, strict=True):
+                    yield self.parameters[fragment.parameter], fragment, gradient
+
+    def _hook(self, models: Sequence[GPTModel]) -> None:
+        # Hooks live in C++ with the parameters, out of the garbage collector's sight: they must not keep anything alive.
+        this = weakref.ref(self)
+
+        def gradient_is_there(model: torch.Tensor) -> None:
+            self = this()
+            if self is None or model.grad is None:
+                return
+            model.main_grad.add_(model.grad)  # type: ignore[attr-defined]
+            model.grad = None
+            if self._last_micro_batch:
+                self._lane_of[model].gradient_is_ready(model)  # type: ignore[index, arg-type]
+
+        def weights_are_needed(module: torch.nn.Module, inputs: Any) -> None:
+            self = this()
+            if self is not None:
+                for model in module.parameters(recurse=False):
+                    if model in self._lane_of:
+                        self._lane_of[model].weights_are_needed(model)
+
+        for parameter in self.parameters:
+            parameter.model.register_post_accumulate_grad_hook(gradient_is_there)
+        for chunk in models:
+            for module in chunk.modules():
+                if any(True for _ in module.parameters(recurse=False)):
+                    module.register_forward_pre_hook(weights_are_needed)
+
+    def _finalize(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
+        """Called by Megatron's schedules after the last backward pass. Losses are divided by the token count already."""
+        self.finish_gradients()
+
+
+def _buckets(parameters: list[Parameter], group: dist.ProcessGroup, bucket_size: int) -> list[Bucket]:
+    """Parameters from the last to the first, as a backward pass completes them, in buckets of `bucket_size` elements."""
+    fragments = partition([block for parameter in parameters for block in parameter.blocks()], group.size())
+    of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
+    for fragment in fragments:
+        of_parameter[fragment.parameter].append(fragment)
+    buckets, run, elements = [], [], 0
+    for parameter in reversed(parameters):
+        run.append(parameter)
+        elements += parameter.model.numel()
+        if elements >= bucket_size or parameter is parameters[0]:
+            buckets.append(Bucket(run, [fragment for p in run for fragment in of_parameter[p.index]], group))
+            run, elements = [], 0
+    return buckets

@@ -1,0 +1,146 @@
+"""The parameters of this rank as the optimizer sees them: rows x columns, with a rule and a place in the whole model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from moonlight.model.shards import Sharded, pieces
+from moonlight.optim.partition import Block
+from moonlight.optim.routing import Rule, matrix_heights, route
+
+Rectangle = tuple[tuple[int, ...], torch.Tensor]
+"""Offset in the whole tensor, and the values there."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of this rank."""
+
+    index: int
+    key: str
+    """Name in checkpoints."""
+    model: torch.nn.Parameter
+    sharded: Sharded
+    rule: Rule
+    slicing: str
+    """How tensor parallelism treats its matrices. alone: it does not (one rank, or each slice is whole matrices);
+    cut: every rank has a slice of each; replicated: every rank has all."""
+    cut_axis: int
+    """-2 or -1 if `slicing` is cut."""
+
+    @property
+    def is_expert(self) -> bool:
+        return not getattr(self.model, "allreduce", True)
+
+    @property
+    def rows(self) -> int:
+        return self.model.numel() // self.columns
+
+    @property
+    def columns(self) -> int:
+        return self.model.shape[-1] if self.model.dim() > 1 else 1
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The model's values [rows, columns]."""
+        return self.model.detach().view(self.rows, self.columns)
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """This rank's own gradient sum, float32 [rows, columns], before the exchange with other ranks."""
+        return self.model.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
+
+    def blocks(self) -> Iterator[Block]:
+        """Its rows, divided into matrices for Muon, or where the pieces of a checkpoint meet for AdamW."""
+        if is_matrix := self.rule.algorithm == "muon":
+            heights = matrix_heights(self.rule, tuple(self.model.shape))
+        else:
+            heights = [piece.data.numel() // self.columns for piece in pieces(self.sharded)]
+        start = 0
+        for height in heights:
+            yield Block(self.index, start, start + height, self.columns, is_matrix)
+            start += height
+        assert start == self.rows, self.key
+
+    def rectangles(self, start: int, stop: int, values: torch.Tensor) -> Iterator[Rectangle]:
+        """Where the rows [start, stop) of this rank, whose `values` [stop - start, columns] are given, lie in the whole.
+
+        The rectangles' tensors are views of `values`.
+        """
+        first = 0
+        for piece in pieces(self.sharded):
+            shape = piece.local_shape
+            last = first + piece.data.numel() // self.columns
+            low, high = max(start, first), min(stop, last)
+            for low, high in _within_experts(low - first, high - first, shape) if low < high else ():
+                rows = values[low + first - start : high + first - start]
+                if len(shape) == 3:
+                    expert, row = divmod(low, shape[1])
+                    offset: tuple[int, ...] = (expert, row, 0)
+                    rows = rows.view(-1, min(shape[1], high - low), shape[2])
+                else:
+                    offset = (low, 0)[: len(shape)]
+                    rows = rows.view(-1, *shape[1:])
+                yield tuple(a + b for a, b in zip(piece.global_offset, offset, strict=True)), rows
+            first = last
+
+
+def _within_experts(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Cut rows of a stack [experts, rows, columns] where a rectangle must end: whole experts, or rows of one."""
+    height = shape[1] if len(shape) == 3 else stop
+    while start < stop:
+        whole = (stop - start) // height * height if start % height == 0 else 0
+        step = whole or min(stop - start, height - start % height)
+        yield start, start + step
+        start += step
+
+
+def find_parameters(state: dict[str, Sharded], rules: tuple[Rule, ...]) -> list[Parameter]:
+    """The parameters that are trained of `state` (`sharded_state` of this rank's chunks), in the model's order.
+
+    Raises:
+        ValueError: a parameter that no rule claims, or that two do.
+    """
+    trained = {key: value for key, value in state.items() if value.data.requires_grad}
+    routes = route(list(trained), rules)
+    found = []
+    for index, (key, sharded) in enumerate(trained.items()):
+        slicing, axis = _slicing(sharded, routes[key])
+        found.append(Parameter(index, key, sharded.data, sharded, routes[key], slicing, axis))
+    return found
+
+
+def _slicing(sharded: Sharded, rule: Rule) -> tuple[str, int]:
+    expert = not getattr(sharded.data, "allreduce", True)
+    group = tensor_parallel_group(expert)
+    if group.size() == 1:
+        return "alone", 0
+    fragmentations = pieces(sharded)[0].axis_fragmentations
+    assert fragmentations is not None
+    if len(fragmentations) == 1:
+        return "replicated", 0
+    halves = len(pieces(sharded))  # a fused gate and up counts as two fragments even when nothing is cut
+    if fragmentations[-2] > halves:
+        return ("alone", 0) if rule.head_rows else ("cut", -2)
+    if fragmentations[-1] > 1:
+        return "cut", -1
+    return "replicated", 0
+
+
+def tensor_parallel_group(expert: bool) -> dist.ProcessGroup:
+    """The ranks that hold the slices of one matrix."""
+    if expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_parallel_group(expert: bool) -> dist.ProcessGroup:
+    """The ranks that hold the same parameters for different data."""
+    if expert:
+        return parallel_state.get_expert_data_parallel_group()
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,166 @@
+"""Which data-parallel rank owns which rows of which parameter, for Muon and AdamW alike. No torch.
+
+Every parameter is seen as rows x columns: an expert stack [experts, in, out] as experts * in rows, a norm's gain as rows
+of one element. It is divided into blocks of rows: one block per matrix for Muon, which wants whole matrices; one per
+parameter (or fused half) for AdamW, whose rows may go anywhere. docs/distributed_muon.md has a drawing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOLERANCE = 1.05
+"""A matrix that would lift its owner above this many times the mean is cut by rows over several owners."""
+
+SMALLEST_CUT = 1024
+"""An AdamW block is cut over all ranks only if each would get this many elements; smaller ones stay whole."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of one parameter. Those of one matrix if `is_matrix`."""
+
+    parameter: int
+    start: int
+    stop: int
+    columns: int
+    is_matrix: bool
+
+    @property
+    def numel(self) -> int:
+        return (self.stop - self.start) * self.columns
+
+    @property
+    def cost(self) -> int:
+        """Newton-Schulz work in arbitrary units: 2 n^2 m + n^3 for a matrix of short side n and long side m."""
+        short, long = sorted((self.stop - self.start, self.columns))
+        return short * short * (2 * long + short) if self.is_matrix else 0
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Rows [start, stop) of one parameter that one rank owns: several whole matrices, rows of one, or AdamW's rows."""
+
+    parameter: int
+    start: int
+    stop: int
+    columns: int
+    owner: int
+    matrix_rows: int = 0
+    """Height of its whole matrices; 0 for AdamW."""
+    home: int = -1
+    """Rank that orthogonalises them: the owner, unless the matrix is cut over several owners."""
+    matrix_start: int = -1
+    """First row of the cut matrix that these rows belong to; -1 if its matrices are whole."""
+
+    @property
+    def numel(self) -> int:
+        return (self.stop - self.start) * self.columns
+
+    @property
+    def is_cut(self) -> bool:
+        return self.matrix_start >= 0
+
+
+def newton_schulz_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """A rank for each job, longest first to whoever has least to do."""
+    load = [0] * num_ranks
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        rank = min(range(num_ranks), key=load.__getitem__)
+        owners[job] = rank
+        load[rank] += costs[job]
+    return owners
+
+
+def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
+    """Give every row an owner. All ranks compute the same answer, in the order of the parameters.
+
+    Matrices go, longest processing time first, to the rank with least Newton-Schulz work among those whose elements stay
+    within the mean; where none is left, to the rank with fewest elements. A matrix that would lift even that one above
+    TOLERANCE times the mean is cut by rows over the emptiest ranks, and one of them is its home. AdamW's rows then fill
+    every rank up to one level, so that what a rank sends, receives and stores is as even as rows allow.
+    """
+    elements, work = [0] * num_ranks, [0] * num_ranks
+    mean = sum(block.numel for block in blocks) / num_ranks
+    fragments: list[Fragment] = []
+    whole: dict[tuple[int, int], list[tuple[Block, int]]] = {}
+
+    def give(rank: int, numel: int, cost: int = 0) -> None:
+        elements[rank] += numel
+        work[rank] += cost
+
+    matrices = sorted((block for block in blocks if block.is_matrix), key=lambda block: -block.cost)
+    for block in matrices:
+        rows = block.stop - block.start
+        emptiest = min(elements)
+        if emptiest + block.numel > TOLERANCE * mean and rows > 1 and num_ranks > 1:
+            space = max(mean - emptiest, block.numel / num_ranks)
+            parts = min(rows, num_ranks, max(2, math.ceil(block.numel / space)))
+            owners = sorted(sorted(range(num_ranks), key=lambda rank: (elements[rank], rank))[:parts])
+            home = min(owners, key=lambda rank: (work[rank], rank))
+            give(home, 0, block.cost)
+            for part, owner in enumerate(owners):
+                start, stop = (block.start + rows * p // parts for p in (part, part + 1))
+                give(owner, (stop - start) * block.columns)
+                fragments.append(Fragment(block.parameter, start, stop, block.columns, owner, rows, home, block.start))
+        else:
+            fitting = [rank for rank in range(num_ranks) if elements[rank] + block.numel <= mean]
+            if fitting:
+                owner = min(fitting, key=lambda rank: (work[rank], elements[rank]))
+            else:
+                owner = min(range(num_ranks), key=lambda rank: (elements[rank], work[rank]))
+            give(owner, block.numel, block.cost)
+            whole.setdefault((block.parameter, rows), []).append((block, owner))
+    for placed in whole.values():
+        fragments += _runs(placed)
+    fragments += _fill([block for block in blocks if not block.is_matrix], elements)
+    return sorted(fragments, key=lambda fragment: (fragment.parameter, fragment.start))
+
+
+def _runs(placed: list[tuple[Block, int]]) -> list[Fragment]:
+    """Fragments of the equal matrices of one parameter: each owner keeps its count, but gets neighbours."""
+    owners = sorted(owner for _, owner in placed)
+    fragments: list[Fragment] = []
+    for block, owner in zip(sorted((block for block, _ in placed), key=lambda b: b.start), owners, strict=True):
+        last = fragments[-1] if fragments else None
+        rows = block.stop - block.start
+        if last is not None and last.owner == owner and last.stop == block.start:
+            fragments.pop()
+            fragments.append(Fragment(block.parameter, last.start, block.stop, block.columns, owner, rows, owner))
+        else:
+            fragments.append(Fragment(block.parameter, block.start, block.stop, block.columns, owner, rows, owner))
+    return fragments
+
+
+def _fill(blocks: list[Block], elements: list[int]) -> list[Fragment]:
+    """AdamW's rows, small blocks whole and large ones cut, to lift the ranks that have least to one level."""
+    fragments = []
+    num_ranks = len(elements)
+    missing = _missing(elements, sum(block.numel for block in blocks))
+    for block in sorted(blocks, key=lambda block: block.numel):
+        if block.numel < SMALLEST_CUT * num_ranks:
+            owner = max(range(num_ranks), key=lambda rank: missing[rank])
+            missing[owner] -= block.numel
+            fragments.append(Fragment(block.parameter, block.start, block.stop, block.columns, owner))
+            continue
+        weights = [max(0.0, m) for m in missing]
+        rows, total, before, start = block.stop - block.start, sum(weights), 0.0, block.start
+        for owner, weight in enumerate(weights):
+            before += weight
+            stop = block.start + round(rows * before / total) if before < total else block.stop
+            if stop > start:
+                fragments.append(Fragment(block.parameter, start, stop, block.columns, owner))
+                missing[owner] -= (stop - start) * block.columns
+                start = stop
+    return fragments
+
+
+def _missing(elements: list[int], total: int) -> list[float]:
+    """How much each rank takes of `total` elements so that the emptiest ranks end level."""
+    level, below = 0.0, sorted(elements)
+    for count in range(1, len(below) + 1):
+        level = (total + sum(below[:count])) / count
+        if count == len(below) or level <= below[count]:
+            break
+    return [max(0.0, level - there) for there in elements]

@@ -1,0 +1,202 @@
+"""The optimizer of a run: Muon and AdamW over the rows that this rank owns (arXiv 2502.16982, 2.2; ours, its sharding).
+
+Master weights and momenta live with their owner. Most matrices are whole where they are owned, and are updated there, in
+batches of bounded size. A matrix cut by tensor parallelism, or over several owners because it is larger than a mean
+share, is brought together by one rank (see exchange.py). docs/distributed_muon.md explains it with a drawing.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from moonlight.config import Run
+from moonlight.config_optim import Optimizer
+from moonlight.model.shards import Pieces, pieces, pieces_of
+from moonlight.optim.data_parallel import DataParallel
+from moonlight.optim.gathered import Gathered
+from moonlight.optim.master import Master
+from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
+from moonlight.optim.owned import Owned
+from moonlight.optim.routing import rules_of
+from moonlight.optim.rules import adamw_updates, apply_updates, muon_directions, muon_scale
+
+MOMENTA = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+
+
+class ShardedOptimizer:
+    """Updates the rows that this rank owns, and sends them on their way to the others."""
+
+    def __init__(self, data_parallel: DataParallel, config: Optimizer) -> None:
+        self.data_parallel, self.config = data_parallel, config
+        self.owned: list[Owned] = []
+        low = torch.bfloat16 if config.momentum_dtype == "bfloat16" else torch.float32
+        for parameter, fragment, gradient in data_parallel.own():
+            master = Master(parameter.weights[fragment.start : fragment.stop], config.master_weights)
+            algorithm = parameter.rule.algorithm
+            dtype = low if algorithm == "muon" else torch.float32
+            momenta = [torch.zeros_like(gradient, dtype=dtype) for _ in MOMENTA[algorithm]]
+            self.owned.append(Owned(parameter, fragment, gradient, master, momenta))
+        self._adamw = [owned for owned in self.owned if owned.parameter.rule.algorithm == "adamw"]
+        muon = [owned for owned in self.owned if owned.parameter.rule.algorithm == "muon"]
+        self._batches = list(_batches([owned for owned in muon if owned.is_local]))
+        self._dtype = torch.bfloat16 if config.newton_schulz_dtype == "bfloat16" else torch.float32
+        shared = [owned for owned in muon if not owned.is_local]
+        self._gathered = [
+            Gathered(lane, data_parallel.parameters, shared, self._dtype)
+            for lane in data_parallel.lanes
+            if lane.buckets
+        ]
+
+    def master_state(self) -> dict[str, Pieces]:
+        """This rank's rows of the float32 master weights, and router biases, under the names of the checkpoint."""
+        return self._master_pieces([owned.master.values() for owned in self.owned])
+
+    def momentum_state(self) -> dict[str, Pieces]:
+        """This rank's rows of the momenta, under `optimizer.<momentum>.<parameter>`."""
+        return _pieces(
+            (f"optimizer.{name}.{owned.parameter.key}", owned, momentum)
+            for owned in self.owned
+            for name, momentum in zip(MOMENTA[owned.parameter.rule.algorithm], owned.momenta, strict=True)
+        )
+
+    def gradient_state(self) -> dict[str, Pieces]:
+        """This rank's rows of the world's gradient sums, under the names of the parameters."""
+        return _pieces((owned.parameter.key, owned, owned.gradient) for owned in self.owned)
+
+    @contextlib.contextmanager
+    def fill_masters(self) -> Iterator[dict[str, Pieces]]:
+        """`master_state` to write into; what was written is then rounded into the model of every rank."""
+        values = [owned.master.values() for owned in self.owned]
+        yield self._master_pieces(values)
+        with torch.no_grad():
+            for owned, value in zip(self.owned, values, strict=True):
+                owned.master.store(value)
+        self.data_parallel.start_weights()
+        self.data_parallel.finish_weights()
+
+    def state_bytes(self) -> int:
+        """Bytes of master weights and momenta on this rank, the model's own weights apart."""
+        momenta = sum(m.numel() * m.element_size() for owned in self.owned for m in owned.momenta)
+        return momenta + sum(owned.master.state_bytes() for owned in self.owned)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Norm of the world's gradient: every element counted on exactly one rank."""
+        total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+        if counted := [owned.gradient for owned in self.owned if owned.counts]:
+            total += torch.stack(torch._foreach_norm(counted, dtype=torch.float64)).square().sum()
+        dist.all_reduce(total)
+        return total.sqrt().item()
+
+    @torch.no_grad()
+    def step(
+        self, *, learning_rate: float, weight_decay: float, step: int, gradient_norm: float
+    ) -> dict[str, torch.Tensor]:
+        """Update this rank's rows from their gradients, clipped to `clip_grad_norm`; weights are then on their way.
+
+        Args:
+            step: counted from 1; AdamW's bias correction depends on it.
+
+        Returns:
+            Per algorithm, the sum of squares and the count of the update's elements, for its RMS: [2] float64, every
+            element counted on one rank.
+        """
+        config = self.config
+        scale = config.clip_grad_norm / (gradient_norm + 1e-6) if 0 < config.clip_grad_norm < gradient_norm else 1.0
+        device = torch.cuda.current_device()
+        sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in MOMENTA}
+
+        def apply(members: Sequence[Owned], updates: Sequence[torch.Tensor], algorithm: str) -> None:
+            for decays in (True, False):
+                chosen = [(o, u) for o, u in zip(members, updates, strict=True) if o.parameter.rule.decay == decays]
+                masters = [owned.master.values() for owned, _ in chosen]
+                rates = {"learning_rate": learning_rate, "weight_decay": weight_decay if decays else 0.0}
+                apply_updates(masters, [update for _, update in chosen], **rates)
+                for (owned, _), values in zip(chosen, masters, strict=True):
+                    owned.master.store(values)
+            if counted := [update for owned, update in zip(members, updates, strict=True) if owned.counts]:
+                sums[algorithm][0] += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+                sums[algorithm][1] += sum(update.numel() for update in counted)
+
+        for batch in self._batches:
+            matrices = [
+                direction.view(-1, *owned.whole_shape)
+                for owned, direction in zip(batch, self._directions(batch, scale), strict=True)
+            ]
+            apply(batch, self._scaled(batch, self._orthogonalize(matrices)), "muon")
+        for gathered in self._gathered:
+            directions = self._directions(gathered.members, scale)
+            apply(
+                gathered.members, self._scaled(gathered.members, gathered.run(directions, self._orthogonalize)), "muon"
+            )
+        if self._adamw:
+            updates = adamw_updates(
+                [owned.gradient for owned in self._adamw],
+                [owned.momenta[0] for owned in self._adamw],
+                [owned.momenta[1] for owned in self._adamw],
+                beta1=config.adamw_beta1,
+                beta2=config.adamw_beta2,
+                eps=config.adamw_eps,
+                step=step,
+                scale=scale,
+            )
+            apply(self._adamw, updates, "adamw")
+        self.data_parallel.start_weights()
+        return sums
+
+    def _master_pieces(self, values: Sequence[torch.Tensor]) -> dict[str, Pieces]:
+        masters = _pieces((o.parameter.key, o, value) for o, value in zip(self.owned, values, strict=True))
+        return masters | {key: pieces_of(buffer) for key, buffer in self.data_parallel.buffers.items()}
+
+    def _directions(self, members: Sequence[Owned], scale: float) -> list[torch.Tensor]:
+        gradients, momenta = [owned.gradient for owned in members], [owned.momenta[0] for owned in members]
+        config = self.config
+        return muon_directions(gradients, momenta, momentum=config.momentum, nesterov=config.nesterov, scale=scale)
+
+    def _orthogonalize(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        config = self.config
+        return orthogonalize_all(matrices, config.num_newton_schulz_steps, config.coefficients, self._dtype)
+
+    def _scaled(self, members: Sequence[Owned], results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Orthogonal matrices as updates: float32 [rows, columns], of the RMS that AdamW's would have."""
+        return [
+            result.reshape(owned.gradient.shape).float() * muon_scale(*owned.whole_shape, self.config.rms_match)
+            for owned, result in zip(members, results, strict=True)
+        ]
+
+
+def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Pieces]:
+    """Rectangles by name, of tensors that hold owned rows."""
+    state: dict[str, Pieces] = {}
+    for key, owned, tensor in values:
+        shape = tuple(pieces(owned.parameter.sharded)[0].global_shape)
+        fragment = owned.fragment
+        found = state.setdefault(key, Pieces(shape, []))
+        found.rectangles.extend(owned.parameter.rectangles(fragment.start, fragment.stop, tensor))
+    return state
+
+
+def _batches(local: Sequence[Owned]) -> Iterator[list[Owned]]:
+    """Runs of matrices, like shapes together, of at most WORKSPACE_ELEMENTS (or one matrix)."""
+    parts = [part for owned in local for part in owned.parts(WORKSPACE_ELEMENTS)]
+    batch: list[Owned] = []
+    elements = 0
+    for part in sorted(parts, key=lambda part: part.whole_shape):
+        if batch and elements + part.gradient.numel() > WORKSPACE_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(part)
+        elements += part.gradient.numel()
+    if batch:
+        yield batch
+
+
+def make_optimizer(models: Sequence[GPTModel], run: Run) -> ShardedOptimizer:
+    """The optimizer that a recipe asks for, over this rank's model chunks."""
+    rules = rules_of(run.optimizer, run.model)
+    return ShardedOptimizer(DataParallel(models, rules, run.parallel.bucket_size), run.optimizer)
