@@ -90,12 +90,13 @@ def build(run: Recipe) -> list[Any]:
     """Groups, model chunks with initial weights, and Megatron's data parallelism around them."""
     from moonlight import parallel
     from moonlight.model.build import build_model
-    from moonlight.model.shards import initialize, sharded_state
+    from moonlight.model.shards import initialize, pieces_of, sharded_state
     from moonlight.train.step import data_parallel
 
     parallel.build_groups(run.parallel, run.train.seed)
     models = build_model(run)
-    initialize(sharded_state(models), run.model, run.train.seed)
+    state = {key: pieces_of(sharded) for key, sharded in sharded_state(models).items()}
+    initialize(state, run.model, run.train.seed)
     return data_parallel(models)
 
 
@@ -175,7 +176,9 @@ def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[flo
     if load_first:
         state = checkpoint.load(find(folder), run, optimizer)
     else:
-        initialize(optimizer.master_state(), run.model, run.train.seed)
+        masters = optimizer.master_state()
+        initialize(masters, run.model, run.train.seed)
+        optimizer.take_state(masters)
     wrapped = data_parallel(models)
     first = state.step + 1
     losses = [

@@ -13,11 +13,10 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.models.gpt import GPTModel
 
 from moonlight.config import Optimizer
-from moonlight.model.shards import Sharded, is_first_replica, pieces, sharded_state
+from moonlight.model.shards import Pieces, Sharded, is_first_replica, pieces, pieces_of, sharded_state
 from moonlight.optim.newton_schulz import orthogonalize_all
 from moonlight.optim.routing import Rule, route
 
@@ -69,22 +68,27 @@ class ReplicatedOptimizer:
             momenta = {name: torch.zeros_like(master) for name in MOMENTA[rule.algorithm]}
             self.parameters[key] = _Parameter(sharded, model, master, rule, momenta)
 
-    def master_state(self) -> dict[str, Sharded]:
-        """Master weights and router biases, under the names of the checkpoint."""
-        masters = {key: _like(p.sharded, p.master, key) for key, p in self.parameters.items()}
-        return masters | self.buffers
+    def master_state(self) -> dict[str, Pieces]:
+        """Master weights and router biases, under the checkpoint's names. Call `take_state` after writing to it."""
+        masters = {key: pieces_of(p.sharded, p.master) for key, p in self.parameters.items()}
+        return masters | {key: pieces_of(sharded) for key, sharded in self.buffers.items()}
 
-    def momentum_state(self) -> dict[str, Sharded]:
+    def momentum_state(self) -> dict[str, Pieces]:
         """Momenta as whole tensors, under `optimizer.<momentum>.<parameter>`."""
         return {
-            f"optimizer.{name}.{key}": _like(p.sharded, momentum, f"optimizer.{name}.{key}")
+            f"optimizer.{name}.{key}": pieces_of(p.sharded, momentum)
             for key, p in self.parameters.items()
             for name, momentum in p.momenta.items()
         }
 
+    def take_state(self, state: dict[str, Pieces]) -> None:
+        """Let the model follow `state`, the master state (with or without the momenta), after it was written to."""
+        assert self.parameters.keys() <= state.keys()
+        self._copy_masters_to_model()
+
     @torch.no_grad()
-    def copy_masters_to_model(self) -> None:
-        """Round the master weights into the model; needed after writing to `master_state`."""
+    def _copy_masters_to_model(self) -> None:
+        """Round the master weights into the model."""
         for p in self.parameters.values():
             if p.model.dtype is not torch.float32:
                 p.model.copy_(p.master)
@@ -123,7 +127,7 @@ class ReplicatedOptimizer:
                 sums[p.rule.algorithm] += torch.stack(
                     [update.double().square().sum(), update.new_tensor(update.numel()).double()]
                 )
-        self.copy_masters_to_model()
+        self._copy_masters_to_model()
         return sums
 
     def _adamw_update(self, p: _Parameter, scale: float, step: int) -> torch.Tensor:
@@ -149,12 +153,6 @@ class ReplicatedOptimizer:
                 whole = next(done)
                 part.copy_(_own_slice(whole, p)).mul_(config.rms_match * max(whole.shape[-2:]) ** 0.5)
             yield update
-
-
-def _like(sharded: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
-    """`tensor`, cut across ranks as the parameter is, under another name."""
-    made = make_sharded_optimizer_tensor(sharded, tensor, "")
-    return replace(made, key=key)
 
 
 def _matrices(tensor: torch.Tensor, p: _Parameter) -> tuple[torch.Tensor, ...]:

@@ -45,8 +45,9 @@ def train(run: Run) -> None:
         newest = latest(folder / "checkpoints")
         if newest is None:
             state = TrainState()
-            initialize(optimizer.master_state(), run.model, run.train.seed)
-            optimizer.copy_masters_to_model()
+            masters = optimizer.master_state()
+            initialize(masters, run.model, run.train.seed)
+            optimizer.take_state(masters)
         else:
             state = checkpoint.load(newest, run, optimizer)
         wrapped = data_parallel(models)
