@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from moonlight import mapping
 from moonlight.config import Run
 from moonlight.config_io import from_dict
 from moonlight.errors import UserError
 from moonlight.train.checkpoint_files import find, read_state
-from moonlight.train.index import IndexReader, read_index
+from moonlight.train.index import IndexReader, cause_raised, read_index, whole_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,8 @@ class Checkpoint:
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor as it was saved: float32 masters and momenta."""
         state = {key: torch.empty(self.shapes[key], dtype=torch.float32)}
-        dcp.load(state, storage_reader=IndexReader(self.folder), no_dist=True)
+        with cause_raised():
+            dcp.load(state, storage_reader=IndexReader(self.folder), no_dist=True)
         return state[key]
 
     def hugging_face_tensors(self) -> Iterator[tuple[mapping.Part, torch.Tensor]]:
@@ -51,8 +51,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder = find(path)
     content = read_state(folder)
     run = from_dict(content["recipe"])
-    entries = read_index(folder).state_dict_metadata
-    shapes = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    shapes = whole_shapes(read_index(folder))
     for row in mapping.table(run.model):
         if shapes.get(row.key) != row.shape:
             raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")

@@ -22,6 +22,7 @@ from moonlight.optim.gathered import Gathered
 from moonlight.optim.master import Master
 from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.owned import Owned
+from moonlight.optim.parameters import Rectangle
 from moonlight.optim.routing import rules_of
 from moonlight.optim.rules import adamw_updates, apply_updates, muon_directions, muon_scale
 
@@ -172,13 +173,13 @@ class ShardedOptimizer:
 
 def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Pieces]:
     """Rectangles by name, of tensors that hold owned rows."""
-    state: dict[str, Pieces] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    rectangles: dict[str, list[Rectangle]] = {}
     for key, owned, tensor in values:
-        shape = tuple(pieces(owned.parameter.sharded)[0].global_shape)
-        fragment = owned.fragment
-        found = state.setdefault(key, Pieces(shape, []))
-        found.rectangles.extend(owned.parameter.rectangles(fragment.start, fragment.stop, tensor))
-    return state
+        shapes[key] = tuple(pieces(owned.parameter.sharded)[0].global_shape)
+        found = owned.parameter.rectangles(owned.fragment.start, owned.fragment.stop, tensor)
+        rectangles.setdefault(key, []).extend(found)
+    return {key: Pieces(shape, rectangles[key]) for key, shape in shapes.items()}
 
 
 def _batches(local: Sequence[Owned]) -> Iterator[list[Owned]]:

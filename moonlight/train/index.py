@@ -1,25 +1,37 @@
-"""A checkpoint's index, which torch keeps as a pickle, read without letting it build or call anything else."""
+"""A checkpoint's index, which torch keeps as a pickle, and its tensors, read without letting them call anything."""
 
+import contextlib
+import math
 import pickle
 import warnings
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from moonlight.errors import UserError
 
-_MODULES_OF_RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_METADATA = "torch.distributed.checkpoint.metadata"
 _ACCEPTED = frozenset(
     {
         ("torch", "Size"),
         ("torch", "float32"),
-        ("torch", "bfloat16"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        (_METADATA, "ChunkStorageMetadata"),
+        (_METADATA, "Metadata"),
+        (_METADATA, "MetadataIndex"),
+        (_METADATA, "TensorProperties"),
+        (_METADATA, "TensorStorageMetadata"),
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
     }
 )
 
@@ -34,11 +46,6 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ACCEPTED:
             return super().find_class(module, name)
-        if module in _MODULES_OF_RECORDS and "." not in name:
-            found = super().find_class(module, name)
-            # Not what the module imported itself, such as other modules' functions.
-            if isinstance(found, type) and found.__module__ == module:
-                return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
@@ -62,20 +69,66 @@ def read_index(folder: Path) -> Metadata:
         # Torch unpickles, without any restriction, what the index calls bytes instead of a tensor.
         if type(entry) is not TensorStorageMetadata:
             raise UserError(f"checkpoint index {path} is refused: {key} is no tensor")
+        if not is_covered(entry):
+            raise UserError(f"checkpoint index {path} is refused: parts of {key} are missing")
     return index
 
 
-def check_pickles(folder: Path) -> None:
-    """Raise UserError if a file that Megatron would unpickle holds more than plain values; call it before loading."""
-    read_index(folder)
-    try:
-        torch.load(folder / "common.pt", weights_only=True)
-    except Exception:  # as above
-        raise UserError(f"checkpoint file {folder / 'common.pt'} is refused: it holds more than plain values") from None
+def whole_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+    """The shape of every whole tensor of a checkpoint."""
+    entries = index.state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def is_covered(entry: TensorStorageMetadata) -> bool:
+    """Whether the rectangles of a tensor, which do not overlap, make up the whole of it."""
+    return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)
 
 
 class IndexReader(FileSystemReader):
-    """Torch's checkpoint reader with its index read by `read_index`."""
+    """Torch's reader, with the index read by `read_index` and every stored rectangle read once.
+
+    Torch reads a stored rectangle anew for each rectangle that it fills a part of: for each of 64 experts, all of them.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            wanted[item.storage_index].append(item)
+        for index, items in wanted.items():
+            stored = self._stored(index)
+            for item in items:
+                target = planner.resolve_tensor(item)
+                target.copy_(narrow_tensor_by_index(stored, item.storage_offsets, item.lengths))
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _stored(self, index: MetadataIndex) -> torch.Tensor:
+        """One stored rectangle, on the CPU."""
+        place = self.storage_data[index]
+        path = Path(self.path) / place.relative_path
+        with path.open("rb") as file:
+            try:
+                stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError):
+                stored = None
+        if not isinstance(stored, torch.Tensor):
+            raise UserError(f"checkpoint file {path} is refused: {index.fqn} in it is no tensor")
+        return stored
+
+
+@contextlib.contextmanager
+def cause_raised() -> Iterator[None]:
+    """Raise the error that stopped torch's distributed checkpoint, in place of its collection of all ranks' errors."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
