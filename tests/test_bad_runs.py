@@ -1,6 +1,5 @@
 """Bad checkpoints, run folders, disks and processes: one line, exit code 2, nothing left behind."""
 
-import io
 import os
 import pickle
 import time
@@ -126,10 +125,9 @@ def evil_index(folder, mark):
 
 def evil_file(folder, mark):
     """Pickle a trap into a file of its own, and return where it is."""
-    stream = io.BytesIO()
-    torch.save(Evil(mark), stream)
-    (folder / "__0_9.distcp").write_bytes(stream.getvalue())
-    return _StorageInfo("__0_9.distcp", 0, len(stream.getvalue()))
+    path = folder / "__0_9.distcp"
+    torch.save(Evil(mark), path)
+    return _StorageInfo(path.name, 0, path.stat().st_size)
 
 
 def evil_tensor(folder, mark):
