@@ -99,7 +99,8 @@ class Bucket:
 
         def finish() -> None:
             work.wait()
-            torch._foreach_copy_(views, list(received.split([view.numel() for view in views])))
+            if views:
+                torch._foreach_copy_(views, list(received.split([view.numel() for view in views])))
 
         return finish
 
