@@ -12,13 +12,10 @@ Tensors = list[torch.Tensor]
 def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, nesterov: bool, scale: float) -> Tensors:
     """Advance the momenta, M <- mu M + s G, and return what is to be orthogonalised: s G + mu M, or M without Nesterov.
 
-    Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. The result is float32 and new.
+    Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. Gradients have any floating dtype.
+    The result is float32 and new.
     """
-    sums = [m.float() for m in momenta]
-    if momenta and sums[0] is momenta[0]:
-        sums = torch._foreach_mul(momenta, momentum)
-    else:
-        torch._foreach_mul_(sums, momentum)
+    sums = list(torch._foreach_mul([m.float() for m in momenta], momentum))
     torch._foreach_add_(sums, gradients, alpha=scale)
     torch._foreach_copy_(momenta, sums)
     if nesterov:
