@@ -9,7 +9,7 @@ MAX_LINES = 400
 
 LEVELS = (
     ("moonlight.cli",),
-    ("moonlight.quickstart",),
+    ("moonlight.quickstart", "moonlight.bench"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.train",),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),

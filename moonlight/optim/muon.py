@@ -13,8 +13,8 @@ import torch
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
 from moonlight.optim.rules import adamw_updates, apply_updates, muon_directions, muon_scale
 
-CHUNK_ELEMENTS = 2**24
-"""Most elements whose updates exist at the same time, but for a single larger matrix."""
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Most elements whose updates exist at the same time, but for a single larger matrix; on a CPU, what caches hold."""
 
 ALGORITHMS = ("muon", "adamw")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
@@ -129,8 +129,11 @@ class Muon(torch.optim.Optimizer):
                 together.setdefault((*key, parameter.device, parameter.dtype), []).extend(parts)
         for (algorithm, *_), parts in together.items():
             for chunk in _chunks(parts):
-                updates = _muon_updates(chunk) if algorithm == "muon" else self._adamw_updates(chunk)
-                _apply(chunk, updates)
+                if algorithm == "muon":
+                    rows, columns = _matrices(chunk[0].weight).shape[-2:]
+                    _apply(chunk, _muon_updates(chunk), muon_scale(rows, columns, chunk[0].group["rms_match"]))
+                else:
+                    _apply(chunk, self._adamw_updates(chunk), 1.0)
         return loss
 
     def _muon_parts(self, parameter: torch.Tensor, group: dict[str, Any]) -> Iterator[_Part]:
@@ -140,7 +143,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
         momentum, gradient = state["momentum"], parameter.grad
         assert gradient is not None
-        count = max(1, CHUNK_ELEMENTS // parameter[0].numel()) if parameter.dim() == 3 else len(parameter)
+        limit = CHUNK_ELEMENTS[parameter.device.type]
+        count = max(1, limit // parameter[0].numel()) if parameter.dim() == 3 else len(parameter)
         for start in range(0, len(parameter), count):
             cut = slice(start, start + count)
             yield _Part(parameter[cut], gradient[cut], {"momentum": momentum[cut]}, group)
@@ -181,7 +185,7 @@ def _matrices(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
-    """The scaled orthogonal updates of parts with one shape of matrices and one setting, in float32."""
+    """The orthogonal updates of parts with one shape of matrices and one setting, in the dtype of the iteration."""
     group = parts[0].group
     directions = muon_directions(
         [part.gradient for part in parts],
@@ -191,24 +195,24 @@ def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
         scale=1.0,
     )
     matrices = [_matrices(direction) for direction in directions]
-    scale = muon_scale(*matrices[0].shape[-2:], group["rms_match"])
-    done = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"])
-    del matrices
-    for direction, update in zip(directions, done, strict=True):
-        torch.mul(update.view(direction.shape), scale, out=direction)
-    return directions
+    updates = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"])
+    return [update.view(part.weight.shape) for update, part in zip(updates, parts, strict=True)]
 
 
-def _apply(parts: list[_Part], updates: list[torch.Tensor]) -> None:
-    """Update weights of one dtype; bfloat16 ones are rounded once, at the end."""
+def _apply(parts: list[_Part], updates: list[torch.Tensor], scale: float) -> None:
+    """Update weights of one dtype by scale * updates; bfloat16 weights are rounded once, at the end."""
     by_rate: dict[tuple[float, float], list[int]] = {}
     for index, part in enumerate(parts):
         by_rate.setdefault((float(part.group["lr"]), part.group["weight_decay"]), []).append(index)
     for (learning_rate, weight_decay), indices in by_rate.items():
         weights = [parts[index].weight for index in indices]
         exact = [weight.float() for weight in weights]
+        # Scaling the rate rather than the updates saves a pass over them; the decay is scaled back.
         apply_updates(
-            exact, [updates[index] for index in indices], learning_rate=learning_rate, weight_decay=weight_decay
+            exact,
+            [updates[index] for index in indices],
+            learning_rate=learning_rate * scale,
+            weight_decay=weight_decay / scale,
         )
         if weights[0].dtype is not torch.float32:
             torch._foreach_copy_(weights, exact)
@@ -216,10 +220,11 @@ def _apply(parts: list[_Part], updates: list[torch.Tensor]) -> None:
 
 def _chunks(parts: list[_Part]) -> Iterator[list[_Part]]:
     """Consecutive parts, together at most CHUNK_ELEMENTS, but at least one."""
+    limit = CHUNK_ELEMENTS[parts[0].weight.device.type]
     chunk: list[_Part] = []
     elements = 0
     for part in parts:
-        if chunk and elements + part.weight.numel() > CHUNK_ELEMENTS:
+        if chunk and elements + part.weight.numel() > limit:
             yield chunk
             chunk, elements = [], 0
         chunk.append(part)

@@ -1,7 +1,7 @@
 """Orthogonalisation of matrices by Newton-Schulz iteration: the heart of Muon (arXiv 2502.16982, eq. 1)."""
 
 from collections.abc import Sequence
-from itertools import chain, islice, repeat
+from itertools import accumulate, chain, islice, repeat
 
 import torch
 
@@ -25,7 +25,7 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
 }
 """Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
 
-WORKSPACE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Most elements of small matrices orthogonalised at once; a step needs about four times this in its dtype."""
 
 BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000
@@ -49,12 +49,14 @@ def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dty
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     transposed = flat.shape[-2] > flat.shape[-1]  # iterate on the smaller Gram matrix
     x = flat.mT if transposed else flat
-    x = (x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7)).to(dtype)
+    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7)
     if _in_blocks(matrices):
+        x = x.to(dtype)
         done = [_iterate_in_blocks(matrix, steps) for matrix in x]
         x = done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)
     else:
-        x = _iterate_batched(x, steps)
+        # On a CPU, batched products of transposed matrices are slow.
+        x = _iterate_batched(x.to(dtype, memory_format=torch.contiguous_format), steps)
     return (x.mT if transposed else x).reshape(matrices.shape)
 
 
@@ -67,10 +69,14 @@ def _in_blocks(matrices: torch.Tensor) -> bool:
 
 def _iterate_batched(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
     """The iteration as it is written, for a batch [count, short, long]."""
+    count, n, _ = x.shape
+    gram, mixed = x.new_empty(2, count, n, n)
+    other = x.new_empty(x.shape)
     for a, b, c in steps:
-        gram = x @ x.mT
-        mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, mixed, x, beta=a)
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=mixed)
+        torch.baddbmm(x, mixed, x, beta=a, out=other)
+        x, other = other, x
     return x
 
 
@@ -140,23 +146,30 @@ def orthogonalize_all(
     matrices: Sequence[torch.Tensor], num_steps: int, coefficients: str, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Orthogonalise many tensors [..., rows, columns] in `dtype`, batching small matrices of one shape."""
-    results = [torch.empty(matrix.shape, dtype=dtype, device=matrix.device) for matrix in matrices]
-    by_shape: dict[tuple[torch.device, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for matrix, result in zip(matrices, results, strict=True):
-        rows, columns = matrix.shape[-2:]
-        limit = 1 if _in_blocks(matrix) else max(1, WORKSPACE_ELEMENTS[matrix.device.type] // (rows * columns))
-        parts = zip(
-            matrix.reshape(-1, rows, columns).split(limit), result.view(-1, rows, columns).split(limit), strict=True
-        )
-        by_shape.setdefault((matrix.device, rows, columns), []).extend(parts)
-    for (device, rows, columns), parts in by_shape.items():
-        limit = 1 if _in_blocks(parts[0][0]) else max(1, WORKSPACE_ELEMENTS[device.type] // (rows * columns))
+    done: list[list[torch.Tensor]] = [[] for _ in matrices]
+    by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        by_shape.setdefault((matrix.device, *matrix.shape[-2:]), []).append(index)
+    for (_, rows, columns), indices in by_shape.items():
+        limit = _largest_batch(matrices[indices[0]])
+        flat = {index: matrices[index].reshape(-1, rows, columns) for index in indices}
+        parts = [(index, part) for index in indices for part in flat[index].split(limit)]
         while parts:
-            count = 1
-            while count < len(parts) and sum(len(part) for part, _ in parts[: count + 1]) <= limit:
-                count += 1
-            sources, targets = zip(*parts[:count], strict=True)
-            done = orthogonalize(torch.cat(sources), num_steps, coefficients, dtype)
-            torch._foreach_copy_(list(targets), list(done.split([len(source) for source in sources])))
-            del parts[:count]
-    return results
+            lengths = accumulate(len(part) for _, part in parts)
+            count = max(1, sum(length <= limit for length in lengths))
+            batch, parts = parts[:count], parts[count:]
+            sources = [part for _, part in batch]
+            whole = sources[0] if count == 1 else torch.cat(sources)
+            result = orthogonalize(whole, num_steps, coefficients, dtype)
+            for (index, _), own in zip(batch, result.split([len(part) for part in sources]), strict=True):
+                done[index].append(own)
+    return [
+        (own[0] if len(own) == 1 else torch.cat(own)).reshape(matrix.shape)
+        for matrix, own in zip(matrices, done, strict=True)
+    ]
+
+
+def _largest_batch(matrices: torch.Tensor) -> int:
+    """How many matrices of this shape to orthogonalise at once."""
+    rows, columns = matrices.shape[-2:]
+    return 1 if _in_blocks(matrices) else max(1, WORKSPACE_ELEMENTS[matrices.device.type] // (rows * columns))
