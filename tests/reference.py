@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import torch
 
 from moonlight.optim.newton_schulz import COEFFICIENTS
 
@@ -35,30 +34,3 @@ class SlowMuon:
         direction = gradient + mu * self.momentum if self.nesterov else self.momentum
         update = 0.2 * math.sqrt(max(direction.shape)) * slow_newton_schulz(direction, self.steps, self.name)
         self.weight = self.weight - learning_rate * (update + decay * self.weight)
-
-
-def plain_loop(matrix: torch.Tensor, steps: int, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """The iteration on one matrix in `dtype`, as other optimizers run it."""
-    first, then = COEFFICIENTS[name]
-    if matrix.shape[0] > matrix.shape[1]:
-        return plain_loop(matrix.T, steps, name, dtype).T
-    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
-    for step in range(steps):
-        a, b, c = first[step] if step < len(first) else then
-        gram = x @ x.T
-        mixed = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.addmm(x, mixed, x, beta=a)
-    return x
-
-
-def spectrum(kind: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A float32 matrix with Gaussian elements, or singular values 1/i, or log-uniform over four decades."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "gauss":
-        return torch.randn(rows, columns, generator=generator)
-    count = min(rows, columns)
-    left, _ = torch.linalg.qr(torch.randn(rows, count, generator=generator))
-    right, _ = torch.linalg.qr(torch.randn(columns, count, generator=generator))
-    decades = 10 ** (-4 * torch.rand(count, generator=generator))
-    values = 1 / torch.arange(1, count + 1) if kind == "power law" else decades
-    return (left * values) @ right.T

@@ -8,8 +8,9 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,7 +52,7 @@ class Figure:
     """Distance of the peer's weights from ours after all rounds, over the distance gone."""
 
 
-def matrix(spectrum: str, rows: int, columns: int, device: str, seed: int = 0) -> torch.Tensor:
+def random_matrix(spectrum: str, rows: int, columns: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
     """A float32 matrix [rows, columns]: Gaussian, or with random bases and singular values 1/i or 10^(-4 u)."""
     generator = torch.Generator().manual_seed(seed)
     if spectrum == "gauss":
@@ -59,7 +60,11 @@ def matrix(spectrum: str, rows: int, columns: int, device: str, seed: int = 0) -
     count = min(rows, columns)
     left, _ = torch.linalg.qr(torch.randn(rows, count, generator=generator).to(device))
     right, _ = torch.linalg.qr(torch.randn(columns, count, generator=generator).to(device))
-    values = 1 / torch.arange(1, count + 1) if spectrum == "power law" else 10 ** (-4 * torch.rand(count))
+    values = (
+        1 / torch.arange(1, count + 1)
+        if spectrum == "power law"
+        else 10 ** (-4 * torch.rand(count, generator=generator))
+    )
     return (left * values.to(device)) @ right.mT
 
 
@@ -112,7 +117,7 @@ def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> 
 
 def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
     """Relative error of ours and of the plain bfloat16 loop to the same iteration in float32."""
-    whole = matrix(spectrum, rows, columns, device)
+    whole = random_matrix(spectrum, rows, columns, device)
     exact = plain_loop(whole, torch.float32)
     errors = []
     for result in (orthogonalize(whole, 5, "moonlight", torch.bfloat16), plain_loop(whole, torch.bfloat16)):
@@ -131,7 +136,7 @@ def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
 
 
 def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: bool) -> Figure:
-    whole = matrix("gauss", rows, columns, device)
+    whole = random_matrix("gauss", rows, columns, device)
     ours, peer = _interleaved(
         rounds,
         device,
@@ -176,20 +181,19 @@ def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, ro
 
     names = list(optimizers)
     times = _interleaved(rounds, device, [optimizers[name][0].step for name in names], before=give_gradients)
-    after = {
-        "ours": own,
-        names[1]: [torch.stack(p) for p in torch_split],
-        names[2]: [torch.stack(p) for p in keller_split],
-    }
     figures = []
-    for name, peer in zip(names[1:], times[1:], strict=True):
-        moved = torch.stack([(new - old).norm() for new, old in zip(own, weights, strict=True)]).norm()
-        apart = torch.stack([(new - old).norm() for new, old in zip(own, after[name], strict=True)]).norm()
-        difference = (apart / moved).item()
+    moved = _distance(weights, own)
+    for name, peer, split in zip(names[1:], times[1:], (torch_split, keller_split), strict=True):
+        difference = _distance([torch.stack(list[torch.Tensor](parts)) for parts in split], own) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
         figure = _speed(case, times[0], peer, STEP_BAR[device], exact and difference <= WEIGHT_TOLERANCE)
         figures.append(replace(figure, weights_apart=difference))
     return figures
+
+
+@torch.no_grad()
+def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5
 
 
 def _interleaved(
@@ -243,13 +247,13 @@ def _hardware(device: str) -> str:
 def _print(figures: list[Figure], hardware: str) -> None:
     table = Table(title="Muon: accuracy, then speed", caption=hardware)
     for name in ("case", "ours", "peer", "ratio", "spread", "bar", "gate"):
-        table.add_column(name, overflow="fold", justify="left" if name == "case" else "right")
+        table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
     for figure in figures:
         digits = 1 if figure.unit else 5
         numbers = [f"{value:.{digits}f} {figure.unit}".strip() for value in (figure.ours, figure.peer)]
         gate = "passed" if figure.passed else "FAILED"
         table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, gate)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     for figure in figures:
         if figure.weights_apart is not None:
