@@ -72,8 +72,9 @@ def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradien
         scale = min(1.0, run.optimizer.clip_grad_norm / (norm + 1e-6))
         found = {}
         for key, matrices in indices.items():
-            momenta[key] = (0.95 * momenta[key]).add_(gradients[key], alpha=scale)
-            direction = (0.95 * momenta[key]).add_(gradients[key], alpha=scale)
+            clipped = gradients[key] * scale
+            momenta[key] = 0.95 * momenta[key] + clipped
+            direction = torch.add(clipped, momenta[key], alpha=0.95)
             found[key] = np.full(shapes[key], np.nan)
             for index in matrices:
                 matrix = direction[index]
@@ -152,7 +153,8 @@ def test_matrices_of_heads(pool, layout, q_lora_rank):
     )
     indices = head_matrices(run)
     answers = pool.run(world_size, weights_after, run, 3)
-    check(answers, list(slow_updates(run, indices=indices, steps=3)), run, indices)
+    # Batches of such small matrices are summed in another order than single ones.
+    check(answers, list(slow_updates(run, indices=indices, steps=3)), run, indices, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("layout", ["1", "DP4", "TP2", "EP2xTP2-ETP2-4", "PP2", "EP2xDP2"])
