@@ -127,9 +127,12 @@ def describe(state: TrainState, run: Run, result: StepResult, seconds: float) ->
         "optim/lr": result.learning_rate,
         "optim/skipped_steps": state.skipped_steps,
         "moe/max_load": result.max_load,
+        "attention/max_logit": result.max_logit,
         "speed/tokens_per_second": tokens / seconds,
         "time/step_seconds": seconds,
     }
+    if run.optimizer.qk_clip > 0:
+        entry["attention/clipped_heads"] = result.clipped_heads
     entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}
     if torch.cuda.is_available():
         entry["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
