@@ -58,7 +58,7 @@ def recipe(parallel: Parallel = Parallel(), **train: Any) -> Recipe:  # noqa: B0
         data=Data(path="none", tokenizer="none", sequence_length=32),
         optimizer=Optimizer(newton_schulz_dtype="float32"),
         schedule=Schedule(lr=2e-3, warmup_steps=2),
-        parallel=parallel,
+        parallel=replace(parallel, bucket_size=4_000),  # several buckets, several rounds
         train=Train(**train),
     )
 
