@@ -278,7 +278,7 @@ def test_data_index_of_nonsense(refuses, as_worker, tiny_run, tmp_path):
         (["pretrain"], "Missing argument 'recipe'; see moonlight pretrain --help"),
         (["pretrain", "recipe.yaml", "--fast"], "No such option: --fast; see moonlight pretrain --help"),
         (["tokenizer", "train", "--out", "x"], "Missing option '--input'; see moonlight tokenizer train --help"),
-        (["teach"], "No such command 'teach'; see moonlight --help"),
+        (["zzz"], "No such command 'zzz'; see moonlight --help"),
         (["generate", "hf", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["export", "runs", "--out", "x", "--max-shard-size", "big"], "--max-shard-size"),
         (["export", "nowhere", "--out", "x"], "nowhere holds no checkpoint: give a run folder"),

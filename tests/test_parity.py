@@ -33,7 +33,7 @@ def forward(run, tokens):
     """Logits [batch, sequence, vocabulary] and the experts chosen by each router, with biases that matter."""
     from moonlight.train.step import routers
 
-    (model,) = build(run)
+    (model,), _ = build(run)
     for router in routers([model]):
         generator = torch.Generator().manual_seed(router.layer_number)
         router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=generator))
