@@ -105,7 +105,6 @@ def _install_in_megatron() -> None:
         megatron.core.jit.jit_fuser = lambda function: function
 
     import megatron.core.tensor_parallel.random
-    from megatron.core.dist_checkpointing.strategies import state_dict_saver
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer import multi_latent_attention
@@ -122,7 +121,6 @@ def _install_in_megatron() -> None:
         return
     on_cpu = _TorchOnCpu("torch")
     schedules.torch = on_cpu
-    state_dict_saver.torch = on_cpu
     megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
         torch.set_rng_state(new_state)
     )

@@ -1,6 +1,5 @@
 """Bad checkpoints, run folders, disks and processes: one line, exit code 2, nothing left behind."""
 
-import io
 import os
 import pickle
 import time
@@ -26,15 +25,8 @@ def index_of_nothing(folder):
     sign(folder)
 
 
-def index_of_half(folder):
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    index.state_dict_metadata[KEY].size = torch.Size([2048, 32])
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
-    sign(folder)
-
-
-def index_of_others(change):
-    """An index in which a tensor has another name, or is missing."""
+def in_index(change):
+    """Change what the index says of each tensor."""
 
     def edit(folder):
         index = pickle.loads((folder / ".metadata").read_bytes())
@@ -78,14 +70,18 @@ DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
             None,
         ),
         (index_of_nothing, ".metadata is refused: it is no index", ...),
-        (index_of_half, f".metadata is refused: parts of {KEY} are missing", ...),
         (
-            index_of_others(lambda entries: entries.pop(MOMENTUM)),
+            in_index(lambda entries: setattr(entries[KEY], "size", torch.Size([2048, 32]))),
+            f".metadata is refused: parts of {KEY} are missing",
+            ...,
+        ),
+        (
+            in_index(lambda entries: entries.pop(MOMENTUM)),
             f"lacks {MOMENTUM}, which the run needs: was a parameter frozen when it was saved",
             None,
         ),
         (
-            index_of_others(lambda entries: entries.update(extra=entries[MOMENTUM])),
+            in_index(lambda entries: entries.update(extra=entries[MOMENTUM])),
             "holds extra, which the run does not have: was a parameter frozen or removed since it was saved",
             None,
         ),
@@ -129,10 +125,9 @@ def evil_index(folder, mark):
 
 def evil_file(folder, mark):
     """Pickle a trap into a file of its own, and return where it is."""
-    stream = io.BytesIO()
-    torch.save(Evil(mark), stream)
-    (folder / "__0_9.distcp").write_bytes(stream.getvalue())
-    return _StorageInfo("__0_9.distcp", 0, len(stream.getvalue()))
+    path = folder / "__0_9.distcp"
+    torch.save(Evil(mark), path)
+    return _StorageInfo(path.name, 0, path.stat().st_size)
 
 
 def evil_tensor(folder, mark):

@@ -44,7 +44,6 @@ KNOW_MEGATRON = {
     "moonlight/model/router.py",
     "moonlight/model/shards.py",
     "moonlight/optim/replicated.py",
-    "moonlight/train/checkpoint.py",
     "moonlight/train/step.py",
     "moonlight/train/validate.py",
 }

@@ -1,7 +1,7 @@
 """Data parallelism with owners: gradients leave during the backward pass, weights return during the next forward pass.
 
-Replaces Megatron's DistributedDataParallel, whose equal shards would cut matrices or pad them. Megatron's schedules call
-the same hooks: `no_sync_func` while micro-batches accumulate, `finalize_model_grads_func` at the end.
+Replaces Megatron's DistributedDataParallel, whose equal shards would cut matrices or pad them. Megatron's schedules
+call the same hooks: `no_sync_func` while micro-batches accumulate, `finalize_model_grads_func` at the end.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from moonlight.optim.wire import Bucket, Lane
 class DataParallel:
     """The parameters of this rank's model chunks, who owns which rows of them, and their exchange.
 
-    Gradient sums are float32, in `parameter.main_grad`; after `finish_gradients` every owner has the world's sums of its
-    rows in its buckets.
+    Gradient sums are float32, in `parameter.main_grad`; after `finish_gradients` every owner has the world's sums of
+    its rows in its buckets.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class DataParallel:
             torch._foreach_copy_(replicated, [p.view_as(g) for p, g in zip(parts, replicated, strict=True)])
 
     def start_weights(self) -> None:
-        """The owners have changed their rows in the model: send them to everyone, waited for when a module needs them."""
+        """The owners have changed their rows in the model: send them to everyone, waited for when a module needs
+        them."""
         for lane in self.lanes:
             lane.start_weights()
 
@@ -112,7 +113,7 @@ class DataParallel:
                     yield self.parameters[fragment.parameter], fragment, gradient
 
     def _hook(self, models: Sequence[GPTModel]) -> None:
-        # Hooks live in C++ with the parameters, out of the garbage collector's sight: they must not keep anything alive.
+        # Hooks live in C++ with the parameters, out of the garbage collector's sight: they must keep nothing alive.
         this = weakref.ref(self)
 
         def gradient_is_there(model: torch.Tensor) -> None:
@@ -139,12 +140,14 @@ class DataParallel:
                     module.register_forward_pre_hook(weights_are_needed)
 
     def _finalize(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
-        """Called by Megatron's schedules after the last backward pass. Losses are divided by the token count already."""
+        """Called by Megatron's schedules after the last backward pass. Losses are divided by the token count
+        already."""
         self.finish_gradients()
 
 
 def _buckets(parameters: list[Parameter], group: dist.ProcessGroup, bucket_size: int) -> list[Bucket]:
-    """Parameters from the last to the first, as a backward pass completes them, in buckets of `bucket_size` elements."""
+    """Parameters from the last to the first, as a backward pass completes them, in buckets of `bucket_size`
+    elements."""
     fragments = partition([block for parameter in parameters for block in parameter.blocks()], group.size())
     of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
     for fragment in fragments:

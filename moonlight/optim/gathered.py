@@ -2,8 +2,8 @@
 
 There are two reasons, and both may hold. Rows of a matrix larger than a mean share are owned by several data-parallel
 ranks; its home gathers them. And tensor parallelism cuts matrices into slices (or repeats them on every rank); data-
-parallel owners are the same on all tensor-parallel ranks, so the slices of one matrix lie with tensor-parallel peers, of
-whom one is chosen.
+parallel owners are the same on all tensor-parallel ranks, so the slices of one matrix lie with tensor-parallel peers,
+of whom one is chosen.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ Orthogonalize = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 class Gathered:
-    """The matrices of one lane of which this rank holds parts. `members` are its rows of them, in the order of `run`."""
+    """The matrices of one lane of which this rank holds parts. `members` are its rows of them, in the order of
+    `run`."""
 
     def __init__(
         self, lane: Lane, parameters: Sequence[Parameter], shared: Sequence[Owned], dtype: torch.dtype

@@ -1,4 +1,5 @@
-"""The parameters of this rank as the optimizer sees them: rows x columns, with a rule and a place in the whole model."""
+"""The parameters of this rank as the optimizer sees them: rows x columns, with a rule and a place in the whole
+model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Parameter:
         assert start == self.rows, self.key
 
     def rectangles(self, start: int, stop: int, values: torch.Tensor) -> Iterator[Rectangle]:
-        """Where the rows [start, stop) of this rank, whose `values` [stop - start, columns] are given, lie in the whole.
+        """Where the rows [start, stop) of this rank, whose `values` [stop - start, columns] are given, lie in the
+        whole.
 
         The rectangles' tensors are views of `values`.
         """
@@ -76,8 +78,7 @@ class Parameter:
         for piece in pieces(self.sharded):
             shape = piece.local_shape
             last = first + piece.data.numel() // self.columns
-            low, high = max(start, first), min(stop, last)
-            for low, high in _within_experts(low - first, high - first, shape) if low < high else ():
+            for low, high in _within_experts(max(start, first) - first, min(stop, last) - first, shape):
                 rows = values[low + first - start : high + first - start]
                 if len(shape) == 3:
                     expert, row = divmod(low, shape[1])

@@ -1,8 +1,8 @@
 """Which data-parallel rank owns which rows of which parameter, for Muon and AdamW alike. No torch.
 
-Every parameter is seen as rows x columns: an expert stack [experts, in, out] as experts * in rows, a norm's gain as rows
-of one element. It is divided into blocks of rows: one block per matrix for Muon, which wants whole matrices; one per
-parameter (or fused half) for AdamW, whose rows may go anywhere. docs/distributed_muon.md has a drawing.
+Every parameter is seen as rows x columns: an expert stack [experts, in, out] as experts * in rows, a norm's gain as
+rows of one element. It is divided into blocks of rows: one block per matrix for Muon, which wants whole matrices; one
+per parameter (or fused half) for AdamW, whose rows may go anywhere. docs/distributed_muon.md has a drawing.
 """
 
 import math
@@ -76,10 +76,10 @@ def newton_schulz_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
 def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
     """Give every row an owner. All ranks compute the same answer, in the order of the parameters.
 
-    Matrices go, longest processing time first, to the rank with least Newton-Schulz work among those whose elements stay
-    within the mean; where none is left, to the rank with fewest elements. A matrix that would lift even that one above
-    TOLERANCE times the mean is cut by rows over the emptiest ranks, and one of them is its home. AdamW's rows then fill
-    every rank up to one level, so that what a rank sends, receives and stores is as even as rows allow.
+    Matrices go, longest processing time first, to the rank with least Newton-Schulz work among those whose elements
+    stay within the mean; where none is left, to the rank with fewest elements. A matrix that would lift even that one
+    above TOLERANCE times the mean is cut by rows over the emptiest ranks, and one of them is its home. AdamW's rows
+    then fill every rank up to one level, so that what a rank sends, receives and stores is as even as rows allow.
     """
     elements, work = [0] * num_ranks, [0] * num_ranks
     mean = sum(block.numel for block in blocks) / num_ranks

@@ -1,8 +1,8 @@
 """The optimizer of a run: Muon and AdamW over the rows that this rank owns (arXiv 2502.16982, 2.2; ours, its sharding).
 
-Master weights and momenta live with their owner. Most matrices are whole where they are owned, and are updated there, in
-batches of bounded size. A matrix cut by tensor parallelism, or over several owners because it is larger than a mean
-share, is brought together by one rank (see exchange.py). docs/distributed_muon.md explains it with a drawing.
+Master weights and momenta live with their owner. Most matrices are whole where they are owned, and are updated there,
+in batches of bounded size. A matrix cut by tensor parallelism, or over several owners because it is larger than a
+mean share, is brought together by one rank (see exchange.py). docs/distributed_muon.md explains it with a drawing.
 """
 
 import contextlib

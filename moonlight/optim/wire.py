@@ -1,9 +1,10 @@
 """Gradients to their owners and weights back: the exchange between data-parallel ranks, in buckets.
 
-A bucket is a run of parameters. What travels is laid out by owner: the rows that rank 0 owns, then rank 1's, and so on,
-regions of unequal size without padding. Gradients go by an uneven all-to-all and are summed by the owner, in float32 and
-in the order of the ranks: the payload of a ring reduce-scatter. Weights return the same way: that of an all-gather. A
-bucket whose largest region is far above the mean goes in several rounds, so that buffers stay near the bucket's size.
+A bucket is a run of parameters. What travels is laid out by owner: the rows that rank 0 owns, then rank 1's, and so
+on, regions of unequal size without padding. Gradients go by an uneven all-to-all and are summed by the owner, in
+float32 and in the order of the ranks: the payload of a ring reduce-scatter. Weights return the same way: that of an
+all-gather. A bucket whose largest region is far above the mean goes in several rounds, so that buffers stay near the
+bucket's size.
 """
 
 from collections import deque
@@ -120,8 +121,8 @@ def _flat_slices(
 class Lane:
     """The buckets of one process group, in the order in which a backward pass completes them.
 
-    Every rank exchanges them in this one order, whatever order its own hooks fire in, so ranks never wait for each other
-    in a circle. Weights return in the opposite order, in which a forward pass needs them.
+    Every rank exchanges them in this one order, whatever order its own hooks fire in, so ranks never wait for each
+    other in a circle. Weights return in the opposite order, in which a forward pass needs them.
     """
 
     def __init__(self, buckets: list[Bucket]) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints on disk, as far as they can be understood without torch: where they are, what they are of, whether whole.
 
-    runs/<name>/checkpoints/step-00000100/   Megatron's distributed checkpoint and state.json
+    runs/<name>/checkpoints/step-00000100/   torch's distributed checkpoint and state.json
     runs/<name>/checkpoints/latest           the name of the newest complete one
 
 `state.json` holds what is not a tensor (where the run stands, its recipe), and the size and checksum of every file.

@@ -4,13 +4,15 @@ What is on the disk is rectangles of whole tensors, and an index of them. Ranks 
 than those that were written.
 """
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -22,19 +24,44 @@ from moonlight.train.index import IndexReader, cause_raised, is_covered, read_in
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Torch's writer, with an index that depends on the checkpoint alone: no path and no random number in it."""
+    """Torch's writer, one file a rank, in this process.
+
+    The index depends on the checkpoint alone: no path and no random number in it. Rectangles are written one after the
+    other: torch's own `write_data` keeps a copy of each that is a view until the file is finished.
+    """
 
     def storage_meta(self) -> None:
         return None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # Of a disk that refuses to take more, torch only says that its archive is not where it should be.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with (Path(self.path) / name).open("wb") as file:
+            for item in plan.items:
+                values, begin = planner.resolve_data(item), file.tell()
+                assert isinstance(values, torch.Tensor)
+                _write(values, file)
+                length = file.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _write(values: torch.Tensor, file: BinaryIO) -> None:
+    """Append a tensor, and not what else its storage holds."""
+    values = values.cpu()
+    if values.untyped_storage().nbytes() != values.nbytes:
+        values = values.clone()
+    try:
+        torch.save(values, file)
+    except RuntimeError as error:
+        # Of a disk that refuses to take more, torch only says that its archive is not where it should be.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -64,9 +91,8 @@ def save_tensors(folder: Path, state: dict[str, Pieces]) -> None:
         OSError: on every rank, if one cannot write.
     """
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    writer = _Writer(folder, sync_files=True, thread_count=1)
     with cause_raised():
-        index = dcp.save(state, storage_writer=writer, planner=planner)
+        index = dcp.save(state, storage_writer=_Writer(folder), planner=planner)
     for key, entry in index.state_dict_metadata.items():
         assert is_covered(entry), f"{key}: elements that no rank holds"
 
