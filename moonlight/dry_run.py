@@ -1,7 +1,7 @@
 """One rank of a world that does not exist: its groups and its model, without memory and without peers.
 
-Collectives go to torch's fake backend, which moves nothing, and tensors are fake: they have shapes, dtypes and views, but
-no values. So the exchange of a cluster can be counted, and its owners read, on a laptop.
+Collectives go to torch's fake backend, which moves nothing, and tensors are fake: they have shapes, dtypes and views,
+but no values. So the exchange of a cluster can be counted, and its owners read, on a laptop.
 """
 
 import contextlib

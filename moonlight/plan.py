@@ -4,6 +4,7 @@ Nothing is trained and no memory is taken: the model is built dry, one pipeline 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from moonlight.optim.shares import Share, adamw_share, shares
 
 WIDE = 200
 """Columns where there is no terminal to fit: one line for each parameter."""
+
+LONGEST_LIST = 14
+"""Characters of a list of ranks."""
 
 
 @dataclass(frozen=True)
@@ -114,23 +118,33 @@ def _of_world(run: Run, world_size: int, lanes: Sequence[Sequence[Share]]) -> li
     return found
 
 
-def print_plan(plan: Plan, *, parameters: bool) -> None:
-    """The summary and, if asked for, before it a table of every parameter."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)
+def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) -> None:
+    """The summary and, if asked for, before it a table of every parameter.
+
+    Into a file or a pipe goes one line for each parameter; on a terminal, layers are headings, so that names fit.
+    """
+    console = console or Console()
+    wide = not console.is_terminal
+    if wide:
+        console.width = WIDE
     if parameters:
         table = Table("parameter", "shape", "rule", "decay", "matrices", "rank", box=None, padding=(0, 1, 0, 0))
-        table.columns[0].overflow = table.columns[5].overflow = "fold"
-        between = "\n" if console.is_terminal else ", "
+        table.columns[0].overflow = "fold"
+        layer = ""
         for line in plan.lines:
-            matrices = between.join(f"{count} of {_shape(shape)}" for shape, count in line.matrices.items())
+            name = line.key
+            if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
+                if found[0] != layer:
+                    layer = found[0]
+                    table.add_row(layer)
+                name = "  " + name.removeprefix(layer)
+            matrices = (", " if wide else "\n").join(f"{n} of {_shape(shape)}" for shape, n in line.matrices.items())
             decay = "yes" if line.decay else "no"
-            table.add_row(line.key, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
+            table.add_row(name, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
         console.print(table)
-        print("rank: the owner among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
+        console.print("rank: the owner among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
     for text in summary(plan):
-        print(text)
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def summary(plan: Plan) -> list[str]:
@@ -150,14 +164,15 @@ def summary(plan: Plan) -> list[str]:
 
 
 def ranges(ranks: Sequence[int]) -> str:
-    """Rising numbers in short: 0-3,7."""
+    """Rising numbers in short: 0-3,7; or, were that long, how many lie from the first to the last: 20 in 0-63."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][1] == rank - 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return text if len(text) <= LONGEST_LIST else f"{len(ranks)} in {ranks[0]}-{ranks[-1]}"
 
 
 def _shape(shape: Sequence[int]) -> str:

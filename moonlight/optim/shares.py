@@ -22,7 +22,7 @@ class Share:
 
 
 def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run) -> list[Share]:
-    """Of every rank of a group, by rank: gradients to their owners, cut matrices to their home and back, weights to all."""
+    """Of every rank of a group: gradients to their owners, cut matrices to their home and back, weights to all."""
     total = sum(fragment.numel for fragment in fragments)
     weight = weight_bytes(run)
     master = 0 if weight == 4 else {"float32": 4, "split": 2}[run.optimizer.master_weights]
