@@ -21,6 +21,8 @@ tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure against other implementations.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
 
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 """What the command line raises for arguments it cannot use; Typer exports no name for it."""
@@ -81,6 +83,24 @@ def data_prepare(
         )
     if manifest["bad_records"]:
         print(f"{manifest['bad_records']:,} bad records are listed in {out / 'quarantine.jsonl'}")
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure against other implementations."""
+
+
+@bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
+def bench_optimizer(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Muon's accuracy, then its speed against other Muons. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.optimizer import bench_optimizer as measure
+
+    if not measure(rounds, device, json):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")

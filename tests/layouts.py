@@ -14,6 +14,7 @@ Recipe = Run
 LAYOUTS: dict[str, tuple[int, Parallel]] = {
     "1": (1, Parallel()),
     "DP2": (2, Parallel()),
+    "DP4": (4, Parallel()),
     "TP2": (2, Parallel(tensor_parallel_size=2)),
     "TP2-ETP2": (2, Parallel(tensor_parallel_size=2, expert_tensor_parallel_size=2)),
     "PP2": (2, Parallel(pipeline_parallel_size=2)),

@@ -9,7 +9,7 @@ MAX_LINES = 400
 
 LEVELS = (
     ("moonlight.cli",),
-    ("moonlight.quickstart",),
+    ("moonlight.quickstart", "moonlight.bench"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.train", "moonlight.plan", "moonlight.dry_run"),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),
@@ -43,7 +43,9 @@ KNOW_MEGATRON = {
     "moonlight/model/experts.py",
     "moonlight/model/router.py",
     "moonlight/model/shards.py",
-    "moonlight/optim/replicated.py",
+    "moonlight/optim/data_parallel.py",
+    "moonlight/optim/parameters.py",
+    "moonlight/optim/sharded.py",
     "moonlight/train/step.py",
     "moonlight/train/validate.py",
 }

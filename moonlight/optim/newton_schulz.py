@@ -1,7 +1,7 @@
 """Orthogonalisation of matrices by Newton-Schulz iteration: the heart of Muon (arXiv 2502.16982, eq. 1)."""
 
 from collections.abc import Sequence
-from itertools import chain, repeat
+from itertools import accumulate, chain, islice, repeat
 
 import torch
 
@@ -25,11 +25,16 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
 }
 """Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
 
-BATCH_BELOW = 256
-"""On a CPU, batching same-shape matrices pays only while their short side is below this."""
+WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+"""Most elements of small matrices orthogonalised at once; a step needs about four times this in its dtype."""
 
-WORKSPACE_ELEMENTS = 2**26
-"""Most elements orthogonalised at once; a step needs about four times this in its dtype."""
+BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000
+"""On a CPU, matrices with at least this short side and this many elements are computed in symmetric blocks."""
+
+BLOCK_ROWS, MAX_BLOCKS = 192, 8
+"""A symmetric product is cut into blocks of at least this many rows, and at most so many blocks."""
+
+Coefficients = tuple[float, float, float]
 
 
 @torch.no_grad()
@@ -40,39 +45,131 @@ def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dty
     computed in `dtype`; a zero matrix stays zero. The result has `dtype`.
     """
     first, then = COEFFICIENTS[coefficients]
-    transposed = matrices.shape[-2] > matrices.shape[-1]  # iterate on the smaller Gram matrix
-    x = matrices.mT if transposed else matrices
-    x = (x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7)).to(dtype)
-    batched = x if x.dim() == 3 else x.flatten(0, -3) if x.dim() > 3 else x.unsqueeze(0)
-    for (a, b, c), _ in zip(chain(first, repeat(then)), range(num_steps), strict=False):
-        gram = batched @ batched.mT
-        mixed = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        batched = torch.baddbmm(batched, mixed, batched, beta=a)
-    x = batched.view(x.shape)
-    return x.mT if transposed else x
+    steps = list(islice(chain(first, repeat(then)), num_steps))
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    transposed = flat.shape[-2] > flat.shape[-1]  # iterate on the smaller Gram matrix
+    x = flat.mT if transposed else flat
+    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7)
+    if _in_blocks(matrices):
+        x = x.to(dtype)
+        done = [_iterate_in_blocks(matrix, steps) for matrix in x]
+        x = done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)
+    else:
+        # On a CPU, batched products of transposed matrices are slow.
+        x = _iterate_batched(x.to(dtype, memory_format=torch.contiguous_format), steps)
+    return (x.mT if transposed else x).reshape(matrices.shape)
 
 
+def _in_blocks(matrices: torch.Tensor) -> bool:
+    """Whether symmetric blocks are faster than batching: for large matrices on a CPU."""
+    rows, columns = matrices.shape[-2:]
+    large = min(rows, columns) >= BLOCKS_FROM_SIDE and rows * columns >= BLOCKS_FROM_ELEMENTS
+    return large and matrices.device.type == "cpu"
+
+
+def _iterate_batched(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
+    """The iteration as it is written, for a batch [count, short, long]."""
+    count, n, _ = x.shape
+    gram, mixed = x.new_empty(2, count, n, n)
+    other = x.new_empty(x.shape)
+    for a, b, c in steps:
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=mixed)
+        torch.baddbmm(x, mixed, x, beta=a, out=other)
+        x, other = other, x
+    return x
+
+
+def _iterate_in_blocks(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
+    """The iteration on one matrix [n, m], n <= m, two steps at a time on its Gram matrix.
+
+    A step multiplies X by a polynomial P of G = X X^T, and the next Gram matrix is P G P. All of these are symmetric
+    and commute, so half of each is computed, and X is multiplied once for two steps. More steps without a new Gram
+    matrix would lose the small singular values in bfloat16. Each of them is kept as (scalar, rest), the matrix
+    scalar * I + rest, which rounds less: near the end X X^T is almost a multiple of I.
+    """
+    n = x.shape[0]
+    gram, poly, half, next_gram, next_poly = x.new_empty(5, n, n)
+    other = torch.empty_like(x)
+    for step, second in _in_twos(steps):
+        rows = x[::8]  # enough of them for the mean of the diagonal, which need not be exact
+        g = rows.norm(dtype=torch.float32).square() / len(rows)
+        g = g.to(x.dtype).item()
+        gram.zero_().fill_diagonal_(-g)
+        _add_product(gram, x, x.mT)
+        p = _polynomial(poly, g, gram, step)
+        if second is not None:
+            torch.add(gram, poly, alpha=g / p, out=half)
+            _add_product(half, poly, gram, beta=p)  # P G = p g I + half
+            torch.add(half, poly, alpha=g, out=next_gram)
+            _add_product(next_gram, poly, half, beta=p)  # P G P = p^2 g I + next_gram
+            q = _polynomial(next_poly, p * p * g, next_gram, second)
+            torch.add(poly, next_poly, alpha=p / q, out=half)
+            _add_product(half, next_poly, poly, beta=q)  # Q P = q p I + half
+            poly, half, p = half, poly, p * q
+        torch.addmm(x, poly, x, beta=p, out=other)
+        x, other = other, x
+    return x
+
+
+def _in_twos(steps: list[Coefficients]) -> list[tuple[Coefficients, Coefficients | None]]:
+    """Equal steps two by two, but the last one and changing ones alone: their pairs lost accuracy in bfloat16."""
+    taken: list[tuple[Coefficients, Coefficients | None]] = []
+    while steps:
+        second = steps[1] if len(steps) > 2 and steps[0] == steps[1] else None
+        taken.append((steps[0], second))
+        steps = steps[2:] if second else steps[1:]
+    return taken
+
+
+def _polynomial(out: torch.Tensor, g: float, gram: torch.Tensor, coefficients: Coefficients) -> float:
+    """a I + b G + c G^2 = p I + out for G = g I + gram; returns p, which is positive for all our coefficients."""
+    a, b, c = coefficients
+    out.copy_(gram)
+    _add_product(out, gram, gram, beta=b + 2 * c * g, alpha=c)
+    return a + b * g + c * g * g
+
+
+def _add_product(
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> None:
+    """out <- beta out + alpha left right, where that is symmetric: the upper block triangle, mirrored."""
+    rows = max(BLOCK_ROWS, -(-len(out) // MAX_BLOCKS))
+    for start in range(0, len(out), rows):
+        stop = start + rows
+        out[start:stop, start:].addmm_(left[start:stop], right[:, start:], beta=beta, alpha=alpha)
+        out[stop:, start:stop] = out[start:stop, stop:].mT
+
+
+@torch.no_grad()
 def orthogonalize_all(
     matrices: Sequence[torch.Tensor], num_steps: int, coefficients: str, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Orthogonalise many tensors [..., rows, columns], batching those of one shape where that is faster."""
-    results: list[torch.Tensor | None] = [None] * len(matrices)
-    by_shape: dict[tuple[int, int], list[int]] = {}
+    """Orthogonalise many tensors [..., rows, columns] in `dtype`, batching small matrices of one shape."""
+    done: list[list[torch.Tensor]] = [[] for _ in matrices]
+    by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
-        by_shape.setdefault((matrix.shape[-2], matrix.shape[-1]), []).append(index)
-    for (rows, columns), indices in by_shape.items():
-        on_cpu = matrices[indices[0]].device.type == "cpu"
-        limit = 1 if on_cpu and min(rows, columns) >= BATCH_BELOW else max(1, WORKSPACE_ELEMENTS // (rows * columns))
-        flat = [matrices[index].reshape(-1, rows, columns) for index in indices]
-        units = [unit for tensor in flat for unit in tensor.split(limit)]
-        done: list[torch.Tensor] = []
-        while units:
-            batch = [units.pop(0)]
-            while units and sum(map(len, batch)) + len(units[0]) <= limit:
-                batch.append(units.pop(0))
-            result = orthogonalize(torch.cat(batch), num_steps, coefficients, dtype)
-            done.extend(result.split([len(unit) for unit in batch]))
-        whole = torch.cat(done)
-        for index, part in zip(indices, whole.split([len(tensor) for tensor in flat]), strict=True):
-            results[index] = part.view(matrices[index].shape)
-    return [result for result in results if result is not None]
+        by_shape.setdefault((matrix.device, *matrix.shape[-2:]), []).append(index)
+    for (_, rows, columns), indices in by_shape.items():
+        limit = _largest_batch(matrices[indices[0]])
+        flat = {index: matrices[index].reshape(-1, rows, columns) for index in indices}
+        parts = [(index, part) for index in indices for part in flat[index].split(limit)]
+        while parts:
+            lengths = accumulate(len(part) for _, part in parts)
+            count = max(1, sum(length <= limit for length in lengths))
+            batch, parts = parts[:count], parts[count:]
+            sources = [part for _, part in batch]
+            whole = sources[0] if count == 1 else torch.cat(sources)
+            result = orthogonalize(whole, num_steps, coefficients, dtype)
+            for (index, _), own in zip(batch, result.split([len(part) for part in sources]), strict=True):
+                done[index].append(own)
+    return [
+        (own[0] if len(own) == 1 else torch.cat(own)).reshape(matrix.shape)
+        for matrix, own in zip(matrices, done, strict=True)
+    ]
+
+
+def _largest_batch(matrices: torch.Tensor) -> int:
+    """How many matrices of this shape to orthogonalise at once."""
+    rows, columns = matrices.shape[-2:]
+    return 1 if _in_blocks(matrices) else max(1, WORKSPACE_ELEMENTS[matrices.device.type] // (rows * columns))

@@ -12,17 +12,19 @@ Tensors = list[torch.Tensor]
 def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, nesterov: bool, scale: float) -> Tensors:
     """Advance the momenta, M <- mu M + s G, and return what is to be orthogonalised: s G + mu M, or M without Nesterov.
 
-    Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. The result is float32 and new.
+    Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. Gradients have any floating dtype.
+    The result is float32 and new.
     """
     if not momenta:
         return []
-    sums = list(torch._foreach_mul([m.float() for m in momenta], momentum))
-    torch._foreach_add_(sums, gradients, alpha=scale)
+    scaled = [gradient.float() for gradient in gradients]
+    if scale != 1:
+        scaled = list(torch._foreach_mul(scaled, scale))
+    sums = [m.float() for m in momenta]  # float32 momenta themselves, and copies of others
+    torch._foreach_mul_(sums, momentum)
+    torch._foreach_add_(sums, scaled)
     torch._foreach_copy_(momenta, sums)
-    if nesterov:
-        torch._foreach_mul_(sums, momentum)
-        torch._foreach_add_(sums, gradients, alpha=scale)
-    return sums
+    return list(torch._foreach_add(scaled, sums, alpha=momentum)) if nesterov else [s.clone() for s in sums]
 
 
 def muon_scale(rows: int, columns: int, rms_match: float) -> float:
@@ -50,9 +52,9 @@ def adamw_updates(
     denominators = torch._foreach_div(second, 1 - beta2**step)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)
-    updates = list(torch._foreach_div(first, 1 - beta1**step))
+    updates = torch._foreach_div(first, 1 - beta1**step)
     torch._foreach_div_(updates, denominators)
-    return updates
+    return list(updates)
 
 
 @torch.no_grad()

@@ -184,11 +184,12 @@ def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Piec
 
 def _batches(local: Sequence[Owned]) -> Iterator[list[Owned]]:
     """Runs of matrices, like shapes together, of at most WORKSPACE_ELEMENTS (or one matrix)."""
-    parts = [part for owned in local for part in owned.parts(WORKSPACE_ELEMENTS)]
+    limit = WORKSPACE_ELEMENTS[local[0].gradient.device.type] if local else 0
+    parts = [part for owned in local for part in owned.parts(limit)]
     batch: list[Owned] = []
     elements = 0
     for part in sorted(parts, key=lambda part: part.whole_shape):
-        if batch and elements + part.gradient.numel() > WORKSPACE_ELEMENTS:
+        if batch and elements + part.gradient.numel() > limit:
             yield batch
             batch, elements = [], 0
         batch.append(part)

@@ -1,0 +1,1 @@
+"""Measurements: ours and its peers in one process, behind a check that both compute the same."""

@@ -1,0 +1,261 @@
+"""`moonlight bench optimizer`: is Muon's arithmetic as exact as the plain loop, and how much faster is it?
+
+Accuracy comes first: a figure of speed counts only if its gate has passed. Cases of one figure take turns in every
+round. On a CPU the time is that of the one computing thread, so neighbours on the machine matter little.
+"""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moonlight.errors import UserError
+from moonlight.optim.muon import Muon
+from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
+
+PEER = "muon-optimizer==0.1.0"
+SPECTRA = ("gauss", "power law", "four decades")
+SPEED_SHAPES = ((1408, 2048), (11264, 2048))
+ACCURACY_SHAPES = ((64, 44), (704, 1024), (2816, 512), *SPEED_SHAPES)
+NEWTON_SCHULZ_BAR = 1.2
+STEP_BAR = {"cpu": 10.0, "cuda": 1.0}
+ACCURACY_BAR = 0.98
+"""Least error of the plain loop over ours: 2% for chance, since batched products may sum in another order."""
+WEIGHT_TOLERANCE = 0.05
+"""Largest distance of a peer's weights from ours, over the distance gone; their rounding gives 0.01 to 0.03."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the report."""
+
+    case: str
+    unit: str
+    ours: float
+    peer: float
+    ratio: float
+    spread: str
+    bar: str
+    passed: bool
+    weights_apart: float | None = None
+    """Distance of the peer's weights from ours after all rounds, over the distance gone."""
+
+
+def random_matrix(spectrum: str, rows: int, columns: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    """A float32 matrix [rows, columns]: Gaussian, or with random bases and singular values 1/i or 10^(-4 u)."""
+    generator = torch.Generator().manual_seed(seed)
+    if spectrum == "gauss":
+        return torch.randn(rows, columns, generator=generator).to(device)
+    count = min(rows, columns)
+    left, _ = torch.linalg.qr(torch.randn(rows, count, generator=generator).to(device))
+    right, _ = torch.linalg.qr(torch.randn(columns, count, generator=generator).to(device))
+    values = (
+        1 / torch.arange(1, count + 1)
+        if spectrum == "power law"
+        else 10 ** (-4 * torch.rand(count, generator=generator))
+    )
+    return (left * values.to(device)) @ right.mT
+
+
+def plain_loop(whole: torch.Tensor, dtype: torch.dtype, num_steps: int = 5, name: str = "moonlight") -> torch.Tensor:
+    """The iteration on one matrix as the other optimizers write it, its sums rounded once like torch.optim.Muon's."""
+    first, then = COEFFICIENTS[name]
+    x = whole.mT if whole.shape[0] > whole.shape[1] else whole
+    x = (x / (x.norm() + 1e-7)).to(dtype)
+    for step in range(num_steps):
+        a, b, c = first[step] if step < len(first) else then
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if whole.shape[0] > whole.shape[1] else x
+
+
+def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> bool:
+    """Measure, print the table, and return whether every gate and bar has passed."""
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}: it must be at least 1")
+    if device not in STEP_BAR:
+        raise UserError(f"--device is {device}: it must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda: this machine has no CUDA device; use cpu")
+    try:
+        importlib.metadata.version("muon-optimizer")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the peer {PEER} is missing: python -m pip install --no-deps {PEER}") from None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        hardware = _hardware(device)
+        figures = [
+            _accuracy(rows, columns, spectrum, device) for rows, columns in ACCURACY_SHAPES for spectrum in SPECTRA
+        ]
+        exact = all(figure.passed for figure in figures)
+        if device == "cpu":
+            figures += _steps(rounds, device, exact, stacks=12, count=64, rows=64, columns=44)
+            figures += [_newton_schulz(rounds, rows, columns, device, exact) for rows, columns in SPEED_SHAPES]
+        else:
+            figures += _steps(rounds, device, exact, stacks=3, count=256, rows=2048, columns=1408)
+    finally:
+        torch.set_num_threads(threads)
+    _print(figures, hardware)
+    if json_path:
+        json_path.write_text(
+            json.dumps({"hardware": hardware, "figures": [asdict(f) for f in figures]}, indent=2) + "\n"
+        )
+    return all(figure.passed for figure in figures)
+
+
+def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
+    """Relative error of ours and of the plain bfloat16 loop to the same iteration in float32."""
+    whole = random_matrix(spectrum, rows, columns, device)
+    exact = plain_loop(whole, torch.float32)
+    errors = []
+    for result in (orthogonalize(whole, 5, "moonlight", torch.bfloat16), plain_loop(whole, torch.bfloat16)):
+        errors.append(((result.float() - exact).norm() / exact.norm()).item())
+    ours, peer = errors
+    return Figure(
+        f"error {rows}x{columns}, {spectrum}",
+        "",
+        ours,
+        peer,
+        peer / ours,
+        "",
+        f">= {ACCURACY_BAR}",
+        peer >= ACCURACY_BAR * ours,
+    )
+
+
+def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: bool) -> Figure:
+    whole = random_matrix("gauss", rows, columns, device)
+    ours, peer = _interleaved(
+        rounds,
+        device,
+        [
+            lambda: orthogonalize(whole, 5, "moonlight", torch.bfloat16),
+            lambda: plain_loop(whole, torch.bfloat16),
+        ],
+    )
+    return _speed(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, exact)
+
+
+def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int) -> list[Figure]:
+    """Whole steps on `stacks` stacks of expert matrices, two of [rows, columns] to one of its transpose."""
+    from muon import SingleDeviceMuon
+
+    learning_rate, decay = 1e-3, 0.1
+    generator = torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, int]] = [(rows, columns) if index % 3 < 2 else (columns, rows) for index in range(stacks)]
+    weights = [0.02 * torch.randn(count, *shape, generator=generator).to(device) for shape in shapes]
+    gradients = [torch.randn(count, *shape, generator=generator).to(device) for shape in shapes]
+    own = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    torch_split = [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
+    keller_split = [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
+    optimizers: dict[str, tuple[torch.optim.Optimizer, list[torch.nn.Parameter], list[torch.Tensor]]] = {}
+    single = [part for gradient in gradients for part in gradient]
+    # The published Muon multiplies by sqrt(max(1, rows / columns)) instead of 0.2 sqrt(max(rows, columns)).
+    keller_groups: list[dict[str, Any]] = []
+    for (height, width), parts in zip(shapes, keller_split, strict=True):
+        factor = 0.2 * max(height, width) ** 0.5 / max(1, height / width) ** 0.5
+        keller_groups.append({"params": parts, "lr": learning_rate * factor, "weight_decay": decay / factor})
+    optimizers["ours"] = (Muon(own, lr=learning_rate, weight_decay=decay), own, gradients)
+    flat = [part for parts in torch_split for part in parts]
+    adjusted = torch.optim.Muon(flat, lr=learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    optimizers["torch.optim.Muon"] = (adjusted, flat, single)
+    flat = [part for parts in keller_split for part in parts]
+    optimizers["muon-optimizer 0.1.0"] = (SingleDeviceMuon(keller_groups), flat, single)
+
+    def give_gradients() -> None:
+        for _, parameters, values in optimizers.values():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.grad = value.clone()  # the published Muon overwrites its gradients
+
+    names = list(optimizers)
+    times = _interleaved(rounds, device, [optimizers[name][0].step for name in names], before=give_gradients)
+    figures = []
+    moved = _distance(weights, own)
+    for name, peer, split in zip(names[1:], times[1:], (torch_split, keller_split), strict=True):
+        difference = _distance([torch.stack(list[torch.Tensor](parts)) for parts in split], own) / moved
+        case = f"step {stacks * count}x{rows}x{columns}, {name}"
+        figure = _speed(case, times[0], peer, STEP_BAR[device], exact and difference <= WEIGHT_TOLERANCE)
+        figures.append(replace(figure, weights_apart=difference))
+    return figures
+
+
+@torch.no_grad()
+def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5
+
+
+def _interleaved(
+    rounds: int, device: str, cases: list[Callable[[], Any]], before: Callable[[], None] | None = None
+) -> list[list[float]]:
+    """Milliseconds of each case in every round, after one round that does not count."""
+    times: list[list[float]] = [[] for _ in cases]
+    for count in range(rounds + 1):
+        if before:
+            before()
+        for case, measured in zip(cases, times, strict=True):
+            elapsed = _milliseconds(case, device)
+            if count:
+                measured.append(elapsed)
+    return times
+
+
+def _milliseconds(case: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        start = time.thread_time()
+        case()
+        return 1e3 * (time.thread_time() - start)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    case()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _speed(case: str, ours: list[float], peer: list[float], bar: float, gate: bool) -> Figure:
+    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
+    ratio = statistics.median(peer) / statistics.median(ours)
+    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+    middle = statistics.median(ours), statistics.median(peer)
+    return Figure(case, "ms", *middle, ratio, spread, f">= {bar:g}", gate and ratio >= bar)
+
+
+def _hardware(device: str) -> str:
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    if device == "cuda":
+        model = f"{torch.cuda.get_device_name()}, {model}"
+    return f"{model}, {torch.get_num_threads()} thread, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def _print(figures: list[Figure], hardware: str) -> None:
+    table = Table(title="Muon: accuracy, then speed", caption=hardware)
+    for name in ("case", "ours", "peer", "ratio", "spread", "bar", "gate"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
+    for figure in figures:
+        digits = 1 if figure.unit else 5
+        numbers = [f"{value:.{digits}f} {figure.unit}".strip() for value in (figure.ours, figure.peer)]
+        gate = "passed" if figure.passed else "FAILED"
+        table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, gate)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    for figure in figures:
+        if figure.weights_apart is not None:
+            share = f"{figure.weights_apart:.4f} of the way gone (at most {WEIGHT_TOLERANCE})"
+            console.print(f"{figure.case}: weights differ by {share}", highlight=False)

@@ -1,0 +1,36 @@
+"""Slow, obvious twins: one matrix at a time, in float64, as the papers write it."""
+
+import math
+
+import numpy as np
+
+from moonlight.optim.newton_schulz import COEFFICIENTS
+
+
+def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
+    """X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X."""
+    first, then = COEFFICIENTS[name]
+    x = matrix.astype(np.float64)
+    if x.shape[0] > x.shape[1]:
+        return slow_newton_schulz(matrix.T, steps, name).T
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for step in range(steps):
+        a, b, c = first[step] if step < len(first) else then
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+class SlowMuon:
+    """Muon on one matrix: M = mu M + G, W <- W - lr (0.2 sqrt(max(rows, columns)) O + wd W)."""
+
+    def __init__(self, weight: np.ndarray, *, nesterov: bool = True, steps: int = 5, name: str = "moonlight") -> None:
+        self.weight = weight.astype(np.float64)
+        self.momentum = np.zeros_like(self.weight)
+        self.nesterov, self.steps, self.name = nesterov, steps, name
+
+    def step(self, gradient: np.ndarray, learning_rate: float, decay: float = 0.1, mu: float = 0.95) -> None:
+        self.momentum = mu * self.momentum + gradient
+        direction = gradient + mu * self.momentum if self.nesterov else self.momentum
+        update = 0.2 * math.sqrt(max(direction.shape)) * slow_newton_schulz(direction, self.steps, self.name)
+        self.weight = self.weight - learning_rate * (update + decay * self.weight)

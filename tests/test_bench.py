@@ -1,0 +1,35 @@
+"""The benchmark's own arithmetic and its refusals; its figures are measured by `moonlight bench optimizer`."""
+
+import importlib.metadata
+
+import pytest
+
+from moonlight.bench import optimizer
+from moonlight.errors import UserError
+
+
+def test_peers_configured_alike_move_the_weights_alike():
+    pytest.importorskip("muon", reason=f"pip install --no-deps {optimizer.PEER}")
+    for figure in optimizer._steps(2, "cpu", True, stacks=3, count=4, rows=40, columns=24):
+        assert figure.weights_apart is not None and 0 < figure.weights_apart <= optimizer.WEIGHT_TOLERANCE
+
+
+def test_a_failed_gate_fails_the_figure():
+    assert optimizer._speed("case", [1.0], [30.0], 10, True).passed
+    assert not optimizer._speed("case", [1.0], [30.0], 10, False).passed
+    assert not optimizer._speed("case", [1.0], [9.0], 10, True).passed
+
+
+@pytest.mark.parametrize(("rounds", "device", "message"), [(0, "cpu", "--rounds is 0"), (1, "tpu", "--device is tpu")])
+def test_bad_arguments_are_named(rounds, device, message):
+    with pytest.raises(UserError, match=message):
+        optimizer.bench_optimizer(rounds, device)
+
+
+def test_a_missing_peer_is_named_with_its_command(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(UserError, match=r"muon-optimizer==0\.1\.0 is missing: python -m pip install"):
+        optimizer.bench_optimizer(1, "cpu")
