@@ -88,8 +88,8 @@ def make_plan(run: Run, world_size: int) -> Plan:
                 lanes.append(shares(fragments, size, run))
                 baselines.append([adamw_share(sum(p.model.numel() for p in own), size, run)] * size)
             lines += [_line(parameter, owners[parameter.index]) for parameter in parameters]
-        ranks += _of_world(run, world_size, lanes)
-        adamw += _of_world(run, world_size, baselines)
+        ranks += of_world(run, world_size, lanes)
+        adamw += of_world(run, world_size, baselines)
     biases = sum(math.prod(row.shape) for row in mapping.table(run.model) if row.parts[0].kind == "bias")
     return Plan(lines, ranks, adamw, biases)
 
@@ -106,7 +106,7 @@ def _line(parameter: Parameter, owners: set[int]) -> Line:
     return Line(parameter.key, shape, rule.algorithm, rule.decay, dict(matrices), tuple(sorted(owners)))
 
 
-def _of_world(run: Run, world_size: int, lanes: Sequence[Sequence[Share]]) -> list[Share]:
+def of_world(run: Run, world_size: int, lanes: Sequence[Sequence[Share]]) -> list[Share]:
     """Of every rank of one pipeline stage: its dense and its expert share together, in Megatron's order of ranks."""
     parallel = run.parallel
     dense, expert = lanes

@@ -15,7 +15,7 @@ from moonlight.config_io import load_recipe
 from moonlight.dry_run import dry_run
 from moonlight.optim.routing import matrix_heights, route, rules_of
 from moonlight.optim.shares import Share
-from moonlight.plan import _of_world, make_plan, print_plan, ranges, summary
+from moonlight.plan import make_plan, of_world, print_plan, ranges, summary
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -97,7 +97,7 @@ def test_every_rank_gets_the_share_of_its_groups(rank):
     )
     dense, expert = [Share(d, 0, 0) for d in range(4)], [Share(0, e, 0) for e in range(1)]
     with dry_run(run, 24, rank):
-        place = _of_world(run, 24, (dense, expert))[rank % 8]
+        place = of_world(run, 24, (dense, expert))[rank % 8]
         assert place.sent == parallel_state.get_data_parallel_rank()
         assert place.received == parallel_state.get_expert_data_parallel_rank()
 

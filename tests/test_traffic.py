@@ -162,8 +162,9 @@ def counted_exchange(run):
 @pytest.mark.parametrize("layout", ["DP4", "EP2xDP2", "EP2xTP2-4", "EP2xTP2-ETP2-4"])
 def test_real_processes_exchange_what_fake_ones_do(pool, layout):
     world_size, parallel = LAYOUTS.get(layout) or (4, LAYOUTS["1"][1])
-    # Small buckets, so that there are several; a large embedding would hide that matrices are cut.
+    # Small buckets, so that there are several, and three matrices so large that four ranks must cut them.
     run = recipe(replace(parallel, bucket_size=20_000))
+    run = replace(run, model=replace(run.model, intermediate_size=2048))
     for rank, (real, step) in enumerate(pool.run(world_size, counted_exchange, run)):
         with dry_run(run, world_size, rank) as models:
             optimizer = make_optimizer(models, run)
@@ -171,6 +172,12 @@ def test_real_processes_exchange_what_fake_ones_do(pool, layout):
                 exchange(optimizer)
             for name, group in groups().items():
                 assert counter.of(group) == real[name], (rank, name)
+            for lane in optimizer.data_parallel.lanes:
+                group = lane.buckets[0].group
+                fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
+                if group.size() == 4 and lane is optimizer.data_parallel.lanes[0]:
+                    assert any(fragment.is_cut for fragment in fragments)
+                assert both(counter.of(group)) == both(shares(fragments, group.size(), run)[group.rank()])
             assert real["expert"] == step["expert"]
             assert real["dense"].sent > 0
             assert real["dense"] == step["dense"]
