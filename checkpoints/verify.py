@@ -170,7 +170,12 @@ def _megatron(
     from moonlight.model.shards import sharded_state
     from moonlight.train.step import routers
 
-    run = replace(checkpoint.run, parallel=Parallel(), train=replace(checkpoint.run.train, dtype="float32"))
+    run = replace(
+        checkpoint.run,
+        parallel=Parallel(),
+        train=replace(checkpoint.run.train, dtype="float32"),
+        optimizer=replace(checkpoint.run.optimizer, master_weights="float32"),
+    )
     parallel.join_alone()
     try:
         parallel.build_groups(run.parallel, seed=0)

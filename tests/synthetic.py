@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from layouts import Piece, Recipe, build, collect
+from layouts import Piece, Recipe, build, collect, flatten
 
 Gradient = Callable[[str, tuple[int, ...], int], torch.Tensor]
 """(parameter, whole shape, step) -> the world's gradient of the whole parameter, float32."""
@@ -45,7 +45,23 @@ def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
     data_parallel.finish_gradients()
 
 
-def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient, **step: float) -> dict[str, Any]:
+def state_after(run: Recipe, steps: int) -> dict[str, Any]:
+    """Weights, masters, momenta and their bytes on this rank after steps at a small learning rate."""
+    models, optimizer = build(run)
+    for number in range(1, steps + 1):
+        feed(optimizer, normal_gradient, number)
+        norm = optimizer.gradient_norm()
+        optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=number, gradient_norm=norm)
+        optimizer.data_parallel.finish_weights()
+    return {
+        "weights": collect(models),
+        "masters": flatten(optimizer.master_state()),
+        "momenta": flatten(optimizer.momentum_state()),
+        "bytes": optimizer.state_bytes(),
+    }
+
+
+def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient) -> dict[str, Any]:
     """Weights before and after every step, the norms, and how many matrices this rank orthogonalised in the last."""
     from moonlight.optim import newton_schulz
 
@@ -66,8 +82,7 @@ def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient,
             count = 0
             feed(optimizer, gradient, number)
             norms.append(optimizer.gradient_norm())
-            arguments = {"learning_rate": 1.0, "weight_decay": 0.1} | step
-            optimizer.step(step=number, gradient_norm=norms[-1], **arguments)
+            optimizer.step(learning_rate=1.0, weight_decay=0.1, step=number, gradient_norm=norms[-1])
             optimizer.data_parallel.finish_weights()
             history.append(collect(models))
     finally:

@@ -61,15 +61,15 @@ def test_loss_is_the_same_however_the_batch_is_cut(pool, reference, masked_refer
 
 @pytest.fixture(scope="module")
 def reference_losses(pool):
-    (losses,) = pool.run(1, train_losses, recipe(), 5)
+    (losses,) = pool.run(1, train_losses, recipe(), 20)
     assert losses[-1] < losses[0]
     return losses
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
-def test_losses_of_five_steps_equal_one_process(pool, reference_losses, layout):
+def test_losses_of_twenty_steps_equal_one_process(pool, reference_losses, layout):
     world_size, parallel = LAYOUTS[layout]
-    for losses in pool.run(world_size, train_losses, recipe(parallel), 5):
+    for losses in pool.run(world_size, train_losses, recipe(parallel), 20):
         assert losses == pytest.approx(reference_losses, rel=1e-5)
 
 

@@ -33,12 +33,9 @@ def test_choice(experts, k, groups, topk_group):
 
 def biases_after_a_step(run):
     """Biases per layer after one training step, the tokens each rank sent to each expert, and the auxiliary loss."""
-    from moonlight.optim.replicated import ReplicatedOptimizer
-
     from moonlight.train.step import routers, train_step
 
-    models = build(run)
-    optimizer = ReplicatedOptimizer([model.module for model in models], run.optimizer)
+    models, optimizer = build(run)
     found, scores = [], []
     for router in routers(models):
         router.register_forward_hook(lambda module, args, out: found.append((module.layer_number, out[1].numpy())))

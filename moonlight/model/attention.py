@@ -1,9 +1,35 @@
 """Core attention: torch's scaled dot product with keys wider than values, as latent attention has them."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+LOGITS_AT_ONCE = 2**25
+"""Attention logits in memory while their maximum is sought: 128 MiB."""
+
+
+@torch.no_grad()
+def max_logits(
+    query: torch.Tensor, key: torch.Tensor, softmax_scale: float, logits_at_once: int = LOGITS_AT_ONCE
+) -> torch.Tensor:
+    """Largest softmax_scale * q k^T of each head over all sequences and causal pairs: float32 [heads].
+
+    `query` and `key` [sequence, batch, heads, dim]. A logit that is not a number makes its head's maximum one.
+    """
+    length, _, heads, _ = query.shape
+    rows = max(1, logits_at_once // (heads * length))
+    largest = torch.full((heads,), -math.inf, device=query.device)
+    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
+        q, k = q.transpose(0, 1).float(), k.transpose(0, 1).float()  # [heads, sequence, dim]
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            logits = q[:, start:stop] @ k[:, :stop].mT  # [heads, rows, stop]
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+            logits[:, :, start:].masked_fill_(future, -math.inf)
+            largest = torch.maximum(largest, logits.amax((1, 2)))
+    return largest * softmax_scale
 
 
 class CausalAttention(torch.nn.Module):
@@ -11,16 +37,31 @@ class CausalAttention(torch.nn.Module):
 
     Shapes: q and k [sequence, batch, heads, nope + rope], v [sequence, batch, heads, v_head_dim];
     output [sequence, batch, heads * v_head_dim]. Heads are this tensor-parallel rank's own.
+
+    Attributes:
+        layer_number: of the whole model, from 1.
+        max_logits: largest logit of each head since `record` was called, float32 [heads].
     """
 
-    def __init__(self, *, softmax_scale: float, **_: Any) -> None:
+    def __init__(self, *, softmax_scale: float, layer_number: int = 1, **_: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.layer_number = layer_number
+        self.record(0)
+
+    def record(self, passes: int) -> None:
+        """Forget the maxima; the next `passes` training passes, one a micro-batch, are recorded."""
+        self.max_logits = torch.tensor(-math.inf)
+        self._passes_to_record = passes
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **_: Any
     ) -> torch.Tensor:
         assert attention_mask is None, "attention is causal within one sequence; other masks are not supported"
+        if self._passes_to_record and self.training and torch.is_grad_enabled():
+            self._passes_to_record -= 1
+            found = max_logits(query, key, self.softmax_scale)
+            self.max_logits = torch.maximum(found, self.max_logits.to(found.device))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)

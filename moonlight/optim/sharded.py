@@ -96,12 +96,20 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(
-        self, *, learning_rate: float, weight_decay: float, step: int, gradient_norm: float
+        self,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        step: int,
+        gradient_norm: float,
+        row_factors: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Update this rank's rows from their gradients, clipped to `clip_grad_norm`; weights are then on their way.
 
         Args:
             step: counted from 1; AdamW's bias correction depends on it.
+            row_factors: by what the rows of some parameters of this rank are multiplied after the update: the name of
+                the parameter, and float32 [rows]. Equal on all owners of a parameter's rows.
 
         Returns:
             Per algorithm, the sum of squares and the count of the update's elements, for its RMS: [2] float64, every
@@ -147,8 +155,18 @@ class ShardedOptimizer:
                 scale=scale,
             )
             apply(self._adamw, updates, "adamw")
+        self._scale_rows(row_factors or {})
         self.data_parallel.start_weights()
         return sums
+
+    def _scale_rows(self, row_factors: dict[str, torch.Tensor]) -> None:
+        assert row_factors.keys() <= {parameter.key for parameter in self.data_parallel.parameters}, list(row_factors)
+        for owned in self.owned:
+            if (factors := row_factors.get(owned.parameter.key)) is not None:
+                assert factors.shape == (owned.parameter.rows,), (owned.parameter.key, factors.shape)
+                values = owned.master.values()
+                values.mul_(factors[owned.fragment.start : owned.fragment.stop].unsqueeze(-1))
+                owned.master.store(values)
 
     def _master_pieces(self, values: Sequence[torch.Tensor]) -> dict[str, Pieces]:
         masters = _pieces((o.parameter.key, o, value) for o, value in zip(self.owned, values, strict=True))

@@ -31,6 +31,8 @@ class TrainState:
     consumed_sequences: int = 0
     consumed_tokens: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    """Steps without a finite gradient since the last one that had one."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

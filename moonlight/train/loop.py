@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moonlight import parallel
 from moonlight.config import Run
 from moonlight.data.loader import TrainingSamples, ValidationSamples
+from moonlight.errors import UserError
 from moonlight.files import folder_lock
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
@@ -84,6 +85,12 @@ def train(run: Run) -> None:
                     line.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")
                 if result.skipped:
                     line.note(f"step {step}: skipped, its gradient norm is {result.gradient_norm}")
+            if state.skipped_in_a_row >= run.train.max_skipped_steps_in_a_row:
+                raise UserError(
+                    f"{folder}: no step up to {step} had a finite gradient, {state.skipped_in_a_row} in a row "
+                    f"(train.max_skipped_steps_in_a_row), so training stops; see loss/train and optim/grad_norm in "
+                    f"metrics.jsonl, and try another schedule.lr under another name"
+                )
             if step % run.train.save_every_steps == 0 or step == last_step:
                 if first_rank:
                     metrics.sync()
@@ -104,6 +111,7 @@ def advance(state: TrainState, run: Run, result: StepResult) -> TrainState:
         consumed_sequences=sequences,
         consumed_tokens=sequences * run.data.sequence_length,
         skipped_steps=state.skipped_steps + result.skipped,
+        skipped_in_a_row=state.skipped_in_a_row + 1 if result.skipped else 0,
     )
 
 
@@ -119,9 +127,12 @@ def describe(state: TrainState, run: Run, result: StepResult, seconds: float) ->
         "optim/lr": result.learning_rate,
         "optim/skipped_steps": state.skipped_steps,
         "moe/max_load": result.max_load,
+        "attention/max_logit": result.max_logit,
         "speed/tokens_per_second": tokens / seconds,
         "time/step_seconds": seconds,
     }
+    if run.optimizer.qk_clip > 0:
+        entry["attention/clipped_heads"] = result.clipped_heads
     entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}
     if torch.cuda.is_available():
         entry["memory/peak_bytes"] = torch.cuda.max_memory_allocated()

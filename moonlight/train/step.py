@@ -22,7 +22,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moonlight.config import Run
 from moonlight.data.loader import Sample, stack
+from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router, update_expert_bias
+from moonlight.optim.parameters import data_parallel_group
+from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
 from moonlight.optim.schedule import learning_rate
 from moonlight.optim.sharded import ShardedOptimizer
 
@@ -59,6 +62,12 @@ def routers(models: Sequence[Any]) -> list[Router]:
     """The routers of this rank, in the order of their layers."""
     found = [module for model in models for module in model.modules() if isinstance(module, Router)]
     return sorted(found, key=lambda router: router.layer_number)
+
+
+def attentions(models: Sequence[Any]) -> list[CausalAttention]:
+    """The core attentions of this rank, in the order of their layers."""
+    found = [module for model in models for module in model.modules() if isinstance(module, CausalAttention)]
+    return sorted(found, key=lambda attention: attention.layer_number)
 
 
 def _let_go_of_the_graph(models: Sequence[Any]) -> None:
@@ -102,6 +111,11 @@ class StepResult:
     """Per algorithm, the RMS of the update before the learning rate; empty when skipped."""
     max_load: float
     """Largest share of tokens an expert got, over all layers, in units of the even share."""
+    max_logit: float
+    """Largest attention logit, over all heads and layers; infinite if one was not a number. With `qk_clip` that of the
+    whole batch, else that of the first micro-batch of every data-parallel rank."""
+    clipped_heads: int
+    """Heads, over all layers, whose query and key weights `qk_clip` scaled down."""
 
 
 def train_step(
@@ -111,7 +125,7 @@ def train_step(
     batches: Sequence[Batch],
     step: int,
 ) -> StepResult:
-    """One optimizer step, counted from 1: gradients, clipping, update, router biases.
+    """One optimizer step, counted from 1: gradients, clipping, update, query-key clip, router biases.
 
     A gradient that is not finite on any rank skips the step everywhere; router biases and their counts, which must not
     move in a skipped step, are therefore updated only after the norm is known.
@@ -122,9 +136,25 @@ def train_step(
     norm = optimizer.gradient_norm()
     skipped = not math.isfinite(norm)
     update_sums = {}
+    recorded = attentions(models)
+    maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
+    max_logit, clipped_heads = maxima.max(), torch.zeros((), dtype=torch.int64, device=loss.device)
     if not skipped:
-        decay = run.optimizer.weight_decay
-        update_sums = optimizer.step(learning_rate=rate, weight_decay=decay, step=step, gradient_norm=norm)
+        factors = None
+        if run.optimizer.qk_clip > 0:
+            gammas = logit_factors(maxima, run.optimizer.qk_clip)
+            clipped_heads = (gammas < 1).sum()
+            factors = row_factors(recorded, gammas, run.model)
+        update_sums = optimizer.step(
+            learning_rate=rate,
+            weight_decay=run.optimizer.weight_decay,
+            step=step,
+            gradient_norm=norm,
+            row_factors=factors,
+        )
+    head_group = parallel_state.get_model_parallel_group()  # tensor and pipeline: together they have every head once
+    dist.all_reduce(max_logit, op=dist.ReduceOp.MAX, group=head_group)
+    dist.all_reduce(clipped_heads, group=head_group)
     model_group = parallel_state.get_tensor_and_data_parallel_group()
     max_load, aux_loss = torch.zeros((), device=loss.device), torch.zeros((), device=loss.device)
     if local := routers(models):
@@ -140,7 +170,17 @@ def train_step(
         dist.all_reduce(sums)
         if sums[1] > 0:
             update_rms[name] = (sums[0] / sums[1]).sqrt().item()
-    return StepResult(loss.item(), aux_loss.item(), norm, rate, skipped, update_rms, max_load.item())
+    return StepResult(
+        loss=loss.item(),
+        aux_loss=aux_loss.item(),
+        gradient_norm=norm,
+        learning_rate=rate,
+        skipped=skipped,
+        update_rms=update_rms,
+        max_load=max_load.item(),
+        max_logit=max_logit.item(),
+        clipped_heads=int(clipped_heads.item()),
+    )
 
 
 def forward_backward(
@@ -167,6 +207,8 @@ def forward_backward(
         for router in routers(models):
             router.aux_loss_weight = run.model.aux_loss_alpha / num_sequences
             router.aux_loss.zero_()
+        for attention in attentions(models):
+            attention.record(len(batches) if run.optimizer.qk_clip > 0 else 1)
     schedule = get_forward_backward_func()
     losses = schedule(
         forward_step_func=partial(_forward, global_count),
