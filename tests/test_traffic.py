@@ -57,6 +57,8 @@ def count(run, world_size, rank):
     """The dense and the expert lane of a rank after one exchange, and what its optimizer says it keeps."""
     with dry_run(run, world_size, rank) as models:
         optimizer = make_optimizer(models, run)
+        # Newton-Schulz sends nothing, and reads values of large matrices, which a dry run has not: matrices stay as is.
+        optimizer._orthogonalize = list
         with TrafficCounter() as counter:
             exchange(optimizer)
         assert both(counter.of(tensor_parallel_group(expert=False))) == (0, 0)
@@ -72,8 +74,7 @@ def count(run, world_size, rank):
 
 def check_ranks(world, ranks):
     world_size, expert_parallel_size = WORLDS[world]
-    # Steps of Newton-Schulz send nothing: one is enough.
-    run = big(f"parallel.expert_parallel_size={expert_parallel_size}", "optimizer.num_newton_schulz_steps=1")
+    run = big(f"parallel.expert_parallel_size={expert_parallel_size}")
     plan = make_plan(run, world_size)
     totals = [max(both(share)) for share in plan.ranks]
     most, least = totals.index(max(totals)), totals.index(min(totals))
@@ -159,7 +160,7 @@ def counted_exchange(run):
     return alone, step
 
 
-@pytest.mark.parametrize("layout", ["DP4", "EP2xDP2", "EP2xTP2-4", "EP2xTP2-ETP2-4"])
+@pytest.mark.parametrize("layout", ["DP4", "EP2xDP2", "EP2xTP2-ETP2-4"])
 def test_real_processes_exchange_what_fake_ones_do(pool, layout):
     world_size, parallel = LAYOUTS.get(layout) or (4, LAYOUTS["1"][1])
     # Small buckets, so that there are several, and three matrices so large that four ranks must cut them.
@@ -180,7 +181,11 @@ def test_real_processes_exchange_what_fake_ones_do(pool, layout):
                 assert both(counter.of(group)) == both(shares(fragments, group.size(), run)[group.rank()])
             assert real["expert"] == step["expert"]
             assert real["dense"].sent > 0
-            assert real["dense"] == step["dense"]
+            # A step reports the largest attention logit of each head besides, in one all-reduce.
+            num_logits = run.model.num_hidden_layers * run.model.num_attention_heads // parallel.tensor_parallel_size
+            ranks = groups()["dense"].size()
+            assert step["dense"].collectives == real["dense"].collectives + 1
+            assert step["dense"].sent == real["dense"].sent + 2 * (ranks - 1) / ranks * 4 * num_logits
             assert (real["slices"].sent > 0) == (parallel.tensor_parallel_size > 1)
 
 
