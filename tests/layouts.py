@@ -58,7 +58,7 @@ def recipe(parallel: Parallel = Parallel(), **train: Any) -> Recipe:  # noqa: B0
         data=Data(path="none", tokenizer="none", sequence_length=32),
         optimizer=Optimizer(newton_schulz_dtype="float32"),
         schedule=Schedule(lr=2e-3, warmup_steps=2),
-        parallel=parallel,
+        parallel=replace(parallel, bucket_size=4_000),  # several buckets, several rounds
         train=Train(**train),
     )
 
@@ -199,3 +199,22 @@ def make_run(runs: Path, data_folder: Path, tokenizer_folder: Path, layout: str 
         data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
         optimizer=replace(run.optimizer, newton_schulz_dtype="bfloat16"),
     )
+
+
+def load_frozen(run: Recipe, folder: Path) -> str:
+    """What is said when a checkpoint is loaded into a model one of whose parameters is frozen now."""
+    from moonlight import parallel
+    from moonlight.errors import UserError
+    from moonlight.model.build import build_model
+    from moonlight.optim.sharded import make_optimizer
+    from moonlight.train import checkpoint
+    from moonlight.train.checkpoint_files import find
+
+    parallel.build_groups(run.parallel, run.train.seed)
+    models = build_model(run)
+    models[0].decoder.layers[1].mlp.router.weight.requires_grad_(False)
+    try:
+        checkpoint.load(find(folder), run, make_optimizer(models, run))
+    except UserError as error:
+        return str(error)
+    return ""

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from layouts import LAYOUTS, recipe, restart, train_losses
+from layouts import LAYOUTS, load_frozen, recipe, restart, train_losses
 
 NAMES = list(LAYOUTS)
 SPANNING = list(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
@@ -49,3 +49,8 @@ def test_next_losses_are_the_same_under_another_layout(pool, saved, expected, wr
 )
 def test_every_ordered_pair_of_layouts(pool, saved, expected, writer, reader):
     check(pool, saved, expected, writer, reader)
+
+
+def test_a_parameter_frozen_since_is_named(pool, saved):
+    (message,) = pool.run(1, load_frozen, recipe(), saved("1"))
+    assert "optimizer.momentum.decoder.layers.1.mlp.router.weight" in message

@@ -16,6 +16,14 @@ def test_every_parameter_needs_a_rule():
         route(["embedding.word_embeddings.weight", "decoder.layers.0.new.weight"])
 
 
+def test_no_parameter_may_be_claimed_twice():
+    rules = (Rule(pattern="a*", algorithm="adamw"), Rule(pattern="a*", algorithm="muon"))
+    with pytest.raises(ValueError, match=r"twice: a1, a2"):
+        route(["a1", "a2"], rules)
+    with pytest.raises(ValueError, match=r"twice: b"):
+        route(["b", "b"], (Rule(pattern="*", algorithm="muon"),))
+
+
 def test_the_first_rule_that_matches_wins():
     rules = (Rule(pattern="a.*", algorithm="adamw"), Rule(pattern="*", algorithm="muon"))
     assert route(["a.b", "b"], rules)["a.b"].algorithm == "adamw"
