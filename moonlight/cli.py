@@ -131,6 +131,29 @@ def pretrain(
     launch(run.parallel.num_processes, arguments, run.train.threads_per_process)
 
 
+@app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --parameters --gpus 64")
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value; moonlight/config.py has all keys.")
+    ] = None,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="List every parameter: its rule, its matrices, who owns it.")
+    ] = False,
+    gpus: Annotated[int | None, typer.Option(help="Processes; by default the recipe's parallel.num_processes.")] = None,
+) -> None:
+    """Show what a recipe's optimizer would own, keep and send on N processes, without starting them."""
+    from moonlight.config_io import load_recipe
+
+    run = load_recipe(recipe, overrides or [])
+    if gpus is not None and gpus < 1:
+        raise UserError(f"--gpus is {gpus}: it must be at least 1")
+
+    from moonlight.plan import make_plan, print_plan
+
+    print_plan(make_plan(run, run.parallel.num_processes if gpus is None else gpus), parameters=parameters)
+
+
 @app.command(epilog="Example: moonlight export runs/quickstart --out runs/quickstart/hf")
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")],

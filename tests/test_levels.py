@@ -11,7 +11,7 @@ LEVELS = (
     ("moonlight.cli",),
     ("moonlight.quickstart", "moonlight.bench"),
     ("pretrain", "checkpoints", "eval"),
-    ("moonlight.train",),
+    ("moonlight.train", "moonlight.plan", "moonlight.dry_run"),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),
     (
         "moonlight.config",
@@ -23,6 +23,7 @@ LEVELS = (
         "moonlight.optim.partition",
         "moonlight.optim.routing",
         "moonlight.optim.schedule",
+        "moonlight.optim.shares",
         "moonlight.files",
         "moonlight.errors",
     ),
@@ -34,6 +35,7 @@ STRANGERS = LEVELS[2]
 
 KNOW_MEGATRON = {
     "moonlight/cpu.py",
+    "moonlight/dry_run.py",
     "moonlight/parallel.py",
     "moonlight/data/loader.py",
     "moonlight/data/prepare.py",

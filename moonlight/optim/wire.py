@@ -99,7 +99,7 @@ class Bucket:
 
         def finish() -> None:
             work.wait()
-            if views:
+            if views:  # none where this rank alone owns the round
                 torch._foreach_copy_(views, list(received.split([view.numel() for view in views])))
 
         return finish
