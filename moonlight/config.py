@@ -42,8 +42,8 @@ class Parallel:
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     context_parallel_size: int = 1
-    bucket_size: int = 40_000_000
-    """Gradient elements that data-parallel ranks exchange at once, while the backward pass goes on."""
+    bucket_size: int = 0
+    """Gradient elements that data-parallel ranks exchange at once, while the backward pass goes on; 0 chooses."""
 
     def __post_init__(self) -> None:
         positive(
@@ -54,8 +54,8 @@ class Parallel:
             virtual_pipeline_parallel_size=self.virtual_pipeline_parallel_size,
             expert_parallel_size=self.expert_parallel_size,
             expert_tensor_parallel_size=self.expert_tensor_parallel_size,
-            bucket_size=self.bucket_size,
         )
+        require(self.bucket_size >= 0, f"parallel.bucket_size is {self.bucket_size}: it must be at least 0")
         require(
             self.context_parallel_size == 1,
             f"parallel.context_parallel_size is {self.context_parallel_size}: only 1 is supported yet",

@@ -16,8 +16,9 @@ from moonlight import mapping
 from moonlight.config import Run
 from moonlight.dry_run import dry_run
 from moonlight.model.shards import pieces, sharded_state
+from moonlight.optim.data_parallel import place
 from moonlight.optim.parameters import Parameter, data_parallel_group, find_parameters
-from moonlight.optim.partition import Fragment, partition
+from moonlight.optim.partition import Fragment
 from moonlight.optim.routing import matrix_heights, rules_of
 from moonlight.optim.shares import Share, adamw_share, shares
 
@@ -83,7 +84,8 @@ def make_plan(run: Run, world_size: int) -> Plan:
             for expert in (False, True):
                 own = [parameter for parameter in parameters if parameter.is_expert == expert]
                 size = data_parallel_group(expert).size()
-                fragments = partition([block for parameter in own for block in parameter.blocks()], size)
+                buckets = place(own, size, run.parallel.bucket_size)
+                fragments = [fragment for _, found in buckets for fragment in found]
                 _add_owners(owners, fragments)
                 lanes.append(shares(fragments, size, run))
                 baselines.append([adamw_share(sum(p.model.numel() for p in own), size, run)] * size)

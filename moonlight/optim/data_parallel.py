@@ -21,6 +21,10 @@ from moonlight.optim.partition import Fragment, partition
 from moonlight.optim.routing import Rule
 from moonlight.optim.wire import Bucket, Lane
 
+SMALLEST_BUCKET = 40_000_000
+ELEMENTS_PER_RANK = 8_000_000
+"""Of a bucket of automatic size."""
+
 
 class DataParallel:
     """The parameters of this rank's model chunks, who owns which rows of them, and their exchange.
@@ -37,7 +41,7 @@ class DataParallel:
         groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         """Args:
-        bucket_size: elements after which a bucket is closed.
+        bucket_size: elements that close a bucket; 0 leaves it to `place`.
         groups: data-parallel groups of dense and of expert parameters; by default Megatron's.
         """
         state = sharded_state(models)
@@ -52,7 +56,7 @@ class DataParallel:
         for expert in (False, True):
             group = groups[expert] if groups else data_parallel_group(expert)
             own = [parameter for parameter in self.parameters if parameter.is_expert == expert]
-            lane = Lane(_buckets(own, group, bucket_size))
+            lane = Lane([Bucket(run, fragments, group) for run, fragments in place(own, group.size(), bucket_size)])
             self.lanes.append(lane)
             self._lane_of |= {parameter.model: lane for parameter in own}
         self._last_micro_batch = True
@@ -145,18 +149,25 @@ class DataParallel:
         self.finish_gradients()
 
 
-def _buckets(parameters: list[Parameter], group: dist.ProcessGroup, bucket_size: int) -> list[Bucket]:
-    """Parameters from the last to the first, as a backward pass completes them, in buckets of `bucket_size`
-    elements."""
-    fragments = partition([block for parameter in parameters for block in parameter.blocks()], group.size())
-    of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
-    for fragment in fragments:
-        of_parameter[fragment.parameter].append(fragment)
-    buckets, run, elements = [], [], 0
+def place(
+    parameters: Sequence[Parameter], num_ranks: int, bucket_size: int = 0
+) -> list[tuple[list[Parameter], list[Fragment]]]:
+    """Parameters from the last to the first, as a backward pass completes them, in buckets, and who owns their rows.
+
+    Args:
+        bucket_size: elements that close a bucket; 0 takes enough for a matrix or two of each rank, so that owners'
+            regions of one bucket are not too uneven, but a quarter of all at most.
+    """
+    total = sum(parameter.model.numel() for parameter in parameters)
+    size = bucket_size or max(SMALLEST_BUCKET, min(ELEMENTS_PER_RANK * num_ranks, total // 4))
+    runs: list[list[Parameter]] = [[]]
     for parameter in reversed(parameters):
-        run.append(parameter)
-        elements += parameter.model.numel()
-        if elements >= bucket_size or parameter is parameters[0]:
-            buckets.append(Bucket(run, [fragment for p in run for fragment in of_parameter[p.index]], group))
-            run, elements = [], 0
-    return buckets
+        if sum(p.model.numel() for p in runs[-1]) >= size:
+            runs.append([])
+        runs[-1].append(parameter)
+    bucket_of = {parameter.index: number for number, run in enumerate(runs) for parameter in run}
+    blocks = [block for parameter in parameters for block in parameter.blocks(bucket_of[parameter.index])]
+    of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
+    for fragment in partition(blocks, num_ranks):
+        of_parameter[fragment.parameter].append(fragment)
+    return [(run, [fragment for p in run for fragment in of_parameter[p.index]]) for run in runs if run]

@@ -56,15 +56,16 @@ class Parameter:
         """This rank's own gradient sum, float32 [rows, columns], before the exchange with other ranks."""
         return self.model.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
 
-    def blocks(self) -> Iterator[Block]:
-        """Its rows, divided into matrices for Muon, or where the pieces of a checkpoint meet for AdamW."""
+    def blocks(self, bucket: int = 0) -> Iterator[Block]:
+        """Its rows, in a bucket of that number, divided into matrices for Muon, or where the pieces of a checkpoint
+        meet for AdamW."""
         if is_matrix := self.rule.algorithm == "muon":
             heights = matrix_heights(self.rule, tuple(self.model.shape))
         else:
             heights = [piece.data.numel() // self.columns for piece in pieces(self.sharded)]
         start = 0
         for height in heights:
-            yield Block(self.index, start, start + height, self.columns, is_matrix)
+            yield Block(self.index, start, start + height, self.columns, is_matrix, bucket)
             start += height
         assert start == self.rows, self.key
 

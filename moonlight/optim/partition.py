@@ -12,6 +12,9 @@ from dataclasses import dataclass
 TOLERANCE = 1.05
 """A matrix that would lift its owner above this many times the mean is cut by rows over several owners."""
 
+SLACK = 0.1
+"""Newton-Schulz work that differs by less than this share of the mean counts as equal."""
+
 SMALLEST_CUT = 1024
 """An AdamW block is cut over all ranks only if each would get this many elements; smaller ones stay whole."""
 
@@ -25,6 +28,8 @@ class Block:
     stop: int
     columns: int
     is_matrix: bool
+    bucket: int = 0
+    """Of the exchange with other ranks."""
 
     @property
     def numel(self) -> int:
@@ -76,42 +81,51 @@ def newton_schulz_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
 def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
     """Give every row an owner. All ranks compute the same answer, in the order of the parameters.
 
-    Matrices go, longest processing time first, to the rank with least Newton-Schulz work among those whose elements
-    stay within the mean; where none is left, to the rank with fewest elements. A matrix that would lift even that one
-    above TOLERANCE times the mean is cut by rows over the emptiest ranks, and one of them is its home. AdamW's rows
-    then fill every rank up to one level, so that what a rank sends, receives and stores is as even as rows allow.
+    Matrices go, longest processing time first, to a rank with least Newton-Schulz work among those whose elements
+    stay within the mean; of several that differ little, to the one with least of the same bucket. Where none has
+    room, to the rank with fewest elements. A matrix that would lift even that one above TOLERANCE times the mean, or
+    is that much larger than a mean region of its bucket, is cut by rows over several ranks, one of which is its home.
+    AdamW's rows then fill every rank up to one level, so that what a rank sends, receives and stores is as even as
+    rows allow.
     """
     elements, work = [0] * num_ranks, [0] * num_ranks
-    mean = sum(block.numel for block in blocks) / num_ranks
+    in_bucket = {block.bucket: [0] * num_ranks for block in blocks}
+    region = dict.fromkeys(in_bucket, 0.0)
+    for block in blocks:
+        region[block.bucket] += block.numel / num_ranks
+    mean, slack = sum(region.values()), SLACK * sum(block.cost for block in blocks) / num_ranks
     fragments: list[Fragment] = []
     whole: dict[tuple[int, int], list[tuple[Block, int]]] = {}
 
-    def give(rank: int, numel: int, cost: int = 0) -> None:
+    def give(rank: int, block: Block, numel: int) -> None:
         elements[rank] += numel
-        work[rank] += cost
+        in_bucket[block.bucket][rank] += numel
 
-    matrices = sorted((block for block in blocks if block.is_matrix), key=lambda block: -block.cost)
-    for block in matrices:
-        rows = block.stop - block.start
-        emptiest = min(elements)
-        if emptiest + block.numel > TOLERANCE * mean and rows > 1 and num_ranks > 1:
-            space = max(mean - emptiest, block.numel / num_ranks)
-            parts = min(rows, num_ranks, max(2, math.ceil(block.numel / space)))
-            owners = sorted(sorted(range(num_ranks), key=lambda rank: (elements[rank], rank))[:parts])
+    for block in sorted((block for block in blocks if block.is_matrix), key=lambda block: -block.cost):
+        rows, there = block.stop - block.start, in_bucket[block.bucket]
+        space = min(mean - min(elements), region[block.bucket])
+        lifts = min(elements) + block.numel > TOLERANCE * mean or block.numel > TOLERANCE * region[block.bucket]
+        if lifts and min(rows, num_ranks) > 1:
+            parts = min(rows, num_ranks, max(2, math.ceil(block.numel / max(space, block.numel / num_ranks))))
+            full = mean - block.numel / parts
+            owners = sorted(range(num_ranks), key=lambda rank: (elements[rank] > full, there[rank], elements[rank]))
+            owners = sorted(owners[:parts])
             home = min(owners, key=lambda rank: (work[rank], rank))
-            give(home, 0, block.cost)
+            work[home] += block.cost
             for part, owner in enumerate(owners):
                 start, stop = (block.start + rows * p // parts for p in (part, part + 1))
-                give(owner, (stop - start) * block.columns)
+                give(owner, block, (stop - start) * block.columns)
                 fragments.append(Fragment(block.parameter, start, stop, block.columns, owner, rows, home, block.start))
+            continue
+        fitting = [rank for rank in range(num_ranks) if elements[rank] + block.numel <= mean]
+        if fitting:
+            enough = min(work[rank] for rank in fitting) + slack
+            owner = min(fitting, key=lambda rank: (work[rank] > enough, there[rank], work[rank], elements[rank]))
         else:
-            fitting = [rank for rank in range(num_ranks) if elements[rank] + block.numel <= mean]
-            if fitting:
-                owner = min(fitting, key=lambda rank: (work[rank], elements[rank]))
-            else:
-                owner = min(range(num_ranks), key=lambda rank: (elements[rank], work[rank]))
-            give(owner, block.numel, block.cost)
-            whole.setdefault((block.parameter, rows), []).append((block, owner))
+            owner = min(range(num_ranks), key=lambda rank: (elements[rank], there[rank], work[rank]))
+        work[owner] += block.cost
+        give(owner, block, block.numel)
+        whole.setdefault((block.parameter, rows), []).append((block, owner))
     for placed in whole.values():
         fragments += _runs(placed)
     fragments += _fill([block for block in blocks if not block.is_matrix], elements)
