@@ -51,6 +51,16 @@ class LaneOfRank:
     """Of every rank of the group, by the sums."""
     adamw: Share
     num_buckets: int
+    unevenness: float
+    """Sum over buckets of the largest owner's elements, in means: how much longer than a ring the exchange may take."""
+
+
+def largest(bucket):
+    """Elements of the owner with most of a bucket."""
+    owned = [0] * bucket.group.size()
+    for fragment in bucket.fragments:
+        owned[fragment.owner] += fragment.numel
+    return max(owned)
 
 
 def count(run, world_size, rank):
@@ -68,7 +78,9 @@ def count(run, world_size, rank):
             fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
             adamw = adamw_share(sum(fragment.numel for fragment in fragments), group.size(), run)
             found = shares(fragments, group.size(), run)
-            lanes.append(LaneOfRank(group.rank(), both(counter.of(group)), found, adamw, len(lane.buckets)))
+            mean = sum(fragment.numel for fragment in fragments) / group.size()
+            uneven = sum(map(largest, lane.buckets)) / mean
+            lanes.append(LaneOfRank(group.rank(), both(counter.of(group)), found, adamw, len(lane.buckets), uneven))
         return lanes, optimizer.state_bytes()
 
 
@@ -88,8 +100,12 @@ def check_ranks(world, ranks):
     bounds = (DENSE_BOUND[len(lanes[0].shares)], EXPERT_BOUND)
     for lane, bound in zip(lanes, bounds, strict=True):
         worst = [max(both(share)) / lane.adamw.sent for share in lane.shares]
-        print(f"{len(worst)} ranks: at most {max(worst):.4f}, mean {sum(worst) / len(worst):.4f} of AdamW")
+        print(
+            f"{len(worst)} ranks, {lane.num_buckets} buckets: at most {max(worst):.4f}, mean "
+            f"{sum(worst) / len(worst):.4f} of AdamW; largest regions {lane.unevenness:.2f} means"
+        )
         assert max(worst) <= bound
+        assert lane.unevenness <= 1.75
         assert sum(share.sent for share in lane.shares) == sum(share.received for share in lane.shares)
 
 

@@ -43,8 +43,9 @@ class Owned:
         return list(tensor.split(self.fragment.matrix_rows))
 
     def parts(self, max_elements: int) -> Iterator["Owned"]:
-        """Itself, in runs of whole matrices of at most `max_elements`, or of one matrix."""
-        rows = self.fragment.matrix_rows * max(1, max_elements // (self.fragment.matrix_rows * self.fragment.columns))
+        """Itself, in runs of whole matrices (of rows for AdamW) of at most `max_elements`, but at least one."""
+        unit = self.fragment.matrix_rows or 1
+        rows = unit * max(1, max_elements // (unit * self.fragment.columns))
         for start in range(0, len(self.gradient), rows):
             yield Owned(
                 self.parameter,

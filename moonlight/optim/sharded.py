@@ -42,9 +42,10 @@ class ShardedOptimizer:
             dtype = low if algorithm == "muon" else torch.float32
             momenta = [torch.zeros_like(gradient, dtype=dtype) for _ in MOMENTA[algorithm]]
             self.owned.append(Owned(parameter, fragment, gradient, master, momenta))
-        self._adamw = [owned for owned in self.owned if owned.parameter.rule.algorithm == "adamw"]
+        adamw = [owned for owned in self.owned if owned.parameter.rule.algorithm == "adamw"]
         muon = [owned for owned in self.owned if owned.parameter.rule.algorithm == "muon"]
-        self._batches = list(_batches([owned for owned in muon if owned.is_local]))
+        self._adamw_batches = list(_batches(adamw))
+        self._muon_batches = list(_batches([owned for owned in muon if owned.is_local]))
         self._dtype = torch.bfloat16 if config.newton_schulz_dtype == "bfloat16" else torch.float32
         shared = [owned for owned in muon if not owned.is_local]
         self._gathered = [
@@ -132,29 +133,27 @@ class ShardedOptimizer:
                 sums[algorithm][0] += torch.stack(torch._foreach_norm(counted)).double().square().sum()
                 sums[algorithm][1] += sum(update.numel() for update in counted)
 
-        for batch in self._batches:
+        for batch in self._muon_batches:
             matrices = [
                 direction.view(-1, *owned.whole_shape)
                 for owned, direction in zip(batch, self._directions(batch, scale), strict=True)
             ]
             apply(batch, self._scaled(batch, self._orthogonalize(matrices)), "muon")
         for gathered in self._gathered:
-            directions = self._directions(gathered.members, scale)
-            apply(
-                gathered.members, self._scaled(gathered.members, gathered.run(directions, self._orthogonalize)), "muon"
-            )
-        if self._adamw:
+            results = gathered.run(self._directions(gathered.members, scale), self._orthogonalize)
+            apply(gathered.members, self._scaled(gathered.members, results), "muon")
+        for batch in self._adamw_batches:
             updates = adamw_updates(
-                [owned.gradient for owned in self._adamw],
-                [owned.momenta[0] for owned in self._adamw],
-                [owned.momenta[1] for owned in self._adamw],
+                [owned.gradient for owned in batch],
+                [owned.momenta[0] for owned in batch],
+                [owned.momenta[1] for owned in batch],
                 beta1=config.adamw_beta1,
                 beta2=config.adamw_beta2,
                 eps=config.adamw_eps,
                 step=step,
                 scale=scale,
             )
-            apply(self._adamw, updates, "adamw")
+            apply(batch, updates, "adamw")
         self._scale_rows(row_factors or {})
         self.data_parallel.start_weights()
         return sums
@@ -201,7 +200,7 @@ def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Piec
 
 
 def _batches(local: Sequence[Owned]) -> Iterator[list[Owned]]:
-    """Runs of matrices, like shapes together, of at most WORKSPACE_ELEMENTS (or one matrix)."""
+    """Runs of matrices, like shapes together, of at most WORKSPACE_ELEMENTS (or one matrix); of rows for AdamW."""
     limit = WORKSPACE_ELEMENTS[local[0].gradient.device.type] if local else 0
     parts = [part for owned in local for part in owned.parts(limit)]
     batch: list[Owned] = []
