@@ -130,7 +130,7 @@ def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) 
     if wide:
         console.width = WIDE
     if parameters:
-        table = Table("parameter", "shape", "rule", "decay", "matrices", "rank", box=None, padding=(0, 1, 0, 0))
+        table = Table("parameter", "shape", "rule", "decay", "matrices", "owner", box=None, padding=(0, 1, 0, 0))
         table.columns[0].overflow = "fold"
         layer = ""
         for line in plan.lines:
