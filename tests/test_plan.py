@@ -133,7 +133,7 @@ def test_the_command_prints_a_line_for_each_parameter():
     assert done.returncode == 0 and not done.stderr
     lines = done.stdout.splitlines()
     heads = [line.split() for line in lines]
-    assert heads[0] == ["parameter", "shape", "rule", "decay", "matrices", "rank"]
+    assert heads[0] == ["parameter", "shape", "rule", "decay", "matrices", "owner"]
     keys = {row.key for row in mapping.table(load_recipe(QUICKSTART).model) if row.parts[0].kind != "bias"}
     table = {words[0]: words for words in heads if words and words[0] in keys}
     assert table.keys() == keys
