@@ -73,7 +73,7 @@ def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradien
         found = {}
         for key, matrices in indices.items():
             clipped = gradients[key] * scale
-            momenta[key] = 0.95 * momenta[key] + clipped
+            momenta[key] = torch.add(clipped, momenta[key], alpha=0.95)
             direction = torch.add(clipped, momenta[key], alpha=0.95)
             found[key] = np.full(shapes[key], np.nan)
             for index in matrices:

@@ -47,17 +47,14 @@ def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dty
     first, then = COEFFICIENTS[coefficients]
     steps = list(islice(chain(first, repeat(then)), num_steps))
     flat = matrices.reshape(-1, *matrices.shape[-2:])
-    transposed = flat.shape[-2] > flat.shape[-1]  # iterate on the smaller Gram matrix
-    x = flat.mT if transposed else flat
-    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7)
-    if _in_blocks(matrices):
-        x = x.to(dtype)
-        done = [_iterate_in_blocks(matrix, steps) for matrix in x]
-        x = done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)
-    else:
-        # On a CPU, batched products of transposed matrices are slow.
-        x = _iterate_batched(x.to(dtype, memory_format=torch.contiguous_format), steps)
-    return (x.mT if transposed else x).reshape(matrices.shape)
+    x = flat / (torch.linalg.matrix_norm(flat.float(), keepdim=True) + 1e-7)
+    if not _in_blocks(matrices):
+        x = x.to(dtype, memory_format=torch.contiguous_format)
+        return _iterate_batched(x, steps).reshape(matrices.shape)
+    tall = flat.shape[-2] > flat.shape[-1]  # iterate on the smaller Gram matrix
+    done = [_iterate_in_blocks(matrix, steps) for matrix in (x.mT if tall else x).to(dtype)]
+    x = done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 def _in_blocks(matrices: torch.Tensor) -> bool:
@@ -68,14 +65,16 @@ def _in_blocks(matrices: torch.Tensor) -> bool:
 
 
 def _iterate_batched(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
-    """The iteration as it is written, for a batch [count, short, long]."""
-    count, n, _ = x.shape
+    """The iteration as it is written, for a batch [count, rows, columns]; tall matrices are multiplied from the right,
+    with X^T X, which saves transposing them."""
+    count, rows, columns = x.shape
+    tall, n = rows > columns, min(rows, columns)
     gram, mixed = x.new_empty(2, count, n, n)
-    other = x.new_empty(x.shape)
+    other = torch.empty_like(x)
     for a, b, c in steps:
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=mixed)
-        torch.baddbmm(x, mixed, x, beta=a, out=other)
+        torch.bmm(x.mT if tall else x, x if tall else x.mT, out=gram)
+        mixed.copy_(gram).baddbmm_(gram, gram, beta=b, alpha=c)
+        other.copy_(x).baddbmm_(*((x, mixed) if tall else (mixed, x)), beta=a)
         x, other = other, x
     return x
 

@@ -20,10 +20,13 @@ def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, ne
     scaled = [gradient.float() for gradient in gradients]
     if scale != 1:
         scaled = list(torch._foreach_mul(scaled, scale))
-    sums = [m.float() for m in momenta]  # float32 momenta themselves, and copies of others
-    torch._foreach_mul_(sums, momentum)
-    torch._foreach_add_(sums, scaled)
-    torch._foreach_copy_(momenta, sums)
+    sums = []
+    for own, gradient in zip(momenta, scaled, strict=True):  # one pass over memory each, unlike foreach functions
+        if own.dtype is torch.float32:
+            sums.append(torch.add(gradient, own, alpha=momentum, out=own))
+        else:
+            sums.append(torch.add(gradient, own.float(), alpha=momentum))
+            own.copy_(sums[-1])
     return list(torch._foreach_add(scaled, sums, alpha=momentum)) if nesterov else [s.clone() for s in sums]
 
 
