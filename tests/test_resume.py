@@ -43,12 +43,29 @@ def check_same(run, other):
     assert any("momentum" in key for key in tensors)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("1", "float32"), ("EP2", "bfloat16"), ("EP2xTP2-4", "float32")])
-def test_stopped_and_continued_is_bit_identical(pool, data_folder, tokenizer_folder, tmp_path, layout, dtype):
+SMALL_STATE = {"momentum_dtype": "bfloat16", "master_weights": "split"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "optimizer"),
+    [
+        ("1", "float32", {}),
+        ("EP2", "bfloat16", {}),
+        ("DP2", "bfloat16", SMALL_STATE),
+        ("EP2xTP2-4", "float32", {"momentum_dtype": "bfloat16"}),
+    ],
+)
+def test_stopped_and_continued_is_bit_identical(
+    pool, data_folder, tokenizer_folder, tmp_path, layout, dtype, optimizer
+):
     world_size, _ = LAYOUTS[layout]
-    whole = make_run(tmp_path / "whole", data_folder, tokenizer_folder, layout, dtype=dtype)
+
+    def run_in(folder):
+        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype)
+        return replace(run, optimizer=replace(run.optimizer, **optimizer))
+
+    whole, parts = run_in("whole"), run_in("parts")
     pool.run(world_size, train_run, whole)
-    parts = make_run(tmp_path / "parts", data_folder, tokenizer_folder, layout, dtype=dtype)
     pool.run(world_size, train_run, replace(parts, train=replace(parts.train, stop_at_step=5)))
     assert outcome(parts)[0] == 5
     pool.run(world_size, train_run, parts)

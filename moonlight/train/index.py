@@ -23,6 +23,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _ACCEPTED = frozenset(
     {
         ("torch", "Size"),
+        ("torch", "bfloat16"),
         ("torch", "float32"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
