@@ -144,7 +144,7 @@ def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) 
             decay = "yes" if line.decay else "no"
             table.add_row(name, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
         console.print(table)
-        console.print("rank: the owner among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
+        console.print("owner: among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
     for text in summary(plan):
         console.print(text, soft_wrap=True, highlight=False)
 
@@ -156,11 +156,12 @@ def summary(plan: Plan) -> list[str]:
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
     mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
     return [
+        f"on {len(plan.ranks)} processes",
         f"parameters: {muon + adamw + plan.num_router_biases:,}: Muon {muon:,} in {plan.num_matrices:,} matrices, "
         f"AdamW {adamw:,}, router biases {plan.num_router_biases:,}",
         f"optimizer state of a rank: {_gb(max(state))} at most, {_gb(mean_state)} on average; "
         f"AdamW (ZeRO-1): {_gb(base_state)}{_ratio(max(state), base_state)}",
-        f"data-parallel exchange of a rank and step: {_gb(max(wire))} at most, {_gb(mean_wire)} on average; "
+        f"sent or received (the larger) by a rank in a step: {_gb(max(wire))} at most, {_gb(mean_wire)} on average; "
         f"AdamW (ZeRO-1): {_gb(base_wire)}{_ratio(max(wire), base_wire)}",
     ]
 

@@ -225,3 +225,9 @@ def test_bad_groups_are_named():
         Muon([{"params": parameters([(4, 6)]), "algorithm": "sgd"}], lr=1e-2)
     with pytest.raises(ValueError, match=r"parameter 0 .*float16"):
         Muon(parameters([(4, 6)], torch.float16), lr=1e-2)
+
+
+def test_a_misspelt_setting_of_a_group_is_an_error():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="did you mean 'algorithm'"):
+        Muon([{"params": [parameter], "algoritm": "adamw"}], lr=0.1)

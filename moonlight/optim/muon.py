@@ -3,6 +3,7 @@
 Any model can use it: matrices in groups with the algorithm "muon", everything else in groups with "adamw".
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Muon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            _check_names(group, self.defaults)
             _check_settings(group)
             for index, parameter in enumerate(group["params"]):
                 _check_parameter(parameter, _name(group, index), group["algorithm"])
@@ -247,6 +249,13 @@ def _check_parameter(parameter: torch.Tensor, name: str, algorithm: str) -> None
         )
     if parameter.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name} with shape {shape} has dtype {parameter.dtype}: accepted are {WEIGHT_DTYPES}")
+
+
+def _check_names(group: dict[str, Any], known: dict[str, Any]) -> None:
+    """Groups may hold what schedulers put there, but no misspelt setting, which would silently not count."""
+    for name in group.keys() - known.keys() - {"params", "param_names", "initial_lr", "max_lr", "min_lr"}:
+        if near := difflib.get_close_matches(str(name), known, n=1):
+            raise ValueError(f"a group has {name!r}: did you mean {near[0]!r}?")
 
 
 def _check_settings(values: dict[str, Any]) -> None:
