@@ -139,13 +139,13 @@ def test_the_command_prints_a_line_for_each_parameter():
     assert table.keys() == keys
     assert table["embedding.word_embeddings.weight"][1:] == ["4096x128", "adamw", "yes", "0-3"]
     assert table["decoder.layers.2.mlp.experts.up_proj"][1:7] == ["8x128x96", "muon", "yes", "8", "of", "128x96"]
-    assert max(map(len, lines[:-3])) <= 100
+    assert max(map(len, lines[:-4])) <= 100
     assert lines[-3].startswith("parameters: ") and "AdamW" in lines[-1]
 
 
 def test_without_parameters_only_the_summary():
     done = run_plan(QUICKSTART)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
 
 
 def test_what_cannot_be_planned(refuses):
