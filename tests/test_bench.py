@@ -9,7 +9,6 @@ from moonlight.errors import UserError
 
 
 def test_peers_configured_alike_move_the_weights_alike():
-    pytest.importorskip("muon", reason=f"pip install --no-deps {optimizer.PEER}")
     for figure in optimizer._steps(2, "cpu", True, stacks=3, count=4, rows=40, columns=24):
         assert figure.weights_apart is not None and 0 < figure.weights_apart <= optimizer.WEIGHT_TOLERANCE
 
