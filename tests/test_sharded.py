@@ -17,12 +17,13 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 def float32_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
     """One matrix, five steps (arXiv 2502.16982, eq. 1), products and sums fused as BLAS does it."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrix.shape[0] > matrix.shape[1]  # the smaller Gram matrix is on the right
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x.T @ x if tall else x @ x.T
+        mixed = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+        x = torch.addmm(x, x, mixed, beta=A) if tall else torch.addmm(x, mixed, x, beta=A)
+    return x
 
 
 def bfloat16_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradien
         found = {}
         for key, matrices in indices.items():
             clipped = gradients[key] * scale
-            momenta[key] = torch.add(clipped, momenta[key], alpha=0.95)
+            momenta[key] = 0.95 * momenta[key] + clipped
             direction = torch.add(clipped, momenta[key], alpha=0.95)
             found[key] = np.full(shapes[key], np.nan)
             for index in matrices:

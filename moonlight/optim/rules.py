@@ -20,13 +20,13 @@ def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, ne
     scaled = [gradient.float() for gradient in gradients]
     if scale != 1:
         scaled = list(torch._foreach_mul(scaled, scale))
-    sums = []
-    for own, gradient in zip(momenta, scaled, strict=True):  # one pass over memory each, unlike foreach functions
-        if own.dtype is torch.float32:
-            sums.append(torch.add(gradient, own, alpha=momentum, out=own))
-        else:
-            sums.append(torch.add(gradient, own.float(), alpha=momentum))
-            own.copy_(sums[-1])
+    sums = [m.float() for m in momenta]  # float32 momenta themselves, and copies of others
+    # Two roundings, not the one of a fused operation, which differs where vectors end: every cut gives the same bits.
+    torch._foreach_mul_(sums, momentum)
+    torch._foreach_add_(sums, scaled)
+    for own, exact in zip(momenta, sums, strict=True):
+        if own is not exact:
+            own.copy_(exact)
     return list(torch._foreach_add(scaled, sums, alpha=momentum)) if nesterov else [s.clone() for s in sums]
 
 
