@@ -38,11 +38,9 @@ class DataParallel:
         models: Sequence[GPTModel],
         rules: tuple[Rule, ...],
         bucket_size: int,
-        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         """Args:
         bucket_size: elements that close a bucket; 0 leaves it to `place`.
-        groups: data-parallel groups of dense and of expert parameters; by default Megatron's.
         """
         state = sharded_state(models)
         self.parameters = find_parameters(state, rules)
@@ -54,7 +52,7 @@ class DataParallel:
         self.lanes: list[Lane] = []
         self._lane_of: dict[torch.nn.Parameter, Lane] = {}
         for expert in (False, True):
-            group = groups[expert] if groups else data_parallel_group(expert)
+            group = data_parallel_group(expert)
             own = [parameter for parameter in self.parameters if parameter.is_expert == expert]
             lane = Lane([Bucket(run, fragments, group) for run, fragments in place(own, group.size(), bucket_size)])
             self.lanes.append(lane)
@@ -84,13 +82,7 @@ class DataParallel:
         """Wait until this rank's own rows hold the sums over the world."""
         for lane in self.lanes:
             lane.finish_gradients()
-        replicated = [
-            gradient
-            for lane in self.lanes
-            for bucket in lane.buckets
-            for fragment, gradient in zip(bucket.own, bucket.gradients, strict=True)
-            if self.parameters[fragment.parameter].slicing == "replicated"
-        ]
+        replicated = [gradient for parameter, _, gradient in self.own() if parameter.slicing == "replicated"]
         # Under sequence parallelism each rank saw its part of the sequence; peers own the same rows.
         if replicated:
             flat = torch.cat([gradient.flatten() for gradient in replicated])

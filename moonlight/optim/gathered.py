@@ -13,7 +13,7 @@ import torch
 from moonlight.optim.exchange import Exchange, Job
 from moonlight.optim.owned import Owned
 from moonlight.optim.parameters import Parameter, tensor_parallel_group
-from moonlight.optim.partition import Block, Fragment, newton_schulz_owners
+from moonlight.optim.partition import Fragment, newton_schulz_cost, newton_schulz_owners
 from moonlight.optim.wire import Lane
 
 Orthogonalize = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
@@ -51,8 +51,8 @@ class Gathered:
         for owned in self._whole:
             shape = (owned.fragment.matrix_rows, owned.fragment.columns)
             at_home += [(owned.parameter, shape)] * len(owned.matrices(owned.gradient))
-        shapes = [_whole_shape(parameter, shape, slices_group.size()) for parameter, shape in at_home]
-        costs = [Block(0, 0, rows, columns, True).cost for rows, columns in shapes]
+        shapes = [parameter.whole_shape(rows) for parameter, (rows, _) in at_home]
+        costs = [newton_schulz_cost(rows, columns) for rows, columns in shapes]
         owners = newton_schulz_owners(costs, slices_group.size())
         like = torch.empty(0, dtype=dtype, device=lane.buckets[0].parameters[0].model.device)
         self._rows = Exchange(group, jobs, like)
@@ -87,13 +87,6 @@ def _rows_job(fragments: Sequence[Fragment]) -> Job:
     first = fragments[0]
     parts = tuple((f.owner, f.start - first.matrix_start, f.stop - first.matrix_start) for f in fragments)
     return Job((first.matrix_rows, first.columns), owner=first.home, axis=-2, parts=parts)
-
-
-def _whole_shape(parameter: Parameter, shape: tuple[int, int], num_slices: int) -> tuple[int, int]:
-    rows, columns = shape
-    if parameter.slicing == "cut" and parameter.cut_axis == -2:
-        return rows * num_slices, columns
-    return (rows, columns * num_slices) if parameter.slicing == "cut" else (rows, columns)
 
 
 def _slices_job(parameter: Parameter, shape: tuple[int, int], owner: int, num_slices: int) -> Job:

@@ -33,10 +33,7 @@ class Owned:
     @property
     def whole_shape(self) -> tuple[int, int]:
         """Shape of one of its matrices, tensor parallelism undone."""
-        shape = [self.fragment.matrix_rows, self.fragment.columns]
-        if self.parameter.slicing == "cut":
-            shape[self.parameter.cut_axis] *= tensor_parallel_group(self.parameter.is_expert).size()
-        return shape[0], shape[1]
+        return self.parameter.whole_shape(self.fragment.matrix_rows)
 
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The matrices in a tensor of these rows."""

@@ -46,6 +46,13 @@ class Parameter:
     def columns(self) -> int:
         return self.model.shape[-1] if self.model.dim() > 1 else 1
 
+    def whole_shape(self, rows: int) -> tuple[int, int]:
+        """Shape of one of its matrices, of which this rank has so many rows, with tensor parallelism undone."""
+        shape = [rows, self.columns]
+        if self.slicing == "cut":
+            shape[self.cut_axis] *= tensor_parallel_group(self.is_expert).size()
+        return shape[0], shape[1]
+
     @property
     def weights(self) -> torch.Tensor:
         """The model's values [rows, columns]."""

@@ -19,6 +19,12 @@ SMALLEST_CUT = 1024
 """An AdamW block is cut over all ranks only if each would get this many elements; smaller ones stay whole."""
 
 
+def newton_schulz_cost(rows: int, columns: int) -> int:
+    """Work in arbitrary units: 2 n^2 m + n^3 for a matrix of short side n and long side m."""
+    short, long = sorted((rows, columns))
+    return short * short * (2 * long + short)
+
+
 @dataclass(frozen=True)
 class Block:
     """Rows [start, stop) of one parameter. Those of one matrix if `is_matrix`."""
@@ -37,9 +43,7 @@ class Block:
 
     @property
     def cost(self) -> int:
-        """Newton-Schulz work in arbitrary units: 2 n^2 m + n^3 for a matrix of short side n and long side m."""
-        short, long = sorted((self.stop - self.start, self.columns))
-        return short * short * (2 * long + short) if self.is_matrix else 0
+        return newton_schulz_cost(self.stop - self.start, self.columns) if self.is_matrix else 0
 
 
 @dataclass(frozen=True)
