@@ -1,8 +1,11 @@
-"""The `config.json` and `generation_config.json` of an exported model."""
+"""The architecture as `config.json` tells it, written and read, and the `generation_config.json` of an export."""
 
+from pathlib import Path
 from typing import Any
 
-from moonlight.config import Model
+from moonlight.config_io import model_from_dict
+from moonlight.config_model import Model
+from moonlight.errors import UserError
 
 
 def hf_config(
@@ -61,11 +64,106 @@ def hf_config(
     }
 
 
-def generation_config(model: Model, *, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """Defaults for generation: stop at the end-of-text id, within the trained context."""
+def generation_config(model: Model, *, bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
+    """Defaults for generation: stop at any of `eos_ids`, within the trained context."""
     return {
         "bos_token_id": bos_id,
-        "eos_token_id": [eos_id],
+        "eos_token_id": eos_ids,
         "max_length": model.max_position_embeddings,
         "do_sample": False,
     }
+
+
+ONLY = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "moe_layer_freq": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rope_interleave": True,
+    "rope_scaling": None,
+}
+"""What the model can do of settings that a DeepSeek-V3 configuration could have otherwise; each may be left out."""
+
+NAMES = {
+    **{
+        name: name
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_experts_per_tok",
+            "first_k_dense_replace",
+            "topk_group",
+            "routed_scaling_factor",
+            "rms_norm_eps",
+            "max_position_embeddings",
+        )
+    },
+    "num_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_expert_groups": "n_group",
+}
+"""Field of `Model` -> key of config.json that must be there."""
+
+OPTIONAL = ("aux_loss_alpha", "initializer_range", "tie_word_embeddings")
+"""The same in both; `Model` has a default."""
+
+
+def model_of(config: dict[str, Any], path: Path) -> Model:
+    """The architecture that a Hugging Face configuration declares; `auto_map` and its code are left alone.
+
+    Args:
+        path: of the config.json, for messages.
+
+    Raises:
+        UserError: another architecture, a setting that the model cannot have, or one that is missing or wrong.
+    """
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind != "deepseek_v3" or classes not in (None, ["DeepseekV3ForCausalLM"]):
+        raise UserError(
+            f"{path} declares model_type {kind!r} with architectures {classes!r}: accepted is 'deepseek_v3' with "
+            "['DeepseekV3ForCausalLM']"
+        )
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{path} says {key} {config[key]!r}: only {value!r} is supported")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{path} has a quantization_config: only weights that are not quantised can be trained on")
+    tree = {}
+    for name, key in NAMES.items():
+        if key not in config:
+            raise UserError(f"{path} lacks {key}, which says the model's shape")
+        tree[name] = config[key]
+    tree |= {name: config[name] for name in OPTIONAL if config.get(name) is not None}
+    tree["rope_theta"] = _rope_theta(config, path)
+    try:
+        model = model_from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+    heads = config.get("num_key_value_heads", model.num_attention_heads)
+    if heads != model.num_attention_heads:
+        raise UserError(f"{path} says num_key_value_heads {heads}: latent attention has as many as query heads")
+    return model
+
+
+def _rope_theta(config: dict[str, Any], path: Path) -> float:
+    """From the key of its own, or from `rope_parameters` as transformers 5 writes it."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        parameters = {"rope_theta": config.get("rope_theta")}
+    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
+        raise UserError(f"{path} says rope_parameters {parameters!r}: only rope_type 'default' is supported")
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    if theta is None:
+        raise UserError(f"{path} lacks rope_theta")
+    return theta

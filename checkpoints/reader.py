@@ -1,64 +1,105 @@
-"""Whole tensors from a checkpoint in one process, without a process group and without Megatron."""
+"""A checkpoint's tensors in one process, without a process group and without Megatron."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from moonlight import mapping
 from moonlight.config import Run
-from moonlight.config_io import from_dict
+from moonlight.config_model import Model
 from moonlight.errors import UserError
-from moonlight.train.checkpoint_files import find, read_state
-from moonlight.train.index import IndexReader, cause_raised, read_index, whole_shapes
+from moonlight.train.checkpoint_files import TrainState, find, read_state, recipe_of
+from moonlight.train.index import StoredTensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: its recipe, where it stands, and its tensors by name."""
+    """An opened checkpoint: what it is of, where it stands, and its tensors. None of them is in memory."""
 
     folder: Path
-    run: Run
-    step: int
+    model: Model
+    run: Run | None
+    """The recipe that trained it; None for one that was imported."""
+    state: TrainState
+    origin: dict[str, Any]
+    """How it was made, where no training step wrote it: see `checkpoints.writer`."""
     tokenizer_sha256: str
-    """Checksum of the tokenizer that made the tokens it was trained on."""
-    shapes: dict[str, tuple[int, ...]]
+    """Checksum of the tokenizer that made the tokens it was trained on; empty if that is not known."""
+    stored: StoredTensors
 
-    def read(self, key: str) -> torch.Tensor:
-        """One whole tensor as it was saved: float32 masters and momenta."""
-        state = {key: torch.empty(self.shapes[key], dtype=torch.float32)}
-        with cause_raised():
-            dcp.load(state, storage_reader=IndexReader(self.folder), no_dist=True)
-        return state[key]
+    @property
+    def tokenizer(self) -> Path | None:
+        """Folder of its tokenizer: its own copy, or the one that its recipe names."""
+        own = self.folder / TOKENIZER_FOLDER
+        if own.is_dir():
+            return own
+        return Path(self.run.data.tokenizer) if self.run else None
+
+    def part(self, row: mapping.Row, part: mapping.Part) -> torch.Tensor:
+        """One tensor as Hugging Face shapes it, in the dtype it is stored in.
+
+        A view of the file where it lies in one stored rectangle, which it does unless the layout that saved it cut it.
+        """
+        value: torch.Tensor | None = None
+        for offset, sizes in self.stored.rectangles(row.key):
+            if common := mapping.overlap(part, row, offset, sizes):
+                part_index, rectangle_index = common
+                found = self.stored.map(row.key, offset, sizes)[rectangle_index]
+                shape = part.shape[::-1] if part.transposed else part.shape
+                if tuple(found.shape) == shape:
+                    value = found
+                    break
+                if value is None:
+                    value = torch.empty(shape, dtype=found.dtype)
+                value[part_index] = found
+        assert value is not None, part.name
+        return value.T if part.transposed else value
 
     def hugging_face_tensors(self) -> Iterator[tuple[mapping.Part, torch.Tensor]]:
-        """Every tensor of the model as Hugging Face lays it out, float32, from one checkpoint tensor at a time."""
-        for row in mapping.table(self.run.model):
-            whole = self.read(row.key)
+        """Every tensor of the model as Hugging Face lays it out, float32."""
+        for row in mapping.table(self.model):
             for part in row.parts:
-                value = whole[part.index]
-                yield part, (value.T if part.transposed else value).contiguous()
+                yield part, self.part(row, part).float()
+
+    def read(self, key: str) -> torch.Tensor:
+        """One whole tensor of the checkpoint, float32."""
+        whole = torch.empty(self.stored.shapes[key])
+        for offset, sizes in self.stored.rectangles(key):
+            where = tuple(slice(begin, begin + size) for begin, size in zip(offset, sizes, strict=True))
+            whole[where] = self.stored.map(key, offset, sizes)
+        return whole
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint, or the newest one of a run folder, after checking its files and its tensors' names and shapes.
+TOKENIZER_FOLDER = "tokenizer"
+"""Of a checkpoint that brings its tokenizer."""
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """Open a checkpoint, or one of a run folder, after checking its files and its tensors' names and shapes.
+
+    Args:
+        step: which one of a run folder; None takes the newest.
 
     Raises:
         UserError: there is none, it is damaged, or it lacks a tensor that its own recipe asks for.
     """
-    folder = find(path)
+    folder = find(path, step)
     content = read_state(folder)
-    run = from_dict(content["recipe"])
-    shapes = whole_shapes(read_index(folder))
-    for row in mapping.table(run.model):
+    model, run = recipe_of(content)
+    stored = StoredTensors(folder)
+    shapes = stored.shapes
+    for row in mapping.table(model):
         if shapes.get(row.key) != row.shape:
             raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")
     return Checkpoint(
         folder=folder,
+        model=model,
         run=run,
-        step=content["state"]["step"],
+        state=TrainState(**content["state"]),
+        origin=content.get("origin", {}),
         tokenizer_sha256=content["tokenizer_sha256"],
-        shapes=shapes,
+        stored=stored,
     )

@@ -1,6 +1,5 @@
 """Proof that a checkpoint and a Hugging Face folder hold the same model: every tensor, then the logits."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,16 +8,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
-from checkpoints.export import DTYPES
+from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
-from moonlight.config import Parallel
+from moonlight import mapping
+from moonlight.config import Data, Run, Train
+from moonlight.config_optim import Schedule
 from moonlight.errors import UserError
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 PROMPT_TOKENS = 64
 SHOWN_PROBLEMS = 10
+ELEMENTS_AT_ONCE = 1 << 22
+BIAS = ".e_score_correction_bias"
+"""Ending of tensors that are float32 whatever the rest is, and bfloat16 in models that others exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +31,12 @@ class Report:
 
     tensors: int
     problems: list[str]
-    """One line for each tensor that is missing, unknown, doubled, or differs in shape, dtype or value."""
-    largest_logit: float
-    logit_difference: float
+    """One line for each tensor that is missing, unknown, or differs in shape, dtype or value."""
+    largest_logit: float = 0.0
+    logit_difference: float = 0.0
     """Largest absolute difference between Megatron's logits and transformers', float32."""
-    tokens: int
-    different_routes: int
+    tokens: int = 0
+    different_routes: int = 0
     """Tokens, counted once per layer, that the two sent to different sets of experts."""
 
     @property
@@ -65,95 +69,88 @@ def print_report(report: Report) -> None:
         console.print(f"and {len(report.problems) - SHOWN_PROBLEMS} more")
 
 
-def verify(source: Path, folder: Path) -> Report:
+def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
     """Compare the checkpoint (or the newest of a run) with the Hugging Face folder.
 
-    Logits are compared in float32 on fixed prompts, both sides holding the weights as rounded for the folder.
+    Logits are compared in float32 on fixed prompts, both sides holding the weights as rounded for the folder. If all is
+    the same and the folder has checksums, `verification.json` beside them says so.
+
+    Args:
+        tensors_only: leave the logits out, for a model that does not fit into memory.
 
     Raises:
         UserError: one of the two cannot be read.
     """
     checkpoint = open_checkpoint(source)
-    tensors, problems = compare_tensors(checkpoint, folder)
-    if problems:
-        return Report(
-            tensors=tensors,
-            problems=problems,
-            largest_logit=0,
-            logit_difference=0,
-            tokens=0,
-            different_routes=0,
-        )
+    hugging_face = open_folder(folder, with_sums=False)
+    tensors, problems = compare_tensors(checkpoint, hugging_face)
+    if (folder / SUMS_FILE).exists():
+        try:
+            check_sums(folder)
+        except UserError as error:
+            problems.append(str(error))
+    report = Report(tensors=tensors, problems=problems)
+    if not problems and not tensors_only:
+        report = _compare_logits(report, checkpoint, hugging_face)
+    if report.passed and not tensors_only and (folder / SUMS_FILE).exists():
+        found = {
+            "passed": True,
+            "sums_sha256": sha256_of(folder / SUMS_FILE),
+            "tensors": tensors,
+            "tokens": report.tokens,
+            "largest_logit_difference": report.logit_difference,
+            "different_choices_of_experts": report.different_routes,
+        }
+        write_json(folder / VERIFICATION_FILE, found)
+    return report
+
+
+def _compare_logits(report: Report, checkpoint: Checkpoint, folder: HuggingFaceFolder) -> Report:
+    model = checkpoint.model
     generator = torch.Generator().manual_seed(0)
-    length = min(PROMPT_TOKENS, checkpoint.run.model.max_position_embeddings)
-    prompts = torch.randint(0, checkpoint.run.model.vocab_size, (2, length), generator=generator)
-    ours, our_routes = _megatron(checkpoint, prompts, _dtype(folder))
-    theirs, their_routes = _transformers(folder, prompts)
-    different = sum(int((a != b).any(-1).sum()) for a, b in zip(our_routes, their_routes, strict=True))
-    return Report(
-        tensors=tensors,
-        problems=[],
+    length = min(PROMPT_TOKENS, model.max_position_embeddings)
+    prompts = torch.randint(0, model.vocab_size, (2, length), generator=generator)
+    in_bfloat16 = "bfloat16" in (folder.config.get("dtype"), folder.config.get("torch_dtype"))
+    ours, our_routes = _megatron(checkpoint, prompts, torch.bfloat16 if in_bfloat16 else torch.float32)
+    theirs, their_routes = _transformers(folder.path, prompts)
+    return replace(
+        report,
         largest_logit=theirs.abs().max().item(),
         logit_difference=(ours - theirs).abs().max().item(),
         tokens=prompts.numel(),
-        different_routes=different,
+        different_routes=sum(int((a != b).any(-1).sum()) for a, b in zip(our_routes, their_routes, strict=True)),
     )
 
 
-def _read(folder: Path, name: str, key: str) -> Any:
-    """The value of `key` in one of the folder's JSON files."""
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is no Hugging Face folder: it has no readable {name} with {key} in it") from None
-
-
-def _dtype(folder: Path) -> torch.dtype:
-    name = _read(folder, "config.json", "torch_dtype")
-    if name not in DTYPES:
-        raise UserError(f"{folder / 'config.json'} says torch_dtype {name!r}: accepted are {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-
-
-def compare_tensors(checkpoint: Checkpoint, folder: Path) -> tuple[int, list[str]]:
+def compare_tensors(checkpoint: Checkpoint, folder: HuggingFaceFolder) -> tuple[int, list[str]]:
     """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once."""
-    dtype = _dtype(folder)
     problems: list[str] = []
-    owner: dict[str, Path] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} is no Hugging Face folder: it has no .safetensors file")
-    opened = {file: _open(file) for file in files}
-    for file, handle in opened.items():
-        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            if name in owner:
-                problems.append(f"{name} is in {owner[name].name} and again in {file.name}")
-            owner[name] = file
-    if _read(folder, "model.safetensors.index.json", "weight_map") != {name: file.name for name, file in owner.items()}:
-        problems.append("model.safetensors.index.json does not name the files' tensors")
-    seen = set()
-    for part, value in checkpoint.hugging_face_tensors():
-        seen.add(part.name)
-        if part.name not in owner:
-            problems.append(f"{part.name} is missing")
-            continue
-        found = opened[owner[part.name]].get_tensor(part.name)
-        wanted = value if part.kind == "bias" else value.to(dtype)
-        if found.shape != wanted.shape or found.dtype != wanted.dtype:
-            problems.append(
-                f"{part.name} is {found.dtype} {tuple(found.shape)}, expected {wanted.dtype} {tuple(wanted.shape)}"
-            )
-        elif not torch.equal(found, wanted):
-            problems.append(f"{part.name} differs in {int((found != wanted).sum())} of {found.numel()} values")
-    problems += [f"{name} belongs to no tensor of the checkpoint" for name in owner if name not in seen]
-    return len(owner), problems
+    names = set()
+    for row in mapping.table(checkpoint.model):
+        for part in row.parts:
+            names.add(part.name)
+            tensor = folder.tensors.get(part.name)
+            if tensor is None:
+                problems.append(f"{part.name} is missing")
+            elif tensor.shape != part.shape:
+                problems.append(f"{part.name} has shape {tensor.shape}, expected {part.shape}")
+            elif tensor.dtype not in DTYPES:
+                problems.append(f"{part.name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+            elif different := _count_different(tensor.read(), checkpoint.part(row, part)):
+                problems.append(f"{part.name} differs in {different} of {torch.Size(part.shape).numel()} values")
+    kinds = {folder.tensors[name].dtype for name in names & folder.tensors.keys() if not name.endswith(BIAS)}
+    if len(kinds) > 1:
+        problems.append(f"the weights are {' and '.join(sorted(kinds))}, expected one dtype")
+    unknown = folder.tensors.keys() - names
+    problems += [f"{name} belongs to no tensor of the checkpoint" for name in unknown if not name.endswith(STALE)]
+    return len(folder.tensors), problems
+
+
+def _count_different(found: torch.Tensor, value: torch.Tensor) -> int:
+    """Values of `found` that are not those of `value` in its dtype, a few rows at a time."""
+    step = max(1, ELEMENTS_AT_ONCE // found[0].numel())
+    pairs = zip(found.split(step), value.split(step), strict=True)
+    return sum(int((mine != wanted.to(mine.dtype)).sum()) for mine, wanted in pairs)
 
 
 def _record(module: torch.nn.Module, routes: list[torch.Tensor], of: Callable[[Any], torch.Tensor]) -> None:
@@ -170,11 +167,12 @@ def _megatron(
     from moonlight.model.shards import sharded_state
     from moonlight.train.step import routers
 
-    run = replace(
-        checkpoint.run,
-        parallel=Parallel(),
-        train=replace(checkpoint.run.train, dtype="float32"),
-        optimizer=replace(checkpoint.run.optimizer, master_weights="float32"),
+    run = Run(
+        name="verify",
+        model=checkpoint.model,
+        data=Data(path="", tokenizer="", sequence_length=prompts.shape[1]),
+        schedule=Schedule(lr=1.0),
+        train=Train(train_steps=1, global_batch_size=1, micro_batch_size=1),
     )
     parallel.join_alone()
     try:

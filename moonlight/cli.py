@@ -123,6 +123,7 @@ def pretrain(
         return
     run.num_microbatches(run.parallel.num_processes)
     run_folder.check_data(run)
+    run_folder.check_initial_checkpoint(run)
     run_folder.check_folder(run_folder.path(run), run)
     if run_folder.is_finished(run):
         print(f"{run_folder.path(run)}: this run has finished already")
@@ -154,33 +155,82 @@ def plan(
     print_plan(make_plan(run, run.parallel.num_processes if gpus is None else gpus), parameters=parameters)
 
 
-@app.command(epilog="Example: moonlight export runs/quickstart --out runs/quickstart/hf")
+@app.command(epilog="Example: moonlight export runs/quickstart --out hf --dtype bfloat16 --license apache-2.0")
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="float32 (the master weights) or bfloat16.")] = "float32",
     max_shard_size: Annotated[int, typer.Option(help="Most megabytes of one safetensors file.")] = 5000,
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not the recipe's.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not the checkpoint's.")] = None,
+    revision_step: Annotated[
+        int | None,
+        typer.Option(help="Take the checkpoint after this step, to be released as the revision step-N."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="For an instruction-tuned model: generation ends at <|im_end|>.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="Licence of the model, for its card: apache-2.0.")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for transformers, vLLM and SGLang."""
     from checkpoints.export import export as write
 
     if max_shard_size < 1:
         raise UserError(f"--max-shard-size is {max_shard_size}: it must be at least 1 (megabyte)")
-    written = write(source, out, dtype=dtype, max_shard_bytes=max_shard_size * 10**6, tokenizer=tokenizer)
+    written = write(
+        source,
+        out,
+        dtype=dtype,
+        max_shard_bytes=max_shard_size * 10**6,
+        tokenizer=tokenizer,
+        revision_step=revision_step,
+        chat=chat,
+        license=license,
+    )
     print(f"{out}: written" if written else f"{out}: this checkpoint has been exported already")
+
+
+@app.command("import", epilog="Example: moonlight import Moonlight-16B-A3B --out checkpoints/moonlight")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder of the DeepSeek-V3 architecture.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+) -> None:
+    """Make a checkpoint of a Hugging Face folder, for training to start from under any layout. No code of it is run."""
+    from checkpoints.hf_import import import_folder
+
+    if import_folder(folder, out):
+        print(f"{out}: written; {out / 'recipe.yaml'} begins a recipe that trains on from it")
+    else:
+        print(f"{out}: this folder has been imported already")
+
+
+@app.command(epilog="Example: moonlight average runs/quickstart --last 5 --out runs/quickstart-average")
+def average(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    last: Annotated[int, typer.Option(help="How many of the newest checkpoints.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+) -> None:
+    """Make a checkpoint whose weights are the mean of a run's newest ones, to be exported."""
+    from checkpoints.average import average as mean_of
+
+    if steps := mean_of(run, last, out):
+        print(f"{out}: the mean of the checkpoints after steps {', '.join(map(str, steps))}")
+    else:
+        print(f"{out}: this mean has been made already")
 
 
 @app.command(epilog="Example: moonlight verify runs/quickstart runs/quickstart/hf")
 def verify(
     source: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint.")],
-    folder: Annotated[Path, typer.Argument(help="The exported Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="The Hugging Face folder that it was exported to or imported from.")],
+    tensors_only: Annotated[
+        bool, typer.Option("--tensors-only", help="Leave the logits out, for a model larger than memory.")
+    ] = False,
 ) -> None:
-    """Compare a checkpoint with an exported folder: every tensor, then logits and routes. Exits 1 on a difference."""
+    """Compare a checkpoint with a Hugging Face folder: tensors, then logits and routes. Exits 1 on a difference."""
     from checkpoints.verify import print_report
     from checkpoints.verify import verify as compare
 
-    report = compare(source, folder)
+    report = compare(source, folder, tensors_only=tensors_only)
     print_report(report)
     if not report.passed:
         raise typer.Exit(1)

@@ -112,6 +112,9 @@ class Train:
     save_every_steps: int = 100
     max_skipped_steps_in_a_row: int = 10
     """Training stops with an error after this many steps in a row whose gradient is not finite."""
+    initial_checkpoint: str = ""
+    """Checkpoint (or run folder: its newest) whose weights a new run starts from, at step 0 and with momenta of zero:
+    one of any layout, or one that `moonlight import` or `moonlight average` made. Empty: random weights."""
     stop_at_step: int = 0
     """Save and stop after this step, without changing the schedule; 0 goes on to train_steps."""
     keep_checkpoints: int = 2

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moonlight.config import Run
+from moonlight.config_model import Model
 from moonlight.errors import UserError
 
 _LARGEST_INT = 2**31 - 1
@@ -45,6 +46,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
 def from_dict(tree: Any) -> Run:
     """Build a Run from nested plain values, with every key and type checked."""
     return _build(Run, tree, "")
+
+
+def model_from_dict(tree: Any) -> Model:
+    """Build the architecture section alone, with every key and type checked."""
+    return _build(Model, tree, "model.")
 
 
 def to_yaml(run: Run) -> str:

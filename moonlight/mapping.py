@@ -128,3 +128,36 @@ def table(model: Model) -> list[Row]:
         _same("decoder.final_layernorm.weight", "model.norm.weight", hidden, kind="norm"),
         _same("output_layer.weight", "lm_head.weight", model.vocab_size, hidden),
     ]
+
+
+def place(part: Part, row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a part lies in its whole tensor: offset and sizes, with as many dimensions as the whole."""
+    offset, sizes = [], []
+    for axis, size in enumerate(row.shape):
+        where = part.index[axis] if axis < len(part.index) else slice(0, size)
+        low, high = (where, where + 1) if isinstance(where, int) else (where.start, where.stop)
+        offset.append(low)
+        sizes.append(high - low)
+    return tuple(offset), tuple(sizes)
+
+
+def overlap(
+    part: Part, row: Row, offset: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[int | slice, ...]] | None:
+    """Where `part` and a rectangle of its whole tensor meet, or None if they do not.
+
+    The first index is into the part as the checkpoint has it (without a stack's axis, not transposed), the second into
+    the rectangle.
+    """
+    part_index: list[slice] = []
+    rectangle_index: list[int | slice] = []
+    for axis, (low, size, begin, extent) in enumerate(zip(*place(part, row), offset, sizes, strict=True)):
+        start, stop = max(low, begin), min(low + size, begin + extent)
+        if start >= stop:
+            return None
+        if axis < len(part.index) and isinstance(part.index[axis], int):
+            rectangle_index.append(start - begin)
+        else:
+            rectangle_index.append(slice(start - begin, stop - begin))
+            part_index.append(slice(start - low, stop - low))
+    return tuple(part_index), tuple(rectangle_index)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moonlight.files import sha256_of
+from moonlight.files import checksum_of
 
 ROOT = Path(__file__).parent.parent
 NEWEST = "step-00000004"
@@ -85,5 +85,5 @@ def flip(folder):
 def sign(folder):
     """Give `state.json` the sizes and checksums of the files that are there, as who forges a checkpoint would."""
     files = [path for path in sorted(folder.iterdir()) if path.name != "state.json"]
-    known = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
+    known = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum_of(path)} for path in files}
     in_state(lambda content: content.update(files=known))(folder)

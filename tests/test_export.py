@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints.export import export
+from checkpoints.hf_folder import open_folder
 from checkpoints.reader import open_checkpoint
 from checkpoints.verify import compare_tensors, verify
 from moonlight import mapping
 from moonlight.errors import UserError
+from moonlight.files import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,8 @@ def test_verify_finds_the_same_model(folder, exported):
         (lambda t: t["model.layers.1.mlp.experts.3.up_proj.weight"].view(-1)[5].add_(0.01), "differs in 1 of"),
         (lambda t: t.pop("model.layers.2.mlp.gate.e_score_correction_bias"), "is missing"),
         (lambda t: t.update({"model.layers.9.x": torch.zeros(1)}), "belongs to no tensor"),
-        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}), "expected torch.float32"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}), "expected one dtype"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:7].clone()}), "has shape"),
     ],
 )
 def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
@@ -111,10 +114,23 @@ def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
     file = out / "model-00001-of-00001.safetensors"
     tensors = load_file(file)
     damage(tensors)
-    save_file(tensors, file)
-    _, problems = compare_tensors(open_checkpoint(folder), out)
-    assert any(complaint in problem for problem in problems)
+    save_file(tensors, out / "model.safetensors")
+    for name in (file.name, "model.safetensors.index.json", "SHA256SUMS"):
+        (out / name).unlink()
+    _, problems = compare_tensors(open_checkpoint(folder), open_folder(out))
+    assert len(problems) == 1 and complaint in problems[0]
     assert not verify(folder, out).passed
+
+
+def test_verify_notices_any_changed_file(folder, tmp_path):
+    out = tmp_path / "hf"
+    export(folder, out)
+    assert verify(folder, out).passed
+    proof = json.loads((out / "verification.json").read_text())
+    assert proof["passed"] and proof["sums_sha256"] == sha256_of(out / "SHA256SUMS")
+    (out / "generation_config.json").write_text("{}")
+    report = verify(folder, out)
+    assert not report.passed and "generation_config.json" in report.problems[0]
 
 
 def test_the_same_export_is_not_done_again_and_another_is_refused(folder, tmp_path):

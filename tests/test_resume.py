@@ -24,7 +24,7 @@ def outcome(run):
     """Every tensor of the last checkpoint, and the metrics that must repeat."""
     folder = Path(run.runs_folder) / run.name
     checkpoint = open_checkpoint(folder)
-    tensors = {key: checkpoint.read(key) for key in checkpoint.shapes}
+    tensors = {key: checkpoint.read(key) for key in checkpoint.stored.shapes}
     metrics = [
         {key: value for key, value in entry.items() if not key.startswith(UNREPEATABLE)}
         for entry in read_metrics(folder)

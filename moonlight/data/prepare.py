@@ -7,10 +7,9 @@ import contextlib
 import hashlib
 import json
 import lzma
-import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,11 +21,11 @@ from moonlight.data.manifest import VERSION, load_manifest
 from moonlight.data.tokenizer import Tokenizer, check_same
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, whole_folder, write_json
+from moonlight.progress import byte_progress
 
 _BATCH_BYTES = 1 << 19
 _COMPRESSED_BYTES = 64 << 20
 """Held-out text that gzip and xz are measured on, at most: xz -9 looks back no further and reads 2-3 MB/s."""
-_SECONDS_BETWEEN_LINES = 10
 
 
 def prepare(
@@ -95,7 +94,7 @@ def prepare(
         splits = {name: _Split(part, name, tokenizer.num_ids) for name in names}
         held_out = _Compressed()
         total = sum(file.stat().st_size for file in all_files)
-        with _progress(total) as advance, contextlib.closing(intake):
+        with byte_progress("preparing", total) as advance, contextlib.closing(intake):
             for batch, encoded in encode_all(intake.batches(files_of), tokenizer, tokenizer_folder, workers):
                 for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
                     held = _position_of(raw) < validation_share
@@ -253,35 +252,3 @@ def _import_indexed_dataset() -> Any:
         warnings.simplefilter("ignore")
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to tell the bytes of input done: a bar on a terminal, else a line every 10 seconds."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (
-            progress.TextColumn("preparing"),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=done)
-        return
-    started = said = time.monotonic()
-
-    def say(done: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LINES or done >= total:
-            said, speed = now, done / (now - started)
-            left = (total - done) / max(speed, 1)
-            console.print(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left")
-
-    yield say

@@ -16,7 +16,8 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight.config import Run
 from moonlight.config_optim import Optimizer
-from moonlight.model.shards import Pieces, pieces, pieces_of
+from moonlight.model.pieces import Pieces
+from moonlight.model.shards import pieces, pieces_of
 from moonlight.optim.data_parallel import DataParallel
 from moonlight.optim.gathered import Gathered
 from moonlight.optim.master import Master

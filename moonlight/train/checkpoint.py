@@ -16,13 +16,14 @@ import torch.distributed as dist
 
 from moonlight.config import Run
 from moonlight.errors import UserError, naming
-from moonlight.files import fsync, sha256_of, write_json, write_text
+from moonlight.files import checksum_of, fsync, write_json, write_text
 from moonlight.optim.sharded import ShardedOptimizer
 from moonlight.train.checkpoint_files import (
     LATEST_FILE,
     STATE_FILE,
     TrainState,
     check_model,
+    check_optimizer,
     read_state,
     step_folder,
 )
@@ -76,7 +77,7 @@ def _nothing_half_written(part: Path, final: Path) -> Iterator[None]:
 def _publish(part: Path, final: Path, content: dict[str, Any]) -> None:
     """Complete the checkpoint in `part` with its `state.json`, give it its name, and let `latest` point to it."""
     files = sorted(part.iterdir())
-    content["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    content["files"] = {file.name: {"bytes": file.stat().st_size, "xxh3": checksum_of(file)} for file in files}
     write_json(part / STATE_FILE, content)
     fsync(part)
     if final.exists():  # complete, but `latest` never came to name it
@@ -98,6 +99,14 @@ def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
     """Fill the optimizer's masters and momenta and the model from a checkpoint that any layout wrote."""
     content = read_state(folder)
     check_model(folder, content, run)
+    check_optimizer(folder, content, run)
     with optimizer.fill_masters() as masters:
         load_tensors(folder, masters | optimizer.momentum_state())
     return TrainState(**content["state"])
+
+
+def load_weights(folder: Path, run: Run, optimizer: ShardedOptimizer) -> None:
+    """Fill the masters and the model alone, for a run that starts from a checkpoint; momenta stay zero."""
+    check_model(folder, read_state(folder), run)
+    with optimizer.fill_masters() as masters:
+        load_tensors(folder, masters, all_of_it=False)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moonlight.config import Run
-from moonlight.config_io import from_dict
+from moonlight.config_io import from_dict, model_from_dict
+from moonlight.config_model import Model
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import checksum_of
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
@@ -73,8 +74,8 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         state = TrainState(**content["state"])
         sound = all(type(value) is int and value >= 0 for value in dataclasses.astuple(state))
-        sound = sound and all({"bytes", "sha256"} <= known.keys() for known in content["files"].values())
-        recipe = content["recipe"]
+        sound = sound and all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
+        sound = sound and "model" in content["recipe"] and type(content["tokenizer_sha256"]) is str
     except OSError:
         raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -82,7 +83,7 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
     if not sound or ".metadata" not in content["files"]:
         raise UserError(f"checkpoint file {path} is damaged: it does not hold what was written")
     try:
-        from_dict(recipe)
+        recipe_of(content)
     except UserError as error:
         raise UserError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
     for name, known in content["files"].items() if check_files else ():
@@ -92,30 +93,63 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         if file.stat().st_size != known["bytes"]:
             size = file.stat().st_size
             raise UserError(f"checkpoint file {file} has {size} bytes instead of {known['bytes']}: it is truncated")
-        if sha256_of(file) != known["sha256"]:
+        if checksum_of(file) != known["xxh3"]:
             raise UserError(f"checkpoint file {file} does not match its checksum: it is damaged")
     return content
 
 
+def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
+    """What `state.json` says the checkpoint is of: the model, and the recipe that trained it unless it was imported.
+
+    Raises:
+        UserError: they are no valid settings.
+    """
+    recipe = content["recipe"]
+    if recipe.keys() == {"model"}:
+        return model_from_dict(recipe["model"]), None
+    run = from_dict(recipe)
+    return run.model, run
+
+
 def check_model(folder: Path, content: dict[str, Any], run: Run) -> None:
-    """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, can continue `run`."""
+    """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, is of the model of `run`."""
     there, here = content["recipe"]["model"], dataclasses.asdict(run.model)
     differences = [
         f"{key} {there.get(key)!r} there, {value!r} here" for key, value in here.items() if there.get(key) != value
     ]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
+
+
+def check_optimizer(folder: Path, content: dict[str, Any], run: Run) -> None:
+    """Raise UserError unless the checkpoint has the optimizer state that `run` would go on with."""
+    if content.get("origin"):
+        raise UserError(f"checkpoint {folder} holds weights only: name it as train.initial_checkpoint of a new run")
     optimizer = content["recipe"]["optimizer"]["name"]
     if optimizer != run.optimizer.name:
         raise UserError(f"checkpoint {folder} holds the state of {optimizer}, the recipe wants {run.optimizer.name}")
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of a run folder or of its checkpoints folder.
+def complete_checkpoints(path: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, or of its checkpoints folder, from the oldest on."""
+    return sorted(file.parent for place in (path, path / "checkpoints") for file in place.glob(f"step-*/{STATE_FILE}"))
+
+
+def find(path: Path, step: int | None = None) -> Path:
+    """The checkpoint that `path` means: itself, or one of a run folder or of its checkpoints folder.
+
+    Args:
+        step: the one after this step; None takes the newest.
 
     Raises:
         UserError: there is none.
     """
+    if step is not None:
+        there = {int(folder.name.removeprefix("step-")): folder for folder in complete_checkpoints(path)}
+        if step not in there:
+            steps = ", ".join(map(str, there)) or "none"
+            raise UserError(f"{path} holds no checkpoint after step {step}: those it holds are after steps {steps}")
+        return there[step]
     if (path / STATE_FILE).exists():
         return path
     for folder in (path, path / "checkpoints"):

@@ -5,6 +5,7 @@ than those that were written.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +20,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from moonlight.errors import UserError
-from moonlight.model.shards import Pieces
+from moonlight.model.pieces import Pieces, Streamed
 from moonlight.train.index import IndexReader, cause_raised, is_covered, read_index, whole_shapes
+
+ALIGNMENT = 64
+"""Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -38,8 +42,10 @@ class _Writer(dcp.FileSystemWriter):
         results = []
         with (Path(self.path) / name).open("wb") as file:
             for item in plan.items:
-                values, begin = planner.resolve_data(item), file.tell()
+                values = planner.resolve_data(item)
                 assert isinstance(values, torch.Tensor)
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                begin = file.tell()
                 _write(values, file)
                 length = file.tell() - begin
                 results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
@@ -51,8 +57,8 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _write(values: torch.Tensor, file: BinaryIO) -> None:
-    """Append a tensor, and not what else its storage holds."""
-    values = values.cpu()
+    """Append a tensor, row after row, and not what else its storage holds."""
+    values = values.cpu().contiguous()
     if values.untyped_storage().nbytes() != values.nbytes:
         values = values.clone()
     try:
@@ -84,32 +90,41 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
-def save_tensors(folder: Path, state: dict[str, Pieces]) -> None:
+def save_tensors(folder: Path, state: Mapping[str, Pieces | Streamed]) -> None:
     """Write the whole tensors that all ranks hold together into `folder`, each rank a file of its own.
+
+    Without a process group this process holds all of them.
 
     Raises:
         OSError: on every rank, if one cannot write.
     """
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with cause_raised():
-        index = dcp.save(state, storage_writer=_Writer(folder), planner=planner)
+        index = dcp.save(
+            dict(state), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized()
+        )
     for key, entry in index.state_dict_metadata.items():
         assert is_covered(entry), f"{key}: elements that no rank holds"
 
 
-def load_tensors(folder: Path, state: dict[str, Pieces]) -> None:
+def load_tensors(folder: Path, state: dict[str, Pieces], *, all_of_it: bool = True) -> None:
     """Fill every rectangle of `state` from the checkpoint in `folder`. All ranks call it, each with its own part.
+
+    Args:
+        all_of_it: False accepts a checkpoint that holds more, such as momenta.
 
     Raises:
         UserError: the checkpoint cannot be read, or the tensors of all ranks together are not those it holds.
     """
-    _check_names_and_shapes(folder, whole_shapes(read_index(folder)), state)
+    _check_names_and_shapes(folder, whole_shapes(read_index(folder)), state, all_of_it)
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with cause_raised():
         dcp.load(state, storage_reader=IndexReader(folder), planner=planner)
 
 
-def _check_names_and_shapes(folder: Path, there: dict[str, tuple[int, ...]], state: dict[str, Pieces]) -> None:
+def _check_names_and_shapes(
+    folder: Path, there: dict[str, tuple[int, ...]], state: dict[str, Pieces], all_of_it: bool
+) -> None:
     """Compare the whole tensors of a checkpoint with those of all ranks together; every rank raises the same."""
     shapes = {key: held.shape for key, held in state.items()}
     of_ranks = [shapes] * dist.get_world_size()
@@ -120,7 +135,7 @@ def _check_names_and_shapes(folder: Path, there: dict[str, tuple[int, ...]], sta
             f"checkpoint {folder} lacks {_names(missing)}, which the run needs: was a parameter frozen when it was "
             "saved, or added since? continue it with the model and the optimizer that it was saved from"
         )
-    if unknown := there.keys() - wanted.keys():
+    if all_of_it and (unknown := there.keys() - wanted.keys()):
         raise UserError(
             f"checkpoint {folder} holds {_names(unknown)}, which the run does not have: was a parameter frozen or "
             "removed since it was saved? continue it with the model and the optimizer that it was saved from"

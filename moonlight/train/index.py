@@ -1,14 +1,19 @@
 """A checkpoint's index, which torch keeps as a pickle, and its tensors, read without letting them call anything."""
 
 import contextlib
+import io
 import math
+import os
 import pickle
+import struct
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
@@ -86,41 +91,117 @@ def is_covered(entry: TensorStorageMetadata) -> bool:
     return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)
 
 
-class IndexReader(FileSystemReader):
-    """Torch's reader, with the index read by `read_index` and every stored rectangle read once.
+class StoredTensors:
+    """The rectangles of a checkpoint, mapped from its files: they take no memory of their own until they are copied.
 
-    Torch reads a stored rectangle anew for each rectangle that it fills a part of: for each of 64 experts, all of them.
+    Raises:
+        UserError: the index, or what it points to, is not what a checkpoint holds.
     """
+
+    def __init__(self, folder: Path, index: Metadata | None = None) -> None:
+        self._folder, self._index = folder, index or read_index(folder)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every whole tensor."""
+        return whole_shapes(self._index)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._entry(key).properties.dtype
+
+    def rectangles(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(offset, sizes) of the rectangles that make up a tensor."""
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in self._entry(key).chunks]
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self._index.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)  # read_index accepts nothing else
+        return entry
+
+    def map(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """One rectangle, on the CPU. Not to be written to."""
+        dtype = self.dtype(key)
+        place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
+        path = self._folder / place.relative_path
+        if path.parent != self._folder:
+            raise UserError(f"checkpoint {self._folder} is refused: its index names a file outside ({path})")
+        nbytes = math.prod(sizes) * dtype.itemsize
+        try:
+            start = _values_begin(path, place.offset, place.length, nbytes)
+            raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
+        except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
+            raise UserError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
+        return torch.from_numpy(raw).view(dtype).view(sizes)
+
+
+def _values_begin(path: Path, offset: int, length: int, nbytes: int) -> int:
+    """Where the values of a tensor begin that `torch.save` wrote at `offset`: an archive that is not compressed.
+
+    What else is in the archive, a pickle, stays unread.
+    """
+    with path.open("rb") as file:
+        with zipfile.ZipFile(_Window(file, offset, length)) as archive:
+            (values,) = [entry for entry in archive.infolist() if entry.filename.partition("/")[2].startswith("data/")]
+        if values.compress_type != zipfile.ZIP_STORED or values.file_size != nbytes:
+            raise ValueError
+        file.seek(offset + values.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        return offset + values.header_offset + 30 + name_length + extra_length
+
+
+class _Window(io.RawIOBase):
+    """`length` bytes of a file as a file."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = (0, self._at, self._length)[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        read = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])  # type: ignore[attr-defined]
+        self._at += read
+        return read
+
+
+class IndexReader(FileSystemReader):
+    """Torch's reader, with the index read by `read_index`, and rectangles that no pickle is needed for."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        wanted: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+        stored = StoredTensors(Path(self.path))
+        sizes = {
+            (key, offset): sizes
+            for key in {item.storage_index.fqn for item in plan.items}
+            for offset, sizes in stored.rectangles(key)
+        }
+        wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            wanted[item.storage_index].append(item)
-        for index, items in wanted.items():
-            stored = self._stored(index)
+            assert item.storage_index.offset is not None
+            wanted[item.storage_index.fqn, tuple(item.storage_index.offset)].append(item)
+        for (key, offset), items in wanted.items():
+            values = stored.map(key, offset, sizes[key, offset])
             for item in items:
                 target = planner.resolve_tensor(item)
-                target.copy_(narrow_tensor_by_index(stored, item.storage_offsets, item.lengths))
+                target.copy_(narrow_tensor_by_index(values, item.storage_offsets, item.lengths))
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _stored(self, index: MetadataIndex) -> torch.Tensor:
-        """One stored rectangle, on the CPU."""
-        place = self.storage_data[index]
-        path = Path(self.path) / place.relative_path
-        with path.open("rb") as file:
-            try:
-                stored = torch.load(self._slice_file(file, place), map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError):
-                stored = None
-        if not isinstance(stored, torch.Tensor):
-            raise UserError(f"checkpoint file {path} is refused: {index.fqn} in it is no tensor")
-        return stored
 
 
 @contextlib.contextmanager

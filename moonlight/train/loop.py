@@ -18,7 +18,7 @@ from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
 from moonlight.train import checkpoint, run_folder
-from moonlight.train.checkpoint_files import TrainState, latest
+from moonlight.train.checkpoint_files import TrainState, find, latest
 from moonlight.train.metrics import LiveLine, Metrics
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
 from moonlight.train.validate import bits_per_byte, validate
@@ -33,6 +33,7 @@ def train(run: Run) -> None:
     run.num_microbatches(dist.get_world_size())
     folder = run_folder.path(run)
     manifest = run_folder.check_data(run)
+    run_folder.check_initial_checkpoint(run)
     first_rank = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
         if first_rank:
@@ -44,12 +45,15 @@ def train(run: Run) -> None:
         models = build_model(run)
         optimizer = make_optimizer(models, run)
         newest = latest(folder / "checkpoints")
-        if newest is None:
+        if newest is not None:
+            state = checkpoint.load(newest, run, optimizer)
+        elif run.train.initial_checkpoint:
+            state = TrainState()
+            checkpoint.load_weights(find(Path(run.train.initial_checkpoint)), run, optimizer)
+        else:
             state = TrainState()
             with optimizer.fill_masters() as state_to_fill:
                 initialize(state_to_fill, run.model, run.train.seed)
-        else:
-            state = checkpoint.load(newest, run, optimizer)
         samples = TrainingSamples(Path(run.data.path), run.data.sequence_length, run.train.seed)
         held_out = ValidationSamples(Path(run.data.path), run.data.sequence_length, manifest["tokenizer"]["eos_id"])
 

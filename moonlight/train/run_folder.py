@@ -12,7 +12,7 @@ from moonlight.data.manifest import check_tokenizer, load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
-from moonlight.train.checkpoint_files import latest, read_state
+from moonlight.train.checkpoint_files import check_model, find, latest, read_state
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
@@ -60,6 +60,25 @@ def check_data(run: Run) -> dict[str, Any]:
             f"data.sequence_length {run.data.sequence_length} and the token after it"
         )
     return manifest
+
+
+def check_initial_checkpoint(run: Run) -> None:
+    """Check that the run, if it is a new one, can start from the weights that it names.
+
+    Raises:
+        UserError: they are of another model, or were trained with another tokenizer than the data was made with.
+    """
+    if not run.train.initial_checkpoint or latest(path(run) / "checkpoints"):
+        return
+    folder = find(Path(run.train.initial_checkpoint))
+    content = read_state(folder, check_files=False)
+    check_model(folder, content, run)
+    known, own = content["tokenizer_sha256"], Tokenizer.load(Path(run.data.tokenizer)).sha256
+    if known and known != own:
+        raise UserError(
+            f"train.initial_checkpoint {folder} was trained with the tokenizer of checksum {known[:12]}, "
+            f"data.tokenizer {run.data.tokenizer} has {own[:12]}: prepare the data with the tokenizer of the checkpoint"
+        )
 
 
 def check_folder(folder: Path, run: Run) -> None:

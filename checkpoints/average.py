@@ -1,0 +1,63 @@
+"""The mean of a run's newest checkpoints, tensor by tensor in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.reader import open_checkpoint
+from checkpoints.writer import is_made_already, write_checkpoint
+from moonlight import mapping
+from moonlight.errors import UserError
+from moonlight.files import sha256_of
+from moonlight.train.checkpoint_files import STATE_FILE, complete_checkpoints
+
+
+def average(run: Path, last: int, out: Path) -> list[int]:
+    """Write the checkpoint `out`, whose weights are the mean of the newest `last` checkpoints of a run.
+
+    Sums are float64. The result has no optimizer state: it is to be exported, or to start another run from.
+
+    Returns:
+        Steps of the checkpoints; none if `out` already was their mean.
+
+    Raises:
+        UserError: too few checkpoints, a damaged one, no room, or `out` exists with something else in it.
+    """
+    if last < 2:
+        raise UserError(f"--last is {last}: it must be at least 2")
+    folders = complete_checkpoints(run)
+    if len(folders) < last:
+        raise UserError(f"{run} holds {len(folders)} checkpoints, --last asks for {last}: see train.keep_checkpoints")
+    checkpoints = [open_checkpoint(folder) for folder in folders[-last:]]
+    newest = checkpoints[-1]
+    steps = [checkpoint.state.step for checkpoint in checkpoints]
+    for checkpoint, step in zip(checkpoints, steps, strict=True):
+        if checkpoint.model != newest.model or checkpoint.tokenizer_sha256 != newest.tokenizer_sha256:
+            raise UserError(f"{run}: the checkpoint after step {step} is of another model than that after {steps[-1]}")
+    origin: dict[str, Any] = {
+        "averaged_steps": steps,
+        "states_sha256": [sha256_of(checkpoint.folder / STATE_FILE) for checkpoint in checkpoints],
+    }
+    if is_made_already(out, origin):
+        return []
+
+    def mean(row: mapping.Row, part: mapping.Part) -> torch.Tensor:
+        total = torch.zeros(part.shape, dtype=torch.float64)
+        for checkpoint in checkpoints:
+            total += checkpoint.part(row, part)
+        return (total / last).float()
+
+    write_checkpoint(
+        out,
+        "averaging",
+        model=newest.model,
+        run=newest.run,
+        state=newest.state,
+        origin=origin,
+        tokenizer_sha256=newest.tokenizer_sha256,
+        dtypes={row.key: torch.float32 for row in mapping.table(newest.model)},
+        read=mean,
+        add_files=lambda part: None,
+    )
+    return steps

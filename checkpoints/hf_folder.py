@@ -1,0 +1,133 @@
+"""A Hugging Face folder of safetensors: what is in it, read without running anything of it."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moonlight.errors import UserError
+from moonlight.files import SUMS_FILE, read_sums, sha256_of
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+STALE = ".rotary_emb.inv_freq"
+"""Ending of tensors that old versions of transformers saved, and that follow from the configuration."""
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the folder, not read yet."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    """Its values, mapped from the file."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceFolder:
+    """An opened folder."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def open_folder(path: Path, *, with_sums: bool = True) -> HuggingFaceFolder:
+    """Open a folder with config.json and safetensors, in one file or in shards, after checking that it is whole.
+
+    Args:
+        with_sums: compare files with the `SHA256SUMS` of the folder, if it has one.
+
+    Raises:
+        UserError: something is missing, damaged, doubled, not listed in the index, or a pickle.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give a Hugging Face folder with config.json and safetensors files")
+    config = read_json(path / "config.json")
+    index = path / INDEX_FILE
+    if index.exists():
+        owners = _read_weight_map(index)
+    elif (path / SINGLE_FILE).exists():
+        owners = None
+    elif pickles := sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)):
+        raise UserError(f"{path / pickles[0]} is a pickle, which can run code: only safetensors files are accepted")
+    else:
+        raise UserError(f"{path} has neither {INDEX_FILE} nor {SINGLE_FILE}: only safetensors folders are accepted")
+    names = sorted(set(owners.values())) if owners is not None else [SINGLE_FILE]
+    for name in names:
+        if not (path / name).is_file():
+            raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or make the folder again")
+    if with_sums and (path / SUMS_FILE).exists():
+        _check_sums(path, ["config.json", *([INDEX_FILE] if owners is not None else []), *names])
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        for key, tensor in _tensors_of(path / name).items():
+            if key in tensors:
+                raise UserError(f"{key} is in {tensors[key].file} and again in {path / name}: it must be in one")
+            tensors[key] = tensor
+    if owners is not None:
+        for key, tensor in tensors.items():
+            if owners.get(key) != tensor.file.name:
+                raise UserError(f"{index} places {key} in {owners.get(key, 'no file')}, it is in {tensor.file.name}")
+        if missing := sorted(owners.keys() - tensors.keys()):
+            raise UserError(f"{path / owners[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places there")
+    return HuggingFaceFolder(path, config, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no Hugging Face folder: it has no {path.name}") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object")
+    return content
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    owners = read_json(index).get("weight_map")
+    if not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
+        raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
+    for name in owners.values():
+        if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+            raise UserError(f"{index} names {name[:100]!r}: it must be a safetensors file of the folder itself")
+    return owners
+
+
+def _check_sums(path: Path, names: list[str]) -> None:
+    sums = read_sums(path / SUMS_FILE)
+    for name in names:
+        if name in sums and sha256_of(path / name) != sums[name]:
+            raise UserError(f"{path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed")
+
+
+def _tensors_of(file: Path) -> dict[str, Tensor]:
+    try:
+        handle = safe_open(file, framework="pt")
+        found = {}
+        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            view = handle.get_slice(key)
+
+            def read(key: str = key) -> torch.Tensor:
+                return handle.get_tensor(key)
+
+            found[key] = Tensor(file, view.get_dtype(), tuple(view.get_shape()), read)
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return found

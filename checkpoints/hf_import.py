@@ -1,0 +1,113 @@
+"""A Hugging Face folder as a checkpoint that training starts from, in one process, tensor by tensor."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import yaml
+from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
+
+from checkpoints.hf_config import model_of
+from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
+from checkpoints.reader import TOKENIZER_FOLDER
+from checkpoints.writer import is_made_already, write_checkpoint
+from moonlight import mapping
+from moonlight.config_model import Model
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.errors import UserError
+from moonlight.files import sha256_of, write_text
+from moonlight.train.checkpoint_files import TrainState
+
+RECIPE_FILE = "recipe.yaml"
+GENERATION_FILE = "generation_config.json"
+
+
+def import_folder(folder: Path, out: Path) -> bool:
+    """Write the checkpoint `out` from a Hugging Face folder of the DeepSeek-V3 architecture.
+
+    Values are stored as they are (float16 as float32, which holds it exactly); `out` also gets the tokenizer, if the
+    folder has one, and `recipe.yaml`, which a recipe can name as its `base:`. No code of the folder is run.
+
+    Returns:
+        False if `out` already was made of this folder.
+
+    Raises:
+        UserError: the folder is incomplete, damaged, or of a model that cannot be trained on; no room; or `out` exists
+            with something else in it.
+    """
+    source = open_folder(folder)
+    model = model_of(source.config, folder / "config.json")
+    check_tensors(source, model)
+    has_tokenizer = bool(tokenizer_files(folder))
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+    if tokenizer and tokenizer.num_text_ids > model.vocab_size:
+        raise UserError(
+            f"tokenizer {folder} makes {tokenizer.num_text_ids} ids from text, vocab_size of its config.json is "
+            f"{model.vocab_size}: the embedding needs a row for each"
+        )
+    origin = {
+        "imported_from": folder.resolve().name,
+        "config_sha256": sha256_of(folder / "config.json"),
+        "files": {file.name: file.stat().st_size for file in sorted({t.file for t in source.tensors.values()})},
+    }
+    if is_made_already(out, origin):
+        return False
+
+    def add_files(part: Path) -> None:
+        if has_tokenizer:
+            copy_tokenizer(folder, part / TOKENIZER_FOLDER)
+            if (folder / GENERATION_FILE).is_file():
+                write_text(part / TOKENIZER_FOLDER / GENERATION_FILE, (folder / GENERATION_FILE).read_text("utf-8"))
+        write_text(part / RECIPE_FILE, _recipe(folder, out, model, has_tokenizer))
+
+    write_checkpoint(
+        out,
+        "importing",
+        model=model,
+        run=None,
+        state=TrainState(),
+        origin=origin,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
+        dtypes={row.key: _stored_dtype(source, row) for row in mapping.table(model)},
+        read=lambda row, part: source.tensors[part.name].read().to(_stored_dtype(source, row)),
+        add_files=add_files,
+    )
+    return True
+
+
+def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
+    """Every tensor that the configuration asks for is there in its shape, and no other but stale ones.
+
+    Raises:
+        UserError: one is missing, unknown, of another shape, or of a dtype that cannot be trained on.
+    """
+    config = source.path / "config.json"
+    wanted = {part.name: part for row in mapping.table(model) for part in row.parts}
+    for name, part in wanted.items():
+        tensor = source.tensors.get(name)
+        if tensor is None:
+            raise UserError(f"{source.path} lacks the tensor {name}, which {config} asks for")
+        if tensor.shape != part.shape:
+            raise UserError(f"{tensor.file}: {name} has shape {tensor.shape}, {config} asks for {part.shape}")
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; accepted are {', '.join(DTYPES)}")
+    for name, tensor in source.tensors.items():
+        if name not in wanted and not name.endswith(STALE):
+            raise UserError(f"{tensor.file}: {name} has no place in the model that {config} declares")
+
+
+def _stored_dtype(source: HuggingFaceFolder, row: mapping.Row) -> torch.dtype:
+    """bfloat16 if all of the row's tensors are; router biases are always float32."""
+    kinds = {source.tensors[part.name].dtype for part in row.parts}
+    return torch.bfloat16 if kinds == {"BF16"} and row.parts[0].kind != "bias" else torch.float32
+
+
+def _recipe(folder: Path, out: Path, model: Model, has_tokenizer: bool) -> str:
+    tree: dict = {"model": dataclasses.asdict(model), "train": {"initial_checkpoint": str(out)}}
+    if has_tokenizer:
+        tree["data"] = {"tokenizer": str(out / TOKENIZER_FOLDER)}
+    return (
+        f"# The model of {folder.resolve().name}, for a recipe that trains on from it: name this file as its base:,\n"
+        "# and add name, data.path, data.sequence_length, schedule and train.\n"
+        + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    )

@@ -1,0 +1,100 @@
+"""Safetensors files written tensor by tensor: none of them is in memory as a whole.
+
+The format (8 bytes of header length, a JSON header, the values) is that of https://github.com/huggingface/safetensors,
+whose own writer wants all tensors of a file at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moonlight.mapping import Part, Row
+
+CHUNK_BYTES = 1 << 20
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    row: Row
+    part: Part
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.part.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(rows: Sequence[Row], dtype: torch.dtype, max_bytes: int) -> list[list[Entry]]:
+    """The tensors in order, cut where a file would outgrow `max_bytes`; router biases stay float32.
+
+    Within a file the wider dtype comes first, so that every tensor is aligned.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for row in rows:
+        for part in row.parts:
+            entry = Entry(row, part, torch.float32 if part.kind == "bias" else dtype)
+            if shards[-1] and size + entry.nbytes > max_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(entry)
+            size += entry.nbytes
+    return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
+
+
+def write_shard(
+    path: Path, entries: Sequence[Entry], read: Callable[[Entry], torch.Tensor], done: Callable[[int], None]
+) -> str:
+    """Write one file; whoever owns its folder flushes it to the disk.
+
+    Args:
+        read: values of a tensor, in any dtype and stride.
+        done: is told the bytes of each tensor written.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.nbytes
+        header[entry.part.name] = {
+            "dtype": NAMES[entry.dtype],
+            "shape": list(entry.part.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for raw in (len(text).to_bytes(8, "little"), text):
+            digest.update(raw)
+            file.write(raw)
+        for entry in entries:
+            values = read(entry)
+            assert tuple(values.shape) == entry.part.shape, (entry.part.name, values.shape)
+            for rows in _rows(values, entry.dtype):
+                values_raw = rows.flatten().view(torch.uint8).numpy().data
+                digest.update(values_raw)
+                file.write(values_raw)
+            done(entry.nbytes)
+    return digest.hexdigest()
+
+
+def _rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Runs of rows, row after row in memory, as small as the processor's cache."""
+    if values.dim() == 2 and not values.is_contiguous():
+        values = values.T.to(dtype).T  # of a transposed matrix: converting along the rows in memory is faster
+    step = max(1, CHUNK_BYTES // (values[0].numel() * dtype.itemsize))
+    for start in range(0, len(values), step):
+        yield values[start : start + step].to(dtype).contiguous()

@@ -1,0 +1,109 @@
+"""A checkpoint of weights alone, written tensor by tensor in one process: what is imported or averaged."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moonlight import mapping
+from moonlight.config import Run
+from moonlight.config_model import Model
+from moonlight.errors import UserError
+from moonlight.files import check_space, checksum_of, whole_folder, write_json
+from moonlight.model.pieces import Streamed
+from moonlight.progress import byte_progress
+from moonlight.train.checkpoint_files import STATE_FILE, TrainState
+from moonlight.train.checkpoint_tensors import save_tensors
+
+BESIDE_WEIGHTS_BYTES = 100 * 10**6
+"""Room for tokenizer and index."""
+
+Read = Callable[[mapping.Row, mapping.Part], torch.Tensor]
+
+
+def write_checkpoint(
+    out: Path,
+    name: str,
+    *,
+    model: Model,
+    run: Run | None,
+    state: TrainState,
+    origin: dict[str, Any],
+    tokenizer_sha256: str,
+    dtypes: dict[str, torch.dtype],
+    read: Read,
+    add_files: Callable[[Path], None],
+) -> None:
+    """Write the checkpoint `out`, whole or not at all.
+
+    Args:
+        name: of the work, for the progress bar.
+        run: the recipe that trained the weights; None if that is not known.
+        origin: what the checkpoint was made from; it tells that it holds no optimizer state.
+        dtypes: what each checkpoint tensor is stored in, by its key.
+        read: a tensor as Hugging Face shapes it, in that dtype.
+        add_files: puts more files into the folder that it is given, such as a tokenizer.
+
+    Raises:
+        UserError: no room.
+    """
+    rows = mapping.table(model)
+    total = sum(torch.Size(row.shape).numel() * dtypes[row.key].itemsize for row in rows)
+    check_space(out, total + BESIDE_WEIGHTS_BYTES)
+    done = 0
+    with whole_folder(out) as part, byte_progress(name, total) as advance:
+
+        def maker(row: mapping.Row, hf: mapping.Part, sizes: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+            def make() -> torch.Tensor:
+                nonlocal done
+                value = read(row, hf)
+                assert tuple(value.shape) == hf.shape, (hf.name, value.shape)
+                done += value.nbytes
+                advance(done)
+                return (value.T if hf.transposed else value).contiguous().view(sizes)
+
+            return make
+
+        tensors = {}
+        for row in rows:
+            rectangles = {}
+            for hf in row.parts:
+                offset, sizes = mapping.place(hf, row)
+                rectangles[offset] = (sizes, maker(row, hf, sizes))
+            tensors[row.key] = Streamed(row.shape, dtypes[row.key], rectangles)
+        save_tensors(part, tensors)
+        add_files(part)
+        files = sorted(file for file in part.rglob("*") if file.is_file())
+        write_json(
+            part / STATE_FILE,
+            {
+                "state": dataclasses.asdict(state),
+                "recipe": dataclasses.asdict(run) if run else {"model": dataclasses.asdict(model)},
+                "origin": origin,
+                "tokenizer_sha256": tokenizer_sha256,
+                "files": {
+                    file.relative_to(part).as_posix(): {"bytes": file.stat().st_size, "xxh3": checksum_of(file)}
+                    for file in files
+                },
+            },
+        )
+
+
+def is_made_already(out: Path, origin: dict[str, Any]) -> bool:
+    """Whether `out` is a checkpoint of this origin.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not out.exists():
+        return False
+    try:
+        same = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))["origin"] == origin
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{out} exists with something else in it: choose another folder, or remove it")
+    return True
