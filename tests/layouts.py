@@ -218,3 +218,15 @@ def load_frozen(run: Recipe, folder: Path) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def resave(source: Path, runs: Path, parallel: Parallel) -> None:
+    """Start a run of this layout from a checkpoint's weights, and save it before its first step."""
+    from checkpoints.reader import open_checkpoint
+    from moonlight.train import checkpoint
+    from moonlight.train.checkpoint_files import TrainState
+
+    run = replace(recipe(parallel), model=open_checkpoint(source).model)
+    _, optimizer = build(run)
+    checkpoint.load_weights(source, run, optimizer)
+    checkpoint.save(runs, run, optimizer, TrainState(), tokenizer_sha256="")

@@ -25,6 +25,7 @@ LEVELS = (
         "moonlight.optim.schedule",
         "moonlight.optim.shares",
         "moonlight.files",
+        "moonlight.progress",
         "moonlight.errors",
     ),
 )
