@@ -1,4 +1,4 @@
-"""Parameters and FLOPs from the recipe alone: Moonlight's published counts, transformers' own, and the family ladder."""
+"""Parameters and FLOPs from the recipe alone: Moonlight's own counts, transformers' counts, and the family ladder."""
 
 import math
 from dataclasses import replace
