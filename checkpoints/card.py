@@ -164,8 +164,8 @@ def _front_matter(license: str | None, chat: bool, run: Run | None, imported_fro
 def _limitations(chat: bool, trained: bool) -> str:
     text = "No test of safety, bias or truthfulness belongs to this card."
     if trained and not chat:
-        text += " The model continues text and was not trained to follow instructions."
-    return f"{text} It can state falsehoods fluently and repeat what its training data contains."
+        text += " It was trained to continue text, not to follow instructions."
+    return f"{text} The model can state falsehoods fluently and repeat what its training data contains."
 
 
 def _summary(

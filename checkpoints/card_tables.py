@@ -105,7 +105,7 @@ def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) 
         "expert": parallel.expert_parallel_size,
     }
     cut = ", ".join(f"{size}-way {name} parallelism" for name, size in sizes.items() if size > 1)
-    yield "layout", f"{cut}, the rest data-parallel" if cut else "data-parallel only"
+    yield "layout", f"{cut}, the rest data-parallel" if cut else "no model parallelism"
     yield "seed", str(train.seed)
 
 

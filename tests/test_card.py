@@ -121,7 +121,7 @@ def test_an_imported_model(known):
     card = ModelCard(text)
     assert card.data.base_model == "owner/base" and "muon" not in card.data.tags
     assert "imported from [owner/base](https://huggingface.co/owner/base)" in text
-    assert "## Training" not in text and "Muon" not in text and "not trained to follow" not in text
+    assert "## Training" not in text and "Muon" not in text and "to follow instructions" not in text
     further = model_card(**known | {"imported_from": "owner/base"})
     assert "trained further for 4 steps on 1,024 tokens, beginning with the weights of [owner/base]" in further
 
