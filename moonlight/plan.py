@@ -15,6 +15,7 @@ from rich.table import Table
 from moonlight import mapping
 from moonlight.config import Run
 from moonlight.dry_run import dry_run
+from moonlight.flops import count_parameters, train_flops_per_token
 from moonlight.model.shards import pieces, sharded_state
 from moonlight.optim.data_parallel import place
 from moonlight.optim.parameters import Parameter, data_parallel_group, find_parameters
@@ -48,6 +49,7 @@ class Line:
 class Plan:
     """The whole recipe."""
 
+    run: Run
     lines: list[Line]
     ranks: list[Share]
     """Of every rank of the world."""
@@ -93,7 +95,7 @@ def make_plan(run: Run, world_size: int) -> Plan:
         ranks += of_world(run, world_size, lanes)
         adamw += of_world(run, world_size, baselines)
     biases = sum(math.prod(row.shape) for row in mapping.table(run.model) if row.parts[0].kind == "bias")
-    return Plan(lines, ranks, adamw, biases)
+    return Plan(run, lines, ranks, adamw, biases)
 
 
 def _add_owners(owners: dict[int, set[int]], fragments: Iterable[Fragment]) -> None:
@@ -150,7 +152,10 @@ def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) 
 
 
 def summary(plan: Plan) -> list[str]:
-    """Parameters, optimizer state and bytes of a step, one line each."""
+    """Parameters, arithmetic, optimizer state and bytes of a step, one line each."""
+    run, counts, length = plan.run, count_parameters(plan.run.model), plan.run.data.sequence_length
+    flops = train_flops_per_token(run.model, length)
+    tokens = run.train.train_steps * run.train.global_batch_size * length
     muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
     state, base_state = [r.state for r in plan.ranks], max(a.state for a in plan.adamw)
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
@@ -159,6 +164,9 @@ def summary(plan: Plan) -> list[str]:
         f"on {len(plan.ranks)} processes",
         f"parameters: {muon + adamw + plan.num_router_biases:,}: Muon {muon:,} in {plan.num_matrices:,} matrices, "
         f"AdamW {adamw:,}, router biases {plan.num_router_biases:,}",
+        f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
+        f"training: {flops:.4g} FLOPs per token at sequence length {length:,}; {tokens:,} tokens and "
+        f"{flops * tokens:.3g} FLOPs in {run.train.train_steps:,} steps",
         f"optimizer state of a rank: {_gb(max(state))} at most, {_gb(mean_state)} on average; "
         f"AdamW (ZeRO-1): {_gb(base_state)}{_ratio(max(state), base_state)}",
         f"sent or received (the larger) by a rank in a step: {_gb(max(wire))} at most, {_gb(mean_wire)} on average; "

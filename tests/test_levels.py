@@ -19,6 +19,7 @@ LEVELS = (
         "moonlight.config_io",
         "moonlight.config_model",
         "moonlight.config_optim",
+        "moonlight.flops",
         "moonlight.mapping",
         "moonlight.optim.partition",
         "moonlight.optim.routing",

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from moonlight import parallel
 from moonlight.errors import UserError
 from moonlight.model.pieces import Pieces
-from moonlight.train.checkpoint_tensors import ALIGNMENT
-from moonlight.train.checkpoint_tensors import load_tensors, save_tensors
+from moonlight.train.checkpoint_tensors import ALIGNMENT, load_tensors, save_tensors
 
 WHOLES = {
     "experts": torch.arange(6 * 4 * 5.0).view(6, 4, 5),

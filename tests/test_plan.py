@@ -62,6 +62,7 @@ def test_a_plan_of_16b_lists_everything_once(settings):
     assert {owner for line in plan.lines for owner in line.owners} == set(range(data_parallel_size))
     text = "\n".join(summary(plan))
     assert "15,960,110,208" in text and "5,207 matrices" in text
+    assert "2,579,231,872, without the head 2,243,687,552" in text and "1.887e+10 FLOPs per token" in text
 
 
 def test_heads_apart():
@@ -139,13 +140,13 @@ def test_the_command_prints_a_line_for_each_parameter():
     assert table.keys() == keys
     assert table["embedding.word_embeddings.weight"][1:] == ["4096x128", "adamw", "yes", "0-3"]
     assert table["decoder.layers.2.mlp.experts.up_proj"][1:7] == ["8x128x96", "muon", "yes", "8", "of", "128x96"]
-    assert max(map(len, lines[:-4])) <= 100
-    assert lines[-3].startswith("parameters: ") and "AdamW" in lines[-1]
+    assert max(map(len, lines[:-6])) <= 100
+    assert lines[-5].startswith("parameters: ") and "AdamW" in lines[-1]
 
 
 def test_without_parameters_only_the_summary():
     done = run_plan(QUICKSTART)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6
 
 
 def test_what_cannot_be_planned(refuses):

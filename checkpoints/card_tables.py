@@ -1,0 +1,158 @@
+"""The tables of a model card: architecture, data, training and results, as Markdown."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from checkpoints.hf_config import hf_config
+from moonlight.config import Run
+from moonlight.config_model import Model
+from moonlight.flops import count_parameters, train_flops_per_token
+from moonlight.train.metrics import CURVE_FILE
+
+
+def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
+    """Name and value of what the model is made of; `dtype` is that of the exported weights."""
+    counts = count_parameters(model)
+    yield "parameters", f"{counts.total:,}"
+    yield "parameters without embedding and head", f"{counts.total_without_embeddings:,}"
+    yield "activated by a token, with the head", f"{counts.activated_with_head:,}"
+    yield "activated by a token, without the head", f"{counts.activated:,}"
+    dense = model.first_k_dense_replace
+    yield "layers", f"{model.num_hidden_layers}, the first {'one' if dense == 1 else dense} dense"
+    yield "hidden size", f"{model.hidden_size:,}"
+    yield (
+        "attention",
+        f"multi-head latent attention, {model.num_attention_heads} heads (query and key "
+        f"{model.qk_nope_head_dim} + {model.qk_rope_head_dim} rotary, value {model.v_head_dim})",
+    )
+    yield "key-value LoRA rank", f"{model.kv_lora_rank:,}"
+    yield "query LoRA rank", "none: one direct projection" if model.q_lora_rank is None else f"{model.q_lora_rank:,}"
+    shared = model.num_shared_experts
+    yield "experts", f"{model.num_experts} routed, {model.num_experts_per_tok} of them for a token, and {shared} shared"
+    if model.num_expert_groups > 1:
+        yield "expert groups", f"{model.num_expert_groups}, {model.topk_group} of them for a token"
+    yield "width of an expert", f"{model.moe_intermediate_size:,}"
+    yield "width of a dense layer", f"{model.intermediate_size:,}"
+    tied = hf_config(model)["tie_word_embeddings"]
+    yield "vocabulary", f"{model.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
+    yield "context", f"{model.max_position_embeddings:,} tokens (RoPE, base {model.rope_theta:,.0f})"
+    yield "stored as", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
+
+
+def training_data(manifest: dict[str, Any] | None) -> str:
+    """Sources, their licences and sizes, from the manifest of `moonlight data prepare`."""
+    if manifest is None:
+        return "What it was trained on is not known to the writer of this card."
+    rows = ["| source | licence | documents | bytes of text | tokens |", "|---|---|---:|---:|---:|"]
+    for source in manifest["sources"]:
+        counts = " | ".join(f"{source[key]:,}" for key in ("documents", "bytes", "tokens"))
+        rows.append(f"| {_cell(last_component(source['path']))} | {_cell(source['license'])} | {counts} |")
+    train, held_out = manifest["splits"]["train"], manifest["splits"].get("validation")
+    text = f"The training part holds {train['tokens']:,} tokens in {_documents(train['documents'])}"
+    if held_out:
+        text += f"; {held_out['tokens']:,} tokens in {_documents(held_out['documents'])} were held out"
+    return "\n".join(rows) + f"\n\n{text}. The tokenizer has {manifest['tokenizer']['num_ids']:,} ids."
+
+
+def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) -> Iterable[tuple[str, str]]:
+    """Name and value of how far and how the run trained; `tokens` were seen until `step`."""
+    train, schedule, parallel = run.train, run.schedule, run.parallel
+    length = run.data.sequence_length
+    passes = f" ({tokens / manifest['splits']['train']['tokens']:.3g} passes over the data)" if manifest else ""
+    yield "tokens seen", f"{tokens:,}{passes}"
+    flops = tokens * train_flops_per_token(run.model, length)
+    yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
+    yield "steps", f"{step:,} of {train.train_steps:,}"
+    yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens"
+    optimizer = run.optimizer
+    adamw = f"AdamW (betas {optimizer.adamw_beta1:g} and {optimizer.adamw_beta2:g}, epsilon {optimizer.adamw_eps:g})"
+    if optimizer.name == "muon":
+        nesterov = ", Nesterov" if optimizer.nesterov else ""
+        one_matrix = ", attention split by head" if optimizer.matrices == "per_head" else ""
+        yield (
+            "optimizer",
+            f"Muon on matrices (momentum {optimizer.momentum:g}{nesterov}, {optimizer.num_newton_schulz_steps} "
+            f"Newton-Schulz steps with the {optimizer.coefficients} coefficients, update scaled by "
+            f"{optimizer.rms_match:g} * sqrt(max(rows, columns)){one_matrix}); {adamw} on embedding, head and norms",
+        )
+    else:
+        yield "optimizer", f"{adamw} on every parameter"
+    yield "weight decay", f"{optimizer.weight_decay:g}"
+    yield "gradient clipping", f"at norm {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else "none"
+    if optimizer.qk_clip:
+        yield "MuonClip", f"attention logits above {optimizer.qk_clip:g}"
+    decay = (
+        "constant"
+        if schedule.decay == "constant"
+        else f"{schedule.decay} decay to {schedule.min_lr:g} at the last step"
+    )
+    warmup = f"warm-up over {steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
+    yield "learning rate", f"{warmup}{schedule.lr:g}, {decay}"
+    yield (
+        "balance of experts",
+        f"router biases moved by {schedule.router_bias_update_rate:g} a step, sequence-wise auxiliary loss "
+        f"{run.model.aux_loss_alpha:g}",
+    )
+    precision = "float32"
+    if train.dtype != "float32":
+        residual = ", float32 residual stream" if train.fp32_residual_connection else ""
+        precision = f"{train.dtype} weights and activations{residual}, float32 master weights and gradient sums"
+    yield "precision", precision
+    sizes = {
+        "tensor": parallel.tensor_parallel_size,
+        "pipeline": parallel.pipeline_parallel_size,
+        "expert": parallel.expert_parallel_size,
+    }
+    cut = ", ".join(f"{size}-way {name} parallelism" for name, size in sizes.items() if size > 1)
+    yield "layout", f"{cut}, the rest data-parallel" if cut else "no model parallelism"
+    yield "seed", str(train.seed)
+
+
+def results(
+    entries: Sequence[dict[str, Any]], step: int, manifest: dict[str, Any] | None, curve: bool, averaged: bool
+) -> list[str]:
+    """Losses of the step itself and of the last validation, with what compressors make of the held-out text."""
+    rows: dict[str, str] = {}
+    last = entries[-1] if entries and entries[-1]["step"] == step else {}
+    if "loss/train" in last:
+        rows["training loss of the last step"] = f"{last['loss/train']:.4f} nats per token"
+    if "loss/held_out" in last:
+        rows["held-out loss"] = f"{last['loss/held_out']:.4f} nats per token"
+    elif validated := [entry for entry in entries if "loss/validation" in entry]:
+        where = "" if validated[-1]["step"] == step else f", after step {validated[-1]['step']:,}"
+        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{where}"
+    if "bits_per_byte/held_out" in last:
+        rows["bits per byte of the held-out text"] = f"{last['bits_per_byte/held_out']:.3f}"
+        if split := (manifest or {"splits": {}})["splits"].get("validation"):
+            for program in ("gzip", "xz"):
+                bits = 8 * split[f"{program}_bytes"] / split["compressed_text_bytes"]
+                rows[f"bits per byte by {program} -9"] = f"{bits:.3f}"
+    text = [table(rows.items())] if rows else ["No losses of this checkpoint are recorded."]
+    if rows and averaged:
+        text.append(f"These are losses of the weights after step {step:,}, before averaging.")
+    return [*text, f"![Loss over tokens]({CURVE_FILE})"] if curve else text
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """A Markdown table of two columns without a heading."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def last_component(path: str) -> str:
+    """Last component of a path, so that nothing tells how a machine's folders are called."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
+
+
+def steps(count: int) -> str:
+    """A number of steps, in words."""
+    return f"{count:,} step" if count == 1 else f"{count:,} steps"
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document" if count == 1 else f"{count:,} documents"
