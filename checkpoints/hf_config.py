@@ -61,7 +61,7 @@ def hf_config(
     }
 
 
-def generation_config(model: Model, *, bos_id: int, eos_id: int) -> dict[str, Any]:
+def generation_config(model: Model, *, bos_id: int | None, eos_id: int) -> dict[str, Any]:
     """Defaults for generation: stop at the end-of-text id, within the trained context."""
     return {
         "bos_token_id": bos_id,

@@ -48,7 +48,7 @@ def small_corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_folder(small_corpus, tmp_path_factory):
     """A tokenizer of 1024 ids trained on `small_corpus`."""
-    from moonlight.data.tokenizer import train_tokenizer
+    from moonlight.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer") / "small"
     train_tokenizer([small_corpus], 1024, folder)
