@@ -1,16 +1,16 @@
 """Moonlight's chat format, and special tokens beside text.
 
 The special tokens ([EOS], <|im_end|> and so on) are never made from text: where a document spells one out, its
-letters are encoded like any others. SentencePiece works so by itself; for `AutoTokenizer.from_pretrained(folder)(text)` it is
-`split_special_tokens: true` in `tokenizer_config.json` that makes it so. Whoever renders a chat to a string and encodes
-that string must therefore turn the flag off, or every marker is encoded as letters. Where the code is ours:
+letters are encoded like any others. SentencePiece works so by itself; for `AutoTokenizer.from_pretrained(folder)(text)`
+it is `split_special_tokens: true` in `tokenizer_config.json` that makes it so. Whoever renders a chat to a string and
+encodes that string must therefore turn the flag off, or every marker is encoded as letters. Where the code is ours:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
     tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
 
 With `sanitize_control_tokens` (transformers 5.23) the markers become control ids and the same words inside a message
-stay letters. A chat server takes the flag from the folder: give it a copy on which `set_chat_mode` was called; user text
-can then forge markers, as with most published chat models.
+stay letters. A chat server takes the flag from the folder: give it a copy on which `set_chat_mode` was called; user
+text can then forge markers, as with most published chat models.
 """
 
 import json

@@ -10,6 +10,7 @@ What lies in a folder decides, in this order:
 Whatever its kind, encoding adds no [BOS] or [EOS]; preparing adds the end-of-text id after each document.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,8 +156,9 @@ def _load_json(folder: Path) -> Tokenizer:
 
 def _unknown_id(fast: tokenizers.Tokenizer) -> int | None:
     """The id that text outside the vocabulary gets, if there is one: the only special id that text may give."""
-    name = getattr(fast.model, "unk_token", None)
-    return fast.token_to_id(name) if name is not None else getattr(fast.model, "unk_id", None)
+    if isinstance(fast.model, tokenizers.models.Unigram):
+        return json.loads(fast.to_str())["model"]["unk_id"]
+    return None if fast.model.unk_token is None else fast.token_to_id(fast.model.unk_token)
 
 
 def _read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
