@@ -40,7 +40,7 @@ SPECIAL_OFFSETS = {
 
 
 def train_bpe(corpus, num_ids):
-    """Byte-level BPE of GPT-2's kind; its pieces are cut otherwise than Moonlight's, so some tokens span two of them."""
+    """Byte-level BPE of GPT-2's kind; it cuts text otherwise than Moonlight does, so some tokens span two pieces."""
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()

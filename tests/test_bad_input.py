@@ -227,8 +227,8 @@ def in_manifest(change):
     [
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file or directory"),
         (cut("manifest.json"), "manifest.json is not JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[1]"), "is not a data manifest of version 1"),
-        (in_manifest(lambda content: content.update(version=9)), "is not a data manifest of version 1"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "is not a data manifest of version 2"),
+        (in_manifest(lambda content: content.update(version=9)), "is not a data manifest of version 2"),
         (in_manifest(lambda content: content.update(splits=None)), "manifest.json is damaged"),
         (in_manifest(lambda content: content.update(splits={})), "manifest.json is damaged"),
         (in_manifest(lambda content: content["splits"].pop("train")), "manifest.json is damaged"),

@@ -118,7 +118,8 @@ def test_ids_of_whole_files(tiktoken_folder, served, small_corpus):
 def test_every_character(tiktoken_folder):
     """Both libraries know the same letters, digits and spaces: every character, beside what it may stick to."""
     ours, wanted = engines(tiktoken_folder)
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    planes = (*range(0xD800), *range(0xE000, 0x34000), *range(0xE0000, 0xE0200))  # the others hold no characters yet
+    characters = [chr(code) for code in planes]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c}B {c}{c}7'{c}x{c}'s.{c}\n" for c in characters[start : start + 4096])
         assert ours.encode(text) == wanted.encode_ordinary(text), hex(ord(characters[start]))

@@ -95,7 +95,7 @@ def special_names(folder: Path, config: dict[str, Any], first: int) -> list[str]
                 "are expected"
             )
         named[int(key)] = text
-    names = [named.get(index, f"<|reserved_token_{index}|>") for index in range(first, max(named) + 1)]
+    names = [named.get(index, _reserved(index)) for index in range(first, max(named) + 1)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path} gives two ids to {twice!r}: each special token has one")
@@ -154,7 +154,7 @@ def convert_tiktoken(source: Path, out: Path) -> None:
         if key.endswith("_token") and (text := token_text(value)) in specials.values()
     }
     named = special_tokens(config) - set(roles.values())
-    others = [text for text in specials.values() if text in named]
+    others = [text for index, text in specials.items() if text in named and text != _reserved(index)]
     special_map = {**roles, "additional_special_tokens": others}
     kept = {key: config[key] for key in ("model_max_length", "padding_side", "chat_template") if key in config}
     make_folder(out)
@@ -211,6 +211,11 @@ def _byte_letters() -> list[str]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte if byte in visible else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _reserved(index: int) -> str:
+    """The text of a special id without a name, as the published tokenizer code has it."""
+    return f"<|reserved_token_{index}|>"
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -34,8 +34,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy a tokenizer folder of any kind into the folder `out`, so that transformers loads it without remote code.
 
     Files stay as they are, but for tokenizer_config.json where it names code (`auto_map`), a class that would not take
-    tokenizer.json as it is, or no `eos_token`. Of a tiktoken folder the converted files are written, beside its
-    tiktoken.model. `Tokenizer.load(out)` gives the same ids and checksum as `Tokenizer.load(source)`.
+    tokenizer.json as it is, tokens in a form that transformers does not read, or no `eos_token`. Of a tiktoken folder
+    the converted files are written, beside its tiktoken.model. `Tokenizer.load(out)` gives the same ids and checksum as
+    `Tokenizer.load(source)`.
 
     Raises:
         UserError: `source` is no tokenizer folder that can be loaded, or has no tokenizer.json where one is needed.
@@ -53,6 +54,9 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copyfile(source / name, out / name)
     config = read_object(source / _CONFIG_FILE)
     plain = {key: value for key, value in config.items() if key != "auto_map"}
+    for key, value in plain.items():
+        if key.endswith("_token") and isinstance(value, dict) and "__type" not in value:
+            plain[key] = token_text(value)  # transformers 5 refuses such objects
     if plain.get("tokenizer_class") not in _PLAIN_CLASSES:
         plain["tokenizer_class"] = _PLAIN_CLASSES[0]
     if token_text(plain.get("eos_token")) is None:
