@@ -166,6 +166,7 @@ def unigram(folder):
         ),
         (lambda folder: change_config(folder, eos_token=None), "has no end-of-document id: an eos_token in its"),
         (lambda folder: change_config(folder, eos_token="nothing"), "has eos_token 'nothing': one of its own tokens"),
+        (lambda folder: change_config(folder, eos_token=[5]), "has no end-of-document id"),
         (unigram, "gives the control id 1 to text that spells '</s>'"),
     ],
 )

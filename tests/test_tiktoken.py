@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from moonlight.data.tiktoken_bpe import convert_tiktoken, fast_tokenizer
 from moonlight.data.tokenizer import Tokenizer
+from moonlight.errors import UserError
 from moonlight.files import sha256_of
 
 FRAGMENTS = st.sampled_from(
@@ -136,6 +137,12 @@ def test_any_table_of_ranks(data, tmp_path_factory):
     ours, wanted = fast_tokenizer(folder, config), reference(folder)
     for text in data.draw(st.lists(st.text("ab ", max_size=30), min_size=20, max_size=20)):
         assert ours.encode(text).ids == wanted.encode_ordinary(text)
+
+
+def test_a_word_too_long_for_the_pattern(tiktoken_folder):
+    """Oniguruma, which the library searches with, gives up after ten million steps within one match."""
+    with pytest.raises(UserError, match=r"a document of 12000000 characters, 'A+'\.\.\., cannot be cut into words"):
+        Tokenizer.load(tiktoken_folder).encode("A" * 12_000_000)
 
 
 def test_special_ids(tiktoken_folder, served):

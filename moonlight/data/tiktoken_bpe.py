@@ -52,15 +52,15 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            token, rank = line.split()
-            raw = base64.b64decode(token, validate=True)
+            token, digits = line.split()
+            raw, rank = base64.b64decode(token, validate=True), int(digits)
         except ValueError:
-            raw, rank = b"", b""
-        if not raw or not rank.isdigit():
+            raw, rank = b"", -1
+        if not raw or rank < 0:
             raise _damaged(path, f"line {number} is not a token in base64 and its rank")
         if raw in ranks:
             raise _damaged(path, f"line {number} has the token {raw!r} again")
-        ranks[raw] = int(rank)
+        ranks[raw] = rank
     given = sorted(ranks.values())
     wrong = next((rank for rank, there in enumerate(given) if rank != there), None)
     if wrong is not None:
@@ -89,7 +89,8 @@ def special_names(folder: Path, config: dict[str, Any], first: int) -> list[str]
     named: dict[int, str] = {}
     for key, entry in decoder.items():
         text = token_text(entry)
-        if not text or not key.isdecimal() or not 0 <= int(key) - first < _MAX_SPECIAL_IDS:
+        usual = key.isdecimal() and len(key) < 10 and 0 <= int(key) - first < _MAX_SPECIAL_IDS
+        if not text or not usual:
             raise UserError(
                 f"{path} has {key!r} in added_tokens_decoder: an id of {first} or a little more, and its content, "
                 "are expected"

@@ -31,10 +31,11 @@ def special_tokens(config: dict[str, Any]) -> set[str]:
     """Texts of all tokens that a tokenizer_config.json declares special."""
     entries = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(key) or []
-        entries += listed.values() if isinstance(listed, dict) else listed
-    decoder = config.get("added_tokens_decoder") or {}
-    entries += [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special")]
+        listed = config.get(key)
+        entries += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        entries += [entry for entry in decoder.values() if isinstance(entry, dict) and entry.get("special")]
     return {text for entry in entries if (text := token_text(entry))}
 
 
