@@ -45,7 +45,7 @@ def tokenizer_train(
     text_field: TextField = "text",
 ) -> None:
     """Train a SentencePiece tokenizer, saved with the Hugging Face fast tokenizer made from it."""
-    from moonlight.data.tokenizer import train_tokenizer
+    from moonlight.data.tokenizer_train import train_tokenizer
 
     train_tokenizer(input, vocab_size, out, text_field=text_field, threads=os.cpu_count() or 1)
     print(f"{out}: {vocab_size:,} ids")
@@ -54,7 +54,7 @@ def tokenizer_train(
 @data_app.command("prepare", epilog="Example: moonlight data prepare --input corpus/ --tokenizer tok --out data")
 def data_prepare(
     input: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="Folder of `moonlight tokenizer train`.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of `moonlight tokenizer train`, or of a Hugging Face model.")],
     out: Annotated[Path, typer.Option(help="Folder to write: .bin/.idx files and manifest.json.")],
     text_field: TextField = "text",
     validation_share: Annotated[float, typer.Option(help="Share of documents held out, chosen by hash.")] = 0.05,

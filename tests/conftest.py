@@ -48,11 +48,27 @@ def small_corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_folder(small_corpus, tmp_path_factory):
     """A tokenizer of 1024 ids trained on `small_corpus`."""
-    from moonlight.data.tokenizer import train_tokenizer
+    from moonlight.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer") / "small"
     train_tokenizer([small_corpus], 1024, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiktoken_folder(small_corpus, tmp_path_factory):
+    """A tokenizer as Moonlight's is published, with 2,048 ids for text."""
+    from foreign_tokenizers import write_tiktoken
+
+    return write_tiktoken(tmp_path_factory.mktemp("tiktoken") / "small", small_corpus)
+
+
+@pytest.fixture(scope="session")
+def fast_folder(small_corpus, tmp_path_factory):
+    """A Hugging Face fast tokenizer of another family, with a template, truncation and code of its own."""
+    from foreign_tokenizers import write_fast
+
+    return write_fast(tmp_path_factory.mktemp("fast") / "small", small_corpus)
 
 
 @pytest.fixture(scope="session")

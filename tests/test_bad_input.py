@@ -129,7 +129,7 @@ def test_corpus_too_small_for_one_sequence(refuses, tiny_run, tmp_path):
         ("schedule.decay=step", "schedule.decay is 'step': accepted are 'cosine', 'linear', 'constant'"),
         ("optimizer.nesterov=1", "optimizer.nesterov is 1: expected bool"),
         ("model.num_experts=true", "model.num_experts is True: expected int"),
-        ("model.vocab_size=1000", "model.vocab_size is 1000: the tokenizer "),
+        ("model.vocab_size=1000", "model.vocab_size is 1000: id "),
         ("data.sequence_length=65", "data.sequence_length is 65: at most model.max_position_embeddings (64)"),
         ("data.path=nowhere", "data nowhere/manifest.json: No such file or directory; make the folder with"),
         ("data.tokenizer=nowhere", "tokenizer nowhere has no tokenizer.model"),
@@ -196,7 +196,7 @@ def test_damaged_tokenizer(refuses, tiny_run, small_corpus, tmp_path, damage):
 
 @pytest.mark.parametrize("size", [900, 1100])
 def test_another_tokenizer(refuses, tiny_run, small_corpus, tmp_path, size):
-    from moonlight.data.tokenizer import train_tokenizer
+    from moonlight.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path / "tokenizer"
     train_tokenizer([small_corpus], size, folder)
@@ -227,8 +227,8 @@ def in_manifest(change):
     [
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file or directory"),
         (cut("manifest.json"), "manifest.json is not JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[1]"), "is not a data manifest of version 1"),
-        (in_manifest(lambda content: content.update(version=9)), "is not a data manifest of version 1"),
+        (lambda folder: (folder / "manifest.json").write_text("[1]"), "is not a data manifest of version 2"),
+        (in_manifest(lambda content: content.update(version=9)), "is not a data manifest of version 2"),
         (in_manifest(lambda content: content.update(splits=None)), "manifest.json is damaged"),
         (in_manifest(lambda content: content.update(splits={})), "manifest.json is damaged"),
         (in_manifest(lambda content: content["splits"].pop("train")), "manifest.json is damaged"),

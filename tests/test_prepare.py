@@ -16,7 +16,8 @@ import pytest
 from moonlight.data.documents import fingerprint, iter_files, read_records
 from moonlight.data.manifest import check_tokenizer, load_manifest
 from moonlight.data.prepare import prepare
-from moonlight.data.tokenizer import Tokenizer, train_tokenizer
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.tokenizer_train import train_tokenizer
 from moonlight.errors import UserError
 
 DOCUMENTS = [f"# file {i}\n" + "def f(x):\n    return x + 1\n" * (i % 5) + "漢字 😀\r\n\t" * (i % 3) for i in range(40)]

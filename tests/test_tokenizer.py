@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from moonlight.data.tokenizer import CONTROL_PIECES, Tokenizer, set_chat_mode, train_tokenizer
+from moonlight.data.chat_template import CONTROL_PIECES, set_chat_mode
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.tokenizer_train import train_tokenizer
 from moonlight.errors import UserError
 from moonlight.files import sha256_of
 

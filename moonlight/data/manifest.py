@@ -9,7 +9,7 @@ import numpy
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 
-VERSION = 1
+VERSION = 2
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _check_fields(manifest: dict[str, Any]) -> dict[str, int]:
     counts = [tokenizer["num_ids"], tokenizer["eos_id"] + 1]
     sizes = {}
     for name, split in splits.items():
-        counts += [split["documents"], split["bytes"], split["tokens"]]
+        counts += [split["documents"], split["bytes"], split["tokens"], split["largest_id"] + 1]
         sizes[f"{name}.bin"] = split["tokens"] * numpy.dtype(split["dtype"]).itemsize
         # Megatron's header, then length and place of each document, then the numbers of documents.
         sizes[f"{name}.idx"] = 34 + 12 * split["documents"] + 8 * (split["documents"] + 1)
@@ -64,3 +64,14 @@ def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
             f"the data was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
             f"{tokenizer.sha256[:12]}: give the same tokenizer, or prepare the data again"
         )
+
+
+def check_same(out: Path, wanted: dict[str, Any]) -> None:
+    """Raise UserError unless `out` holds what `wanted` would make."""
+    try:
+        found = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        same = all(found.get(key) == value for key, value in wanted.items())
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise UserError(f"{out} exists with something else in it: choose another folder, or remove it")

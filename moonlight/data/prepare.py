@@ -17,8 +17,8 @@ import numpy
 
 from moonlight.data.documents import Record, fingerprint, iter_files, read_records
 from moonlight.data.encode import Batch, encode_all
-from moonlight.data.manifest import VERSION, load_manifest
-from moonlight.data.tokenizer import Tokenizer, check_same
+from moonlight.data.manifest import VERSION, check_same, load_manifest
+from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, whole_folder, write_json
 from moonlight.progress import byte_progress
@@ -54,9 +54,9 @@ def prepare(
         license: noted in the manifest for every source.
 
     Returns:
-        The manifest. `tokens` counts the [EOS] ids, `bytes` is UTF-8 text. For the held-out text, documents
-        joined with nothing between, `gzip_bytes` and `xz_bytes` are its sizes under `gzip -9` and `xz -9`,
-        measured on its first `compressed_text_bytes`.
+        The manifest. `tokens` counts the [EOS] ids, `bytes` is UTF-8 text, `largest_id` is the largest that
+        occurs. For the held-out text, documents joined with nothing between, `gzip_bytes` and `xz_bytes` are
+        its sizes under `gzip -9` and `xz -9`, measured on its first `compressed_text_bytes`.
 
     Raises:
         UserError: a setting out of range, no documents, an empty split, too many bad records, unreadable
@@ -186,18 +186,20 @@ class _Split:
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._bin), self._dtype)
         self._counts = {"documents": 0, "bytes": 0, "tokens": 0}
+        self._largest_id = 0
 
     def add(self, raw: bytes, ids: numpy.ndarray) -> None:
         """Append one document; `ids` is int32 [tokens], its last the [EOS]."""
         self._builder.add_document(ids, [len(ids)])
         for key, more in (("documents", 1), ("bytes", len(raw)), ("tokens", len(ids))):
             self._counts[key] += more
+        self._largest_id = max(self._largest_id, int(ids.max()))
 
     def finish(self) -> dict[str, Any]:
         """Write the index, and give the split's part of the manifest."""
         self._builder.finalize(str(self._idx))
         checksums = {"bin_sha256": sha256_of(self._bin), "idx_sha256": sha256_of(self._idx)}
-        return {**self._counts, "dtype": self._dtype.__name__, **checksums}
+        return {**self._counts, "largest_id": self._largest_id, "dtype": self._dtype.__name__, **checksums}
 
 
 class _Compressed:

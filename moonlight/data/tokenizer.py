@@ -1,282 +1,178 @@
-"""Tokenizers: SentencePiece BPE, and the Hugging Face fast tokenizer that gives the same ids.
+"""Loading tokenizers: SentencePiece, Moonlight's tiktoken, or any Hugging Face fast tokenizer. No code of theirs runs.
 
-A tokenizer folder holds `tokenizer.model` (SentencePiece; what preparing uses), `tokenizer.json` with its two
-config files and `chat_template.jinja` (what transformers and the servers use), and `manifest.json`.
+What lies in a folder decides, in this order:
 
-Special tokens and text. The control pieces ([EOS], <|im_end|> and so on) are never made from text: where a
-document spells one out, its letters are encoded like any others. SentencePiece works so by itself; for
-`AutoTokenizer.from_pretrained(folder)(text)` it is `split_special_tokens: true` in `tokenizer_config.json`
-that makes it so. Whoever renders a chat to a string and encodes that string must therefore turn the flag off,
-or every marker is encoded as letters. Where the code is ours:
+1. `tokenizer.model`: SentencePiece, if its settings are those of `moonlight tokenizer train`. With other settings
+   (Llama style: a space before the text) the folder's tokenizer.json is used.
+2. `tiktoken.model`: Moonlight's own kind, with the special tokens of tokenizer_config.json.
+3. `tokenizer.json`: a Hugging Face fast tokenizer.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)
-    tokenizer.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
-
-With `sanitize_control_tokens` (transformers 5.23) the markers become control ids and the same words
-inside a message stay letters. A chat server takes the flag from the folder: give it a copy on which
-`set_chat_mode` was called; user text can then forge markers, as with most published chat models.
-
-No [BOS] or [EOS] is added by encoding; preparing adds [EOS] after each document. U+2581 in text gets the ids
-of a space, because SentencePiece writes spaces so: it is the only character that does not survive a round
-trip.
+Whatever its kind, encoding adds no [BOS] or [EOS]; preparing adds the end-of-text id after each document.
 """
 
-import hashlib
-import io
 import json
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
 
-from moonlight.data.documents import fingerprint, iter_files, read_records
+from moonlight.data.tiktoken_bpe import TIKTOKEN_FILE, fast_tokenizer
+from moonlight.data.tokenizer_config import end_of_text_id, read_object, special_tokens, token_text
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, whole_folder, write_json, write_text
-
-CONTROL_PIECES = ("<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>")
-"""Moonlight's chat markers; ids 4 to 8, after <unk>, [BOS], [EOS] and [PAD]."""
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- '<|im_system|>system<|im_middle|>' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- '<|im_assistant|>assistant<|im_middle|>' -}}
-    {%- elif message['role'] in ('user', 'tool') -%}
-        {{- '<|im_user|>user<|im_middle|>' -}}
-    {%- else -%}
-        {{- raise_exception('role ' ~ message['role'] ~ ' is not one of system, user, assistant, tool') -}}
-    {%- endif -%}
-    {{- message['content'] ~ '<|im_end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_assistant|>assistant<|im_middle|>' -}}
-{%- endif -%}
-"""
-
-_VERSION = 1
-_SPACE = "\u2581"
-_LONGEST_PIECE = 32
-_MAX_TRAINING_BYTES = 100_000_000
-_SLICE_CHARACTERS = 100_000
-# A word carries the whitespace before it: "\n        return" can be one piece; none spans two words.
-_WORD = re.compile(r"\s*\S{1,64}|\s+")
-# Tabs end a sentence inside SentencePiece's trainer: they are trained as a noncharacter, then renamed.
-_TAB_STAND_IN = "\ufdd0"
+from moonlight.files import sha256_of
 
 
-def train_tokenizer(
-    inputs: Sequence[Path],
-    vocab_size: int,
-    out: Path,
-    *,
-    text_field: str = "text",
-    threads: int = 1,
-    max_training_bytes: int = _MAX_TRAINING_BYTES,
-) -> None:
-    """Train a tokenizer on `inputs` and write its folder `out`; say so and return if it is there already.
+class Tokenizer(ABC):
+    """A tokenizer folder, for preparing data."""
 
-    The same inputs and settings give the same bytes, whatever `threads` is. Of inputs larger than
-    `max_training_bytes` a part of about that size is used: slices of documents chosen by the hash of their
-    text.
+    file: str
+    """Name of the file that decides the ids: tokenizer.model, tiktoken.model or tokenizer.json."""
+    sha256: str
+    """Its checksum."""
+    num_ids: int
+    num_text_ids: int
+    """The largest id that encoding or the end of a text can give, plus one; special ids above it never occur."""
+    bos_id: int | None
+    eos_id: int
+    eos_token: str
 
-    Args:
-        vocab_size: number of ids, control and byte pieces included.
-        text_field: JSONL key or Parquet column that holds the text.
-
-    Raises:
-        UserError: inputs missing or without text, vocab_size too large or too small for them, or `out` exists
-            with something else in it.
-    """
-    if not 0 < vocab_size < 2**31:
-        raise UserError(f"vocab_size is {vocab_size}: it must be from 1 to {2**31 - 1}, for example 32000")
-    files = iter_files(inputs)
-    settings = {"vocab_size": vocab_size, "text_field": text_field, "max_training_bytes": max_training_bytes}
-    wanted = {"version": _VERSION, "settings": settings, "inputs_sha256": fingerprint(files)}
-    if out.exists():
-        check_same(out, wanted)
-        print(f"{out}: this tokenizer has been trained already")
-        return
-    size = sum(file.stat().st_size for file in files)
-    words, bad = _count_words(files, text_field, min(1.0, max_training_bytes / max(size, 1)))
-    if not words:
-        names = ", ".join(map(str, inputs)) or "(none)"
-        raise UserError(
-            f"inputs {names}: no text to train a tokenizer on ({bad} records cannot be used); give UTF-8 text, or "
-            f"JSONL or Parquet with the field {text_field!r}"
-        )
-    model = _train_model(words, vocab_size, threads)
-    with whole_folder(out) as part:
-        (part / "tokenizer.model").write_bytes(model)
-        _write_hugging_face(part, sentencepiece.SentencePieceProcessor(model_proto=model))
-        checksums = {f"{name}_sha256": sha256_of(part / name) for name in ("tokenizer.model", "tokenizer.json")}
-        write_json(part / "manifest.json", {**wanted, "files": len(files), "bad_records": bad, **checksums})
-
-
-def set_chat_mode(folder: Path) -> None:
-    """Make plain encoding of a rendered chat give control ids, for servers; see the module's docstring.
-
-    Text that spells a special token out is then encoded as that token, so this is for copies that serve a
-    chat model.
-    """
-    path = folder / "tokenizer_config.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "split_special_tokens": False})
-
-
-class Tokenizer:
-    """The SentencePiece model of a tokenizer folder, for preparing data."""
-
-    def __init__(self, model: sentencepiece.SentencePieceProcessor, sha256: str) -> None:
-        self._model = model
-        self.sha256 = sha256
-        self.num_ids: int = model.get_piece_size()
-        self.bos_id: int = model.bos_id()
-        self.eos_id: int = model.eos_id()
-
-    @classmethod
-    def load(cls, folder: Path) -> "Tokenizer":
-        """Load a tokenizer folder; `sha256` is the checksum of its tokenizer.model.
+    @staticmethod
+    def load(folder: Path) -> "Tokenizer":
+        """Load a tokenizer folder of any kind.
 
         Raises:
-            UserError: no tokenizer.model, not a SentencePiece model, or one without an end-of-document id.
+            UserError: none of the three kinds, damaged, without an end-of-text id, or with a special token that text
+                can spell.
         """
-        path = folder / "tokenizer.model"
-        if not path.is_file():
-            raise UserError(f"tokenizer {folder} has no tokenizer.model: give a folder that `tokenizer train` wrote")
-        try:
-            model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
-        if model.eos_id() < 0:
-            raise UserError(f"tokenizer {path} has no end-of-document id: an [EOS] piece is needed")
-        return cls(model, sha256_of(path))
+        sentencepiece_file = folder / "tokenizer.model"
+        has_json = (folder / "tokenizer.json").is_file()
+        if sentencepiece_file.is_file():
+            model = _read_sentencepiece(sentencepiece_file)
+            if _has_our_settings(model):
+                return _SentencePiece(model, sentencepiece_file)
+            if not has_json:
+                raise UserError(
+                    f"tokenizer {sentencepiece_file} normalizes text or adds spaces to it: a tokenizer.json beside it "
+                    "is needed, or a model with normalizer identity, no dummy prefix and no removal of whitespace"
+                )
+        elif (folder / TIKTOKEN_FILE).is_file():
+            config = read_object(folder / "tokenizer_config.json")
+            return _Fast(fast_tokenizer(folder, config), folder, config, folder / TIKTOKEN_FILE)
+        if has_json:
+            return _load_json(folder)
+        raise UserError(
+            f"tokenizer {folder} has no tokenizer.model, {TIKTOKEN_FILE} or tokenizer.json: give a folder that "
+            "`tokenizer train` wrote, or the folder of a Hugging Face model"
+        )
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without [BOS] or [EOS]; never a control id, whatever the text spells out."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control ids give nothing, bytes that are not UTF-8 give U+FFFD."""
+
+
+class _SentencePiece(Tokenizer):
+    def __init__(self, model: sentencepiece.SentencePieceProcessor, path: Path) -> None:
+        if model.eos_id() < 0:
+            raise UserError(f"tokenizer {path} has no end-of-document id: an [EOS] piece is needed")
+        self._model = model
+        self.file, self.sha256 = path.name, sha256_of(path)
+        self.num_ids = model.get_piece_size()
+        self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
+        self.eos_id, self.eos_token = model.eos_id(), model.id_to_piece(model.eos_id())
+        of_text = (i for i in reversed(range(self.num_ids)) if not model.is_control(i) and not model.is_unused(i))
+        self.num_text_ids = max(next(of_text, 0), self.eos_id) + 1
+
+    def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._model.decode(list(ids))
 
 
-def check_same(out: Path, wanted: dict[str, Any]) -> None:
-    """Raise UserError unless `out` holds what `wanted` would make."""
+class _Fast(Tokenizer):
+    """A tokenizer of the `tokenizers` library, used without its post-processor, padding and truncation."""
+
+    def __init__(self, fast: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], path: Path) -> None:
+        """`path` is the file that decides the ids; `config` is the folder's tokenizer_config.json.
+
+        Raises:
+            UserError: no end-of-text id, or a special token that text can spell.
+        """
+        vocab = fast.get_vocab(with_added_tokens=True)
+        self.file, self.sha256 = path.name, sha256_of(path)
+        self.eos_id = end_of_text_id(folder, config, vocab)
+        self.eos_token = next(token for token, index in vocab.items() if index == self.eos_id)
+        self.num_ids = max(vocab.values()) + 1
+        self.bos_id = vocab.get(token_text(config.get("bos_token")) or "")
+        named = special_tokens(config) & vocab.keys() | {self.eos_token}
+        fast.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in sorted(named)])
+        fast.no_padding()
+        fast.no_truncation()
+        fast.encode_special_tokens = True
+        self._fast = fast
+        specials = {index: token for index, token in fast.get_added_tokens_decoder().items() if token.special}
+        unknown = _unknown_id(fast)
+        for index, token in specials.items():
+            if index != unknown and not specials.keys().isdisjoint({*self.encode(token.content)} - {unknown}):
+                raise UserError(
+                    f"tokenizer {path} gives the control id {index} to text that spells {token.content!r}: a tokenizer "
+                    "is needed that encodes it as letters, such as byte-level BPE"
+                )
+        never = specials.keys() - {self.eos_id, unknown}
+        self.num_text_ids = max(set(vocab.values()) - never) + 1
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # The library ends so when its regular expressions search for too long.
+            raise UserError(
+                f"a document of {len(text)} characters, {text[:30]!r}..., cannot be cut into words ({error}): cut it "
+                "into shorter documents"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._fast.decode(list(ids), skip_special_tokens=True)
+
+
+def _load_json(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    read_object(path)
     try:
-        found = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        same = all(found.get(key) == value for key, value in wanted.items())
-    except (OSError, ValueError, AttributeError):
-        same = False
-    if not same:
-        raise UserError(f"{out} exists with something else in it: choose another folder, or remove it")
+        fast = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain exceptions
+        raise UserError(f"tokenizer {path} is not a Hugging Face fast tokenizer: {error}") from None
+    return _Fast(fast, folder, read_object(folder / "tokenizer_config.json"), path)
 
 
-def _count_words(files: Sequence[Path], text_field: str, share: float) -> tuple[Counter[str], int]:
-    """How often each word occurs in about `share` of the text, and the number of bad records."""
-    words: Counter[str] = Counter()
-    bad = 0
-    for file in files:
-        for record in read_records(file, text_field):
-            if record.text is None:
-                bad += 1
-                continue
-            for start in range(0, len(record.text), _SLICE_CHARACTERS):
-                text = record.text[start : start + _SLICE_CHARACTERS]
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                if int.from_bytes(digest, "big") < share * 2**64:
-                    words.update(_WORD.findall(text))
-    return words, bad
+def _unknown_id(fast: tokenizers.Tokenizer) -> int | None:
+    """The id that text outside the vocabulary gets, if there is one: the only special id that text may give."""
+    if isinstance(fast.model, tokenizers.models.Unigram):
+        return json.loads(fast.to_str())["model"]["unk_id"]
+    return None if fast.model.unk_token is None else fast.token_to_id(fast.model.unk_token)
 
 
-def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
-    """A serialised SentencePiece model; its bytes depend on `words` and `vocab_size` alone."""
+def _read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
+
+
+def _has_our_settings(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether the model takes text as it is, so that decoding gives it back."""
     from sentencepiece import sentencepiece_model_pb2
 
-    stream = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(words),
-            model_writer=stream,
-            input_format="tsv",
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            allow_whitespace_only_pieces=True,
-            # _WORD has cut the text already; within a word anything may merge.
-            split_by_whitespace=False,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            max_sentencepiece_length=_LONGEST_PIECE,
-            character_coverage=0.9999,
-            bos_piece="[BOS]",
-            eos_piece="[EOS]",
-            pad_piece="[PAD]",
-            pad_id=3,
-            control_symbols=list(CONTROL_PIECES),
-            num_threads=threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
-            raise UserError(f"vocab_size is {vocab_size}: these inputs can teach at most {found[1]} ids") from None
-        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise UserError(f"vocab_size is {vocab_size}: these inputs need at least {found[1]} ids") from None
-        raise
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(stream.getvalue())
-    model.trainer_spec.ClearField("num_threads")
-    for piece in model.pieces:
-        piece.piece = piece.piece.replace(_TAB_STAND_IN, "\t")
-    return model.SerializeToString(deterministic=True)
-
-
-def _sentences(words: Counter[str]) -> Iterator[str]:
-    """Words with their counts in SentencePiece's tab-separated form, in an order that they alone decide."""
-    for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
-        if "\0" not in word and _TAB_STAND_IN not in word:
-            yield f"{word.replace(chr(9), _TAB_STAND_IN)}\t{count}"
-
-
-def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcessor) -> None:
-    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja."""
-    import tokenizers
-
-    vocab = {model.id_to_piece(index): index for index in range(model.get_piece_size())}
-    assert len(vocab) == model.get_piece_size()
-    reserved = [piece for piece, index in vocab.items() if model.is_control(index) or model.is_unknown(index)]
-    normal = {piece for piece, index in vocab.items() if not (piece in reserved or model.is_byte(index))}
-    # Ids of normal pieces rise as scores fall, so this is the order in which SentencePiece prefers to merge.
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(normal, key=vocab.__getitem__)
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
-    unknown = model.id_to_piece(model.unk_id())
-    fast = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    fast.normalizer = tokenizers.normalizers.Replace(" ", _SPACE)
-    decoders = tokenizers.decoders
-    fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in reserved])
-    write_text(folder / "tokenizer.json", fast.to_str(pretty=True) + "\n")
-    special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": unknown}
-    write_json(folder / "special_tokens_map.json", {**special, "additional_special_tokens": list(CONTROL_PIECES)})
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "additional_special_tokens": list(CONTROL_PIECES),
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model.serialized_model_proto())
+    spec = proto.normalizer_spec
+    return not (spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces)

@@ -45,11 +45,19 @@ def check_data(run: Run) -> dict[str, Any]:
         UserError: something is missing, or the three do not match.
     """
     manifest = load_manifest(Path(run.data.path))
-    check_tokenizer(manifest, Tokenizer.load(Path(run.data.tokenizer)))
-    if manifest["tokenizer"]["num_ids"] > run.model.vocab_size:
+    tokenizer = Tokenizer.load(Path(run.data.tokenizer))
+    check_tokenizer(manifest, tokenizer)
+    # Special ids past the rows do no harm where they do not occur: Moonlight's own tokenizer has such.
+    largest = max(split["largest_id"] for split in manifest["splits"].values())
+    if largest >= run.model.vocab_size:
         raise UserError(
-            f"model.vocab_size is {run.model.vocab_size}: the tokenizer {run.data.tokenizer} has "
-            f"{manifest['tokenizer']['num_ids']} ids, which need at least as many rows"
+            f"model.vocab_size is {run.model.vocab_size}: id {largest} occurs in the data {run.data.path}, which needs "
+            f"at least {largest + 1} rows"
+        )
+    if tokenizer.num_text_ids > run.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {run.model.vocab_size}: the tokenizer {run.data.tokenizer} can give text any of "
+            f"{tokenizer.num_text_ids} ids, which need at least as many rows"
         )
     if "validation" not in manifest["splits"]:
         raise UserError(f"data {run.data.path} has no held-out documents: prepare it with a validation share above 0")
