@@ -1,22 +1,90 @@
-"""Files and folders that appear whole or not at all, and the lock of a run folder."""
+"""Files and folders that appear whole or not at all, their checksums, and the lock of a run folder."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rich.progress import track
+
 from moonlight.errors import UserError, naming
+
+SUMS_FILE = "SHA256SUMS"
+VERIFICATION_FILE = "verification.json"
+"""What `moonlight verify` found about the files of these sums, so it cannot be one of them."""
+
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file below `folder` to `SHA256SUMS` in it, as `sha256sum -c` reads it."""
+    names = sorted(_files_of(folder))
+    write_text(folder / SUMS_FILE, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names))
+
+
+def check_sums(folder: Path) -> dict[str, str]:
+    """Compare every file below `folder` with its line in `SHA256SUMS`.
+
+    Returns:
+        The SHA-256 of every file by its name relative to `folder`. `SHA256SUMS` and `verification.json` have none.
+
+    Raises:
+        UserError: a file differs, is missing or not listed, or `SHA256SUMS` is missing or not of sha256sum's format.
+    """
+    sums = _read_sums(folder / SUMS_FILE)
+    found = _files_of(folder)
+    if missing := sorted(sums.keys() - found):
+        raise UserError(f"{folder} lacks {missing[0]}, which its {SUMS_FILE} lists: make the folder again")
+    if unnamed := sorted(found - sums.keys()):
+        raise UserError(f"{folder / unnamed[0]} is not listed in {SUMS_FILE}: remove it, or make the folder again")
+    names = track(sums, description="checksums", transient=True, disable=not sys.stderr.isatty())
+    for name in names:
+        if (digest := sha256_of(folder / name)) != sums[name]:
+            raise UserError(
+                f"{folder / name} has SHA-256 {digest[:12]}, {SUMS_FILE} says {sums[name][:12]}: "
+                "it was changed or damaged; make the folder again"
+            )
+    return sums
+
+
+def _files_of(folder: Path) -> set[str]:
+    """Names of the files that `SHA256SUMS` of `folder` lists."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return files - {SUMS_FILE, VERIFICATION_FILE}
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {SUMS_FILE}: it must list the SHA-256 of every file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text: it must be what the sha256sum tool writes") from None
+    sums: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        match = _SUM_LINE.fullmatch(line)
+        if match is None:
+            raise UserError(f"{path}, line {number} is {line[:100]!r}: it must be 64 hexadecimal digits, two spaces, a name")
+        digest, name = match.groups()
+        if name != PurePosixPath(name).as_posix() or name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{path}, line {number} names {name[:100]!r}: it must be a file below the folder")
+        if name in sums:
+            raise UserError(f"{path}, line {number} names {name[:100]!r} a second time: each file has one line")
+        sums[name] = digest
+    return sums
 
 
 def fsync(path: Path) -> None:
