@@ -54,8 +54,8 @@ def upload(release: Release, *, private: bool) -> Upload:
         there = _listing(api, release)
         if "config.json" in there and EXPORT_FILE not in there:
             raise UserError(
-                f"repository {release.repo}, revision {release.revision}, holds another model (it has no {EXPORT_FILE}): "
-                "choose another name"
+                f"repository {release.repo}, revision {release.revision}, holds another model "
+                f"(it has no {EXPORT_FILE}): choose another name"
             )
         sent = _different(release, there)
         # Servers load every weight file that they find.
@@ -73,7 +73,9 @@ def upload(release: Release, *, private: bool) -> Upload:
             if wrong := _different(release, _listing(api, release)):
                 raise UserError(f"{wrong[0]} is not on the Hub as it is in {release.folder}: {_AGAIN}")
     page = f"{api.endpoint}/{release.repo}"
-    return Upload(url=page if release.revision == MAIN else f"{page}/tree/{release.revision}", sent=sent, removed=removed)
+    return Upload(
+        url=page if release.revision == MAIN else f"{page}/tree/{release.revision}", sent=sent, removed=removed
+    )
 
 
 def _prepare(api: HfApi, release: Release, *, private: bool) -> None:
@@ -115,9 +117,10 @@ def _errors_of_the_hub(endpoint: str, repo: str, token: str) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.filename:
             raise  # a file of ours
-        # An upload in threads wraps the error of one file in a RuntimeError.
-        cause = error.__cause__ if isinstance(error.__cause__, HTTPError) else error
-        raise UserError(_advice(endpoint, repo, cause).replace(token, "***")) from error
+        # The client wraps what happens to one large file in a RuntimeError.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        # Without the cause: a traceback would print what the Hub said as it is.
+        raise UserError(_advice(endpoint, repo, cause).replace(token, "***")) from None
 
 
 def _advice(endpoint: str, repo: str, error: BaseException) -> str:
@@ -127,7 +130,8 @@ def _advice(endpoint: str, repo: str, error: BaseException) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, HTTPError):
             return f"the Hub at {endpoint} cannot be reached ({reason}): check the network; then {_AGAIN}"
-        return f"the upload to {endpoint}/{repo} failed ({reason}): {_AGAIN}"
+        without_xet = ", with HF_HUB_DISABLE_XET=1 if this Hub has no Xet storage" if "xet" in reason else ""
+        return f"the upload to {endpoint}/{repo} failed ({reason}): {_AGAIN}{without_xet}"
     status = error.response.status_code
     said = " ".join((error.server_message or error.response.reason_phrase).split())[:200]
     owner = repo.split("/")[0]

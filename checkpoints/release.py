@@ -84,8 +84,8 @@ def print_plan(release: Release, *, private: bool) -> None:
     table.add_row(f"{len(release.files)} files", decimal(release.total_size), "")
     console = Console(highlight=False)
     console.print(table)
-    visibility = "private if it is new, and must be private" if private else "as it is, or the owner's default"
-    console.print(f"repository {release.repo} (visibility: {visibility}), revision {release.revision}", soft_wrap=True)
+    visibility = " (private)" if private else ""
+    console.print(f"repository {release.repo}{visibility}, revision {release.revision}", soft_wrap=True)
 
 
 def _check_repo(repo: str) -> None:

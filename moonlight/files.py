@@ -77,7 +77,9 @@ def _read_sums(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, start=1):
         match = _SUM_LINE.fullmatch(line)
         if match is None:
-            raise UserError(f"{path}, line {number} is {line[:100]!r}: it must be 64 hexadecimal digits, two spaces, a name")
+            raise UserError(
+                f"{path}, line {number} is {line[:100]!r}: it must be 64 hexadecimal digits, two spaces, a name"
+            )
         digest, name = match.groups()
         if name != PurePosixPath(name).as_posix() or name.startswith("/") or ".." in name.split("/"):
             raise UserError(f"{path}, line {number} names {name[:100]!r}: it must be a file below the folder")

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import sys
 import threading
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,21 +43,32 @@ class Hub:
         """By method and a part of the path: a status to answer, `drop` the connection once, or `stall` for good."""
         self.corrupt = False
         """Store large files with a byte changed, as no Hub should."""
-        self.stalled = threading.Event()
+        self.stalled, self.closed = threading.Event(), threading.Event()
+        self.failures: list[str] = []
+        """What went wrong in this program itself."""
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.daemon_threads = True
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
     def count(self, method, part):
         """How many requests of `method` had `part` in their path."""
         return sum(seen == method and part in path for seen, path in self.requests)
+
+
+class _Server(ThreadingHTTPServer):
+    hub: Hub
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # which a killed client leaves
+            self.hub.failures.append(traceback.format_exc())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall":
             self.rfile.read(1)
             self.hub.stalled.set()
-            threading.Event().wait()
+            self.hub.closed.wait()
         elif fault == "drop":
             self.rfile.read(1)
             self.close_connection = True
@@ -118,8 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.body()
         authorization = self.headers.get("Authorization")
         if authorization != f"Bearer {self.hub.token}":
-            return self.refuse(401, "Invalid username or password.")
-        value = json.loads(body) if body and not path.startswith("/api/models/") or "/preupload/" in path else body
+            return self.refuse(401, f"{authorization} is unknown")
+        is_json = self.headers.get("Content-Type", "").endswith(("/json", "+json"))
+        value = json.loads(body) if is_json else body
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
@@ -138,9 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.branch(repository, revision)
         if revision not in repository.branches:
             return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return {"tree": self.tree, "preupload": self.preupload, "commit": self.commit}[action](
-            repository, revision, value
-        )
+        answers = {"tree": self.tree, "preupload": self.preupload, "commit": self.commit}
+        if action not in answers:  # such as xet-write-token: this Hub has no Xet storage
+            return self.refuse(404, f"Cannot {self.command} {path}")
+        return answers[action](repository, revision, value)
 
     do_GET = do_POST = do_PUT = handle_request
 
@@ -203,6 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, {})
 
     def commit(self, repository, revision, body):
+        name = next(name for name, known in self.hub.repositories.items() if known is repository)
         lines = [json.loads(line) for line in body.splitlines()]
         names, files = [], dict(repository.branches[revision])
         for line in lines[1:]:
@@ -222,7 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[revision] = files
         repository.commits.append((revision, lines[0]["value"]["summary"], names))
         oid = f"{len(repository.commits):040x}"
-        self.answer(200, {"commitUrl": f"{self.hub.url}/commit/{oid}", "commitOid": oid})
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
 
 def git_hash(content):
