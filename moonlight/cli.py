@@ -236,6 +236,33 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: moonlight release runs/mine/hf --repo my-name/my-model --dry-run")
+def release(
+    folder: Annotated[Path, typer.Argument(help="The exported and verified Hugging Face folder.")],
+    repo: Annotated[str, typer.Option(help="Repository on the Hugging Face Hub, as owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is new.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list what would go, without network.")] = False,
+) -> None:
+    """Check an exported folder and send it to the Hugging Face Hub. A second run sends only what is missing."""
+    from checkpoints.release import check, print_plan
+
+    checked = check(folder, repo)
+    if dry_run:
+        print_plan(checked, private=private)
+        print("dry run: nothing was sent")
+        return
+    from checkpoints.hub import upload
+
+    done = upload(checked, private=private)
+    for name in done.removed:
+        print(f"{name}: removed there, it is no part of this release")
+    if done.sent:
+        print(f"{len(done.sent)} of {len(checked.files)} files sent, all {len(checked.files)} compared with the Hub's")
+    elif not done.removed:
+        print("everything is there already")
+    print(done.url)
+
+
 @app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main("')
 def generate(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],

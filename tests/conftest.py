@@ -147,3 +147,30 @@ def runs(tiny_run, tmp_path):
     """A copy of the tiny run that may be damaged; its folder is runs/tiny."""
     shutil.copytree(tiny_run.folder, tmp_path / "runs" / "tiny")
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def ready_export(tiny_run, tmp_path_factory):
+    """The tiny run exported, with all that a release needs; not to be changed."""
+    from exports import make_ready
+
+    out = tmp_path_factory.mktemp("ready") / "hf"
+    make_ready(tiny_run.folder, out)
+    return out
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """A Hub without repositories, which the client in this process takes for the real one."""
+    import huggingface_hub.constants as constants
+    from exports import OWNER, TOKEN
+    from hub import Hub
+
+    hub = Hub(TOKEN, OWNER)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    hub.close()
+    assert not hub.failures, hub.failures[0]

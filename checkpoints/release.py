@@ -1,0 +1,181 @@
+"""What must hold before an exported folder is published, and what would be sent."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from checkpoints.card import missing_of_card
+from checkpoints.export import EXPORT_FILE
+from moonlight.errors import UserError
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of
+
+CARD_FILE = "README.md"
+MAIN = "main"
+
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".model", ".txt", ".png")
+_NAMES = (SUMS_FILE, "LICENSE")
+"""What an export consists of. Everything else could be code, a pickle or a secret, and is refused."""
+
+_LFS_SUFFIXES = (".safetensors", ".model", ".png")
+_LFS_BYTES = 10 * 10**6
+"""The Hub keeps files of these suffixes, and larger ones, in Git LFS by default; it has the last word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A checked folder and where it goes."""
+
+    folder: Path
+    repo: str
+    """owner/name on the Hub."""
+    revision: str
+    """Branch: main, or step-N for a checkpoint on the way."""
+    step: int
+    files: dict[str, str]
+    """SHA-256 of every file by its name."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return (self.folder / name).stat().st_size
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all files."""
+        return sum(map(self.size, self.files))
+
+
+def check(folder: Path, repo: str) -> Release:
+    """Check an exported folder and the name of its repository, without the network.
+
+    Raises:
+        UserError: `repo` is no owner/name; `folder` is no export of ours, holds a file that no export has, is not
+            proven by `moonlight verify`, differs from its checksums, or has an incomplete model card, or a
+            configuration or tokenizer that transformers cannot load.
+    """
+    _check_repo(repo)
+    step, revision = _origin(folder)
+    _check_names(folder)
+    _check_verified(folder)
+    _check_card(folder / CARD_FILE)
+    files = check_sums(folder)
+    _check_loads(folder)
+    files |= {name: sha256_of(folder / name) for name in (SUMS_FILE, VERIFICATION_FILE)}
+    return Release(folder=folder, repo=repo, revision=revision, step=step, files=files)
+
+
+def print_plan(release: Release, *, private: bool) -> None:
+    """The files that would go, on the terminal."""
+    table = Table(title=f"Release of {release.folder}", title_justify="left")
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right")
+    table.add_column("how")
+    for name in sorted(release.files):
+        size = release.size(name)
+        lfs = name.endswith(_LFS_SUFFIXES) or size > _LFS_BYTES
+        table.add_row(name, decimal(size), "LFS" if lfs else "regular")
+    table.add_section()
+    table.add_row(f"{len(release.files)} files", decimal(release.total_size), "")
+    console = Console(highlight=False)
+    console.print(table)
+    visibility = " (private)" if private else ""
+    console.print(f"repository {release.repo}{visibility}, revision {release.revision}", soft_wrap=True)
+
+
+def _check_repo(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo is {repo!r}: {error}") from None
+    if "/" not in repo:
+        raise UserError(f"--repo is {repo!r}: it must be owner/name, such as my-name/{repo}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}: make the folder with `moonlight export`") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): make the folder again with `moonlight export`") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: make the folder again with `moonlight export`")
+    return content
+
+
+def _origin(folder: Path) -> tuple[int, str]:
+    """Step of the checkpoint that `folder` was made from, and the branch it belongs to."""
+    made_from = _read_json(folder / EXPORT_FILE).get("made_from")
+    if not isinstance(made_from, dict) or not {"step", "revision_step"} <= made_from.keys():
+        raise UserError(
+            f"{folder / EXPORT_FILE} does not say from which step the folder was made: "
+            "make the folder again with `moonlight export`"
+        )
+    step, on_the_way = made_from["step"], made_from["revision_step"]
+    if not isinstance(step, int) or not isinstance(on_the_way, int | None):
+        raise UserError(
+            f"{folder / EXPORT_FILE} has step {step!r} and revision_step {on_the_way!r}: they must be whole numbers"
+        )
+    return step, MAIN if on_the_way is None else f"step-{on_the_way}"
+
+
+def _check_names(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise UserError(f"{path} is a link: a release holds only files; remove it")
+        if path.name.startswith("."):
+            raise UserError(f"{path} is hidden: it could hold a secret; remove it")
+        if path.is_file() and path.suffix not in _SUFFIXES and name not in _NAMES:
+            raise UserError(
+                f"{path} is no file of an export: it could be code or a secret; remove it "
+                f"(accepted are {', '.join((*_SUFFIXES, *_NAMES))})"
+            )
+
+
+def _check_verified(folder: Path) -> None:
+    hint = f"run: moonlight verify CHECKPOINT {folder}"
+    if not (folder / VERIFICATION_FILE).exists():
+        raise UserError(f"{folder} has no {VERIFICATION_FILE}, so nothing proves it; {hint}")
+    report = _read_json(folder / VERIFICATION_FILE)
+    if report.get("passed") is not True:
+        raise UserError(f"{folder / VERIFICATION_FILE} does not say passed: the export differs from its source; {hint}")
+    sums = folder / SUMS_FILE
+    if not sums.is_file():
+        raise UserError(f"{folder} has no {SUMS_FILE}: make the folder again with `moonlight export`")
+    if report.get("sums_sha256") != sha256_of(sums):
+        raise UserError(f"{folder / VERIFICATION_FILE} was made for other files than {sums} lists; {hint}")
+
+
+def _check_card(path: Path) -> None:
+    try:
+        lacking = missing_of_card(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}, the model card: export it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: make the folder again with `moonlight export`") from None
+    if lacking:
+        raise UserError(f"the model card {path} lacks {', '.join(lacking)}: give it to `moonlight export`")
+
+
+def _check_loads(folder: Path) -> None:
+    """Configurations and tokenizer, by transformers, from these files alone."""
+    for name in ("config.json", "generation_config.json"):
+        _read_json(folder / name)
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a folder that it cannot read
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} does not load with transformers without remote code ({reason}): export it again"
+        ) from error
