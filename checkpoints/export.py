@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 
+from checkpoints.card import model_card
 from checkpoints.hf_config import generation_config, hf_config
+from checkpoints.hf_folder import GENERATION_FILE, read_json
 from checkpoints.reader import Checkpoint, open_checkpoint
 from checkpoints.shards import Entry, plan_shards, write_shard
 from moonlight import mapping
-from moonlight.data.tokenizer import Tokenizer, set_chat_mode
+from moonlight.config import Run
+from moonlight.data.manifest import load_manifest
+from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
-from moonlight.files import check_space, check_sums, sha256_of, whole_folder, write_json, write_sums
+from moonlight.files import check_space, check_sums, sha256_of, whole_folder, write_json, write_sums, write_text
 from moonlight.progress import byte_progress
+from moonlight.train.metrics import CURVE_FILE, read_metrics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 END_OF_MESSAGE = "<|im_end|>"
 EXPORT_FILE = "export.json"
 """What the folder was made from: the proof that an export is the same."""
+EVALUATION_FILE = "evaluation.md"
+"""Of a run folder: a table for the model card."""
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
 """Room for tokenizer, card and picture."""
 
@@ -64,6 +64,8 @@ def export(
     checkpoint = open_checkpoint(source, revision_step)
     tokenizer = tokenizer or checkpoint.tokenizer
     ids = None if tokenizer is None else Tokenizer.load(tokenizer)
+    if chat and tokenizer is None:
+        raise UserError(f"{source} has no tokenizer, which a chat needs: give one with --tokenizer")
     if ids and checkpoint.tokenizer_sha256 and ids.sha256 != checkpoint.tokenizer_sha256:
         raise UserError(
             f"tokenizer {tokenizer} has checksum {ids.sha256[:12]}, the model was trained with "
@@ -82,50 +84,74 @@ def export(
     if out.exists():
         _check_same(out, made_from)
         return False
+    end_ids = _end_ids(tokenizer, ids, chat) if tokenizer and ids else []
     shards = plan_shards(mapping.table(checkpoint.model), DTYPES[dtype], max_shard_bytes)
     check_space(out, sum(entry.nbytes for shard in shards for entry in shard) + BESIDE_WEIGHTS_BYTES)
     with whole_folder(out) as part:
         sums = _write_weights(checkpoint, part, shards)
-        bos_id, eos_ids = _write_tokenizer(part, tokenizer, ids, chat)
-        eos_id = eos_ids[0] if eos_ids else None
-        config = hf_config(checkpoint.model, dtype=dtype, bos_id=bos_id, eos_id=eos_id)
-        write_json(part / "config.json", config)
-        write_json(part / "generation_config.json", generation_config(checkpoint.model, bos_id=bos_id, eos_ids=eos_ids))
+        if tokenizer:
+            copy_tokenizer(tokenizer, part)
+            if chat:
+                set_chat_mode(part)
+        bos_id, eos_id = ids.bos_id if ids else None, end_ids[0] if end_ids else None
+        write_json(part / "config.json", hf_config(checkpoint.model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+        write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
+        _write_card(checkpoint, out, part, dtype, chat, license)
         write_json(part / EXPORT_FILE, {"made_from": made_from})
         write_sums(part, sums)
     return True
 
 
-def _write_tokenizer(
-    out: Path, tokenizer: Path | None, ids: Tokenizer | None, chat: bool
-) -> tuple[int | None, list[int]]:
-    """Copy the tokenizer; the id that begins a text and those that end one."""
-    if tokenizer is None or ids is None:
-        return None, []
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(tokenizer / name, out / name)
-    if chat:
-        set_chat_mode(out)
-        return ids.bos_id, [_end_of_message_id(tokenizer), ids.eos_id]
-    return ids.bos_id, [ids.eos_id]
-
-
-def _end_of_message_id(tokenizer: Path) -> int:
-    """The id that ends a chat message.
+def _end_ids(tokenizer: Path, ids: Tokenizer, chat: bool) -> list[int]:
+    """The ids that end a text: for a chat the end of a message first; else those of an imported model, or [EOS].
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: a chat, and no such id.
     """
-    import tokenizers
+    if chat:
+        end_id = ids.id_of(END_OF_MESSAGE)
+        if end_id is None:
+            raise UserError(f"tokenizer {tokenizer} has no {END_OF_MESSAGE}, which ends a message: leave --chat out")
+        return [end_id, ids.eos_id]
+    generation = tokenizer / GENERATION_FILE
+    known = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    found = [one for one in (known if isinstance(known, list) else [known]) if type(one) is int]
+    return found or [ids.eos_id]
 
-    path = tokenizer / "tokenizer.json"
+
+def _write_card(checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat: bool, license: str | None) -> None:
+    """README.md, with what the run folder tells, and its loss curve."""
+    folder, run = checkpoint.run_folder, checkpoint.run
+    metrics = read_metrics(folder) if folder else []
+    curve = folder is not None and (folder / CURVE_FILE).is_file()
+    if folder and curve:
+        shutil.copyfile(folder / CURVE_FILE, part / CURVE_FILE)
+    evaluation = folder / EVALUATION_FILE if folder else None
+    card = model_card(
+        model=checkpoint.model,
+        name=run.name if run else out.name,
+        step=checkpoint.state.step,
+        dtype=dtype,
+        license=license,
+        chat=chat,
+        run=run,
+        consumed_tokens=checkpoint.state.consumed_tokens,
+        metrics=metrics,
+        manifest=_manifest(run),
+        imported_from=checkpoint.origin.get("imported_from"),
+        evaluation=evaluation.read_text("utf-8") if evaluation and evaluation.is_file() else None,
+        curve=curve,
+        averaged_steps=checkpoint.origin.get("averaged_steps", ()),
+    )
+    write_text(part / "README.md", card)
+
+
+def _manifest(run: Run | None) -> dict[str, Any] | None:
+    """Of the data that the run was trained on, if it is still there."""
     try:
-        end_id = tokenizers.Tokenizer.from_file(str(path)).token_to_id(END_OF_MESSAGE)
-    except Exception as error:  # the library raises nothing more precise
-        raise UserError(f"{path} cannot be read as a tokenizer ({error}): --chat needs one") from None
-    if end_id is None:
-        raise UserError(f"tokenizer {tokenizer} has no {END_OF_MESSAGE}, which ends a chat message: leave --chat out")
-    return end_id
+        return load_manifest(Path(run.data.path)) if run else None
+    except UserError:
+        return None
 
 
 def _check_same(out: Path, made_from: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from moonlight.files import SUMS_FILE, read_sums, sha256_of
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+GENERATION_FILE = "generation_config.json"
 STALE = ".rotary_emb.inv_freq"
 """Ending of tensors that old versions of transformers saved, and that follow from the configuration."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -5,21 +5,20 @@ from pathlib import Path
 
 import torch
 import yaml
-from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 
 from checkpoints.hf_config import model_of
-from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
+from checkpoints.hf_folder import DTYPES, GENERATION_FILE, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import TOKENIZER_FOLDER
 from checkpoints.writer import is_made_already, write_checkpoint
 from moonlight import mapping
 from moonlight.config_model import Model
 from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, write_text
 from moonlight.train.checkpoint_files import TrainState
 
 RECIPE_FILE = "recipe.yaml"
-GENERATION_FILE = "generation_config.json"
 
 
 def import_folder(folder: Path, out: Path) -> bool:

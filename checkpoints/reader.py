@@ -38,6 +38,11 @@ class Checkpoint:
             return own
         return Path(self.run.data.tokenizer) if self.run else None
 
+    @property
+    def run_folder(self) -> Path | None:
+        """Folder of the run that wrote it, for its metrics; None for one that no run wrote."""
+        return self.folder.parent.parent if self.run and not self.origin else None
+
     def part(self, row: mapping.Row, part: mapping.Part) -> torch.Tensor:
         """One tensor as Hugging Face shapes it, in the dtype it is stored in.
 

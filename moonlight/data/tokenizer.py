@@ -76,6 +76,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control ids give nothing, bytes that are not UTF-8 give U+FFFD."""
 
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """Id of a token by its exact name, control tokens included."""
+
 
 class _SentencePiece(Tokenizer):
     def __init__(self, model: sentencepiece.SentencePieceProcessor, path: Path) -> None:
@@ -94,6 +98,10 @@ class _SentencePiece(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
+
+    def id_of(self, token: str) -> int | None:
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
 
 
 class _Fast(Tokenizer):
@@ -142,6 +150,9 @@ class _Fast(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._fast.decode(list(ids), skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self._fast.token_to_id(token)
 
 
 def _load_json(folder: Path) -> Tokenizer:
