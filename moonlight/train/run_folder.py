@@ -47,7 +47,7 @@ def check_data(run: Run) -> dict[str, Any]:
     manifest = load_manifest(Path(run.data.path))
     tokenizer = Tokenizer.load(Path(run.data.tokenizer))
     check_tokenizer(manifest, tokenizer)
-    # Special ids past the rows do no harm where they do not occur: Moonlight's own tokenizer has such.
+    # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
     largest = max(split["largest_id"] for split in manifest["splits"].values())
     if largest >= run.model.vocab_size:
         raise UserError(
