@@ -14,8 +14,10 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from checkpoints.shards import Entry, plan_shards, write_shard
 from moonlight import mapping
 from moonlight.config import Run
+from moonlight.data.chat_template import set_chat_mode
 from moonlight.data.manifest import load_manifest
 from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.tokenizer_files import copy_tokenizer
 from moonlight.errors import UserError
 from moonlight.files import check_space, check_sums, sha256_of, whole_folder, write_json, write_sums, write_text
 from moonlight.progress import byte_progress
