@@ -99,10 +99,9 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
 
 def check_model(folder: Path, content: dict[str, Any], run: Run) -> None:
     """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, can continue `run`."""
-    there, here = content["recipe"]["model"], dataclasses.asdict(run.model)
-    differences = [
-        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in here.items() if there.get(key) != value
-    ]
+    # Through the recipe, so that a setting added since the checkpoint was written has its default.
+    there, here = dataclasses.asdict(from_dict(content["recipe"]).model), dataclasses.asdict(run.model)
+    differences = [f"{key} {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
     optimizer = content["recipe"]["optimizer"]["name"]
