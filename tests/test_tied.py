@@ -188,8 +188,8 @@ def test_both_copies_stay_the_same_bits(pool, layout, dtype):
     assert all(owned for ((_, _, _, owned),) in answers)  # every data-parallel rank has a part of it
 
 
-def head_weights(run) -> dict[str, Any]:
-    """Of a rank with a head: the weight that the head is given by the pass right after a step, and the new one."""
+def used_weights(run) -> dict[str, Any]:
+    """In the pass right after a step, which uses of the tied weight there were on this rank, and which saw an old one."""
     from moonlight.train.step import forward_backward, train_step
 
     models, optimizer = build(run)
@@ -197,26 +197,36 @@ def head_weights(run) -> dict[str, Any]:
     old = parameter.weights.clone()
     train_step(models, optimizer, run, local_batches(run, 1), 1)
     under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.lanes)
-    given: list[torch.Tensor] = []
+    used: dict[str, list[torch.Tensor]] = {"embedding": [], "head": []}
+
+    def look_up(module: torch.nn.Module, args: Any) -> None:
+        used["embedding"].append(module.weight.detach().clone())
+
+    def multiply(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        used["head"].append(kwargs["weight"].detach().clone())
+
+    # Registered last, so that they run after the hooks that wait.
     for model in models:
+        if model.pre_process:
+            model.embedding.word_embeddings.register_forward_pre_hook(look_up)
         if model.post_process:
-            model.output_layer.register_forward_pre_hook(
-                lambda module, args, kwargs: given.append(kwargs["weight"].detach().clone()), with_kwargs=True
-            )
+            model.output_layer.register_forward_pre_hook(multiply, with_kwargs=True)
     forward_backward(models, run, local_batches(run, 2), forward_only=True)
     optimizer.data_parallel.finish_weights()
     new = parameter.weights
     assert not (new == old).all(-1).any()  # every row has moved, those of other owners too
-    return {"under way": under_way, "given": len(given), "stale": sum(not torch.equal(weight, new) for weight in given)}
+    stale = {name: sum(not torch.equal(weight, new) for weight in weights) for name, weights in used.items()}
+    return {"under way": under_way, "uses": {name for name in used if used[name]}, "stale": stale}
 
 
-@pytest.mark.parametrize(("layout", "ranks_with_head"), [("DP2", [0, 1]), ("DP4", [0, 1, 2, 3]), ("EP2xPP2", [2, 3])])
-def test_the_head_waits_for_its_weight(pool, layout, ranks_with_head):
+@pytest.mark.parametrize("layout", ["DP2", "DP4", "EP2xPP2"])
+def test_both_uses_wait_for_the_weight(pool, layout):
     world_size, run = tied(layout)
-    for rank, answer in enumerate(pool.run(world_size, head_weights, run)):
+    for rank, answer in enumerate(pool.run(world_size, used_weights, run)):
         assert answer["under way"] > 0
-        assert (answer["given"] > 0) == (rank in ranks_with_head)
-        assert answer["stale"] == 0
+        on_two_stages = "PP2" in layout
+        assert answer["uses"] == ({("embedding", "head")[rank // 2]} if on_two_stages else {"embedding", "head"})
+        assert answer["stale"] == {"embedding": 0, "head": 0}
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class Parameter:
 
     @property
     def on_two_stages(self) -> bool:
-        """Whether the first and the last pipeline stage each hold a copy of it: tied word embeddings under it."""
+        """Whether the first and the last of several pipeline stages each hold a copy: tied word embeddings."""
         return getattr(self.model, "shared_embedding", False)
 
     @property
