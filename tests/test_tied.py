@@ -189,7 +189,7 @@ def test_both_copies_stay_the_same_bits(pool, layout, dtype):
 
 
 def used_weights(run) -> dict[str, Any]:
-    """In the pass right after a step, which uses of the tied weight there were on this rank, and which saw an old one."""
+    """In the pass right after a step: which uses this rank makes of the tied weight, and how many saw an old one."""
     from moonlight.train.step import forward_backward, train_step
 
     models, optimizer = build(run)
