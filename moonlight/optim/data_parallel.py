@@ -167,7 +167,7 @@ def place(
     runs: list[list[Parameter]] = [[]]
     for parameter in reversed(parameters):
         full = sum(p.model.numel() for p in runs[-1]) >= size
-        if full or any(p.on_two_stages != parameter.on_two_stages for p in runs[-1]):
+        if full or (runs[-1] and runs[-1][-1].on_two_stages != parameter.on_two_stages):
             runs.append([])
         runs[-1].append(parameter)
     bucket_of = {parameter.index: number for number, run in enumerate(runs) for parameter in run}
