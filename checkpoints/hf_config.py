@@ -56,7 +56,7 @@ def hf_config(
         "initializer_range": model.initializer_range,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_word_embeddings,
         "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,

@@ -37,6 +37,8 @@ class Model:
     rope_theta: float = 50000.0
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    """One matrix is embedding and head. Under pipeline parallelism the first and the last stage each hold a copy."""
 
     def __post_init__(self) -> None:
         positive(

@@ -123,11 +123,10 @@ def table(model: Model) -> list[Row]:
             ]
         else:
             rows += _mixture(model, f"{key}.mlp", f"{name}.mlp")
-    return [
-        *rows,
-        _same("decoder.final_layernorm.weight", "model.norm.weight", hidden, kind="norm"),
-        _same("output_layer.weight", "lm_head.weight", model.vocab_size, hidden),
-    ]
+    rows.append(_same("decoder.final_layernorm.weight", "model.norm.weight", hidden, kind="norm"))
+    if not model.tie_word_embeddings:
+        rows.append(_same("output_layer.weight", "lm_head.weight", model.vocab_size, hidden))
+    return rows
 
 
 def place(part: Part, row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:

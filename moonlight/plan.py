@@ -89,9 +89,11 @@ def make_plan(run: Run, world_size: int) -> Plan:
                 buckets = place(own, size, run.parallel.bucket_size)
                 fragments = [fragment for _, found in buckets for fragment in found]
                 _add_owners(owners, fragments)
-                lanes.append(shares(fragments, size, run))
-                baselines.append([adamw_share(sum(p.model.numel() for p in own), size, run)] * size)
-            lines += [_line(parameter, owners[parameter.index]) for parameter in parameters]
+                twice = {parameter.index: parameter.model.numel() for parameter in own if parameter.on_two_stages}
+                lanes.append(shares(fragments, size, run, twice))
+                numel = sum(parameter.model.numel() for parameter in own)
+                baselines.append([adamw_share(numel, size, run, sum(twice.values()))] * size)
+            lines += [_line(parameter, owners[parameter.index]) for parameter in parameters if not parameter.is_copy]
         ranks += of_world(run, world_size, lanes)
         adamw += of_world(run, world_size, baselines)
     biases = sum(math.prod(row.shape) for row in mapping.table(run.model) if row.parts[0].kind == "bias")

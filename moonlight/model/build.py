@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -147,6 +148,9 @@ def build_model(run: Run) -> list[GPTModel]:
     """
     config = transformer_config(run)
     chunks = run.parallel.virtual_pipeline_parallel_size
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # With it, Megatron would move a tied embedding to CUDA and send it, not yet initialised, to the last stage.
+    groups.embd = None
     models = []
     for chunk in range(chunks):
         stage = chunk if chunks > 1 else None
@@ -161,7 +165,8 @@ def build_model(run: Run) -> list[GPTModel]:
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             position_embedding_type="none",  # rotary embedding is latent attention's own
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=run.model.tie_word_embeddings,
+            pg_collection=groups,
             vp_stage=stage,
         )
         models.append(model)

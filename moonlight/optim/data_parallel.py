@@ -16,7 +16,13 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from moonlight.model.shards import Sharded, sharded_state
-from moonlight.optim.parameters import Parameter, data_parallel_group, find_parameters, tensor_parallel_group
+from moonlight.optim.parameters import (
+    Parameter,
+    data_parallel_group,
+    embedding_group,
+    find_parameters,
+    tensor_parallel_group,
+)
 from moonlight.optim.partition import Fragment, partition
 from moonlight.optim.routing import Rule
 from moonlight.optim.wire import Bucket, Lane
@@ -89,6 +95,9 @@ class DataParallel:
             dist.all_reduce(flat, group=tensor_parallel_group(expert=False))
             parts = flat.split([gradient.numel() for gradient in replicated])
             torch._foreach_copy_(replicated, [p.view_as(g) for p, g in zip(parts, replicated, strict=True)])
+        for parameter, _, gradient in self.own():
+            if parameter.on_two_stages:  # its peer on the other stage owns the same rows
+                dist.all_reduce(gradient, group=embedding_group())
 
     def start_weights(self) -> None:
         """The owners have changed their rows in the model: send them to everyone, waited for when a module needs
@@ -146,6 +155,9 @@ def place(
 ) -> list[tuple[list[Parameter], list[Fragment]]]:
     """Parameters from the last to the first, as a backward pass completes them, in buckets, and who owns their rows.
 
+    What two pipeline stages hold has a bucket and a partition of its own: their other parameters differ, and both must
+    give its rows to the same data-parallel ranks.
+
     Args:
         bucket_size: elements that close a bucket; 0 takes enough for a matrix or two of each rank, so that owners'
             regions of one bucket are not too uneven, but a quarter of all at most.
@@ -154,12 +166,15 @@ def place(
     size = bucket_size or max(SMALLEST_BUCKET, min(ELEMENTS_PER_RANK * num_ranks, total // 4))
     runs: list[list[Parameter]] = [[]]
     for parameter in reversed(parameters):
-        if sum(p.model.numel() for p in runs[-1]) >= size:
+        full = sum(p.model.numel() for p in runs[-1]) >= size
+        if full or (runs[-1] and runs[-1][-1].on_two_stages != parameter.on_two_stages):
             runs.append([])
         runs[-1].append(parameter)
     bucket_of = {parameter.index: number for number, run in enumerate(runs) for parameter in run}
-    blocks = [block for parameter in parameters for block in parameter.blocks(bucket_of[parameter.index])]
     of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
-    for fragment in partition(blocks, num_ranks):
-        of_parameter[fragment.parameter].append(fragment)
+    for on_two_stages in (False, True):
+        own = [parameter for parameter in parameters if parameter.on_two_stages == on_two_stages]
+        blocks = [block for parameter in own for block in parameter.blocks(bucket_of[parameter.index])]
+        for fragment in partition(blocks, num_ranks):
+            of_parameter[fragment.parameter].append(fragment)
     return [(run, [fragment for p in run for fragment in of_parameter[p.index]]) for run in runs if run]

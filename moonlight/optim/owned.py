@@ -23,6 +23,8 @@ class Owned:
     @property
     def counts(self) -> bool:
         """Whether this rank's copy is the one to count where each element counts once in the world."""
+        if self.parameter.is_copy:
+            return False
         return self.parameter.slicing != "replicated" or tensor_parallel_group(self.parameter.is_expert).rank() == 0
 
     @property

@@ -39,6 +39,16 @@ class Parameter:
         return not getattr(self.model, "allreduce", True)
 
     @property
+    def on_two_stages(self) -> bool:
+        """Whether the first and the last of several pipeline stages each hold a copy: tied word embeddings."""
+        return getattr(self.model, "shared_embedding", False)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is the last stage's copy, which does not count where each element counts once."""
+        return getattr(self.model, "shared", False)
+
+    @property
     def rows(self) -> int:
         return self.model.numel() // self.columns
 
@@ -146,6 +156,11 @@ def tensor_parallel_group(expert: bool) -> dist.ProcessGroup:
     if expert:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def embedding_group() -> dist.ProcessGroup:
+    """The two ranks, of the first and the last pipeline stage, that hold the same rows of tied word embeddings."""
+    return parallel_state.get_embedding_group()
 
 
 def data_parallel_group(expert: bool) -> dist.ProcessGroup:

@@ -3,7 +3,7 @@
 `tests/test_traffic.py` holds these sums to what is counted on the wire and in memory. No torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from moonlight.config import Run
@@ -14,15 +14,19 @@ GRADIENT_BYTES = 4
 
 @dataclass
 class Share:
-    """Bytes of one rank in one data-parallel group: on the wire in one step, and of optimizer state."""
+    """Bytes of one rank for one data-parallel group: on the wire in one step, and of optimizer state."""
 
     sent: int = 0
     received: int = 0
     state: int = 0
 
 
-def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run) -> list[Share]:
-    """Of every rank of a group: gradients to their owners, cut matrices to their home and back, weights to all."""
+def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stages: Collection[int] = ()) -> list[Share]:
+    """Of every rank of a group: gradients to their owners, cut matrices to their home and back, weights to all.
+
+    Args:
+        on_two_stages: parameters of which two pipeline stages hold a copy, and whose gradients their owners add up.
+    """
     total = sum(fragment.numel for fragment in fragments)
     weight = weight_bytes(run)
     master = 0 if weight == 4 else {"float32": 4, "split": 2}[run.optimizer.master_weights]
@@ -34,6 +38,9 @@ def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run) -> list[Shar
         owned[fragment.owner] += fragment.numel
         momenta = muon if fragment.matrix_rows else 8
         found[fragment.owner].state += fragment.numel * (master + momenta)
+        if fragment.parameter in on_two_stages:
+            found[fragment.owner].sent += fragment.numel * GRADIENT_BYTES
+            found[fragment.owner].received += fragment.numel * GRADIENT_BYTES
         if fragment.is_cut and fragment.owner != fragment.home:
             for rank in (fragment.owner, fragment.home):
                 found[rank].sent += fragment.numel * direction
@@ -44,10 +51,15 @@ def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run) -> list[Shar
     return found
 
 
-def adamw_share(numel: int, num_ranks: int, run: Run) -> Share:
-    """Of every rank under AdamW with sharded state (ZeRO-1) and no padding: reduce-scatter, then all-gather."""
+def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0) -> Share:
+    """Of every rank under AdamW with sharded state (ZeRO-1) and no padding: reduce-scatter, then all-gather.
+
+    Args:
+        num_on_two_stages: elements among `numel` of which two pipeline stages hold a copy.
+    """
     weight = weight_bytes(run)
     wire = numel * (GRADIENT_BYTES + weight) * (num_ranks - 1) // num_ranks
+    wire += num_on_two_stages * GRADIENT_BYTES // num_ranks
     return Share(wire, wire, numel * (8 if weight == 4 else 12) // num_ranks)
 
 

@@ -113,10 +113,9 @@ def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
 
 def check_model(folder: Path, content: dict[str, Any], run: Run) -> None:
     """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, is of the model of `run`."""
-    there, here = content["recipe"]["model"], dataclasses.asdict(run.model)
-    differences = [
-        f"{key} {there.get(key)!r} there, {value!r} here" for key, value in here.items() if there.get(key) != value
-    ]
+    # Through `recipe_of`, so that a setting added since the checkpoint was written has its default.
+    there, here = dataclasses.asdict(recipe_of(content)[0]), dataclasses.asdict(run.model)
+    differences = [f"{key} {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
 
