@@ -103,6 +103,22 @@ def bench_optimizer(
         raise typer.Exit(1)
 
 
+@bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
+def bench_export(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
+    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 4,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
+        "configs/moonlight_16b_a3b/pretrain.yaml"
+    ),
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """CPU time and memory of export and import beside save_pretrained. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.export import bench_export as measure
+
+    if not measure(rounds, layers, recipe, json):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],

@@ -5,6 +5,7 @@ import importlib.metadata
 import pytest
 
 from moonlight.bench import optimizer
+from moonlight.bench.report import speed
 from moonlight.errors import UserError
 
 
@@ -14,9 +15,9 @@ def test_peers_configured_alike_move_the_weights_alike():
 
 
 def test_a_failed_gate_fails_the_figure():
-    assert optimizer._speed("case", [1.0], [30.0], 10, True).passed
-    assert not optimizer._speed("case", [1.0], [30.0], 10, False).passed
-    assert not optimizer._speed("case", [1.0], [9.0], 10, True).passed
+    assert speed("case", [1.0], [30.0], 10, True).passed
+    assert not speed("case", [1.0], [30.0], 10, False).passed
+    assert not speed("case", [1.0], [9.0], 10, True).passed
 
 
 @pytest.mark.parametrize(("rounds", "device", "message"), [(0, "cpu", "--rounds is 0"), (1, "tpu", "--device is tpu")])

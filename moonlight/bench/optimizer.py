@@ -5,21 +5,15 @@ round. On a CPU the time is that of the one computing thread, so neighbours on t
 """
 
 import importlib.metadata
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from moonlight.bench.report import Figure, hardware, report, speed
 from moonlight.errors import UserError
 from moonlight.optim.muon import Muon
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
@@ -34,22 +28,6 @@ ACCURACY_BAR = 0.98
 """Least error of the plain loop over ours: 2% for chance, since batched products may sum in another order."""
 WEIGHT_TOLERANCE = 0.05
 """Largest distance of a peer's weights from ours, over the distance gone; their rounding gives 0.01 to 0.03."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the report."""
-
-    case: str
-    unit: str
-    ours: float
-    peer: float
-    ratio: float
-    spread: str
-    bar: str
-    passed: bool
-    weights_apart: float | None = None
-    """Distance of the peer's weights from ours after all rounds, over the distance gone."""
 
 
 def random_matrix(spectrum: str, rows: int, columns: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
@@ -95,7 +73,7 @@ def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        hardware = _hardware(device)
+        machine = hardware(device)
         figures = [
             _accuracy(rows, columns, spectrum, device) for rows, columns in ACCURACY_SHAPES for spectrum in SPECTRA
         ]
@@ -107,12 +85,12 @@ def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> 
             figures += _steps(rounds, device, exact, stacks=3, count=256, rows=2048, columns=1408)
     finally:
         torch.set_num_threads(threads)
-    _print(figures, hardware)
-    if json_path:
-        json_path.write_text(
-            json.dumps({"hardware": hardware, "figures": [asdict(f) for f in figures]}, indent=2) + "\n"
-        )
-    return all(figure.passed for figure in figures)
+    notes = [
+        f"{figure.case}: weights differ by {figure.weights_apart:.4f} of the way gone (at most {WEIGHT_TOLERANCE})"
+        for figure in figures
+        if figure.weights_apart is not None
+    ]
+    return report("Muon: accuracy, then speed", figures, machine, notes, json_path)
 
 
 def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
@@ -145,7 +123,7 @@ def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: boo
             lambda: plain_loop(whole, torch.bfloat16),
         ],
     )
-    return _speed(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, exact)
+    return speed(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, exact)
 
 
 def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int) -> list[Figure]:
@@ -186,7 +164,7 @@ def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, ro
     for name, peer, split in zip(names[1:], times[1:], (torch_split, keller_split), strict=True):
         difference = _distance([torch.stack(list[torch.Tensor](parts)) for parts in split], own) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
-        figure = _speed(case, times[0], peer, STEP_BAR[device], exact and difference <= WEIGHT_TOLERANCE)
+        figure = speed(case, times[0], peer, STEP_BAR[device], exact and difference <= WEIGHT_TOLERANCE)
         figures.append(replace(figure, weights_apart=difference))
     return figures
 
@@ -223,39 +201,3 @@ def _milliseconds(case: Callable[[], Any], device: str) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end)
-
-
-def _speed(case: str, ours: list[float], peer: list[float], bar: float, gate: bool) -> Figure:
-    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
-    ratio = statistics.median(peer) / statistics.median(ours)
-    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-    middle = statistics.median(ours), statistics.median(peer)
-    return Figure(case, "ms", *middle, ratio, spread, f">= {bar:g}", gate and ratio >= bar)
-
-
-def _hardware(device: str) -> str:
-    model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    if device == "cuda":
-        model = f"{torch.cuda.get_device_name()}, {model}"
-    return f"{model}, {torch.get_num_threads()} thread, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
-
-
-def _print(figures: list[Figure], hardware: str) -> None:
-    table = Table(title="Muon: accuracy, then speed", caption=hardware)
-    for name in ("case", "ours", "peer", "ratio", "spread", "bar", "gate"):
-        table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
-    for figure in figures:
-        digits = 1 if figure.unit else 5
-        numbers = [f"{value:.{digits}f} {figure.unit}".strip() for value in (figure.ours, figure.peer)]
-        gate = "passed" if figure.passed else "FAILED"
-        table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, gate)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-    for figure in figures:
-        if figure.weights_apart is not None:
-            share = f"{figure.weights_apart:.4f} of the way gone (at most {WEIGHT_TOLERANCE})"
-            console.print(f"{figure.case}: weights differ by {share}", highlight=False)
