@@ -220,13 +220,14 @@ def load_frozen(run: Recipe, folder: Path) -> str:
     return ""
 
 
-def resave(source: Path, runs: Path, parallel: Parallel) -> None:
+def resave(source: Path, runs: Path, parallel: Parallel, tokenizer: Path) -> None:
     """Start a run of this layout from a checkpoint's weights, and save it before its first step."""
     from checkpoints.reader import open_checkpoint
     from moonlight.train import checkpoint
     from moonlight.train.checkpoint_files import TrainState
 
-    run = replace(recipe(parallel), model=open_checkpoint(source).model)
+    run = recipe(parallel)
+    run = replace(run, model=open_checkpoint(source).model, data=replace(run.data, tokenizer=str(tokenizer)))
     _, optimizer = build(run)
     checkpoint.load_weights(source, run, optimizer)
     checkpoint.save(runs, run, optimizer, TrainState(), tokenizer_sha256="")

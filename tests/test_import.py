@@ -87,11 +87,11 @@ def grouped(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["1", "TP2", "PP2", "EP2", "EP2xTP2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_same_bytes_after_a_save_under_any_layout(pool, tmp_path, layout, tied):
-    folder = make_folder(tmp_path / "hf", torch.bfloat16, tie_word_embeddings=tied)
+def test_the_same_bytes_after_a_save_under_any_layout(pool, tmp_path, tokenizer_folder, layout, tied):
+    folder = make_folder(tmp_path / "hf", torch.bfloat16, vocab_size=1024, tie_word_embeddings=tied)
     import_folder(folder, tmp_path / "checkpoint")
     world_size, parallel = LAYOUTS[layout]
-    pool.run(world_size, resave, tmp_path / "checkpoint", tmp_path / "runs", parallel)
+    pool.run(world_size, resave, tmp_path / "checkpoint", tmp_path / "runs", parallel, tokenizer_folder)
     export(tmp_path / "runs", tmp_path / "back", dtype="bfloat16")
     assert raw_tensors(tmp_path / "back") == raw_tensors(folder)
 
