@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from checkpoints.hf_config import generation_config, hf_config
 from checkpoints.reader import Checkpoint, open_checkpoint
 from moonlight import mapping
-from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.tokenizer import Tokenizer, set_chat_mode
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, whole_folder, write_json
 
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+END_OF_MESSAGE = "<|im_end|>"
 EXPORT_FILE = "export.json"
 """What the folder was made from and the checksum of every file: the proof that an export is the same and whole."""
 
@@ -37,6 +38,7 @@ def export(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Path | None = None,
+    chat: bool = False,
 ) -> bool:
     """Write the newest checkpoint of a run, or a given checkpoint, to the folder `out`.
 
@@ -44,6 +46,8 @@ def export(
         dtype: float32 writes the master weights bit for bit; bfloat16 rounds them. Router biases stay float32.
         max_shard_bytes: most bytes of one safetensors file, unless a single tensor has more.
         tokenizer: folder of the tokenizer; None takes the one that the recipe names.
+        chat: for an instruction-tuned model: generation ends at <|im_end|> (and [EOS]), and text that spells a chat
+            marker out is encoded as that marker, which chat servers need (`moonlight.data.tokenizer`).
 
     Returns:
         False if `out` already was this very export.
@@ -67,7 +71,9 @@ def export(
         "tokenizer_sha256": ids.sha256,
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
+        "chat": chat,
     }
+    end_ids = [_end_of_message_id(tokenizer), ids.eos_id] if chat else [ids.eos_id]
     if out.exists():
         _check_same(out, made_from)
         return False
@@ -75,17 +81,37 @@ def export(
         _write_weights(checkpoint, part, DTYPES[dtype], max_shard_bytes)
         write_json(
             part / "config.json",
-            hf_config(checkpoint.run.model, dtype=dtype, bos_id=ids.bos_id, eos_id=ids.eos_id),
+            hf_config(checkpoint.run.model, dtype=dtype, bos_id=ids.bos_id, eos_id=end_ids[0]),
         )
         write_json(
             part / "generation_config.json",
-            generation_config(checkpoint.run.model, bos_id=ids.bos_id, eos_id=ids.eos_id),
+            generation_config(checkpoint.run.model, bos_id=ids.bos_id, eos_ids=end_ids),
         )
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer / name, part / name)
+        if chat:
+            set_chat_mode(part)
         files = {file.name: sha256_of(file) for file in sorted(part.iterdir())}
         write_json(part / EXPORT_FILE, {"made_from": made_from, "files": files})
     return True
+
+
+def _end_of_message_id(tokenizer: Path) -> int:
+    """The id that ends a chat message.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    import tokenizers
+
+    path = tokenizer / "tokenizer.json"
+    try:
+        end_id = tokenizers.Tokenizer.from_file(str(path)).token_to_id(END_OF_MESSAGE)
+    except Exception as error:  # the library raises nothing more precise
+        raise UserError(f"{path} cannot be read as a tokenizer ({error}): --chat needs one") from None
+    if end_id is None:
+        raise UserError(f"tokenizer {tokenizer} has no {END_OF_MESSAGE}, which ends a chat message: leave --chat out")
+    return end_id
 
 
 def _check_same(out: Path, made_from: dict[str, Any]) -> None:

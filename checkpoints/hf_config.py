@@ -61,11 +61,11 @@ def hf_config(
     }
 
 
-def generation_config(model: Model, *, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """Defaults for generation: stop at the end-of-text id, within the trained context."""
+def generation_config(model: Model, *, bos_id: int, eos_ids: list[int]) -> dict[str, Any]:
+    """Defaults for generation: stop at any of `eos_ids`, within the trained context."""
     return {
         "bos_token_id": bos_id,
-        "eos_token_id": [eos_id],
+        "eos_token_id": eos_ids,
         "max_length": model.max_position_embeddings,
         "do_sample": False,
     }

@@ -161,13 +161,17 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32 (the master weights) or bfloat16.")] = "float32",
     max_shard_size: Annotated[int, typer.Option(help="Most megabytes of one safetensors file.")] = 5000,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, if not the recipe's.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="For an instruction-tuned model: generation ends at <|im_end|>.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for transformers, vLLM and SGLang."""
     from checkpoints.export import export as write
 
     if max_shard_size < 1:
         raise UserError(f"--max-shard-size is {max_shard_size}: it must be at least 1 (megabyte)")
-    written = write(source, out, dtype=dtype, max_shard_bytes=max_shard_size * 10**6, tokenizer=tokenizer)
+    megabytes = max_shard_size * 10**6
+    written = write(source, out, dtype=dtype, max_shard_bytes=megabytes, tokenizer=tokenizer, chat=chat)
     print(f"{out}: written" if written else f"{out}: this checkpoint has been exported already")
 
 
