@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from layouts import build, recipe
+from prompts import CHAT, CHAT_ANSWER_TOKENS
 
 from moonlight import parallel
 from moonlight.config import Model, Run
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.train import checkpoint
 from moonlight.train.checkpoint_files import TrainState
-from prompts import CHAT, CHAT_ANSWER_TOKENS
 
 VOCAB_SIZE = 2048
 CORPUS = ("argparse", "ast", "csv", "doctest", "enum", "heapq", "tarfile", "typing")
@@ -78,7 +78,7 @@ def save(run: Run, head_rows: dict[int, torch.Tensor], step: int) -> Path:
 
 @torch.no_grad()
 def row_that_ends(folder: Path, end_id: int) -> torch.Tensor:
-    """A row [hidden] of the head by which the end-of-message id wins in the greedy chat answer, at one step and not before.
+    """A row [hidden] of the head: with it the end-of-message id wins at one step of the greedy answer, not before.
 
     Weights are random, so nothing taught the model to end an answer. The row is the smallest whose product with the
     final hidden state is the largest logit plus 5 at that step, and 0 at all steps before it.

@@ -3,8 +3,8 @@
     python tests/serving/reference.py FOLDER REFERENCE.json
 
 The file holds, for each prompt, its ids, the greedy ids that follow with their log-probabilities, their text, and the
-smallest margin by which a logit won; and the greedy answer to the chat. The texts of plain `pipeline("text-generation")`
-on the same folder must be the same.
+smallest margin by which a logit won; and the greedy answer to the chat. Plain `pipeline("text-generation")` on the same
+folder must give the same texts.
 """
 
 import json

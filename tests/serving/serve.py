@@ -1,9 +1,9 @@
 """The serving proof, `make serve-test`: one exported checkpoint, loaded and served by transformers, vLLM and SGLang.
 
-All compute in float32 on CPU, and must give what transformers gives: the same greedy ids, log-probabilities within 1e-4,
-the same text over HTTP, and chat answers that end by themselves. On a copy of the checkpoint whose config.json lacks
-`scoring_func` the same comparison must fail. SGLang has no build of its kernels for CPU, so here it is SGLang with a CPU
-shim: its loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
+All compute in float32 on CPU, and must give what transformers gives: the same greedy ids, log-probabilities within
+1e-4, the same text over HTTP, and a chat answer that ends by itself. On a copy of the checkpoint whose config.json
+lacks `scoring_func` the same comparison must fail. SGLang has no build of its kernels for CPU, so this is SGLang with
+a CPU shim: its loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
 
 Everything is written to runs/serve-test/, logs in runs/serve-test/logs/. Exits 1 on any difference.
 """

@@ -1,13 +1,15 @@
 """SGLang with a CPU shim, run by its own Python with `sglang_shim` on the path.
 
-    python sglang_run.py offline FOLDER REFERENCE.json ANSWERS.json     greedy generation without a server
-    python sglang_run.py serve FOLDER PORT                              the OpenAI-compatible server
+python sglang_run.py offline FOLDER REFERENCE.json ANSWERS.json     greedy generation without a server
+python sglang_run.py serve FOLDER PORT                              the OpenAI-compatible server
 """
 
 import json
 import sys
 
 import sglang_on_cpu  # noqa: F401  (before SGLang)
+
+# isort: split
 
 import sglang
 from prompts import NEW_TOKENS

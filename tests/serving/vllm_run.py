@@ -1,7 +1,7 @@
 """vLLM, run by its own Python.
 
-    python vllm_run.py offline FOLDER REFERENCE.json ANSWERS.json     greedy generation without a server
-    python vllm_run.py serve FOLDER PORT                              the OpenAI-compatible server
+python vllm_run.py offline FOLDER REFERENCE.json ANSWERS.json     greedy generation without a server
+python vllm_run.py serve FOLDER PORT                              the OpenAI-compatible server
 """
 
 import json
