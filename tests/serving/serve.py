@@ -70,18 +70,15 @@ class Row:
     texts_equal: int = 0
     chat_equal: bool = False
     finish_reason: str = "?"
+    noticed: bool = False
+    """Whether the comparison failed on the damaged copy, as it must; `control` says how."""
     control: str = "?"
-    """What the comparison said of the damaged copy; empty if it noticed nothing."""
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
         all_equal = self.ids_equal == self.texts_equal == len(PROMPTS) and self.chat_equal
         return all_equal and self.difference <= MAX_LOGPROB_DIFFERENCE and self.finish_reason == "stop" and self.noticed
-
-    @property
-    def noticed(self) -> bool:
-        return self.control not in ("", "?")
 
 
 def make_checkpoint() -> dict[str, Any]:
@@ -152,15 +149,15 @@ def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
     except Failed as error:
         if "has no attribute 'scoring_func'" not in error.log.read_text(errors="replace"):
             raise
-        row.control = "refused to load"
+        row.noticed, row.control = True, "error: no scoring_func"
     else:
-        same = equal == len(PROMPTS) and difference <= MAX_LOGPROB_DIFFERENCE
-        row.control = "" if same else f"{len(PROMPTS) - equal} of {len(PROMPTS)} wrong, by {difference:.2g}"
+        row.noticed = equal < len(PROMPTS) and difference > MAX_LOGPROB_DIFFERENCE
+        row.control = f"{len(PROMPTS) - equal} of {len(PROMPTS)} wrong, by {difference:.2g}"
 
 
 def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
     tokens = f"{len(PROMPTS)} prompts x {NEW_TOKENS} tokens"
-    columns = ("version", "ids equal", "largest log-probability difference", "text equal over HTTP", "chat equal")
+    columns = ("version", "ids equal", "log-probabilities differ by", "text equal (HTTP)", "chat equal")
     table = Table("server", *columns, "chat ends by", "without scoring_func", "seconds", title=f"Greedy, {tokens}")
     count = len(PROMPTS)
     table.add_row("transformers", reference["version"], *["reference"] * 4, reference["chat"]["finish_reason"], "", "")
@@ -173,7 +170,7 @@ def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
             f"{row.texts_equal} of {count}",
             "yes" if row.chat_equal else "NO",
             row.finish_reason,
-            row.control or "NOT NOTICED",
+            row.control if row.noticed else f"NOT NOTICED: {row.control}",
             f"{row.seconds:.0f}",
         )
     Console(width=150).print(table)
@@ -184,20 +181,22 @@ def main() -> int:
     shutil.rmtree(PLACE, ignore_errors=True)
     LOGS.mkdir(parents=True)
     begin = time.monotonic()
-    rows: list[Row] = []
+    print("checkpoint, export, proof and transformers ...", flush=True)
     try:
-        print("checkpoint, export, proof and transformers ...", flush=True)
         reference = make_checkpoint()
-        for server in SERVERS:
-            row, start = Row(title=server.title), time.monotonic()
-            rows.append(row)
+    except Failed as error:
+        sys.exit(str(error))
+    rows = []
+    for server in SERVERS:
+        row, start = Row(title=server.title), time.monotonic()
+        rows.append(row)
+        try:
             for check in (check_offline, check_http, check_control):
                 print(f"{server.title}: {check.__name__.removeprefix('check_')} ...", flush=True)
                 check(server, reference, row)
-            row.seconds = time.monotonic() - start
-    except Failed as error:
-        print(f"serving test failed: {error}", file=sys.stderr)
-        return 1
+        except Failed as error:
+            print(f"{server.title}: {error}", file=sys.stderr)
+        row.seconds = time.monotonic() - start
     print_table(reference, rows)
     passed = all(row.passed for row in rows)
     print(f"{'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.0f} s; logs are in {LOGS}")
