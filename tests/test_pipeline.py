@@ -1,13 +1,14 @@
 """An exported folder in plain `transformers.pipeline`, and what exporting for chat changes."""
 
 import json
-import shutil
 
 import pytest
 import torch
+from hugging_face import make_folder
 from transformers import AutoTokenizer, pipeline
 
 from checkpoints.export import export
+from checkpoints.hf_import import import_folder
 from moonlight.errors import UserError
 
 QUESTION = [{"role": "user", "content": "What is a heap?"}]
@@ -91,14 +92,10 @@ def test_exporting_for_chat_is_another_export(tiny_run, folders):
         export(tiny_run.folder, folders / "chat")
 
 
-def test_a_tokenizer_without_an_end_of_message_is_refused(tiny_run, tmp_path):
-    tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(tiny_run.tokenizer, tokenizer)
-    text = (tokenizer / "tokenizer.json").read_text()
-    (tokenizer / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|im_ende|>"))
+def test_a_tokenizer_without_an_end_of_message_is_refused(fast_folder, tmp_path):
+    import_folder(make_folder(tmp_path / "source"), tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"has no <\|im_end\|>"):
-        export(tiny_run.folder, tmp_path / "hf", tokenizer=tokenizer, chat=True)
-    (tokenizer / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
-        export(tiny_run.folder, tmp_path / "hf", tokenizer=tokenizer, chat=True)
+        export(tmp_path / "checkpoint", tmp_path / "hf", tokenizer=fast_folder, chat=True)
+    with pytest.raises(UserError, match="has no tokenizer, which a chat needs"):
+        export(tmp_path / "checkpoint", tmp_path / "hf", chat=True)
     assert not (tmp_path / "hf").exists()
