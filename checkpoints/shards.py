@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.direct import DirectFile
 from moonlight.mapping import Part, Row
 
 CHUNK_BYTES = 1 << 20
@@ -76,10 +77,10 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with DirectFile(path) as file:
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
-            file.write(raw)
+            file.write(memoryview(raw))
         for entry in entries:
             values = read(entry)
             assert tuple(values.shape) == entry.part.shape, (entry.part.name, values.shape)
