@@ -94,8 +94,6 @@ def write_shard(
 
 def _rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Runs of rows, row after row in memory, as small as the processor's cache."""
-    if values.dim() == 2 and not values.is_contiguous():
-        values = values.T.to(dtype).T  # of a transposed matrix: converting along the rows in memory is faster
     step = max(1, CHUNK_BYTES // (values[0].numel() * dtype.itemsize))
     for start in range(0, len(values), step):
         yield values[start : start + step].to(dtype).contiguous()
