@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     owners = read_json(index).get("weight_map")
-    if not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
+    if not owners or not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
         raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
     for name in owners.values():
         if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
@@ -146,9 +146,12 @@ def check_listed_sums(folder: HuggingFaceFolder) -> None:
 
 def _tensors_of(file: Path) -> dict[str, Tensor]:
     try:
-        with naming(file):
+        with (
+            naming(file),
+            file.open("rb") as raw,
+        ):  # the library says of any file that it may not read that it is absent
             handle = safe_open(file, framework="pt")
-        with file.open("rb") as raw:  # the library takes one of two tensors of the same name
+            # ... and it takes one of two tensors of the same name.
             json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_object)
         found = {}
         for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
