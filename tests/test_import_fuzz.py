@@ -14,7 +14,23 @@ from checkpoints.reader import open_checkpoint
 from moonlight.errors import UserError, message_of
 
 FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "header")
-WORDS = (b"null", b"true", b"-1", b"1e400", b"NaN", b'"', b"{", b"[", b"}", b"]", b",", b":", b"0", b"9" * 10, b"9" * 30)
+WORDS = (
+    b"null",
+    b"true",
+    b"-1",
+    b"1e400",
+    b"NaN",
+    b'"',
+    b"{",
+    b"[",
+    b"}",
+    b"]",
+    b",",
+    b":",
+    b"0",
+    b"9" * 10,
+    b"9" * 30,
+)
 """What JSON may hold instead of what is there."""
 
 

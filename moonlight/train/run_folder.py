@@ -82,7 +82,10 @@ def check_initial_checkpoint(run: Run, *, check_files: bool) -> None:
     """
     if not run.train.initial_checkpoint or latest(path(run) / "checkpoints"):
         return
-    folder = find(Path(run.train.initial_checkpoint))
+    try:
+        folder = find(Path(run.train.initial_checkpoint))
+    except UserError as error:
+        raise UserError(f"train.initial_checkpoint: {error}") from None
     content = read_state(folder, check_files=check_files)
     check_model(folder, content, run)
     known, own = content["tokenizer_sha256"], Tokenizer.load(Path(run.data.tokenizer)).sha256
