@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input import check_line, run_command
-from hugging_face import change_config, change_tensors, make_folder, raw_tensors
+from hugging_face import change_config, change_tensors, raw_tensors
 from safetensors.torch import load_file, save_file
 
 from checkpoints.export import export
@@ -18,28 +18,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A model in one file and the same in shards, both without a tokenizer; to be copied."""
-    place = tmp_path_factory.mktemp("models")
-    make_folder(place / "single", num_hidden_layers=2)
-    make_folder(place / "sharded", max_shard_size="100KB", num_hidden_layers=2)
-    return place
-
-
 @pytest.fixture
-def single(models, tmp_path):
-    return Path(shutil.copytree(models / "single", tmp_path / "hf"))
-
-
-@pytest.fixture
-def sharded(models, tmp_path):
-    return Path(shutil.copytree(models / "sharded", tmp_path / "hf"))
-
-
-@pytest.fixture
-def refused(refuses, tmp_path):
-    return lambda folder, *words: refuses(["import", folder, "--out", tmp_path / "checkpoint"], *words)
+def sharded(small_models, tmp_path):
+    return Path(shutil.copytree(small_models / "sharded", tmp_path / "hf"))
 
 
 # The files
@@ -51,38 +32,38 @@ def change_index(folder, change):
     (folder / INDEX).write_text(json.dumps(content))
 
 
-def test_a_missing_shard(sharded, refused):
+def test_a_missing_shard(sharded, import_refused):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    refused(sharded, f"{sharded} lacks {shard.name}, which {INDEX} names: download or make the folder again")
+    import_refused(sharded, f"{sharded} lacks {shard.name}, which {INDEX} names: download or make the folder again")
 
 
-def test_an_index_that_names_an_absent_file(sharded, refused):
+def test_an_index_that_names_an_absent_file(sharded, import_refused):
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": "other.safetensors"}))
-    refused(sharded, f"{sharded} lacks other.safetensors, which {INDEX} names")
+    import_refused(sharded, f"{sharded} lacks other.safetensors, which {INDEX} names")
 
 
-def test_an_index_that_names_a_tensor_that_its_file_lacks(sharded, refused):
+def test_an_index_that_names_a_tensor_that_its_file_lacks(sharded, import_refused):
     first = sorted(sharded.glob("*.safetensors"))[0].name
     change_index(sharded, lambda owners: owners.update({"lm_body.weight": first}))
-    refused(sharded, f"{sharded / first} lacks lm_body.weight, which {INDEX} places there")
+    import_refused(sharded, f"{sharded / first} lacks lm_body.weight, which {INDEX} places there")
 
 
-def test_an_index_that_names_the_wrong_file(sharded, refused):
+def test_an_index_that_names_the_wrong_file(sharded, import_refused):
     first, *_, last = sorted(file.name for file in sharded.glob("*.safetensors"))
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": last}))
-    refused(sharded, f"{INDEX} places lm_head.weight in {last}, it is in {first}")
+    import_refused(sharded, f"{INDEX} places lm_head.weight in {last}, it is in {first}")
 
 
-def test_an_index_that_leaves_a_tensor_out(sharded, refused):
+def test_an_index_that_leaves_a_tensor_out(sharded, import_refused):
     change_index(sharded, lambda owners: owners.pop("lm_head.weight"))
-    refused(sharded, f"{INDEX} places lm_head.weight in no file, it is in ")
+    import_refused(sharded, f"{INDEX} places lm_head.weight in no file, it is in ")
 
 
-def test_a_tensor_in_two_files(sharded, refused):
+def test_a_tensor_in_two_files(sharded, import_refused):
     first, *_, last = sorted(sharded.glob("*.safetensors"))
     save_file(load_file(last) | {"lm_head.weight": load_file(first)["lm_head.weight"]}, last)
-    refused(sharded, f"lm_head.weight is in {first} and again in {last}: it must be in one")
+    import_refused(sharded, f"lm_head.weight is in {first} and again in {last}: it must be in one")
 
 
 @pytest.mark.parametrize(
@@ -92,15 +73,15 @@ def test_a_tensor_in_two_files(sharded, refused):
         *("x\0.safetensors", "x\n.safetensors", "\x1b[2Jx.safetensors", "x.bin", "", "\ud800.safetensors"),
     ],
 )
-def test_an_index_that_leads_elsewhere(sharded, refused, name):
+def test_an_index_that_leads_elsewhere(sharded, import_refused, name):
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": name}))
-    refused(sharded, f"{sharded / INDEX} names {name!r}: it must be a safetensors file of the folder itself")
+    import_refused(sharded, f"{sharded / INDEX} names {name!r}: it must be a safetensors file of the folder itself")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000])
-def test_an_index_with_a_name_too_long(sharded, refused, name):
+def test_an_index_with_a_name_too_long(sharded, import_refused, name):
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": f"{name}.safetensors"}))
-    refused(sharded, "xxx.safetensors: File name too long; choose a shorter name")
+    import_refused(sharded, "xxx.safetensors: File name too long; choose a shorter name")
 
 
 @pytest.mark.parametrize(
@@ -114,9 +95,9 @@ def test_an_index_with_a_name_too_long(sharded, refused, name):
         ('{"weight_map": {"a": "b", "a": "c"}}', f"{INDEX} is damaged: it has the key 'a' twice"),
     ],
 )
-def test_a_damaged_index(sharded, refused, content, words):
+def test_a_damaged_index(sharded, import_refused, content, words):
     (sharded / INDEX).write_text(content)
-    refused(sharded, words)
+    import_refused(sharded, words)
 
 
 def header_of(file):
@@ -183,22 +164,24 @@ def flip_in_header(file):
         (in_header(lambda t: t["lm_head.weight"].update(shape=[32, 96])), "lm_head.weight has shape (32, 96)"),
     ],
 )
-def test_damaged_safetensors(single, refused, edit, words):
-    edit(single / SINGLE)
-    refused(single, str(single), words)
+def test_damaged_safetensors(single_file, import_refused, edit, words):
+    edit(single_file / SINGLE)
+    import_refused(single_file, str(single_file), words)
 
 
-def test_a_flipped_bit_under_checksums(single, refused):
-    write_sums(single)
-    raw = bytearray((single / SINGLE).read_bytes())
+def test_a_flipped_bit_under_checksums(single_file, import_refused):
+    write_sums(single_file)
+    raw = bytearray((single_file / SINGLE).read_bytes())
     raw[-5] ^= 1
-    (single / SINGLE).write_bytes(raw)
-    refused(single, f"{single / SINGLE} does not match its checksum in SHA256SUMS: it is damaged or was changed")
+    (single_file / SINGLE).write_bytes(raw)
+    import_refused(
+        single_file, f"{single_file / SINGLE} does not match its checksum in SHA256SUMS: it is damaged or was changed"
+    )
 
 
-def test_damaged_checksums(single, refused):
-    (single / "SHA256SUMS").write_text("no sums\n")
-    refused(single, "SHA256SUMS, line 1 is 'no sums': it must be 64 hexadecimal digits")
+def test_damaged_checksums(single_file, import_refused):
+    (single_file / "SHA256SUMS").write_text("no sums\n")
+    import_refused(single_file, "SHA256SUMS, line 1 is 'no sums': it must be 64 hexadecimal digits")
 
 
 @pytest.mark.parametrize(
@@ -226,109 +209,31 @@ def test_damaged_checksums(single, refused):
         ),
     ],
 )
-def test_tensors_that_are_not_those_of_the_config(single, refused, change, words):
-    change_tensors(single, change)
-    refused(single, str(single), words.format(config=single / "config.json"))
-
-
-# The configuration
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2.input_layernorm.weight, which {config} asks"),
-        (
-            {"num_hidden_layers": 9},
-            "{config} asks for 192 tensors of experts (num_hidden_layers 9, n_routed_experts 8)",
-        ),
-        ({"num_hidden_layers": 2**31 - 1}, "tensors of experts (num_hidden_layers 2147483647, n_routed_experts 8)"),
-        ({"n_routed_experts": 2**31 - 1}, "tensors of experts (num_hidden_layers 2, n_routed_experts 2147483647)"),
-        ({"hidden_size": 64}, "has shape (96, 32), {config} asks for (96, 64)"),
-        ({"moe_intermediate_size": 25}, "{config} asks for (25, 32)"),
-        ({"vocab_size": 97}, "has shape (96, 32), {config} asks for (97, 32)"),
-        ({"q_lora_rank": 8}, "lacks the tensor model.layers.0.self_attn.q_a_proj.weight, which {config} asks for"),
-        ({"tie_word_embeddings": True}, "lm_head.weight has no place in the model that {config} declares"),
-        ({"hidden_size": ...}, "{config} lacks hidden_size, which says the model's shape"),
-        ({"hidden_size": "2048"}, "{config} says hidden_size '2048': a number is expected"),
-        ({"rms_norm_eps": "1e-5"}, "{config} says rms_norm_eps '1e-5': a number is expected"),
-        ({"hidden_size": None}, "{config} cannot be used: hidden_size is None: expected int"),
-        ({"hidden_size": -1}, "{config} cannot be used: hidden_size is -1: it must be greater than 0"),
-        ({"hidden_size": 0}, "{config} cannot be used: hidden_size is 0: it must be greater than 0"),
-        ({"hidden_size": 32.0}, "{config} cannot be used: hidden_size is 32.0: expected int"),
-        ({"hidden_size": True}, "{config} cannot be used: hidden_size is True: expected int"),
-        ({"hidden_size": [32]}, "{config} cannot be used: hidden_size is [32]: expected int"),
-        ({"hidden_size": 2**70}, f"hidden_size is {2**70}: at most 2147483647 is accepted"),
-        ({"hidden_size": float("inf")}, "hidden_size is inf: a finite number is expected"),
-        ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor is nan: a finite number is expected"),
-        ({"n_group": None}, "{config} cannot be used: n_group is None: expected int"),
-        ({"n_group": 3}, "n_routed_experts is 8: it must be a multiple of n_group (3)"),
-        ({"topk_group": 2}, "topk_group is 2: it must be at most n_group (1)"),
-        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3: it must be even"),
-        (
-            {"num_key_value_heads": 2},
-            "{config} says num_key_value_heads 2: latent attention has as many as query heads",
-        ),
-        ({"architectures": ["LlamaForCausalLM"]}, "with architectures ['LlamaForCausalLM']: accepted is 'deepseek_v3'"),
-        ({"model_type": "llama"}, "{config} declares model_type 'llama' with architectures"),
-        ({"model_type": ...}, "{config} declares model_type None with architectures"),
-        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "only None is supported"),
-        ({"rope_scaling": {"type": "default"}}, "{config} says rope_scaling {{'type': 'default'}}: only None is"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, "factor": 40}}, "only rope_type 'default'"),
-        ({"rope_parameters": {"type": "yarn", "rope_theta": 5e4}}, "only rope_type 'default' with a rope_theta"),
-        ({"rope_parameters": {"rope_type": ["default"], "rope_theta": 5e4}}, "only rope_type 'default'"),
-        ({"rope_parameters": "default"}, "only rope_type 'default' with a rope_theta is supported"),
-        ({"rope_parameters": ...}, "{config} lacks rope_theta"),
-        ({"rope_theta": 1e4}, "{config} says rope_theta 10000.0, and 50000.0 in its rope_parameters: they must agree"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "{config} has a quantization_config: only weights"),
-        ({"scoring_func": "softmax"}, "{config} says scoring_func 'softmax': only 'sigmoid' is supported"),
-        ({"norm_topk_prob": False}, "{config} says norm_topk_prob False: only True is supported"),
-        ({"attention_bias": True}, "{config} says attention_bias True: only False is supported"),
-        ({"moe_layer_freq": 2}, "{config} says moe_layer_freq 2: only 1 is supported"),
-        ({"hidden_act": "gelu"}, "{config} says hidden_act 'gelu': only 'silu' is supported"),
-    ],
-)
-def test_config(single, refused, changes, words):
-    change_config(single, **changes)
-    refused(single, words.format(config=single / "config.json"))
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (None, "is no Hugging Face folder: it has no config.json"),
-        (b"", "config.json is damaged: it is not a JSON object"),
-        (b"[1]", "config.json is damaged: it is not a JSON object"),
-        (b"\xff\xfe", "config.json is damaged: it is not a JSON object"),
-        (b"{" * 9000, "config.json is damaged: it is not a JSON object"),
-        (b'{"a": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", "config.json is damaged: it is not a JSON object"),
-        (b'{"hidden_size": ' + b"9" * 9999 + b"}", "config.json is damaged: it is not a JSON object"),
-        (b'{"hidden_size": 32, "hidden_size": 64}', "config.json is damaged: it has the key 'hidden_size' twice"),
-    ],
-)
-def test_config_file(single, refused, content, words):
-    (single / "config.json").unlink()
-    if content is not None:
-        (single / "config.json").write_bytes(content)
-    refused(single, str(single), words)
+def test_tensors_that_are_not_those_of_the_config(single_file, import_refused, change, words):
+    change_tensors(single_file, change)
+    import_refused(single_file, str(single_file), words.format(config=single_file / "config.json"))
 
 
 # The folder
 
 
-def test_no_folder(single, refused, tmp_path):
+def test_no_folder(single_file, import_refused, tmp_path):
     words = "is no folder: give a Hugging Face folder with config.json and safetensors files"
-    refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} {words}")
-    refused(single / "config.json", f"{single / 'config.json'} {words}")
-    (single / SINGLE).unlink()
-    refused(single, f"{single} has neither {INDEX} nor {SINGLE}: only safetensors folders are accepted")
+    import_refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} {words}")
+    import_refused(single_file / "config.json", f"{single_file / 'config.json'} {words}")
+    (single_file / SINGLE).unlink()
+    import_refused(
+        single_file, f"{single_file} has neither {INDEX} nor {SINGLE}: only safetensors folders are accepted"
+    )
 
 
-def test_a_pickle_is_not_opened(single, refused, tmp_path):
-    (single / SINGLE).unlink()
+def test_a_pickle_is_not_opened(single_file, import_refused, tmp_path):
+    (single_file / SINGLE).unlink()
     mark = tmp_path / "mark"
-    (single / "pytorch_model.bin").write_bytes(b"cposix\nmkdir\n(V" + str(mark).encode() + b"\ntR.")
-    refused(single, "pytorch_model.bin is a pickle, which can run code: only safetensors files are accepted")
+    (single_file / "pytorch_model.bin").write_bytes(b"cposix\nmkdir\n(V" + str(mark).encode() + b"\ntR.")
+    import_refused(
+        single_file, "pytorch_model.bin is a pickle, which can run code: only safetensors files are accepted"
+    )
     assert not mark.exists()
 
 
@@ -339,19 +244,19 @@ def test_a_pickle_is_not_opened(single, refused, tmp_path):
         (SINGLE, ": Permission denied; it may not be read or written by this user"),
     ],
 )
-def test_without_permission(single, tmp_path, name, words):
-    (single / name).chmod(0)
-    code, _, err = run_command("import", single, "--out", tmp_path / "checkpoint")
-    (single / name).chmod(0o700)
-    check_line(code, err, (f"{single / name}{words}",))
+def test_without_permission(single_file, tmp_path, name, words):
+    (single_file / name).chmod(0)
+    code, _, err = run_command("import", single_file, "--out", tmp_path / "checkpoint")
+    (single_file / name).chmod(0o700)
+    check_line(code, err, (f"{single_file / name}{words}",))
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_code_of_the_folder_is_not_run(single, tmp_path):
+def test_code_of_the_folder_is_not_run(single_file, tmp_path):
     mark = tmp_path / "mark"
-    (single / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    change_config(single, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    assert import_folder(single, tmp_path / "checkpoint")
+    (single_file / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    change_config(single_file, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    assert import_folder(single_file, tmp_path / "checkpoint")
     assert not mark.exists()
 
 
@@ -372,16 +277,16 @@ def test_links_into_a_cache_work(sharded, tmp_path):
 
 
 @pytest.fixture
-def with_tokenizer(single, tokenizer_folder):
+def with_tokenizer(single_file, tokenizer_folder):
     """The model with a tokenizer of 1024 ids, and 96 rows."""
     for file in tokenizer_folder.iterdir():
-        shutil.copy(file, single)
-    return single
+        shutil.copy(file, single_file)
+    return single_file
 
 
-def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, refused):
+def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, import_refused):
     words = "makes 1024 ids from text, vocab_size of its config.json is 96: the embedding needs a row for each"
-    refused(with_tokenizer, f"tokenizer {with_tokenizer} {words}")
+    import_refused(with_tokenizer, f"tokenizer {with_tokenizer} {words}")
 
 
 @pytest.mark.parametrize(
@@ -395,7 +300,7 @@ def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, refused):
         ("generation_config.json", b"\xff", "generation_config.json is damaged: it is not a JSON object"),
     ],
 )
-def test_a_damaged_tokenizer(with_tokenizer, refused, name, content, words):
+def test_a_damaged_tokenizer(with_tokenizer, import_refused, name, content, words):
     change_config(with_tokenizer, vocab_size=1024)
     change_tensors(
         with_tokenizer,
@@ -404,4 +309,4 @@ def test_a_damaged_tokenizer(with_tokenizer, refused, name, content, words):
     if name == "tokenizer.json":
         (with_tokenizer / "tokenizer.model").unlink()
     (with_tokenizer / name).write_bytes(content)
-    refused(with_tokenizer, str(with_tokenizer / name), words)
+    import_refused(with_tokenizer, str(with_tokenizer / name), words)
