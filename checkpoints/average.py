@@ -9,7 +9,7 @@ from checkpoints.reader import open_checkpoint
 from checkpoints.writer import is_made_already, write_checkpoint
 from moonlight import mapping
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import check_output, sha256_of
 from moonlight.train.checkpoint_files import STATE_FILE, complete_checkpoints
 
 
@@ -26,6 +26,7 @@ def average(run: Path, last: int, out: Path) -> list[int]:
     """
     if last < 2:
         raise UserError(f"--last is {last}: it must be at least 2")
+    check_output(out, STATE_FILE)
     folders = complete_checkpoints(run)
     if len(folders) < last:
         raise UserError(f"{run} holds {len(folders)} checkpoints, --last asks for {last}: see train.keep_checkpoints")

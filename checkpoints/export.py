@@ -19,7 +19,17 @@ from moonlight.data.manifest import load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer
 from moonlight.errors import UserError
-from moonlight.files import check_space, check_sums, sha256_of, whole_folder, write_json, write_sums, write_text
+from moonlight.files import (
+    check_output,
+    check_space,
+    check_sums,
+    sha256_of,
+    something_else,
+    whole_folder,
+    write_json,
+    write_sums,
+    write_text,
+)
 from moonlight.progress import byte_progress
 from moonlight.train.metrics import CURVE_FILE, read_metrics
 
@@ -63,6 +73,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
+    check_output(out, EXPORT_FILE)
     checkpoint = open_checkpoint(source, revision_step)
     tokenizer = tokenizer or checkpoint.tokenizer
     ids = None if tokenizer is None else Tokenizer.load(tokenizer)
@@ -164,7 +175,7 @@ def _check_same(out: Path, made_from: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise UserError(f"{out} exists with something else in it: choose another folder, or remove it")
+        raise something_else(out)
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, shards: list[list[Entry]]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The architecture as `config.json` tells it, written and read, and the `generation_config.json` of an export."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,9 @@ NAMES = {
 OPTIONAL = ("aux_loss_alpha", "initializer_range", "tie_word_embeddings")
 """The same in both; `Model` has a default."""
 
+OF_TRAINING = ("aux_loss_alpha", "initializer_range")
+"""Fields of `Model` that no answer of the model depends on."""
+
 
 def model_of(config: dict[str, Any], path: Path) -> Model:
     """The architecture that a Hugging Face configuration declares; `auto_map` and its code are left alone.
@@ -146,10 +150,14 @@ def model_of(config: dict[str, Any], path: Path) -> Model:
         tree[name] = config[key]
     tree |= {name: config[name] for name in OPTIONAL if config.get(name) is not None}
     tree["rope_theta"] = _rope_theta(config, path)
+    for name, value in tree.items():
+        if isinstance(value, str):  # which a recipe may have for a number, as YAML 1.1 has no 1e-5
+            raise UserError(f"{path} says {NAMES.get(name, name)} {value[:100]!r}: a number is expected")
     try:
         model = model_from_dict(tree)
     except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
+        message = re.sub(r"model\.(\w+)", lambda found: NAMES.get(found[1], found[1]), str(error))
+        raise UserError(f"{path} cannot be used: {message}") from None
     heads = config.get("num_key_value_heads", model.num_attention_heads)
     if heads != model.num_attention_heads:
         raise UserError(f"{path} says num_key_value_heads {heads}: latent attention has as many as query heads")
@@ -158,12 +166,17 @@ def model_of(config: dict[str, Any], path: Path) -> Model:
 
 def _rope_theta(config: dict[str, Any], path: Path) -> float:
     """From the key of its own, or from `rope_parameters` as transformers 5 writes it."""
-    parameters = config.get("rope_parameters")
-    if parameters is None:
-        parameters = {"rope_theta": config.get("rope_theta")}
-    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
-        raise UserError(f"{path} says rope_parameters {parameters!r}: only rope_type 'default' is supported")
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    parameters, theta = config.get("rope_parameters"), config.get("rope_theta")
+    if parameters is not None:
+        plain = isinstance(parameters, dict) and parameters.keys() <= {"rope_theta", "rope_type", "type"}
+        if not plain or not all(parameters.get(key, "default") == "default" for key in ("rope_type", "type")):
+            raise UserError(
+                f"{path} says rope_parameters {parameters!r}: only rope_type 'default' with a rope_theta is supported"
+            )
+        own = parameters.get("rope_theta")
+        if own is not None and theta is not None and own != theta:
+            raise UserError(f"{path} says rope_theta {theta!r}, and {own!r} in its rope_parameters: they must agree")
+        theta = theta if own is None else own
     if theta is None:
         raise UserError(f"{path} lacks rope_theta")
     return theta

@@ -2,15 +2,17 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
-from moonlight.errors import UserError
+from moonlight.errors import UserError, naming
 from moonlight.files import SUMS_FILE, read_sums, sha256_of
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,13 +42,12 @@ class HuggingFaceFolder:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    files: list[str]
+    """Names of the files that the model lies in: config.json, the index if there is one, the safetensors."""
 
 
-def open_folder(path: Path, *, with_sums: bool = True) -> HuggingFaceFolder:
+def open_folder(path: Path) -> HuggingFaceFolder:
     """Open a folder with config.json and safetensors, in one file or in shards, after checking that it is whole.
-
-    Args:
-        with_sums: compare files with the `SHA256SUMS` of the folder, if it has one.
 
     Raises:
         UserError: something is missing, damaged, doubled, not listed in the index, or a pickle.
@@ -67,8 +68,6 @@ def open_folder(path: Path, *, with_sums: bool = True) -> HuggingFaceFolder:
     for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or make the folder again")
-    if with_sums and (path / SUMS_FILE).exists():
-        _check_sums(path, ["config.json", *([INDEX_FILE] if owners is not None else []), *names])
     tensors: dict[str, Tensor] = {}
     for name in names:
         for key, tensor in _tensors_of(path / name).items():
@@ -81,19 +80,23 @@ def open_folder(path: Path, *, with_sums: bool = True) -> HuggingFaceFolder:
                 raise UserError(f"{index} places {key} in {owners.get(key, 'no file')}, it is in {tensor.file.name}")
         if missing := sorted(owners.keys() - tensors.keys()):
             raise UserError(f"{path / owners[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places there")
-    return HuggingFaceFolder(path, config, tensors)
+    return HuggingFaceFolder(
+        path, config, tensors, ["config.json", *([INDEX_FILE] if owners is not None else []), *names]
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object, no key of which is there twice.
 
     Raises:
         UserError: there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no Hugging Face folder: it has no {path.name}") from None
+    except _TwiceError as error:
+        raise UserError(f"{path} is damaged: it has the key {error} twice") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -103,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     owners = read_json(index).get("weight_map")
-    if not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
+    if not owners or not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
         raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
     for name in owners.values():
         if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
@@ -111,16 +114,45 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return owners
 
 
-def _check_sums(path: Path, names: list[str]) -> None:
-    sums = read_sums(path / SUMS_FILE)
-    for name in names:
-        if name in sums and sha256_of(path / name) != sums[name]:
-            raise UserError(f"{path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed")
+class _TwiceError(ValueError):
+    """A key that a JSON object has twice; parsers differ in which of its values they take."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise _TwiceError(repr(key[:100]))
+        content[key] = value
+    return content
+
+
+def check_listed_sums(folder: HuggingFaceFolder) -> None:
+    """Compare the files of the model with the `SHA256SUMS` of their folder, if it has one.
+
+    Raises:
+        UserError: one differs.
+    """
+    if not (folder.path / SUMS_FILE).exists():
+        return
+    sums = read_sums(folder.path / SUMS_FILE)
+    listed = [name for name in folder.files if name in sums]
+    for name in track(listed, description="checksums", transient=True, disable=not sys.stderr.isatty()):
+        if sha256_of(folder.path / name) != sums[name]:
+            raise UserError(
+                f"{folder.path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed"
+            )
 
 
 def _tensors_of(file: Path) -> dict[str, Tensor]:
     try:
-        handle = safe_open(file, framework="pt")
+        with (
+            naming(file),
+            file.open("rb") as raw,
+        ):  # the library says of any file that it may not read that it is absent
+            handle = safe_open(file, framework="pt")
+            # ... and it takes one of two tensors of the same name.
+            json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_object)
         found = {}
         for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             view = handle.get_slice(key)
@@ -129,6 +161,8 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
                 return handle.get_tensor(key)
 
             found[key] = Tensor(file, view.get_dtype(), tuple(view.get_shape()), read)
-    except (SafetensorError, UnicodeDecodeError) as error:
+    except _TwiceError as error:
+        raise UserError(f"{file} is damaged: its header has the key {error} twice") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
     return found

@@ -7,7 +7,15 @@ import torch
 import yaml
 
 from checkpoints.hf_config import model_of
-from checkpoints.hf_folder import DTYPES, GENERATION_FILE, STALE, HuggingFaceFolder, open_folder
+from checkpoints.hf_folder import (
+    DTYPES,
+    GENERATION_FILE,
+    STALE,
+    HuggingFaceFolder,
+    check_listed_sums,
+    open_folder,
+    read_json,
+)
 from checkpoints.reader import TOKENIZER_FOLDER
 from checkpoints.writer import is_made_already, write_checkpoint
 from moonlight import mapping
@@ -15,8 +23,8 @@ from moonlight.config_model import Model
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, write_text
-from moonlight.train.checkpoint_files import TrainState
+from moonlight.files import check_output, sha256_of, write_text
+from moonlight.train.checkpoint_files import STATE_FILE, TrainState
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -34,6 +42,7 @@ def import_folder(folder: Path, out: Path) -> bool:
         UserError: the folder is incomplete, damaged, or of a model that cannot be trained on; no room; or `out` exists
             with something else in it.
     """
+    check_output(out, STATE_FILE)
     source = open_folder(folder)
     model = model_of(source.config, folder / "config.json")
     check_tensors(source, model)
@@ -44,19 +53,24 @@ def import_folder(folder: Path, out: Path) -> bool:
             f"tokenizer {folder} makes {tokenizer.num_text_ids} ids from text, vocab_size of its config.json is "
             f"{model.vocab_size}: the embedding needs a row for each"
         )
+    generation = folder / GENERATION_FILE
+    if generation.is_file():
+        read_json(generation)
     origin = {
-        "imported_from": folder.resolve().name,
+        "imported_from": _name(folder),
         "config_sha256": sha256_of(folder / "config.json"),
-        "files": {file.name: file.stat().st_size for file in sorted({t.file for t in source.tensors.values()})},
+        # Other weights of the same shapes have the same sizes.
+        "files": {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in source.files},
     }
     if is_made_already(out, origin):
         return False
+    check_listed_sums(source)
 
     def add_files(part: Path) -> None:
         if has_tokenizer:
             copy_tokenizer(folder, part / TOKENIZER_FOLDER)
-            if (folder / GENERATION_FILE).is_file():
-                write_text(part / TOKENIZER_FOLDER / GENERATION_FILE, (folder / GENERATION_FILE).read_text("utf-8"))
+            if generation.is_file():
+                write_text(part / TOKENIZER_FOLDER / GENERATION_FILE, generation.read_text("utf-8"))
         write_text(part / RECIPE_FILE, _recipe(folder, out, model, has_tokenizer))
 
     write_checkpoint(
@@ -81,6 +95,12 @@ def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
         UserError: one is missing, unknown, of another shape, or of a dtype that cannot be trained on.
     """
     config = source.path / "config.json"
+    experts = 3 * model.num_experts * (model.num_hidden_layers - model.first_k_dense_replace)
+    if experts > len(source.tensors):  # said before a table is made of what may be billions
+        raise UserError(
+            f"{config} asks for {experts} tensors of experts (num_hidden_layers {model.num_hidden_layers}, "
+            f"n_routed_experts {model.num_experts}), {source.path} has {len(source.tensors)} tensors in all"
+        )
     wanted = {part.name: part for row in mapping.table(model) for part in row.parts}
     for name, part in wanted.items():
         tensor = source.tensors.get(name)
@@ -91,6 +111,11 @@ def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
         if tensor.dtype not in DTYPES:
             raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; accepted are {', '.join(DTYPES)}")
     for name, tensor in source.tensors.items():
+        if name not in wanted and name.startswith(f"model.layers.{model.num_hidden_layers}."):
+            raise UserError(
+                f"{tensor.file}: {name} is of a layer beyond num_hidden_layers {model.num_hidden_layers} of {config}: "
+                "layers that predict further tokens (num_nextn_predict_layers) are not supported"
+            )
         if name not in wanted and not name.endswith(STALE):
             raise UserError(f"{tensor.file}: {name} has no place in the model that {config} declares")
 
@@ -101,12 +126,17 @@ def _stored_dtype(source: HuggingFaceFolder, row: mapping.Row) -> torch.dtype:
     return torch.bfloat16 if kinds == {"BF16"} and row.parts[0].kind != "bias" else torch.float32
 
 
+def _name(folder: Path) -> str:
+    """Of the folder, on one line, without bytes that are no text."""
+    return " ".join(folder.resolve().name.encode("utf-8", "replace").decode().split())
+
+
 def _recipe(folder: Path, out: Path, model: Model, has_tokenizer: bool) -> str:
     tree: dict = {"model": dataclasses.asdict(model), "train": {"initial_checkpoint": str(out)}}
     if has_tokenizer:
         tree["data"] = {"tokenizer": str(out / TOKENIZER_FOLDER)}
     return (
-        f"# The model of {folder.resolve().name}, for a recipe that trains on from it: name this file as its base:,\n"
+        f"# The model of {_name(folder)}, for a recipe that trains on from it: name this file as its base:,\n"
         "# and add name, data.path, data.sequence_length, schedule and train.\n"
         + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     )

@@ -1,7 +1,7 @@
 """Proof that a checkpoint and a Hugging Face folder hold the same model: every tensor, then the logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints.hf_config import NAMES, OF_TRAINING, model_of
 from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
 from moonlight import mapping
@@ -82,8 +83,14 @@ def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
         UserError: one of the two cannot be read.
     """
     checkpoint = open_checkpoint(source)
-    hugging_face = open_folder(folder, with_sums=False)
+    hugging_face = open_folder(folder)
+    declared = asdict(model_of(hugging_face.config, folder / "config.json"))
     tensors, problems = compare_tensors(checkpoint, hugging_face)
+    problems += [
+        f"config.json says {NAMES.get(name, name)} {declared[name]!r}, the checkpoint has {value!r}"
+        for name, value in asdict(checkpoint.model).items()
+        if name not in OF_TRAINING and declared[name] != value
+    ]
     if (folder / SUMS_FILE).exists():
         try:
             check_sums(folder)

@@ -1,7 +1,6 @@
 """A checkpoint of weights alone, written tensor by tensor in one process: what is imported or averaged."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from moonlight import mapping
 from moonlight.config import Run
 from moonlight.config_model import Model
-from moonlight.errors import UserError
-from moonlight.files import check_space, checksum_of, whole_folder, write_json
+from moonlight.files import check_output, check_space, checksum_of, something_else, whole_folder, write_json
 from moonlight.model.pieces import Streamed
 from moonlight.progress import byte_progress
-from moonlight.train.checkpoint_files import STATE_FILE, TrainState
+from moonlight.train.checkpoint_files import STATE_FILE, TrainState, read_state
 from moonlight.train.checkpoint_tensors import save_tensors
 
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
@@ -93,17 +91,15 @@ def write_checkpoint(
 
 
 def is_made_already(out: Path, origin: dict[str, Any]) -> bool:
-    """Whether `out` is a checkpoint of this origin.
+    """Whether `out` is a checkpoint of this origin, and whole.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or damaged.
     """
+    check_output(out, STATE_FILE)
     if not out.exists():
         return False
-    try:
-        same = json.loads((out / STATE_FILE).read_text(encoding="utf-8"))["origin"] == origin
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{out} exists with something else in it: choose another folder, or remove it")
+    if read_state(out, check_files=False).get("origin") != origin:
+        raise something_else(out)
+    read_state(out)
     return True

@@ -30,6 +30,14 @@ _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
 """Set for the commands that quickstart runs: it speaks for them when it is interrupted."""
 
+_AFTER_INTERRUPT = {
+    "pretrain": "the same command goes on from the newest checkpoint",
+    "quickstart": "the same command goes on, training from its newest checkpoint",
+    "release": "the same command goes on, and sends what is missing",
+}
+_NOTHING_LEFT = "nothing unfinished is left behind; the same command begins again"
+"""What is said when Ctrl-C ends a command."""
+
 Inputs = Annotated[
     list[Path],
     typer.Option("--input", help="A text, .jsonl, .jsonl.gz or .parquet file, or a folder. Repeatable."),
@@ -139,7 +147,7 @@ def pretrain(
         return
     run.num_microbatches(run.parallel.num_processes)
     run_folder.check_data(run)
-    run_folder.check_initial_checkpoint(run)
+    run_folder.check_initial_checkpoint(run, check_files=False)
     run_folder.check_folder(run_folder.path(run), run)
     if run_folder.is_finished(run):
         print(f"{run_folder.path(run)}: this run has finished already")
@@ -323,7 +331,7 @@ def main() -> None:
             place = error.ctx.command_path if error.ctx else "moonlight"
             raise UserError(f"{error.format_message().rstrip('.')}; see {place} --help") from None
     if code == CODE_INTERRUPTED and PART_OF_QUICKSTART not in os.environ:
-        print("\ninterrupted: the same command goes on, training from its newest checkpoint", file=sys.stderr)
+        print(f"\ninterrupted: {_AFTER_INTERRUPT.get(arguments[0], _NOTHING_LEFT)}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -44,7 +44,8 @@ class UserError(ValueError):
 def message_of(error: BaseException) -> str | None:
     """The one line that tells a user about `error`, or None if it is not the user's to mend."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        # What files say may hold line breaks and control characters of a terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; {_OF_THE_MACHINE[error.errno]}"

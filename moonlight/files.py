@@ -117,6 +117,20 @@ def check_space(path: Path, nbytes: int) -> None:
         )
 
 
+def something_else(path: Path) -> UserError:
+    """What is said of an output that is there and not what would be written."""
+    return UserError(f"{path} exists with something else in it: choose another folder, or remove it")
+
+
+def check_output(path: Path, mark: str) -> None:
+    """Raise UserError, before long work, if the folder `path` exists without the file `mark`, or cannot be made."""
+    if os.path.lexists(path) and not (path / mark).is_file():
+        raise something_else(path)
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if there != path.absolute() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"folder {there} cannot be written: choose a folder that can be made for {path.name}")
+
+
 def fsync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

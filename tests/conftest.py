@@ -159,6 +159,29 @@ def ready_export(tiny_run, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory):
+    """A model in one file and the same in shards, both without a tokenizer; to be copied."""
+    from hugging_face import make_folder
+
+    place = tmp_path_factory.mktemp("models")
+    make_folder(place / "single", num_hidden_layers=2)
+    make_folder(place / "sharded", max_shard_size="100KB", num_hidden_layers=2)
+    return place
+
+
+@pytest.fixture
+def single_file(small_models, tmp_path):
+    """A copy of the model in one file, hf, that may be damaged."""
+    return Path(shutil.copytree(small_models / "single", tmp_path / "hf"))
+
+
+@pytest.fixture
+def import_refused(refuses, tmp_path):
+    """Calls `moonlight import` for a folder."""
+    return lambda folder, *words: refuses(["import", folder, "--out", tmp_path / "checkpoint"], *words)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
     """A Hub without repositories, which the client in this process takes for the real one."""

@@ -140,7 +140,7 @@ class _Fast(Tokenizer):
         try:
             return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except BaseException as error:
-            if type(error).__name__ != "PanicException":
+            if not _is_panic(error):
                 raise
             # The library ends so when its regular expressions search for too long.
             raise UserError(
@@ -160,9 +160,16 @@ def _load_json(folder: Path) -> Tokenizer:
     read_object(path)
     try:
         fast = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain exceptions
+    except BaseException as error:  # the library raises plain exceptions, and panics
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
         raise UserError(f"tokenizer {path} is not a Hugging Face fast tokenizer: {error}") from None
     return _Fast(fast, folder, read_object(folder / "tokenizer_config.json"), path)
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers library ended in a way that it did not foresee."""
+    return type(error).__name__ == "PanicException"
 
 
 def _unknown_id(fast: tokenizers.Tokenizer) -> int | None:

@@ -106,7 +106,10 @@ def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
 
 
 def load_weights(folder: Path, run: Run, optimizer: ShardedOptimizer) -> None:
-    """Fill the masters and the model alone, for a run that starts from a checkpoint; momenta stay zero."""
-    check_model(folder, read_state(folder), run)
+    """Fill the masters and the model alone, for a run that starts from a checkpoint; momenta stay zero.
+
+    Its files must have been checked (`run_folder.check_initial_checkpoint`).
+    """
+    check_model(folder, read_state(folder, check_files=False), run)
     with optimizer.fill_masters() as masters:
         load_tensors(folder, masters, all_of_it=False)

@@ -143,6 +143,8 @@ def find(path: Path, step: int | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
+    if re.fullmatch(r"\..+\.part", path.resolve().name):
+        raise UserError(f"{path} is still being written, or was left by a process that was killed: give another")
     if step is not None:
         there = {int(folder.name.removeprefix("step-")): folder for folder in complete_checkpoints(path)}
         if step not in there:

@@ -64,8 +64,8 @@ def _write(values: torch.Tensor, file: BinaryIO) -> None:
     try:
         torch.save(values, file)
     except RuntimeError as error:
-        # Of a disk that refuses to take more, torch only says that its archive is not where it should be.
-        if isinstance(error.__context__, OSError):
+        # Of a disk that takes no more, and of Ctrl-C, torch only says that its archive is not where it should be.
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
             raise error.__context__ from None
         raise
 

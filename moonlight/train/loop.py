@@ -33,7 +33,7 @@ def train(run: Run) -> None:
     run.num_microbatches(dist.get_world_size())
     folder = run_folder.path(run)
     manifest = run_folder.check_data(run)
-    run_folder.check_initial_checkpoint(run)
+    run_folder.check_initial_checkpoint(run, check_files=True)
     first_rank = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
         if first_rank:

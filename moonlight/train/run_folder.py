@@ -70,16 +70,23 @@ def check_data(run: Run) -> dict[str, Any]:
     return manifest
 
 
-def check_initial_checkpoint(run: Run) -> None:
+def check_initial_checkpoint(run: Run, *, check_files: bool) -> None:
     """Check that the run, if it is a new one, can start from the weights that it names.
 
+    Args:
+        check_files: False leaves the checksums of its files out, which takes no time.
+
     Raises:
-        UserError: they are of another model, or were trained with another tokenizer than the data was made with.
+        UserError: there are none, they are damaged, of another model, or were trained with another tokenizer than the
+            data was made with.
     """
     if not run.train.initial_checkpoint or latest(path(run) / "checkpoints"):
         return
-    folder = find(Path(run.train.initial_checkpoint))
-    content = read_state(folder, check_files=False)
+    try:
+        folder = find(Path(run.train.initial_checkpoint))
+    except UserError as error:
+        raise UserError(f"train.initial_checkpoint: {error}") from None
+    content = read_state(folder, check_files=check_files)
     check_model(folder, content, run)
     known, own = content["tokenizer_sha256"], Tokenizer.load(Path(run.data.tokenizer)).sha256
     if known and known != own:
