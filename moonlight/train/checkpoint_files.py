@@ -75,7 +75,7 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         state = TrainState(**content["state"])
         sound = all(type(value) is int and value >= 0 for value in dataclasses.astuple(state))
         sound = sound and all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
-        sound = sound and "model" in content["recipe"] and type(content["tokenizer_sha256"]) is str
+        sound = sound and type(content["recipe"]) is dict and type(content["tokenizer_sha256"]) is str
     except OSError:
         raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError):
