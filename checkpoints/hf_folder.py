@@ -53,7 +53,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         UserError: something is missing, damaged, doubled, not listed in the index, or a pickle.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is no folder: give a Hugging Face folder with config.json and safetensors files")
+        raise UserError(f"{path} is no Hugging Face folder: give one with config.json and safetensors files")
     config = read_json(path / "config.json")
     index = path / INDEX_FILE
     if index.exists():

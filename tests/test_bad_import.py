@@ -218,7 +218,7 @@ def test_tensors_that_are_not_those_of_the_config(single_file, import_refused, c
 
 
 def test_no_folder(single_file, import_refused, tmp_path):
-    words = "is no folder: give a Hugging Face folder with config.json and safetensors files"
+    words = "is no Hugging Face folder: give one with config.json and safetensors files"
     import_refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} {words}")
     import_refused(single_file / "config.json", f"{single_file / 'config.json'} {words}")
     (single_file / SINGLE).unlink()
