@@ -8,7 +8,7 @@ LOCK := requirements/cpu.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install quickstart test test-full lint format clean
+.PHONY: install quickstart test test-full serve-test lint format clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,17 @@ test: install
 test-full: install
 	$(BIN)/python -m pytest
 
+# One exported checkpoint through transformers, vLLM and SGLang on CPU; a virtual environment for each server.
+serve-test: install .venvs/vllm/.installed .venvs/sglang/.installed
+	$(BIN)/python tests/serving/serve.py
+
+.venvs/%/.installed: requirements/serve-%.txt
+	$(PYTHON) -m venv --clear .venvs/$*
+	.venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)+cpu" 2>/dev/null \
+		|| .venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)+cpu" --index-url $(TORCH_INDEX)
+	.venvs/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,4 +51,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs/quickstart runs/quickstart-*
+	rm -rf $(VENV) .venvs runs/quickstart runs/quickstart-* runs/serve-test

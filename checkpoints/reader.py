@@ -53,15 +53,13 @@ class Checkpoint:
             if common := mapping.overlap(part, row, offset, sizes):
                 part_index, rectangle_index = common
                 found = self.stored.map(row.key, offset, sizes)[rectangle_index]
-                shape = part.shape[::-1] if part.transposed else part.shape
-                if tuple(found.shape) == shape:
-                    value = found
-                    break
+                if tuple(found.shape) == part.shape:
+                    return found
                 if value is None:
-                    value = torch.empty(shape, dtype=found.dtype)
+                    value = torch.empty(part.shape, dtype=found.dtype)
                 value[part_index] = found
         assert value is not None, part.name
-        return value.T if part.transposed else value
+        return value
 
     def hugging_face_tensors(self) -> Iterator[tuple[mapping.Part, torch.Tensor]]:
         """Every tensor of the model as Hugging Face lays it out, float32."""

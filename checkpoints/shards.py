@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.direct import DirectFile
 from moonlight.mapping import Part, Row
 
 CHUNK_BYTES = 1 << 20
@@ -76,10 +77,10 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with DirectFile(path) as file:
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
-            file.write(raw)
+            file.write(memoryview(raw))
         for entry in entries:
             values = read(entry)
             assert tuple(values.shape) == entry.part.shape, (entry.part.name, values.shape)
@@ -93,8 +94,6 @@ def write_shard(
 
 def _rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Runs of rows, row after row in memory, as small as the processor's cache."""
-    if values.dim() == 2 and not values.is_contiguous():
-        values = values.T.to(dtype).T  # of a transposed matrix: converting along the rows in memory is faster
     step = max(1, CHUNK_BYTES // (values[0].numel() * dtype.itemsize))
     for start in range(0, len(values), step):
         yield values[start : start + step].to(dtype).contiguous()

@@ -171,7 +171,7 @@ def _megatron(
     """Logits [batch, sequence, vocabulary] and, per layer with experts, the choice as booleans [tokens, experts]."""
     from moonlight import parallel
     from moonlight.model.build import build_model
-    from moonlight.model.shards import sharded_state
+    from moonlight.model.shards import pieces_of, sharded_state
     from moonlight.train.step import routers
 
     run = Run(
@@ -186,9 +186,10 @@ def _megatron(
         parallel.build_groups(run.parallel, seed=0)
         models = build_model(run)
         for key, sharded in sharded_state(models).items():
-            value = checkpoint.read(key)
-            bias = key.endswith("expert_bias")
-            sharded.data.detach().copy_(value if bias else value.to(dtype))
+            whole = checkpoint.read(key)
+            for offset, values in pieces_of(sharded).rectangles:
+                where = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+                values.copy_(whole[where] if key.endswith("expert_bias") else whole[where].to(dtype))
         (model,) = models
         routes: list[torch.Tensor] = []
         for router in routers(models):

@@ -61,7 +61,7 @@ def write_checkpoint(
                 assert tuple(value.shape) == hf.shape, (hf.name, value.shape)
                 done += value.nbytes
                 advance(done)
-                return (value.T if hf.transposed else value).contiguous().view(sizes)
+                return value.view(sizes)
 
             return make
 

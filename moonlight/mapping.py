@@ -1,8 +1,9 @@
 """One table between the tensors of a checkpoint and those of a Hugging Face folder, read both ways.
 
 A checkpoint holds whole tensors under Megatron's names, whatever layout wrote them. Most are one Hugging Face tensor;
-the first projection of a SwiGLU holds gate over up; a projection of routed experts holds all experts, transposed.
-No import of Megatron or torch: indices and transposes are applied by whoever holds the tensors.
+the first projection of a SwiGLU holds gate over up; a projection of routed experts holds all experts. So every Hugging
+Face tensor is a rectangle of one of them (`moonlight.model.shards` turns experts the way the model has them). No import
+of Megatron or torch: indices are applied by whoever holds the tensors.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,12 @@ from moonlight.config import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One Hugging Face tensor: `whole[index]` of a checkpoint tensor, transposed if said so."""
+    """One Hugging Face tensor: `whole[index]` of a checkpoint tensor."""
 
     name: str
     shape: tuple[int, ...]
     """Shape as Hugging Face stores it."""
     index: tuple[int | slice, ...] = ()
-    transposed: bool = False
     kind: str = "matrix"
     """matrix (initialised from a normal distribution), norm (ones) or bias (zeros, always float32)."""
 
@@ -46,8 +46,7 @@ def _gate_up(key: str, prefix: str, width: int, hidden: int) -> Row:
 
 def _experts(key: str, prefix: str, name: str, count: int, rows: int, columns: int) -> Row:
     parts = tuple(
-        Part(name=f"{prefix}.{expert}.{name}.weight", shape=(columns, rows), index=(expert,), transposed=True)
-        for expert in range(count)
+        Part(name=f"{prefix}.{expert}.{name}.weight", shape=(rows, columns), index=(expert,)) for expert in range(count)
     )
     return Row(key=f"{key}.{name}", shape=(count, rows, columns), parts=parts)
 
@@ -86,9 +85,9 @@ def _mixture(model: Model, key: str, name: str) -> list[Row]:
     return [
         _same(f"{key}.router.weight", f"{name}.gate.weight", count, hidden),
         _same(f"{key}.router.expert_bias", f"{name}.gate.e_score_correction_bias", count, kind="bias"),
-        _experts(f"{key}.experts", f"{name}.experts", "gate_proj", count, hidden, width),
-        _experts(f"{key}.experts", f"{name}.experts", "up_proj", count, hidden, width),
-        _experts(f"{key}.experts", f"{name}.experts", "down_proj", count, width, hidden),
+        _experts(f"{key}.experts", f"{name}.experts", "gate_proj", count, width, hidden),
+        _experts(f"{key}.experts", f"{name}.experts", "up_proj", count, width, hidden),
+        _experts(f"{key}.experts", f"{name}.experts", "down_proj", count, hidden, width),
         _gate_up(f"{key}.shared_experts.linear_fc1.weight", f"{name}.shared_experts", shared, hidden),
         _same(
             f"{key}.shared_experts.linear_fc2.weight",
@@ -145,8 +144,7 @@ def overlap(
 ) -> tuple[tuple[slice, ...], tuple[int | slice, ...]] | None:
     """Where `part` and a rectangle of its whole tensor meet, or None if they do not.
 
-    The first index is into the part as the checkpoint has it (without a stack's axis, not transposed), the second into
-    the rectangle.
+    The first index is into the part, which is without a stack's axis, the second into the rectangle.
     """
     part_index: list[slice] = []
     rectangle_index: list[int | slice] = []

@@ -13,9 +13,7 @@ CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# Tiny\n"
 
 def make_ready(run_folder, out):
     """Export a run in several shards, with all that a release needs."""
-    export(run_folder, out, max_shard_bytes=200_000)
-    (out / "README.md").write_text(CARD)
-    set_revision_step(out, None)
+    export(run_folder, out, max_shard_bytes=200_000, license="apache-2.0")
     seal(out)
 
 

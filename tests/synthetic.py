@@ -25,7 +25,7 @@ def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
 
     Shares are a power of two each, in worlds of 1, 2 and 4: their sum is exact.
     """
-    from moonlight.model.shards import pieces
+    from moonlight.model.shards import pieces, turned, turned_view
     from moonlight.optim.parameters import data_parallel_group, tensor_parallel_group
 
     data_parallel = optimizer.data_parallel
@@ -39,7 +39,8 @@ def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
             where = tuple(
                 slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True)
             )
-            part = gradient(parameter.key, tuple(piece.global_shape), step)[where].reshape(-1, parameter.columns)
+            whole = turned_view(gradient(parameter.key, turned(piece.global_shape), step))
+            part = whole[where].reshape(-1, parameter.columns)
             parameter.gradients[row : row + len(part)] = part / ranks
             row += len(part)
     data_parallel.finish_gradients()

@@ -56,7 +56,7 @@ def test_every_tensor_once_with_the_right_dtype(run, folder, exported):
     for row in mapping.table(run.model):
         whole = checkpoint.read(row.key)
         for part in row.parts:
-            value = whole[part.index].T if part.transposed else whole[part.index]
+            value = whole[part.index]
             expected = value if part.kind == "bias" else value.to(dtype)
             assert found[part.name].dtype == expected.dtype
             assert torch.equal(found[part.name], expected), part.name

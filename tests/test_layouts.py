@@ -83,7 +83,7 @@ def test_initial_weights_follow_from_seed_and_hugging_face_name(reference):
         return run.model.initializer_range * torch.randn(shape, generator=generator).numpy()
 
     weights = reference["weights"]
-    up = weights["decoder.layers.2.mlp.experts.up_proj"][5].T
+    up = weights["decoder.layers.2.mlp.experts.up_proj"][5]
     np.testing.assert_array_equal(up, drawn("model.layers.2.mlp.experts.5.up_proj.weight", up.shape))
     gate, _ = np.split(weights["decoder.layers.0.mlp.linear_fc1.weight"], 2)
     np.testing.assert_array_equal(gate, drawn("model.layers.0.mlp.gate_proj.weight", gate.shape))

@@ -71,7 +71,7 @@ def test_logits_and_routes_equal_transformers(pool, shape):
     for row in mapping.table(run.model):
         for part in row.parts:
             value = torch.from_numpy(whole[row.key])[part.index]
-            state[part.name] = value.T if part.transposed else value
+            state[part.name] = value
     model.load_state_dict(fuse_experts(state, run.model))
     theirs = []
     hooks = [

@@ -78,8 +78,10 @@ def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradien
             direction = torch.add(clipped, momenta[key], alpha=0.95)
             found[key] = np.full(shapes[key], np.nan)
             for index in matrices:
-                matrix = direction[index]
-                found[key][index] = 0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix).double().numpy()
+                expert = direction.dim() == 3  # the model has them as [in, out], and rounds in that order
+                matrix = direction[index].T.contiguous() if expert else direction[index]
+                update = 0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix).double().numpy()
+                found[key][index] = update.T if expert else update
         yield found, norm
 
 

@@ -71,7 +71,7 @@ def transformers_model(weights: dict[str, np.ndarray], run) -> Any:
     for row in mapping.table(run.model):
         for part in row.parts:
             value = torch.from_numpy(weights[row.key])[part.index]
-            state[part.name] = value.T if part.transposed else value
+            state[part.name] = value
     missing, unexpected = model.load_state_dict(fuse_experts(state, run.model), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     assert model.lm_head.weight is model.model.embed_tokens.weight

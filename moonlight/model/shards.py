@@ -42,7 +42,20 @@ def pieces(sharded: Sharded) -> list[ShardedTensor]:
 def pieces_of(sharded: Sharded) -> Pieces:
     """This rank's rectangles of a tensor as Megatron cut it."""
     parts = pieces(sharded)
-    return Pieces(parts[0].global_shape, [(part.global_offset, part.data) for part in parts])
+    return Pieces(
+        turned(parts[0].global_shape), [(turned(part.global_offset), turned_view(part.data)) for part in parts]
+    )
+
+
+def turned(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes or offsets of a tensor of the model as a checkpoint has it: experts [count, in, out] are [count, out, in]
+    there, as Hugging Face turns them."""
+    return tuple(sizes) if len(sizes) < 3 else (sizes[0], sizes[2], sizes[1])
+
+
+def turned_view(values: torch.Tensor) -> torch.Tensor:
+    """The same of values, as a view."""
+    return values if values.dim() < 3 else values.transpose(1, 2)
 
 
 def _hugging_face_tensor(part: mapping.Part, seed: int, std: float) -> torch.Tensor:
@@ -72,5 +85,4 @@ def initialize(state: dict[str, Pieces], model: Model, seed: int) -> None:
                 if common := mapping.overlap(part, row, offset, tuple(values.shape)):
                     part_index, rectangle_index = common
                     value = _hugging_face_tensor(part, seed, model.initializer_range)
-                    value = value.T if part.transposed else value
                     values[rectangle_index].copy_(value[part_index])

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from moonlight.model.shards import Sharded, pieces
+from moonlight.model.shards import Sharded, pieces, turned, turned_view
 from moonlight.optim.partition import Block
 from moonlight.optim.routing import Rule, matrix_heights, route
 
@@ -105,7 +105,8 @@ class Parameter:
                 else:
                     offset = (low, 0)[: len(shape)]
                     rows = rows.view(-1, *shape[1:])
-                yield tuple(a + b for a, b in zip(piece.global_offset, offset, strict=True)), rows
+                whole_offset = [a + b for a, b in zip(piece.global_offset, offset, strict=True)]
+                yield turned(whole_offset), turned_view(rows)
             first = last
 
 

@@ -17,7 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from moonlight.config import Run
 from moonlight.config_optim import Optimizer
 from moonlight.model.pieces import Pieces
-from moonlight.model.shards import pieces, pieces_of
+from moonlight.model.shards import pieces, pieces_of, turned
 from moonlight.optim.data_parallel import DataParallel
 from moonlight.optim.gathered import Gathered
 from moonlight.optim.master import Master
@@ -194,7 +194,7 @@ def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Piec
     shapes: dict[str, tuple[int, ...]] = {}
     rectangles: dict[str, list[Rectangle]] = {}
     for key, owned, tensor in values:
-        shapes[key] = tuple(pieces(owned.parameter.sharded)[0].global_shape)
+        shapes[key] = turned(pieces(owned.parameter.sharded)[0].global_shape)
         found = owned.parameter.rectangles(owned.fragment.start, owned.fragment.stop, tensor)
         rectangles.setdefault(key, []).extend(found)
     return {key: Pieces(shape, rectangles[key]) for key, shape in shapes.items()}
