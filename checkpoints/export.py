@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def export(
     tokenizer: Path | None = None,
     revision_step: int | None = None,
     chat: bool = False,
+    untie: bool = False,
     license: str | None = None,
 ) -> bool:
     """Write the newest checkpoint of a run, or a given checkpoint, to the folder `out`.
@@ -63,6 +65,7 @@ def export(
         revision_step: the checkpoint after this step of a run, to be released as the revision `step-N`.
         chat: for an instruction-tuned model: generation ends at <|im_end|> (and [EOS]), and text that spells a chat
             marker out is encoded as that marker, which chat servers need (`moonlight.data.tokenizer`).
+        untie: write tied embeddings a second time, as the head; vLLM 0.32 serves a tied model wrongly, without a word.
         license: of the model, for its card; for example apache-2.0.
 
     Returns:
@@ -92,13 +95,15 @@ def export(
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
         "chat": chat,
+        "untie": untie,
         "license": license,
     }
     if out.exists():
         _check_same(out, made_from)
         return False
     end_ids = _end_ids(tokenizer, ids, chat) if tokenizer and ids else []
-    shards = plan_shards(mapping.table(checkpoint.model), DTYPES[dtype], max_shard_bytes)
+    model = replace(checkpoint.model, tie_word_embeddings=checkpoint.model.tie_word_embeddings and not untie)
+    shards = plan_shards(mapping.table(model), DTYPES[dtype], max_shard_bytes)
     check_space(out, sum(entry.nbytes for shard in shards for entry in shard) + BESIDE_WEIGHTS_BYTES)
     with whole_folder(out) as part:
         sums = _write_weights(checkpoint, part, shards)
@@ -107,7 +112,7 @@ def export(
             if chat:
                 set_chat_mode(part)
         bos_id, eos_id = ids.bos_id if ids else None, end_ids[0] if end_ids else None
-        write_json(part / "config.json", hf_config(checkpoint.model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+        write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
         write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
         _write_card(checkpoint, out, part, dtype, chat, license)
         write_json(part / EXPORT_FILE, {"made_from": made_from})

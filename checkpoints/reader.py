@@ -1,6 +1,5 @@
 """A checkpoint's tensors in one process, without a process group and without Megatron."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,20 @@ class Checkpoint:
         """One tensor as Hugging Face shapes it, in the dtype it is stored in.
 
         A view of the file where it lies in one stored rectangle, which it does unless the layout that saved it cut it.
+        Tied embeddings are the head, too.
         """
+        key = row.key
+        if key == HEAD and self.model.tie_word_embeddings:
+            key = EMBEDDING
+        rectangles = self.stored.rectangles(key)
+        offset, sizes = mapping.place(part, row)
+        if rectangles.get(offset) == sizes:
+            return self.stored.map(key, offset, sizes).view(part.shape)
         value: torch.Tensor | None = None
-        for offset, sizes in self.stored.rectangles(row.key):
+        for offset, sizes in rectangles.items():
             if common := mapping.overlap(part, row, offset, sizes):
                 part_index, rectangle_index = common
-                found = self.stored.map(row.key, offset, sizes)[rectangle_index]
+                found = self.stored.map(key, offset, sizes)[rectangle_index]
                 if tuple(found.shape) == part.shape:
                     return found
                 if value is None:
@@ -61,21 +68,16 @@ class Checkpoint:
         assert value is not None, part.name
         return value
 
-    def hugging_face_tensors(self) -> Iterator[tuple[mapping.Part, torch.Tensor]]:
-        """Every tensor of the model as Hugging Face lays it out, float32."""
-        for row in mapping.table(self.model):
-            for part in row.parts:
-                yield part, self.part(row, part).float()
-
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor of the checkpoint, float32."""
         whole = torch.empty(self.stored.shapes[key])
-        for offset, sizes in self.stored.rectangles(key):
+        for offset, sizes in self.stored.rectangles(key).items():
             where = tuple(slice(begin, begin + size) for begin, size in zip(offset, sizes, strict=True))
             whole[where] = self.stored.map(key, offset, sizes)
         return whole
 
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 TOKENIZER_FOLDER = "tokenizer"
 """Of a checkpoint that brings its tokenizer."""
 

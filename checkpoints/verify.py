@@ -133,7 +133,10 @@ def compare_tensors(checkpoint: Checkpoint, folder: HuggingFaceFolder) -> tuple[
     """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once."""
     problems: list[str] = []
     names = set()
-    for row in mapping.table(checkpoint.model):
+    model = checkpoint.model
+    if not folder.config.get("tie_word_embeddings"):
+        model = replace(model, tie_word_embeddings=False)  # exported with --untie: the head is the embedding again
+    for row in mapping.table(model):
         for part in row.parts:
             names.add(part.name)
             tensor = folder.tensors.get(part.name)

@@ -193,6 +193,9 @@ def export(
     chat: Annotated[
         bool, typer.Option("--chat", help="For an instruction-tuned model: generation ends at <|im_end|>.")
     ] = False,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Write tied embeddings a second time as the head, which vLLM needs.")
+    ] = False,
     license: Annotated[str | None, typer.Option(help="Licence of the model, for its card: apache-2.0.")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for transformers, vLLM and SGLang."""
@@ -208,6 +211,7 @@ def export(
         tokenizer=tokenizer,
         revision_step=revision_step,
         chat=chat,
+        untie=untie,
         license=license,
     )
     print(f"{out}: written" if written else f"{out}: this checkpoint has been exported already")

@@ -110,6 +110,11 @@ def test_logits_of_a_tied_model(tmp_path):
     assert verify(tmp_path / "checkpoint", folder).passed
     export(tmp_path / "checkpoint", tmp_path / "back")
     assert verify(tmp_path / "checkpoint", tmp_path / "back").passed
+    export(tmp_path / "checkpoint", tmp_path / "untied", untie=True)
+    tensors = raw_tensors(tmp_path / "untied")
+    assert tensors.pop("lm_head.weight") == tensors["model.embed_tokens.weight"]
+    assert tensors == raw_tensors(tmp_path / "back")
+    assert verify(tmp_path / "checkpoint", tmp_path / "untied").passed
 
 
 def test_a_second_import_does_nothing(grouped, tmp_path):

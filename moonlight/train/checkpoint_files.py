@@ -75,7 +75,7 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         state = TrainState(**content["state"])
         sound = all(type(value) is int and value >= 0 for value in dataclasses.astuple(state))
         sound = sound and all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
-        sound = sound and "recipe" in content and type(content["tokenizer_sha256"]) is str
+        sound = sound and type(content["recipe"]) is dict and type(content["tokenizer_sha256"]) is str
     except OSError:
         raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -105,7 +105,7 @@ def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
         UserError: they are no valid settings.
     """
     recipe = content["recipe"]
-    if isinstance(recipe, dict) and recipe.keys() == {"model"}:
+    if recipe.keys() == {"model"}:
         return model_from_dict(recipe["model"]), None
     run = from_dict(recipe)
     return run.model, run

@@ -100,6 +100,7 @@ class StoredTensors:
 
     def __init__(self, folder: Path, index: Metadata | None = None) -> None:
         self._folder, self._index = folder, index or read_index(folder)
+        self._rectangles: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,9 +111,12 @@ class StoredTensors:
         """What a tensor is stored in."""
         return self._entry(key).properties.dtype
 
-    def rectangles(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(offset, sizes) of the rectangles that make up a tensor."""
-        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in self._entry(key).chunks]
+    def rectangles(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Offset -> sizes of the rectangles that make up a tensor."""
+        if key not in self._rectangles:
+            chunks = self._entry(key).chunks
+            self._rectangles[key] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
+        return self._rectangles[key]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._index.state_dict_metadata[key]
@@ -187,7 +191,7 @@ class IndexReader(FileSystemReader):
         sizes = {
             (key, offset): sizes
             for key in {item.storage_index.fqn for item in plan.items}
-            for offset, sizes in stored.rectangles(key)
+            for offset, sizes in stored.rectangles(key).items()
         }
         wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
         for item in plan.items:
