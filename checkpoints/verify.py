@@ -14,6 +14,7 @@ from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
 from moonlight import mapping
 from moonlight.config import Data, Run, Train
+from moonlight.config_model import Model
 from moonlight.config_optim import Schedule
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json
@@ -85,10 +86,13 @@ def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
     checkpoint = open_checkpoint(source)
     hugging_face = open_folder(folder)
     declared = asdict(model_of(hugging_face.config, folder / "config.json"))
-    tensors, problems = compare_tensors(checkpoint, hugging_face)
+    model = checkpoint.model
+    if not declared["tie_word_embeddings"]:
+        model = replace(model, tie_word_embeddings=False)  # exported with --untie: the head is the embedding again
+    tensors, problems = compare_tensors(checkpoint, model, hugging_face)
     problems += [
         f"config.json says {NAMES.get(name, name)} {declared[name]!r}, the checkpoint has {value!r}"
-        for name, value in asdict(checkpoint.model).items()
+        for name, value in asdict(model).items()
         if name not in OF_TRAINING and declared[name] != value
     ]
     if (folder / SUMS_FILE).exists():
@@ -129,13 +133,14 @@ def _compare_logits(report: Report, checkpoint: Checkpoint, folder: HuggingFaceF
     )
 
 
-def compare_tensors(checkpoint: Checkpoint, folder: HuggingFaceFolder) -> tuple[int, list[str]]:
-    """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once."""
+def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFolder) -> tuple[int, list[str]]:
+    """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once.
+
+    Args:
+        model: of the folder, which has a head of its own where `checkpoint` may have tied embeddings.
+    """
     problems: list[str] = []
     names = set()
-    model = checkpoint.model
-    if not folder.config.get("tie_word_embeddings"):
-        model = replace(model, tie_word_embeddings=False)  # exported with --untie: the head is the embedding again
     for row in mapping.table(model):
         for part in row.parts:
             names.add(part.name)

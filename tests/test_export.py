@@ -117,7 +117,8 @@ def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
     save_file(tensors, out / "model.safetensors")
     for name in (file.name, "model.safetensors.index.json", "SHA256SUMS"):
         (out / name).unlink()
-    _, problems = compare_tensors(open_checkpoint(folder), open_folder(out))
+    checkpoint = open_checkpoint(folder)
+    _, problems = compare_tensors(checkpoint, checkpoint.model, open_folder(out))
     assert len(problems) == 1 and complaint in problems[0]
     assert not verify(folder, out).passed
 

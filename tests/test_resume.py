@@ -29,7 +29,7 @@ def outcome(run):
         {key: value for key, value in entry.items() if not key.startswith(UNREPEATABLE)}
         for entry in read_metrics(folder)
     ]
-    return checkpoint.step, tensors, metrics
+    return checkpoint.state.step, tensors, metrics
 
 
 def check_same(run, other):
