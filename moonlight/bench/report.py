@@ -48,7 +48,9 @@ def hardware(device: str) -> str:
         model = names[0] if names else model
     if device == "cuda":
         model = f"{torch.cuda.get_device_name()}, {model}"
-    return f"{model}, {torch.get_num_threads()} thread, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+    threads = torch.get_num_threads()
+    on = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{on}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def report(
