@@ -13,6 +13,7 @@ from moonlight import __version__
 from moonlight.config import Run
 from moonlight.config_model import Model
 from moonlight.flops import count_parameters
+from moonlight.timeline import Timeline
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PLACEHOLDERS = re.compile(r"\[(?i:more information needed)\]|\b(?:TODO|TBD|FIXME)\b|\{\{.*?\}\}")
@@ -195,8 +196,8 @@ def _summary(
     if averaged_steps:
         averaged = ", ".join(f"{number:,}" for number in averaged_steps)
         text += f" Its weights are the mean of the checkpoints after steps {averaged}."
-    if step < run.train.train_steps:
-        text += f" The run was planned for {run.train.train_steps:,} steps: this is a checkpoint on the way."
+    if step < (planned := Timeline(run).num_steps):
+        text += f" The run was planned for {planned:,} steps: this is a checkpoint on the way."
     return text
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from checkpoints.hf_config import hf_config
 from moonlight.config import Run
 from moonlight.config_model import Model
+from moonlight.config_stages import Schedule
 from moonlight.flops import count_parameters, train_flops_per_token
+from moonlight.timeline import Timeline
 from moonlight.train.metrics import CURVE_FILE
 
 
@@ -57,14 +59,15 @@ def training_data(manifest: dict[str, Any] | None) -> str:
 
 def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) -> Iterable[tuple[str, str]]:
     """Name and value of how far and how the run trained; `tokens` were seen until `step`."""
-    train, schedule, parallel = run.train, run.schedule, run.parallel
+    train, parallel, timeline = run.train, run.parallel, Timeline(run)
     length = run.data.sequence_length
     passes = f" ({tokens / manifest['splits']['train']['tokens']:.3g} passes over the data)" if manifest else ""
     yield "tokens seen", f"{tokens:,}{passes}"
     flops = tokens * train_flops_per_token(run.model, length)
     yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
-    yield "steps", f"{step:,} of {train.train_steps:,}"
-    yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens"
+    yield "steps", f"{step:,} of {timeline.num_steps:,}"
+    growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train.batch_growth)
+    yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens{growth}"
     optimizer = run.optimizer
     adamw = f"AdamW (betas {optimizer.adamw_beta1:g} and {optimizer.adamw_beta2:g}, epsilon {optimizer.adamw_eps:g})"
     if optimizer.name == "muon":
@@ -82,17 +85,19 @@ def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) 
     yield "gradient clipping", f"at norm {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else "none"
     if optimizer.qk_clip:
         yield "MuonClip", f"attention logits above {optimizer.qk_clip:g}"
-    decay = (
-        "constant"
-        if schedule.decay == "constant"
-        else f"{schedule.decay} decay to {schedule.min_lr:g} at the last step"
-    )
-    warmup = f"warm-up over {steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
-    yield "learning rate", f"{warmup}{schedule.lr:g}, {decay}"
+    moved = "the rate of each stage"
+    if run.schedule:
+        yield "learning rate", _learning_rate(run.schedule)
+        moved = f"{run.schedule.router_bias_update_rate:g} a step"
+    for name, stage in run.stages.items():
+        yield (
+            f"stage {name}",
+            f"{stage.from_tokens:,} to {stage.to_tokens:,} tokens; learning rate: {_learning_rate(stage)}; router "
+            f"biases moved by {stage.router_bias_update_rate:g} a step",
+        )
     yield (
         "balance of experts",
-        f"router biases moved by {schedule.router_bias_update_rate:g} a step, sequence-wise auxiliary loss "
-        f"{run.model.aux_loss_alpha:g}",
+        f"router biases moved by {moved}, sequence-wise auxiliary loss {run.model.aux_loss_alpha:g}",
     )
     precision = "float32"
     if train.dtype != "float32":
@@ -156,3 +161,11 @@ def steps(count: int) -> str:
 
 def _documents(count: int) -> str:
     return f"{count:,} document" if count == 1 else f"{count:,} documents"
+
+
+def _learning_rate(schedule: Schedule) -> str:
+    """Its course over a run or a stage."""
+    warmup = f"warm-up over {steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
+    if schedule.decay == "constant":
+        return f"{warmup}{schedule.lr:g}, constant"
+    return f"{warmup}{schedule.lr:g}, {schedule.decay} decay to {schedule.min_lr:g} at the last step"

@@ -15,7 +15,7 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from moonlight import mapping
 from moonlight.config import Data, Run, Train
 from moonlight.config_model import Model
-from moonlight.config_optim import Schedule
+from moonlight.config_stages import Schedule
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json
 
@@ -185,7 +185,7 @@ def _megatron(
     run = Run(
         name="verify",
         model=checkpoint.model,
-        data=Data(path="", tokenizer="", sequence_length=prompts.shape[1]),
+        data=Data(path="none", tokenizer="", sequence_length=prompts.shape[1]),
         schedule=Schedule(lr=1.0),
         train=Train(train_steps=1, global_batch_size=1, micro_batch_size=1),
     )

@@ -145,7 +145,7 @@ def pretrain(
 
         work(run)
         return
-    run.num_microbatches(run.parallel.num_processes)
+    run.check_batches(run.parallel.num_processes)
     run_folder.check_data(run)
     run_folder.check_initial_checkpoint(run, check_files=False)
     run_folder.check_folder(run_folder.path(run), run)

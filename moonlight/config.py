@@ -5,27 +5,61 @@ sections in `Run.__post_init__`. All raise `UserError`. This module imports neit
 """
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from moonlight.config_checks import one_of, positive, require
 from moonlight.config_model import Model
-from moonlight.config_optim import Optimizer, Schedule
+from moonlight.config_optim import Optimizer
+from moonlight.config_stages import BatchGrowth, Schedule, Stage, check_growth, check_stages, check_weights
 
 MAX_STEPS = 99_999_999
 """Checkpoint folders are named by steps of eight digits, so that their names sort."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where the tokens come from. Both folders are made by `moonlight tokenizer train` and `moonlight data prepare`."""
+class Source:
+    """One prepared data folder of a mixture."""
 
     path: str
     """Folder with train.bin/.idx, validation.bin/.idx and manifest.json."""
+    weight: float = 1.0
+    """Share of the training sequences, in any unit."""
+    max_epochs: float = 0.0
+    """How often its documents may be seen over the whole run; 0 sets no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from. Both folders are made by `moonlight tokenizer train` and `moonlight data prepare`."""
+
+    path: str = ""
+    """Folder with train.bin/.idx, validation.bin/.idx and manifest.json. Or else `sources`."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """Several such folders, under names of your own, to mix."""
     tokenizer: str
-    """Folder with the tokenizer whose checksum the manifest names."""
+    """Folder with the tokenizer whose checksum the manifests name."""
     sequence_length: int
+    mask_documents: bool = False
+    """Let no token attend to another document of its sequence."""
+    reset_positions: bool = False
+    """Count positions from the beginning of the document, not of the sequence."""
 
     def __post_init__(self) -> None:
         positive("data", sequence_length=self.sequence_length)
+        require(
+            bool(self.path) != bool(self.sources),
+            "data.path and data.sources are both " + ("given" if self.path else "missing") + ": give one of them",
+        )
+        for name, source in self.sources.items():
+            for key in ("weight", "max_epochs"):
+                value = getattr(source, key)
+                require(value >= 0, f"data.sources.{name}.{key} is {value}: it must be at least 0")
+        check_weights("data.sources", {name: source.weight for name, source in self.sources.items()})
+
+    @property
+    def mixture(self) -> dict[str, Source]:
+        """The sources by name; `path` alone is one of the name of its folder."""
+        return self.sources or {PurePath(self.path).name: Source(path=self.path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +128,14 @@ class Parallel:
 class Train:
     """Batch, length, precision, and how often to look, save and validate."""
 
-    train_steps: int
+    train_steps: int = 0
+    """Of a recipe with a schedule; one with stages says where they end in tokens."""
+    only_stage: str = ""
+    """Train this one of the stages alone, from train.initial_checkpoint, on the data it has in the whole run."""
     global_batch_size: int
     """Sequences per optimizer step over all processes."""
+    batch_growth: tuple[BatchGrowth, ...] = ()
+    """Larger batches later on, such as [{after_tokens: 200_000_000_000, global_batch_size: 4096}]."""
     micro_batch_size: int
     """Sequences per forward pass of one process."""
     seed: int = 1234
@@ -123,23 +162,16 @@ class Train:
     def __post_init__(self) -> None:
         positive(
             "train",
-            train_steps=self.train_steps,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
             validate_every_steps=self.validate_every_steps,
             save_every_steps=self.save_every_steps,
             max_skipped_steps_in_a_row=self.max_skipped_steps_in_a_row,
         )
-        require(
-            self.train_steps <= MAX_STEPS,
-            f"train.train_steps is {self.train_steps}: at most {MAX_STEPS} is accepted",
-        )
-        require(
-            self.stop_at_step <= self.train_steps,
-            f"train.stop_at_step is {self.stop_at_step}: at most train.train_steps ({self.train_steps}) is accepted",
-        )
+        check_growth(self.global_batch_size, self.batch_growth)
         one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
         for name in (
+            "train_steps",
             "seed",
             "threads_per_process",
             "validation_sequences",
@@ -148,6 +180,11 @@ class Train:
         ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} is {value}: it must be at least 0")
+
+    def batch_at(self, tokens: int) -> int:
+        """Global batch size of the step that begins after `tokens`."""
+        grown = [change.global_batch_size for change in self.batch_growth if change.after_tokens <= tokens]
+        return grown[-1] if grown else self.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +197,10 @@ class Run:
     model: Model
     data: Data
     optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule
+    schedule: Schedule | None = None
+    """Learning rate over train.train_steps. Or else `stages`."""
+    stages: dict[str, Stage] = field(default_factory=dict)
+    """Stages in their order, under names of your own."""
     parallel: Parallel = field(default_factory=Parallel)
     train: Train
 
@@ -219,25 +259,72 @@ class Run:
             f"optimizer.master_weights is {self.optimizer.master_weights!r}: it needs train.dtype bfloat16 "
             f"({train.dtype} weights are their own masters)",
         )
-        require(
-            self.schedule.warmup_steps <= train.train_steps,
-            f"schedule.warmup_steps is {self.schedule.warmup_steps}: it must be at most train.train_steps "
-            f"({train.train_steps})",
-        )
+        self._check_course()
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Forward passes of one process per step; raises UserError if the batch cannot be split so."""
+    def _check_course(self) -> None:
+        schedule, train = self.schedule, self.train
+        require(
+            (schedule is None) == bool(self.stages),
+            "schedule and stages are both " + ("given" if schedule else "missing") + ": give one of them",
+        )
+        if schedule:
+            schedule.check("schedule")
+            positive("train", train_steps=train.train_steps)
+            require(
+                train.train_steps <= MAX_STEPS,
+                f"train.train_steps is {train.train_steps}: at most {MAX_STEPS} is accepted",
+            )
+            require(
+                schedule.warmup_steps <= train.train_steps,
+                f"schedule.warmup_steps is {schedule.warmup_steps}: it must be at most train.train_steps "
+                f"({train.train_steps})",
+            )
+            require(
+                train.stop_at_step <= train.train_steps,
+                f"train.stop_at_step is {train.stop_at_step}: at most train.train_steps ({train.train_steps}) is "
+                "accepted",
+            )
+        else:
+            require(
+                train.train_steps == 0,
+                f"train.train_steps is {train.train_steps}: leave it out, because stages say where they end in tokens",
+            )
+            check_stages(self.stages)
+            for name, stage in self.stages.items():
+                tokens = stage.to_tokens - stage.from_tokens
+                most = tokens // (train.batch_at(stage.from_tokens) * self.data.sequence_length)
+                require(
+                    stage.warmup_steps <= most,
+                    f"stages.{name}.warmup_steps is {stage.warmup_steps}: the stage has {most} steps",
+                )
+        require(
+            not train.only_stage or train.only_stage in self.stages,
+            f"train.only_stage is {train.only_stage!r}: the stages are {', '.join(self.stages) or 'none'}",
+        )
+        for name, stage in self.stages.items():
+            if stage.weights:
+                check_weights(f"stages.{name}.weights", stage.weights)
+            for source in stage.weights:
+                require(
+                    source in self.data.sources,
+                    f"stages.{name}.weights names {source}: the sources are {', '.join(self.data.sources) or 'none'}",
+                )
+
+    def check_batches(self, world_size: int) -> None:
+        """Raise UserError if a batch of the run cannot be split among `world_size` processes."""
         train, parallel = self.train, self.parallel
         per_pass = train.micro_batch_size * parallel.data_parallel_size(world_size)
-        require(
-            train.global_batch_size % per_pass == 0,
-            f"train.global_batch_size is {train.global_batch_size}: it must be a multiple of train.micro_batch_size x "
-            f"data-parallel size = {per_pass}",
-        )
-        count = train.global_batch_size // per_pass
-        require(
-            parallel.virtual_pipeline_parallel_size == 1 or count % parallel.pipeline_parallel_size == 0,
-            f"train.global_batch_size is {train.global_batch_size}: interleaved pipelines need micro-batches ({count}) "
-            f"in multiples of parallel.pipeline_parallel_size ({parallel.pipeline_parallel_size})",
-        )
-        return count
+        sizes = {"train.global_batch_size": train.global_batch_size}
+        for number, change in enumerate(train.batch_growth):
+            sizes[f"train.batch_growth[{number}].global_batch_size"] = change.global_batch_size
+        for name, size in sizes.items():
+            require(
+                size % per_pass == 0,
+                f"{name} is {size}: it must be a multiple of train.micro_batch_size x data-parallel size = {per_pass}",
+            )
+            count = size // per_pass
+            require(
+                parallel.virtual_pipeline_parallel_size == 1 or count % parallel.pipeline_parallel_size == 0,
+                f"{name} is {size}: interleaved pipelines need micro-batches ({count}) in multiples of "
+                f"parallel.pipeline_parallel_size ({parallel.pipeline_parallel_size})",
+            )

@@ -19,6 +19,7 @@ from moonlight.config_model import Model
 from moonlight.errors import UserError
 
 _LARGEST_INT = 2**31 - 1
+_MOST_TOKENS = 10**15
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -34,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
             raise UserError(f"override {override!r}: write it as section.key=value, for example train.seed=7")
         try:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"override {override!r}: {_first_line(error)}") from None
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
@@ -88,7 +89,8 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
             raise UserError(f"unknown recipe key {prefix}{key}: {_hint(str(key), prefix, fields)}")
     values = {}
     for name, field in fields.items():
-        if name in tree:
+        many = typing.get_origin(hints[name]) in (dict, tuple)
+        if name in tree and not (many and tree[name] is None):  # null: none of those that the base has
             values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"recipe key {prefix}{name} is missing: it has no default")
@@ -97,7 +99,8 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
     """What may have been meant by an unknown key: the same key of another section, or the nearest of this one."""
-    for section, cls in typing.get_type_hints(Run).items():
+    for section, hint in typing.get_type_hints(Run).items():
+        cls = next(iter(typing.get_args(hint)), hint)
         if dataclasses.is_dataclass(cls) and key in {field.name for field in dataclasses.fields(cls)}:
             return f"did you mean {section}.{key}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -106,20 +109,32 @@ def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     """Check one value against its type; integers are accepted as floats, and 1e-4 (text in YAML 1.1) too."""
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _build(hint, value, f"{name}.")
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in accepted:
         return None
-    if type(value) is int and abs(value) > _LARGEST_INT:
-        raise UserError(f"{name} is {value}: at most {_LARGEST_INT} is accepted")
-    if float in accepted and type(value) in (int, str):
+    (hint,) = (kind for kind in accepted if kind is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{name}.")
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} is {value!r}: a mapping of names is expected here")
+        kind = typing.get_args(hint)[1]
+        return {str(key): _convert(kind, item, f"{name}.{key}") for key, item in value.items()}
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} is {value!r}: a list is expected here")
+        kind = typing.get_args(hint)[0]
+        return tuple(_convert(kind, item, f"{name}[{number}]") for number, item in enumerate(value))
+    largest = _MOST_TOKENS if name.endswith("_tokens") else _LARGEST_INT
+    if type(value) is int and abs(value) > largest:
+        raise UserError(f"{name} is {value}: at most {largest} is accepted")
+    if hint is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: a finite number is expected")
-    if type(value) in accepted:
+    if type(value) is hint:
         return value
     wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
     raise UserError(f"{name} is {value!r}: expected {wanted}")

@@ -1,4 +1,4 @@
-"""The optimizer and schedule sections of a recipe."""
+"""The optimizer section of a recipe."""
 
 from dataclasses import dataclass
 
@@ -54,28 +54,3 @@ class Optimizer:
         for name in ("weight_decay", "clip_grad_norm", "qk_clip"):
             value = getattr(self, name)
             require(value >= 0, f"optimizer.{name} is {value}: it must be at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Learning rate: linear warm-up, then cosine or linear decay to min_lr at the last step."""
-
-    lr: float
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    decay: str = "cosine"
-    router_bias_update_rate: float = 1e-3
-    """u in b += u * (sign(e) - mean(sign(e))): Moonlight's rule for balancing without an auxiliary loss."""
-
-    def __post_init__(self) -> None:
-        positive("schedule", lr=self.lr)
-        one_of("schedule.decay", self.decay, ("cosine", "linear", "constant"))
-        require(
-            0 <= self.min_lr <= self.lr,
-            f"schedule.min_lr is {self.min_lr}: it must be from 0 to schedule.lr ({self.lr})",
-        )
-        require(self.warmup_steps >= 0, f"schedule.warmup_steps is {self.warmup_steps}: it must be at least 0")
-        require(
-            self.router_bias_update_rate >= 0,
-            f"schedule.router_bias_update_rate is {self.router_bias_update_rate}: it must be at least 0",
-        )

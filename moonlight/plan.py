@@ -22,6 +22,7 @@ from moonlight.optim.parameters import Parameter, data_parallel_group, find_para
 from moonlight.optim.partition import Fragment
 from moonlight.optim.routing import matrix_heights, rules_of
 from moonlight.optim.shares import Share, adamw_share, shares
+from moonlight.timeline import Timeline
 
 WIDE = 200
 """Columns where there is no terminal to fit: one line for each parameter."""
@@ -73,7 +74,7 @@ def make_plan(run: Run, world_size: int) -> Plan:
     Raises:
         UserError: the layout or the batch does not divide the processes.
     """
-    run.num_microbatches(world_size)
+    run.check_batches(world_size)
     stages = run.parallel.pipeline_parallel_size
     lines: list[Line] = []
     ranks: list[Share] = []
@@ -157,7 +158,8 @@ def summary(plan: Plan) -> list[str]:
     """Parameters, arithmetic, optimizer state and bytes of a step, one line each."""
     run, counts, length = plan.run, count_parameters(plan.run.model), plan.run.data.sequence_length
     flops = train_flops_per_token(run.model, length)
-    tokens = run.train.train_steps * run.train.global_batch_size * length
+    timeline = Timeline(run)
+    tokens = timeline.num_sequences * length
     muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
     state, base_state = [r.state for r in plan.ranks], max(a.state for a in plan.adamw)
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
@@ -168,7 +170,7 @@ def summary(plan: Plan) -> list[str]:
         f"AdamW {adamw:,}, router biases {plan.num_router_biases:,}",
         f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
         f"training: {flops:.4g} FLOPs per token at sequence length {length:,}; {tokens:,} tokens and "
-        f"{flops * tokens:.3g} FLOPs in {run.train.train_steps:,} steps",
+        f"{flops * tokens:.3g} FLOPs in {timeline.num_steps:,} steps",
         f"optimizer state of a rank: {_gb(max(state))} at most, {_gb(mean_state)} on average; "
         f"AdamW (ZeRO-1): {_gb(base_state)}{_ratio(max(state), base_state)}",
         f"sent or received (the larger) by a rank in a step: {_gb(max(wire))} at most, {_gb(mean_wire)} on average; "

@@ -152,28 +152,28 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
     }
 
 
-def train_losses(run: Recipe, steps: int) -> list[float]:
-    """Losses of the first steps."""
-
+def one_step(models: list[Any], optimizer: Any, run: Recipe, step: int) -> Any:
+    """The result of a training step on `local_batches`."""
+    from moonlight.timeline import Timeline
     from moonlight.train.step import train_step
 
+    return train_step(models, optimizer, run, local_batches(run, step), Timeline(run).at(step))
+
+
+def train_losses(run: Recipe, steps: int) -> list[float]:
+    """Losses of the first steps."""
     models, optimizer = build(run)
-    return [train_step(models, optimizer, run, local_batches(run, step), step).loss for step in range(1, steps + 1)]
+    return [one_step(models, optimizer, run, step).loss for step in range(1, steps + 1)]
 
 
 def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[float]:
     """Train `steps` more steps and save, after loading the newest checkpoint of `folder` if asked to."""
-
     from moonlight.train import checkpoint
     from moonlight.train.checkpoint_files import TrainState, find
-    from moonlight.train.step import train_step
 
     models, optimizer = build(run)
     state = checkpoint.load(find(folder), run, optimizer) if load_first else TrainState()
-    losses = [
-        train_step(models, optimizer, run, local_batches(run, step), step).loss
-        for step in range(state.step + 1, state.step + 1 + steps)
-    ]
+    losses = [one_step(models, optimizer, run, step).loss for step in range(state.step + 1, state.step + 1 + steps)]
     if not load_first:
         checkpoint.save(folder, run, optimizer, TrainState(step=steps), tokenizer_sha256="")
     return losses

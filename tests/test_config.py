@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.config import Schedule
 from moonlight.config_io import from_dict, load_recipe, to_yaml
 from moonlight.errors import UserError
-from moonlight.optim.schedule import learning_rate
+from moonlight.timeline import Timeline
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -21,7 +20,7 @@ def test_shipped_recipe_resolves_to_itself(path, tmp_path):
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(run))
     assert load_recipe(resolved) == run
-    run.num_microbatches(run.parallel.num_processes)
+    run.check_batches(run.parallel.num_processes)
 
 
 def test_base_and_overrides_apply_in_order(tmp_path):
@@ -53,8 +52,10 @@ def test_missing_key_is_named():
     floor=st.floats(0, 1),
 )
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(warmup, total, decay, floor):
-    schedule = Schedule(lr=1.0, min_lr=floor, warmup_steps=warmup, decay=decay)
-    rates = [learning_rate(schedule, step, total) for step in range(1, total + 1)]
+    schedule = [f"schedule.{key}={value}" for key, value in (("lr", 1.0), ("min_lr", floor), ("decay", decay))]
+    overrides = [*schedule, f"schedule.warmup_steps={warmup}", f"train.train_steps={total}"]
+    timeline = Timeline(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
+    rates = [timeline.at(step).learning_rate for step in range(1, total + 1)]
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising) and (not rising or rising[-1] == 1.0)
     assert falling == sorted(falling, reverse=True)

@@ -3,20 +3,18 @@
 from typing import Any
 
 import pytest
-from layouts import LAYOUTS, Recipe, build, local_batches, recipe
+from layouts import LAYOUTS, Recipe, build, one_step, recipe
 
 
 def watch(run: Recipe) -> dict[str, Any]:
     """Two steps. Per bucket of each lane: parameters without a gradient when it was sent, by the second backward pass;
     and rounds of weights still to come when the first module of the second forward pass runs, and when the last does.
     """
-    from moonlight.train.step import train_step
-
     models, optimizer = build(run)
     lanes = optimizer.data_parallel.lanes
     sent: list[list[int]] = [[] for _ in lanes]
     left: list[int] = []
-    train_step(models, optimizer, run, local_batches(run, 1), 1)
+    one_step(models, optimizer, run, 1)
 
     for lane, log in zip(lanes, sent, strict=True):
 
@@ -30,7 +28,7 @@ def watch(run: Recipe) -> dict[str, Any]:
         left.append(sum(len(lane._to_gather) + len(lane._in_flight) for lane in lanes))
 
     handles = [module.register_forward_pre_hook(look) for model in models for module in model.modules()]
-    train_step(models, optimizer, run, local_batches(run, 2), 2)
+    one_step(models, optimizer, run, 2)
     for handle in handles:
         handle.remove()
     rounds = sum(len(bucket.rounds) for lane in lanes for bucket in lane.buckets)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS, assemble, build, flatten, local_batches, make_run, recipe, train_run
+from layouts import LAYOUTS, assemble, build, flatten, make_run, one_step, recipe, train_run
 
 from moonlight.config import Schedule
 from moonlight.model.attention import CausalAttention, max_logits
@@ -84,7 +84,7 @@ def watch(models, what):
 
 def trained(run, steps=1, recording=True):
     """Masters and results of the first steps, and the float64 maxima [micro_batches, layers, heads] of the last."""
-    from moonlight.train.step import attentions, train_step
+    from moonlight.train.step import attentions
 
     models, optimizer = build(run)
     slow = watch(models, lambda module, args: slow_maxima(args[0].detach(), args[1].detach(), module.softmax_scale))
@@ -94,7 +94,7 @@ def trained(run, steps=1, recording=True):
     results = []
     for step in range(1, steps + 1):
         slow.clear()
-        results.append(dataclasses.asdict(train_step(models, optimizer, run, local_batches(run, step), step)))
+        results.append(dataclasses.asdict(one_step(models, optimizer, run, step)))
     optimizer.data_parallel.finish_weights()
     layers = sorted({layer for layer, _ in slow})
     maxima = np.stack([[maxima for number, maxima in slow if number == layer] for layer in layers], axis=1)
@@ -169,7 +169,7 @@ def test_clipped_step_is_the_plain_step_and_then_the_twin(pool, variant):
 
 def logits_again(run):
     """Maxima [layers, heads] of a batch, and of the same inputs to each layer's attention after the step."""
-    from moonlight.train.step import attentions, train_step
+    from moonlight.train.step import attentions
 
     models, optimizer = build(run)
     inputs = []
@@ -177,7 +177,7 @@ def logits_again(run):
         module.register_forward_pre_hook(
             lambda module, args, kwargs: inputs.append((module, args, kwargs)), with_kwargs=True
         )
-    train_step(models, optimizer, run, local_batches(run, 1), 1)
+    one_step(models, optimizer, run, 1)
     before = np.stack([attention.max_logits.numpy() for attention in attentions(models)])
     for attention in attentions(models):
         attention.record(len(inputs))
@@ -247,18 +247,16 @@ def poisoned(run):
     """Two steps: in the first, rank 1 has a query weight that is not a number."""
     import torch.distributed as dist
 
-    from moonlight.train.step import train_step
-
     models, optimizer = build(run)
     before = flatten(optimizer.master_state())
     weight = models[0].decoder.layers[0].self_attention.linear_q_proj.weight.data
     whole = weight.clone()
     if dist.get_rank() == 1:
         weight[0, 0] = math.nan
-    first = train_step(models, optimizer, run, local_batches(run, 1), 1)
+    first = one_step(models, optimizer, run, 1)
     weight.copy_(whole)
     after = flatten(optimizer.master_state())
-    second = train_step(models, optimizer, run, local_batches(run, 1), 1)
+    second = one_step(models, optimizer, run, 1)
     return before, after, first, second
 
 

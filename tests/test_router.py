@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS, build, local_batches, recipe
+from layouts import LAYOUTS, build, one_step, recipe
 
 from moonlight.model.router import choose_experts
 
@@ -33,7 +33,7 @@ def test_choice(experts, k, groups, topk_group):
 
 def biases_after_a_step(run):
     """Biases per layer after one training step, the tokens each rank sent to each expert, and the auxiliary loss."""
-    from moonlight.train.step import routers, train_step
+    from moonlight.train.step import routers
 
     models, optimizer = build(run)
     found, scores = [], []
@@ -44,7 +44,7 @@ def biases_after_a_step(run):
                 (module.layer_number, (args[0].detach() @ module.weight.detach().T).sigmoid().numpy())
             )
         )
-    result = train_step(models, optimizer, run, local_batches(run, 1), 1)
+    result = one_step(models, optimizer, run, 1)
     return [router.expert_bias.numpy() for router in routers(models)], found, scores, result.aux_loss
 
 

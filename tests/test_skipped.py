@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from bad_input import check_line
-from layouts import LAYOUTS, Recipe, assemble, build, collect, flatten, local_batches, recipe
+from layouts import LAYOUTS, Recipe, assemble, build, collect, flatten, one_step, recipe
 
 
 def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
     """Three steps; in the second, one element of one gradient on the last rank is `poison`."""
     import torch.distributed as dist
 
-    from moonlight.train.step import routers, train_step
+    from moonlight.train.step import routers
 
     models, optimizer = build(run)
     history = []
@@ -28,7 +28,7 @@ def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
 
         spoils = step == 2 and dist.get_rank() == dist.get_world_size() - 1
         handle = parameter.register_hook(spoil) if spoils else None
-        result = train_step(models, optimizer, run, local_batches(run, step), step)
+        result = one_step(models, optimizer, run, step)
         if handle is not None:
             handle.remove()
         optimizer.data_parallel.finish_weights()

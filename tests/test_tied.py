@@ -22,6 +22,7 @@ from layouts import (
     global_batch,
     local_batches,
     make_run,
+    one_step,
     recipe,
     restart,
     train_losses,
@@ -124,12 +125,10 @@ def test_first_step_gradients_equal_one_process(pool, reference, layout):
 
 def results(run, steps: int) -> list[tuple[float, ...]]:
     """Loss, gradient norm, and update RMS of both algorithms, of the first steps."""
-    from moonlight.train.step import train_step
-
     models, optimizer = build(run)
     found = []
     for step in range(1, steps + 1):
-        result = train_step(models, optimizer, run, local_batches(run, step), step)
+        result = one_step(models, optimizer, run, step)
         found.append((result.loss, result.gradient_norm, result.update_rms["muon"], result.update_rms["adamw"]))
     return found
 
@@ -152,13 +151,11 @@ def test_losses_norms_and_updates_equal_one_process(pool, reference_results, lay
 
 def copies(run, steps: int) -> list[Any]:
     """This rank's tied weight after some steps, if it has one: before, after, and the rows and state that it owns."""
-    from moonlight.train.step import train_step
-
     models, optimizer = build(run)
     found = [parameter for parameter in optimizer.data_parallel.parameters if parameter.on_two_stages]
     before = [parameter.weights.float().numpy().copy() for parameter in found]
     for step in range(1, steps + 1):
-        train_step(models, optimizer, run, local_batches(run, step), step)
+        one_step(models, optimizer, run, step)
     optimizer.data_parallel.finish_weights()
     owned = [
         (owned.fragment.start, owned.fragment.stop, owned.counts, [owned.master.values().numpy(), *owned.momenta])
@@ -191,12 +188,12 @@ def test_both_copies_stay_the_same_bits(pool, layout, dtype):
 
 def used_weights(run) -> dict[str, Any]:
     """In the pass right after a step: which uses this rank makes of the tied weight, and how many saw an old one."""
-    from moonlight.train.step import forward_backward, train_step
+    from moonlight.train.step import forward_backward
 
     models, optimizer = build(run)
     (parameter,) = [p for p in optimizer.data_parallel.parameters if p.key == EMBEDDING]
     old = parameter.weights.clone()
-    train_step(models, optimizer, run, local_batches(run, 1), 1)
+    one_step(models, optimizer, run, 1)
     under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.lanes)
     used: dict[str, list[torch.Tensor]] = {"embedding": [], "head": []}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import LAYOUTS, build, local_batches, recipe
+from layouts import LAYOUTS, build, one_step, recipe
 
 from moonlight.config_io import load_recipe
 from moonlight.dry_run import dry_run
@@ -163,14 +163,12 @@ def groups():
 
 def counted_exchange(run):
     """Of this rank of a real world: one exchange by group, and what a whole training step adds to it in the lanes."""
-    from moonlight.train.step import train_step
-
     models, optimizer = build(run)
     with TrafficCounter() as counter:
         exchange(optimizer)
     alone = {name: counter.of(group) for name, group in groups().items()}
     with TrafficCounter() as counter:
-        train_step(models, optimizer, run, local_batches(run, 1), 1)
+        one_step(models, optimizer, run, 1)
         optimizer.data_parallel.finish_weights()
     step = {name: counter.of(groups()[name]) for name in ("dense", "expert")}
     return alone, step

@@ -17,6 +17,7 @@ from moonlight.files import folder_lock
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
+from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint, run_folder
 from moonlight.train.checkpoint_files import TrainState, find, latest
 from moonlight.train.metrics import LiveLine, Metrics
@@ -30,7 +31,8 @@ def train(run: Run) -> None:
     Raises:
         UserError: the recipe does not fit the world, the data, the tokenizer or the run folder.
     """
-    run.num_microbatches(dist.get_world_size())
+    run.check_batches(dist.get_world_size())
+    timeline = Timeline(run)
     folder = run_folder.path(run)
     manifest = run_folder.check_data(run)
     run_folder.check_initial_checkpoint(run, check_files=True)
@@ -45,19 +47,18 @@ def train(run: Run) -> None:
         models = build_model(run)
         optimizer = make_optimizer(models, run)
         newest = latest(folder / "checkpoints")
+        state = TrainState(consumed_sequences=timeline.first_sequence)
         if newest is not None:
             state = checkpoint.load(newest, run, optimizer)
         elif run.train.initial_checkpoint:
-            state = TrainState()
             checkpoint.load_weights(find(Path(run.train.initial_checkpoint)), run, optimizer)
         else:
-            state = TrainState()
             with optimizer.fill_masters() as state_to_fill:
                 initialize(state_to_fill, run.model, run.train.seed)
         samples = TrainingSamples(Path(run.data.path), run.data.sequence_length, run.train.seed)
         held_out = ValidationSamples(Path(run.data.path), run.data.sequence_length, manifest["tokenizer"]["eos_id"])
 
-        total_steps, last_step = run.train.train_steps, run.train.stop_at_step or run.train.train_steps
+        total_steps, last_step = timeline.num_steps, run.train.stop_at_step or timeline.num_steps
         if first_rank:
             metrics = Metrics(folder, state.step)
             stack.callback(metrics.close)
@@ -68,16 +69,16 @@ def train(run: Run) -> None:
         started, first_step = time.monotonic(), state.step
 
         while state.step < last_step:
-            step = state.step + 1
+            moment = timeline.at(state.step + 1)
+            step = moment.step
             step_started = time.monotonic()
-            first = state.consumed_sequences
-            mine = data_parallel_share(range(first, first + run.train.global_batch_size))
+            mine = data_parallel_share(range(moment.first_sequence, moment.end))
             batches = to_batches([samples[number] for number in mine], run.train.micro_batch_size)
-            result = train_step(models, optimizer, run, batches, step)
-            state = advance(state, run, result)
+            result = train_step(models, optimizer, run, batches, moment)
+            state = advance(state, run, moment, result)
             seconds = time.monotonic() - step_started
 
-            entry = describe(state, run, result, seconds)
+            entry = describe(state, run, moment, result, seconds)
             if step % run.train.validate_every_steps == 0 or step == total_steps:
                 entry["loss/validation"] = validate(models, run, held_out, run.train.validation_sequences)
             if step == total_steps:
@@ -106,35 +107,38 @@ def train(run: Run) -> None:
         dist.barrier()
 
 
-def advance(state: TrainState, run: Run, result: StepResult) -> TrainState:
+def advance(state: TrainState, run: Run, moment: Moment, result: StepResult) -> TrainState:
     """The state after a step."""
-    sequences = state.consumed_sequences + run.train.global_batch_size
     return dataclasses.replace(
         state,
-        step=state.step + 1,
-        consumed_sequences=sequences,
-        consumed_tokens=sequences * run.data.sequence_length,
+        step=moment.step,
+        consumed_sequences=moment.end,
+        consumed_tokens=moment.end * run.data.sequence_length,
         skipped_steps=state.skipped_steps + result.skipped,
         skipped_in_a_row=state.skipped_in_a_row + 1 if result.skipped else 0,
     )
 
 
-def describe(state: TrainState, run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
+def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, seconds: float) -> dict[str, Any]:
     """One step's object in metrics.jsonl."""
-    tokens = run.train.global_batch_size * run.data.sequence_length
+    tokens = moment.global_batch_size * run.data.sequence_length
     entry: dict[str, Any] = {
         "step": state.step,
         "consumed_tokens": state.consumed_tokens,
         "loss/train": result.loss,
         "loss/aux": result.aux_loss,
         "optim/grad_norm": result.gradient_norm,
-        "optim/lr": result.learning_rate,
+        "optim/lr": moment.learning_rate,
+        "optim/global_batch_size": moment.global_batch_size,
+        "optim/router_bias_update_rate": moment.router_bias_update_rate,
         "optim/skipped_steps": state.skipped_steps,
         "moe/max_load": result.max_load,
         "attention/max_logit": result.max_logit,
         "speed/tokens_per_second": tokens / seconds,
         "time/step_seconds": seconds,
     }
+    if moment.stage:
+        entry["stage"] = moment.stage
     if run.optimizer.qk_clip > 0:
         entry["attention/clipped_heads"] = result.clipped_heads
     entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}

@@ -60,7 +60,7 @@ class Metrics:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         for key, value in entry.items():
-            if key != "step":
+            if key not in ("step", "stage"):
                 self._board.add_scalar(key, value, entry["step"])
 
     def sync(self) -> None:

@@ -12,6 +12,7 @@ from moonlight.data.manifest import check_tokenizer, load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
+from moonlight.timeline import Timeline
 from moonlight.train.checkpoint_files import check_model, find, latest, read_state
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
@@ -155,7 +156,7 @@ def is_finished(run: Run) -> bool:
     newest = latest(path(run) / "checkpoints")
     if newest is None or not (path(run) / CURVE_FILE).exists():
         return False
-    return read_state(newest, check_files=False)["state"]["step"] >= run.train.train_steps
+    return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps
 
 
 def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
     entries = read_metrics(folder)
     curve = draw_loss_curve(folder, f"{run.name}: {run.optimizer.name}")
     rows = {
-        "steps": f"{entries[-1]['step']} of {run.train.train_steps}",
+        "steps": f"{entries[-1]['step']} of {Timeline(run).num_steps}",
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
         "training loss": f"{entries[-1]['loss/train']:.4f} nats per token",
     }
@@ -179,7 +180,8 @@ def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
             bits = 8 * split[f"{name}_bytes"] / split["compressed_text_bytes"]
             rows[f"bits per byte: {name} -9"] = f"{bits:.3f}"
     seconds = sum(entry["time/step_seconds"] for entry in entries)
-    rows["speed"] = f"{entries[-1]['consumed_tokens'] / seconds:,.0f} tokens/s over {seconds:.0f} s of steps"
+    tokens = sum(entry["optim/global_batch_size"] for entry in entries) * run.data.sequence_length
+    rows["speed"] = f"{tokens / seconds:,.0f} tokens/s over {seconds:.0f} s of steps"
     rows["loss curve"] = str(curve)
     rows["checkpoint"] = str(folder / "checkpoints")
     Console().print(summary_table(rows))

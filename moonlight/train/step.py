@@ -26,8 +26,8 @@ from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router, update_expert_bias
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
-from moonlight.optim.schedule import learning_rate
 from moonlight.optim.sharded import ShardedOptimizer
+from moonlight.timeline import Moment
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ class StepResult:
     aux_loss: float
     """Mean over sequences of the auxiliary loss, summed over layers, without its coefficient."""
     gradient_norm: float
-    learning_rate: float
     skipped: bool
     """The gradient was not finite: nothing was changed."""
     update_rms: dict[str, float]
@@ -123,14 +122,13 @@ def train_step(
     optimizer: ShardedOptimizer,
     run: Run,
     batches: Sequence[Batch],
-    step: int,
+    moment: Moment,
 ) -> StepResult:
-    """One optimizer step, counted from 1: gradients, clipping, update, query-key clip, router biases.
+    """One optimizer step: gradients, clipping, update, query-key clip, router biases.
 
     A gradient that is not finite on any rank skips the step everywhere; router biases and their counts, which must not
     move in a skipped step, are therefore updated only after the norm is known.
     """
-    rate = learning_rate(run.schedule, step, run.train.train_steps)
     optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
@@ -146,9 +144,9 @@ def train_step(
             clipped_heads = (gammas < 1).sum()
             factors = row_factors(recorded, gammas, run.model)
         update_sums = optimizer.step(
-            learning_rate=rate,
+            learning_rate=moment.learning_rate,
             weight_decay=run.optimizer.weight_decay,
-            step=step,
+            step=moment.step,
             gradient_norm=norm,
             row_factors=factors,
         )
@@ -158,9 +156,9 @@ def train_step(
     model_group = parallel_state.get_tensor_and_data_parallel_group()
     max_load, aux_loss = torch.zeros((), device=loss.device), torch.zeros((), device=loss.device)
     if local := routers(models):
-        counts = update_expert_bias(local, 0.0 if skipped else run.schedule.router_bias_update_rate, model_group)
+        counts = update_expert_bias(local, 0.0 if skipped else moment.router_bias_update_rate, model_group)
         max_load = (counts.max(-1).values / counts.mean(-1)).max()
-        aux_loss = torch.stack([router.aux_loss for router in local]).sum() / run.train.global_batch_size
+        aux_loss = torch.stack([router.aux_loss for router in local]).sum() / moment.global_batch_size
         dist.all_reduce(aux_loss, group=model_group)
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     dist.all_reduce(aux_loss, group=pipeline_group)
@@ -174,7 +172,6 @@ def train_step(
         loss=loss.item(),
         aux_loss=aux_loss.item(),
         gradient_norm=norm,
-        learning_rate=rate,
         skipped=skipped,
         update_rms=update_rms,
         max_load=max_load.item(),
