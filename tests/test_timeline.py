@@ -1,5 +1,6 @@
 """The course of a run: the paper's own, and any other against a walk through every step."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -151,3 +152,34 @@ def test_every_batch_of_the_growth_must_be_divisible():
     run = load_recipe(BIG, ["train.batch_growth=[{after_tokens: 5, global_batch_size: 4100}]"])
     with pytest.raises(UserError, match=r"train.batch_growth\[0\].global_batch_size is 4100: it must be a multiple of"):
         run.check_batches(8)
+
+
+def golden():
+    with (Path(__file__).parent / "golden/rehearsal.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
+    run, paper = load_recipe(ROOT / "configs/rehearsal.yaml"), load_recipe(BIG)
+    timeline = Timeline(run)
+    assert timeline.num_steps == 1500
+    for row in golden():
+        moment = timeline.at(int(row["step"]))
+        assert moment.stage == row["stage"]
+        assert moment.end * run.data.sequence_length == int(row["consumed_tokens"])
+        assert moment.global_batch_size == int(row["global_batch_size"])
+        assert moment.learning_rate == pytest.approx(float(row["learning_rate"]), rel=1e-9, abs=1e-15)
+        assert moment.router_bias_update_rate == float(row["router_bias_update_rate"])
+
+    def shares(recipe):
+        end, peak = recipe.stages["cooldown"].to_tokens, recipe.stages["warmup"].lr
+        return [
+            *(stage.to_tokens / end for stage in recipe.stages.values()),
+            *(change.after_tokens / end for change in recipe.train.batch_growth),
+            *(stage.lr / peak for stage in recipe.stages.values()),
+            *(stage.end_lr / peak for stage in recipe.stages.values()),
+            recipe.train.batch_growth[0].global_batch_size / recipe.train.global_batch_size,
+        ]
+
+    # Warm-up and growth of the batch end with a step: 1% of their tokens.
+    assert shares(run) == pytest.approx(shares(paper), rel=0.01)
