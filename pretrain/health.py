@@ -82,6 +82,7 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
             console.print(f"wrong: {problem}", highlight=False, soft_wrap=True)
         if not problems:
             console.print(f"{len(set(hosts))} host(s), {len(hosts)} processes: nothing wrong")
+    dist.barrier()  # torchrun ends the others when one ends with 1: the table must be printed by then
     return problems
 
 

@@ -24,15 +24,16 @@ def check_shared(folder: Path, seconds: float = SECONDS_TO_APPEAR) -> None:
         UserError: on every rank: hosts see another folder, or none, or rank 0 cannot write there.
     """
     # A name that no host looked up before: none can remember that it was not there.
-    name, failure = f".shared-{secrets.token_hex(8)}", None
+    name = f".shared-{secrets.token_hex(8)}"
+    failure: str | None = None
     if dist.get_rank() == 0:
         try:
             write_text(folder / name, name)
         except OSError as error:
             failure = message_of(error) or str(error)
-    said = [name, failure]
+    said = [(name, failure)]
     dist.broadcast_object_list(said, src=0)
-    name, failure = said
+    name, failure = said[0]
     if failure is not None:
         raise UserError(failure)
     file = folder / name
