@@ -137,7 +137,7 @@ def pretrain(
     """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
     from moonlight.config_io import load_recipe
     from moonlight.train import run_folder
-    from pretrain.launch import launch, under_launcher
+    from pretrain.local import launch, under_launcher
 
     run = load_recipe(recipe, overrides or [])
     if under_launcher():

@@ -151,6 +151,8 @@ class Train:
     save_every_steps: int = 100
     max_skipped_steps_in_a_row: int = 10
     """Training stops with an error after this many steps in a row whose gradient is not finite."""
+    hang_timeout_seconds: float = 600.0
+    """How long a process waits for the others in one exchange before it ends with an error."""
     initial_checkpoint: str = ""
     """Checkpoint (or run folder: its newest) whose weights a new run starts from, at step 0 and with momenta of zero:
     one of any layout, or one that `moonlight import` or `moonlight average` made. Empty: random weights."""
@@ -167,6 +169,7 @@ class Train:
             validate_every_steps=self.validate_every_steps,
             save_every_steps=self.save_every_steps,
             max_skipped_steps_in_a_row=self.max_skipped_steps_in_a_row,
+            hang_timeout_seconds=self.hang_timeout_seconds,
         )
         check_growth(self.global_batch_size, self.batch_growth)
         one_of("train.dtype", self.dtype, ("float32", "bfloat16"))

@@ -28,11 +28,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=30)) -> None:
+def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> None:
     """Create the default process group from the launcher's environment: NCCL with CUDA, gloo without.
 
     Args:
         threads: CPU threads of this process; 0 leaves them as they are (OMP_NUM_THREADS, or all cores).
+        timeout: how long a process waits for the others in one exchange, as NCCL and gloo apply it.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -66,7 +67,7 @@ def _backend() -> str:
     return "nccl"
 
 
-def build_groups(parallel: Parallel, seed: int) -> None:
+def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=10)) -> None:
     """Megatron's process groups for a layout, replacing any that exist, and its random streams.
 
     The world size must be divisible by the layout (`Parallel.data_parallel_size` says so to the user).
@@ -80,6 +81,7 @@ def build_groups(parallel: Parallel, seed: int) -> None:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

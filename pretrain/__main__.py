@@ -5,6 +5,7 @@ Without torchrun, `moonlight pretrain` starts as many of these as the recipe's `
 
 import argparse
 import sys
+from datetime import timedelta
 from typing import NoReturn
 
 from moonlight.config import Run
@@ -20,20 +21,22 @@ def work(run: Run) -> None:
     from moonlight import parallel
     from moonlight.train.loop import train
 
-    parallel.join_world(run.train.threads_per_process)
+    parallel.join_world(run.train.threads_per_process, timedelta(seconds=run.train.hang_timeout_seconds))
     try:
         train(run)
     finally:
         parallel.leave_world()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Reports what it cannot use as any command does."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main() -> int:
-    parser = _Parser(prog="python -m pretrain", description=__doc__)
+    parser = Parser(prog="python -m pretrain", description=__doc__)
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")

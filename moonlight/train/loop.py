@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint, run_folder
 from moonlight.train.checkpoint_files import TrainState, find, latest
 from moonlight.train.metrics import LiveLine, Metrics
+from moonlight.train.shared_folder import check_shared
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
 from moonlight.train.validate import bits_per_byte, validate
 
@@ -41,9 +43,9 @@ def train(run: Run) -> None:
         if first_rank:
             stack.enter_context(folder_lock(folder))
             run_folder.claim(folder, run)
-        dist.barrier()
+        check_shared(folder)
 
-        parallel.build_groups(run.parallel, run.train.seed)
+        parallel.build_groups(run.parallel, run.train.seed, timedelta(seconds=run.train.hang_timeout_seconds))
         models = build_model(run)
         optimizer = make_optimizer(models, run)
         newest = latest(folder / "checkpoints")

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = frozenset(
         "train.validation_sequences",
         "train.save_every_steps",
         "train.keep_checkpoints",
+        "train.hang_timeout_seconds",
         "train.stop_at_step",
     }
 )

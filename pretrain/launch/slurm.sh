@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A training run under Slurm, submitted from the root of the repository, which all nodes must see at the same path:
+#
+#   sbatch pretrain/launch/slurm.sh configs/moonlight_16b_a3b/pretrain.yaml runs_folder=/shared/runs
+#
+# One task a node runs torchrun.sh, whose settings are taken from the environment. Before the time limit the processes
+# save and the job goes back into the queue, as it does when a node dies; it goes on from the newest checkpoint.
+#SBATCH --job-name=moonlight
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=moonlight-%j.log
+set -euo pipefail
+
+PORT=${PORT:-29500}
+SHORTEST_SECONDS=${SHORTEST_SECONDS:-900}  # a job that failed sooner is not put back into the queue: it would again
+
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export NODES=$SLURM_JOB_NUM_NODES HEAD=$first_node:$PORT RUN_ID=$SLURM_JOB_ID
+
+time_is_up=no
+# srun passes the signal on to the agents on all nodes, and they to their processes.
+trap 'time_is_up=yes; kill -USR1 "$step"' USR1
+srun --kill-on-bad-exit=1 pretrain/launch/torchrun.sh "$@" &
+step=$!
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2> /dev/null; do # a trapped signal ends wait, not srun
+    code=0
+    wait "$step" || code=$?
+done
+
+if [ "$time_is_up" = yes ] || { [ "$code" != 0 ] && ((SECONDS >= SHORTEST_SECONDS)); }; then
+    echo "the run ended with code $code after $SECONDS seconds and goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    echo "the run ended with code $code after $SECONDS seconds"
+    exit "$code"
+fi

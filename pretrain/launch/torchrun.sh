@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# One node of a training run: the health check, then torchrun's agent. The agent starts this node's processes, and all
+# nodes start theirs again when one ends badly; training goes on from the newest checkpoint. The same line on every node:
+#
+#   NODES=4 HEAD=node1:29500 pretrain/launch/torchrun.sh configs/moonlight_16b_a3b/pretrain.yaml runs_folder=/shared/runs
+#
+# slurm.sh and kubernetes.yaml start this script on their nodes.
+set -euo pipefail
+
+NODES=${NODES:-1}
+PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-gpu}  # gpu is one for each GPU, else a number
+HEAD=${HEAD:-localhost:29500}                  # one of the nodes, and a free port of it; the next port must be free too
+RUN_ID=${RUN_ID:-moonlight}                    # the same on all nodes of a run, another for another run
+MAX_RESTARTS=${MAX_RESTARTS:-3}                # of the processes, by the agents
+JOIN_SECONDS=${JOIN_SECONDS:-600}              # how long a node waits for the others
+SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-300}      # between SIGTERM or SIGUSR1 and SIGKILL, for a last checkpoint
+INTERFACE=${INTERFACE:-}                       # network interface of gloo and NCCL; empty lets them choose
+HEALTH=${HEALTH:-yes}                          # no leaves the health check out
+HEALTH_OPTIONS=${HEALTH_OPTIONS:-}             # see python -m pretrain.health --help
+LOG_FOLDER=${LOG_FOLDER:-runs/logs}            # output of every process, by restart and rank
+PYTHON=${PYTHON:-python}
+
+if [ -n "$INTERFACE" ]; then
+    export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
+fi
+
+# torch 2.13's agents would give their processes one store for all restarts, in which those that start again find the
+# addresses of those that died, and fail. With this each start has a store of its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+agent=(
+    "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES_PER_NODE"
+    --rdzv-backend c10d --rdzv-conf "join_timeout=$JOIN_SECONDS"
+    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$SHUTDOWN_SECONDS"
+)
+
+if [ "$HEALTH" = yes ]; then
+    read -ra options <<< "$HEALTH_OPTIONS"
+    # A port of its own: a node that is done already must not meet the health check of one that is not.
+    "${agent[@]}" --rdzv-endpoint "${HEAD%:*}:$((${HEAD##*:} + 1))" --rdzv-id "$RUN_ID-health" --max-restarts 0 \
+        -m pretrain.health "$@" "${options[@]}" || {
+        echo "$(hostname): the health check did not pass, so training does not start; HEALTH=no leaves it out" >&2
+        exit 1
+    }
+fi
+
+mkdir -p "$LOG_FOLDER"
+# exec: signals reach the agent itself, which passes them on to its processes.
+exec "${agent[@]}" --rdzv-endpoint "$HEAD" --rdzv-id "$RUN_ID" --max-restarts "$MAX_RESTARTS" \
+    --log-dir "$LOG_FOLDER" --tee 3 -m pretrain "$@"

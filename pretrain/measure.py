@@ -1,0 +1,177 @@
+"""What the health check measures: of each host by itself, and between the processes of the world."""
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
+PINGS = 16
+REPEATS = 5
+
+
+@dataclass(kw_only=True)
+class Health:
+    """One process, as itself and the others see it. Bytes, seconds, bytes per second; None was not measured."""
+
+    rank: int
+    host: str
+    local_rank: int
+    versions: dict[str, str]
+    gpus: int = 0
+    free_memory: int = 0
+    free_gpu_memory: int | None = None
+    free_disk: int | None = None
+    disk_speed: float | None = None
+    network_speed: float | None = None
+    """The best of its exchanges with processes of other hosts, or of this one where there is no other."""
+    latency: float | None = None
+    clock_offset: float = 0.0
+    """Its clock minus that of rank 0."""
+    problems: list[str] = field(default_factory=list)
+
+
+def versions() -> dict[str, str]:
+    """What must be the same everywhere: Python, packages, driver, and this project's own sources."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("megatron-core", "numpy", "transformers"):
+        found[package] = metadata.version(package)
+    driver = Path("/sys/module/nvidia/version")
+    if driver.exists():
+        found["NVIDIA driver"] = driver.read_text().strip()
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["GPU"] = torch.cuda.get_device_name()
+    digest = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    found["code"] = digest.hexdigest()[:12]
+    return found
+
+
+def of_this_process(local_rank: int) -> Health:
+    """What a process knows of its host without asking others."""
+    health = Health(rank=dist.get_rank(), host=socket.gethostname(), local_rank=local_rank, versions=versions())
+    health.gpus = torch.cuda.device_count()
+    if torch.cuda.is_available():
+        health.free_gpu_memory = torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    health.free_memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return health
+
+
+def measure_disk(health: Health, folder: Path, nbytes: int) -> None:
+    """Write and fsync `nbytes` in `folder`, all hosts at the same time, and remove them."""
+    health.free_disk = shutil.disk_usage(folder).free
+    file = folder / f".health-{health.host}-{os.getpid()}"
+    block = os.urandom(1 << 20)
+    try:
+        started = time.perf_counter()
+        with file.open("wb") as out:
+            for _ in range(max(1, nbytes >> 20)):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+        health.disk_speed = file.stat().st_size / (time.perf_counter() - started)
+    except OSError as error:
+        health.problems.append(f"{folder} cannot be written: {error.strerror}, {health.free_disk / 1e9:.3f} GB free")
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def measure_network(health: Health, hosts: list[str], nbytes: int) -> None:
+    """Exchange with ranks at distances of 1, 2, 4, ... hosts, all at the same time, and keep the best.
+
+    In a collective everyone is as slow as the slowest. The best of several partners tells a slow host from one whose
+    partner is slow, except where there are only two.
+    """
+    by_host = [[rank for rank, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)]
+    if len(by_host) > 1 and len({len(ranks) for ranks in by_host}) == 1:
+        # As many rings as a host has processes, each with one process of every host.
+        ring = next(list(ring) for ring in zip(*by_host, strict=True) if health.rank in ring)
+    else:
+        ring = list(range(len(hosts)))
+    if len(ring) == 1:
+        return
+    own = ring.index(health.rank)
+    speeds, latencies = [], []
+    distance = 1
+    while distance < len(ring):
+        to, source = ring[(own + distance) % len(ring)], ring[(own - distance) % len(ring)]
+        speeds.append(nbytes / _median(partial(_exchange, *_buffers(nbytes), to, source)))
+        latencies.append(_median(partial(_exchange, *_buffers(8), to, source), PINGS))
+        distance *= 2
+    health.network_speed, health.latency = max(speeds), min(latencies)
+
+
+def measure_collectives(nbytes: int) -> dict[str, float]:
+    """Seconds of an all-reduce and an all-to-all of `nbytes` on every rank, as this process sees them."""
+    if dist.get_world_size() == 1:
+        return {}
+    numbers = torch.zeros(nbytes // 4 // dist.get_world_size() * dist.get_world_size(), device=_device())
+    received = torch.empty_like(numbers)
+    return {
+        "all-reduce": _median(lambda: dist.all_reduce(numbers)),
+        "all-to-all": _median(lambda: dist.all_to_all_single(received, numbers)),
+    }
+
+
+def measure_clock(health: Health, hosts: list[str]) -> None:
+    """This clock minus that of rank 0, one host after the other, from the exchange that took least time."""
+    firsts = [hosts.index(name) for name in dict.fromkeys(hosts)]
+    stamp = torch.zeros(1, dtype=torch.float64, device=_device())
+    for rank in firsts[1:]:
+        best = (float("inf"), 0.0)
+        for _ in range(PINGS):
+            if health.rank == rank:
+                asked = time.time()
+                dist.send(stamp, 0)
+                dist.recv(stamp, 0)
+                there = stamp.item()
+                answered = time.time()
+                best = min(best, (answered - asked, (asked + answered) / 2 - there))
+            elif health.rank == 0:
+                dist.recv(stamp, rank)
+                dist.send(stamp.fill_(time.time()), rank)
+        if health.rank == rank:
+            health.clock_offset = best[1]
+
+
+def _buffers(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sent = torch.zeros(nbytes, dtype=torch.uint8, device=_device())
+    return sent, torch.zeros_like(sent)
+
+
+def _exchange(sent: torch.Tensor, received: torch.Tensor, to: int, source: int) -> None:
+    transfers = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
+
+
+def _median(action: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median seconds of what all ranks begin together, without the first time, which makes connections."""
+    seconds = []
+    for _ in range(repeats + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
