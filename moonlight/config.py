@@ -43,6 +43,8 @@ class Data:
     """Let no token attend to another document of its sequence."""
     reset_positions: bool = False
     """Count positions from the beginning of the document, not of the sequence."""
+    cache_folder: str = ""
+    """Folder for the shuffled orders of documents, on a disk of each host; empty takes the run's own folder."""
 
     def __post_init__(self) -> None:
         positive("data", sequence_length=self.sequence_length)

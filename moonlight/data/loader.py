@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moonlight.config import Run
 from moonlight.data.index_cache import IndexCache, Order
-from moonlight.data.mixture import Mixture, mixture_of
+from moonlight.data.mixture import Mixture, mixture_of, samples_per_epoch
 from moonlight.errors import UserError
 
 Sample = tuple[np.ndarray, np.ndarray]
@@ -104,11 +104,6 @@ def _count_up(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
 
 
-def samples_per_epoch(num_tokens: int, sequence_length: int) -> int:
-    """Windows that documents of `num_tokens` in all are cut into: each needs the token after it for its last label."""
-    return (num_tokens - 1) // sequence_length
-
-
 class MixedSamples:
     """The samples of a run: those of its sources, mixed."""
 
@@ -120,6 +115,13 @@ class MixedSamples:
         source, own = self.mixture[number]
         return self.sources[source][own]
 
+    def tokens_read(self, number: int) -> dict[str, int]:
+        """Metrics: tokens of each source among the first `number` samples; nothing where there is one source only."""
+        if len(self.sources) == 1:
+            return {}
+        counts = self.mixture.counts(number)
+        return {f"data/tokens/{name}": counts[name] * source.sequence_length for name, source in self.sources.items()}
+
 
 def open_training(run: Run, manifests: Mapping[str, dict[str, Any]], cache_folder: Path) -> MixedSamples:
     """The training samples of a run whose sources have these manifests; orders of epochs lie in `cache_folder`."""
@@ -130,6 +132,14 @@ def open_training(run: Run, manifests: Mapping[str, dict[str, Any]], cache_folde
         cache = IndexCache(cache_folder, {"idx_sha256": index, "sequence_length": length, "seed": seed})
         sources[name] = TrainingSamples(Path(source.path), length, seed, cache)
     return MixedSamples(mixture_of(run), sources)
+
+
+def open_validation(run: Run, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "ValidationSamples"]:
+    """The held-out samples of each source."""
+    return {
+        name: ValidationSamples(Path(source.path), run.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        for name, source in run.data.mixture.items()
+    }
 
 
 class ValidationSamples:

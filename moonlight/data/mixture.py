@@ -27,10 +27,10 @@ class Mixture:
     def __init__(self, sources: Sequence[str], stages: Sequence[tuple[int, Mapping[str, float]]], seed: int) -> None:
         """`stages` are (first sample, weights by source), the first from 0; a source without a weight has none."""
         assert stages[0][0] == 0, stages
-        self.sources = tuple(sources)
+        self.sources = tuple(sorted(sources))  # the order in which a recipe names them means nothing
         self.seed = seed
         self._firsts = [first for first, _ in stages]
-        self._rates = [_rates([Fraction(str(weights.get(name, 0))) for name in sources]) for _, weights in stages]
+        self._rates = [_rates([Fraction(str(weights.get(name, 0))) for name in self.sources]) for _, weights in stages]
         self._block = lru_cache(maxsize=4)(self._deal)
         self._before = [np.zeros(len(self.sources), dtype=np.int64)]
         for stage in range(len(stages) - 1):
@@ -96,3 +96,8 @@ def mixture_of(run: Run) -> Mixture:
     length = run.data.sequence_length
     stages = [(-(-stage.from_tokens // length), stage.weights or own) for stage in run.stages.values()]
     return Mixture(tuple(own), stages or [(0, own)], run.train.seed)
+
+
+def samples_per_epoch(num_tokens: int, sequence_length: int) -> int:
+    """Windows that documents of `num_tokens` in all are cut into: each needs the token after it for its last label."""
+    return (num_tokens - 1) // sequence_length
