@@ -44,6 +44,7 @@ KNOW_MEGATRON = {
     "moonlight/data/prepare.py",
     "moonlight/model/build.py",
     "moonlight/model/experts.py",
+    "moonlight/model/latent_attention.py",
     "moonlight/model/router.py",
     "moonlight/model/shards.py",
     "moonlight/optim/data_parallel.py",
