@@ -40,6 +40,7 @@ KNOW_MEGATRON = {
     "moonlight/cpu.py",
     "moonlight/dry_run.py",
     "moonlight/parallel.py",
+    "moonlight/bench/loader.py",
     "moonlight/data/loader.py",
     "moonlight/data/prepare.py",
     "moonlight/model/build.py",
