@@ -42,7 +42,7 @@ def recipe_in(data_folder, other_folder, tokenizer_folder, tmp_path):
             "batch_growth": growth,
             "validation_sequences": 0,
         } | train
-        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, train_steps=0, **train)
+        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, **train)
         split = 15 * LENGTH  # inside a step
         stages = {
             "first": Stage(from_tokens=0, to_tokens=split, lr=2e-3, warmup_steps=2, decay="constant"),
@@ -59,7 +59,8 @@ def recipe_in(data_folder, other_folder, tokenizer_folder, tmp_path):
             reset_positions=True,
         )
         optimizer = replace(run.optimizer, newton_schulz_dtype="float32")
-        return replace(run, name="mixed", data=data, stages=stages, schedule=None, optimizer=optimizer)
+        course = {"stages": stages, "schedule": None, "train": replace(run.train, train_steps=0)}
+        return replace(run, name="mixed", data=data, optimizer=optimizer, **course)
 
     return make
 
