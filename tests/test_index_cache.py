@@ -1,7 +1,9 @@
 """Orders of epochs on disk: built once, shared, noticed when damaged, gone when finished."""
 
 import multiprocessing
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -41,6 +43,22 @@ def test_one_process_of_many_builds(tmp_path):
         process.join(timeout=60)
         assert process.exitcode == 0
     assert (tmp_path / "notes").read_text() == "built\n"
+
+
+def end_while_building(folder):
+    IndexCache(folder, FACTS).order(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_process_killed_while_it_builds_leaves_nothing_in_the_way(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=end_while_building, args=(tmp_path,))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    cache = IndexCache(tmp_path, FACTS)
+    assert (cache.folder / ".epoch-00000000.part").is_dir()
+    found = cache.order(0, lambda: order_of(0))
+    assert (found.documents == order_of(0).documents).all()
+    assert sorted(path.name for path in cache.folder.iterdir()) == [".lock", "epoch-00000000"]
 
 
 def test_samples_are_those_without_a_cache(data_folder, tmp_path):

@@ -32,6 +32,8 @@ LENGTH = 8192
 BATCH = 8
 BATCHES = 32
 """Batches that a round reads."""
+AFTER = 8
+"""Batches read by a process that has just opened its data, with an index on disk."""
 TOKENS_PER_SECOND = 50e6
 SEED = 1
 EOS = 163585
@@ -67,7 +69,11 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         for start in range(0, BATCH * BATCHES * (rounds + 1), BATCH * BATCHES):
             for case, own, theirs in (
                 ("windows", lambda at: _read(ours, at), lambda at: _read_peer(peer, at)),
-                ("resume", lambda at: _read(_open(folder / "web"), at, 1), lambda at: _read_again(folder / "web", at)),
+                (
+                    "resume",
+                    lambda at: _read(_open(folder / "web"), at, AFTER),
+                    lambda at: _read_again(folder / "web", at),
+                ),
                 ("mix", lambda at: _read(mixed, at), lambda at: _read_peer(blended, at)),
             ):
                 for times, call in zip(cases[case], (own, theirs), strict=True):
@@ -82,7 +88,7 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
     figures = [
         Figure("tokens/s", "M", rate / 1e6, TOKENS_PER_SECOND / 1e6, rate / TOKENS_PER_SECOND, spread, ">= 1", passed),
         speed(f"{BATCHES} batches", *_milliseconds(seconds["windows"]), 1.0, right),
-        speed("resume, first batch", *_milliseconds(seconds["resume"]), 1.0, right),
+        speed(f"resume, {AFTER} batches", *_milliseconds(seconds["resume"]), 1.0, right),
         speed(f"mixture, {BATCHES} batches", *_milliseconds(seconds["mix"]), 1.0, right),
     ]
     notes = [
@@ -152,8 +158,8 @@ def _read_peer(dataset: Any, first: int, batches: int = BATCHES) -> Tensors:
 
 
 def _read_again(folder: Path, first: int) -> Tensors:
-    """The first batch after a new start, with the index that the start before left behind."""
-    return _read_peer(_open_peer(folder), first, 1)
+    """The first batches after a new start, with the index that the start before left behind."""
+    return _read_peer(_open_peer(folder), first, AFTER)
 
 
 def _is_right(folder: Path) -> bool:
