@@ -8,7 +8,16 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from checkpoints.card_tables import architecture, last_component, results, steps, table, training, training_data
+from checkpoints.card_tables import (
+    Manifests,
+    architecture,
+    last_component,
+    results,
+    steps,
+    table,
+    training,
+    training_data,
+)
 from moonlight import __version__
 from moonlight.config import Run
 from moonlight.config_model import Model
@@ -68,7 +77,7 @@ def model_card(
     run: Run | None,
     consumed_tokens: int,
     metrics: Sequence[dict[str, Any]],
-    manifest: dict[str, Any] | None,
+    manifests: Manifests | None,
     imported_from: str | None,
     evaluation: str | None,
     curve: bool,
@@ -84,7 +93,7 @@ def model_card(
         chat: whether it was trained on conversations and is asked through its chat template.
         run: the recipe that trained it; None if nothing was trained since the import.
         metrics: objects of metrics.jsonl; those of later steps than `step` are not used.
-        manifest: of the prepared data that it was trained on.
+        manifests: of the prepared data that it was trained on, by source.
         imported_from: Hub name (owner/name) of the model whose weights came first. Anything else counts as a path,
             of which only the last component is told.
         evaluation: Markdown with results of benchmarks.
@@ -105,11 +114,11 @@ def model_card(
     if run is not None:
         sections += [
             "## Training data",
-            training_data(manifest),
+            training_data(run, consumed_tokens, manifests),
             "## Training",
-            table(training(run, step, consumed_tokens, manifest)),
+            table(training(run, step, consumed_tokens, manifests)),
             "## Results",
-            *results(at_step, step, manifest, curve, bool(averaged_steps)),
+            *results(at_step, step, manifests, curve, bool(averaged_steps)),
         ]
     elif evaluation:
         sections.append("## Results")

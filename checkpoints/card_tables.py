@@ -1,16 +1,20 @@
 """The tables of a model card: architecture, data, training and results, as Markdown."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoints.hf_config import hf_config
 from moonlight.config import Run
 from moonlight.config_model import Model
 from moonlight.config_stages import Schedule
+from moonlight.data.mixture import mixture_of
 from moonlight.flops import count_parameters, train_flops_per_token
 from moonlight.timeline import Timeline
 from moonlight.train.metrics import CURVE_FILE
+
+Manifests = Mapping[str, dict[str, Any]]
+"""Manifest of each source of the training data."""
 
 
 def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
@@ -42,30 +46,61 @@ def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
     yield "stored as", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
 
 
-def training_data(manifest: dict[str, Any] | None) -> str:
-    """Sources, their licences and sizes, from the manifest of `moonlight data prepare`."""
-    if manifest is None:
+def training_data(run: Run, tokens: int, manifests: Manifests | None) -> str:
+    """Sources, their licences and sizes, from the manifests of `moonlight data prepare`; `tokens` were seen in all."""
+    if manifests is None:
         return "What it was trained on is not known to the writer of this card."
+    several = len(manifests) > 1
     rows = ["| source | licence | documents | bytes of text | tokens |", "|---|---|---:|---:|---:|"]
-    for source in manifest["sources"]:
-        counts = " | ".join(f"{source[key]:,}" for key in ("documents", "bytes", "tokens"))
-        rows.append(f"| {_cell(last_component(source['path']))} | {_cell(source['license'])} | {counts} |")
-    train, held_out = manifest["splits"]["train"], manifest["splits"].get("validation")
+    for name, manifest in manifests.items():
+        for source in manifest["sources"]:
+            shown = f"{name}: " * several + last_component(source["path"])
+            counts = " | ".join(f"{source[key]:,}" for key in ("documents", "bytes", "tokens"))
+            rows.append(f"| {_cell(shown)} | {_cell(source['license'])} | {counts} |")
+    train = _sums(manifests, "train", ("tokens", "documents"))
     text = f"The training part holds {train['tokens']:,} tokens in {_documents(train['documents'])}"
-    if held_out:
+    if held_out := _sums(manifests, "validation", ("tokens", "documents")):
         text += f"; {held_out['tokens']:,} tokens in {_documents(held_out['documents'])} were held out"
-    return "\n".join(rows) + f"\n\n{text}. The tokenizer has {manifest['tokenizer']['num_ids']:,} ids."
+    text += f". The tokenizer has {next(iter(manifests.values()))['tokenizer']['num_ids']:,} ids."
+    sections = ["\n".join(rows), text]
+    if several:
+        sections.append("\n".join(_mixture(run, tokens, manifests)))
+    return "\n\n".join(sections)
 
 
-def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) -> Iterable[tuple[str, str]]:
+def _mixture(run: Run, tokens: int, manifests: Manifests) -> Iterable[str]:
+    """What was seen of each source."""
+    length = run.data.sequence_length
+    yield "| source | tokens seen | share | passes over it |"
+    yield "|---|---:|---:|---:|"
+    for name, count in mixture_of(run).counts(tokens // length).items():
+        seen, there = count * length, manifests[name]["splits"]["train"]["tokens"]
+        yield f"| {_cell(name)} | {seen:,} | {seen / max(tokens, 1):.1%} | {seen / there:.3g} |"
+
+
+def _sums(manifests: Manifests, split: str, names: Sequence[str]) -> dict[str, int]:
+    """Sums over the splits of this name; empty if a source has none."""
+    found = [manifest["splits"].get(split) for manifest in manifests.values()]
+    return {name: sum(one[name] for one in found) for name in names} if all(found) else {}
+
+
+def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> Iterable[tuple[str, str]]:
     """Name and value of how far and how the run trained; `tokens` were seen until `step`."""
     train, parallel, timeline = run.train, run.parallel, Timeline(run)
     length = run.data.sequence_length
-    passes = f" ({tokens / manifest['splits']['train']['tokens']:.3g} passes over the data)" if manifest else ""
+    passes = ""
+    if manifests and len(manifests) == 1:
+        passes = f" ({tokens / _sums(manifests, 'train', ('tokens',))['tokens']:.3g} passes over the data)"
     yield "tokens seen", f"{tokens:,}{passes}"
     flops = tokens * train_flops_per_token(run.model, length)
     yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
     yield "steps", f"{step:,} of {timeline.num_steps:,}"
+    kept_apart = {
+        "attention within each": run.data.mask_documents,
+        "positions counted in each": run.data.reset_positions,
+    }
+    if any(kept_apart.values()):
+        yield "documents of a sequence", ", ".join(name for name, on in kept_apart.items() if on)
     growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train.batch_growth)
     yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens{growth}"
     optimizer = run.optimizer
@@ -115,7 +150,7 @@ def training(run: Run, step: int, tokens: int, manifest: dict[str, Any] | None) 
 
 
 def results(
-    entries: Sequence[dict[str, Any]], step: int, manifest: dict[str, Any] | None, curve: bool, averaged: bool
+    entries: Sequence[dict[str, Any]], step: int, manifests: Manifests | None, curve: bool, averaged: bool
 ) -> list[str]:
     """Losses of the step itself and of the last validation, with what compressors make of the held-out text."""
     rows: dict[str, str] = {}
@@ -129,9 +164,10 @@ def results(
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{where}"
     if "bits_per_byte/held_out" in last:
         rows["bits per byte of the held-out text"] = f"{last['bits_per_byte/held_out']:.3f}"
-        if split := (manifest or {"splits": {}})["splits"].get("validation"):
+        names = ("gzip_bytes", "xz_bytes", "compressed_text_bytes")
+        if held_out := _sums(manifests or {}, "validation", names):
             for program in ("gzip", "xz"):
-                bits = 8 * split[f"{program}_bytes"] / split["compressed_text_bytes"]
+                bits = 8 * held_out[f"{program}_bytes"] / held_out["compressed_text_bytes"]
                 rows[f"bits per byte by {program} -9"] = f"{bits:.3f}"
     text = [table(rows.items())] if rows else ["No losses of this checkpoint are recorded."]
     if rows and averaged:

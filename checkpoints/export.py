@@ -155,7 +155,7 @@ def _write_card(checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat:
         run=run,
         consumed_tokens=checkpoint.state.consumed_tokens,
         metrics=metrics,
-        manifest=_manifest(run),
+        manifests=_manifests(run),
         imported_from=checkpoint.origin.get("imported_from"),
         evaluation=evaluation.read_text("utf-8") if evaluation and evaluation.is_file() else None,
         curve=curve,
@@ -164,10 +164,10 @@ def _write_card(checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat:
     write_text(part / "README.md", card)
 
 
-def _manifest(run: Run | None) -> dict[str, Any] | None:
-    """Of the data that the run was trained on, if it is still there."""
+def _manifests(run: Run | None) -> dict[str, dict[str, Any]] | None:
+    """Of the data that the run was trained on, by source, if it is still there."""
     try:
-        return load_manifest(Path(run.data.path)) if run else None
+        return {name: load_manifest(Path(source.path)) for name, source in run.data.mixture.items()} if run else None
     except UserError:
         return None
 

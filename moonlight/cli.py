@@ -127,6 +127,19 @@ def bench_export(
         raise typer.Exit(1)
 
 
+@bench_app.command("loader", epilog="Example: moonlight bench loader --rounds 7 --json loader.json")
+def bench_loader(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    tokens: Annotated[int, typer.Option(help="Tokens of each of three sources, 4 bytes each on disk.")] = 50_000_000,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Tokens per second of one core beside Megatron's GPTDataset. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.loader import bench_loader as measure
+
+    if not measure(rounds, tokens, json):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],

@@ -40,9 +40,11 @@ class Data:
     """Folder with the tokenizer whose checksum the manifests name."""
     sequence_length: int
     mask_documents: bool = False
-    """Let no token attend to another document of its sequence."""
+    """Let no token attend to another document of its sequence. A document ends with the tokenizer's [EOS]."""
     reset_positions: bool = False
-    """Count positions from the beginning of the document, not of the sequence."""
+    """Count positions from the beginning of the document, or of what the sequence has of it."""
+    cache_folder: str = ""
+    """Folder for the shuffled orders of documents, on a disk of each host; empty takes the run's own folder."""
 
     def __post_init__(self) -> None:
         positive("data", sequence_length=self.sequence_length)
@@ -147,7 +149,8 @@ class Train:
     """CPU threads of each process; 0 shares the machine's cores among the local processes."""
     validate_every_steps: int = 100
     validation_sequences: int = 0
-    """Held-out sequences, the first ones, of every validation; 0 takes all. After the last step all are taken once."""
+    """Held-out sequences of each source, the first ones, that every validation takes; 0 takes all. After the last step
+    all are taken once."""
     save_every_steps: int = 100
     max_skipped_steps_in_a_row: int = 10
     """Training stops with an error after this many steps in a row whose gradient is not finite."""

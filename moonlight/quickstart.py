@@ -45,6 +45,8 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
     if not recipe.exists():
         raise UserError(f"recipe {recipe} does not exist: run this in the repository, or give --recipe")
     run = load_recipe(recipe, overrides)
+    if run.data.sources:
+        raise UserError(f"recipe {recipe} has data.sources: quickstart prepares one folder, which data.path names")
     folder = run_folder.path(run)
     tokenizer, data, hugging_face = Path(run.data.tokenizer), Path(run.data.path), folder / "hf"
     completion = folder / "completion.txt"

@@ -76,13 +76,16 @@ def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
     """This data-parallel rank's micro-batches of a step."""
     from megatron.core import parallel_state
 
-    from moonlight.train.step import Batch
+    from moonlight.train.step import Batch, number_documents
 
     tokens, mask = global_batch(run, step, masked)
+    apart = run.data.mask_documents or run.data.reset_positions
+    if apart:
+        tokens = torch.where(tokens % 8 == 0, 0, tokens)  # 0 ends documents of eight tokens or so
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine, my_mask = tokens.chunk(size)[rank], mask.chunk(size)[rank]
     return [
-        Batch(tokens=t[:, :-1], labels=t[:, 1:], loss_mask=m)
+        Batch(t[:, :-1], t[:, 1:], m, number_documents(t[:, :-1], 0) if apart else None)
         for t, m in zip(mine.split(run.train.micro_batch_size), my_mask.split(run.train.micro_batch_size), strict=True)
     ]
 

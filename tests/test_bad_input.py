@@ -202,7 +202,7 @@ def test_another_tokenizer(refuses, tiny_run, small_corpus, tmp_path, size):
     train_tokenizer([small_corpus], size, folder)
     refuses(
         ["pretrain", tiny_run.recipe, "name=other", f"runs_folder={tmp_path}", f"data.tokenizer={folder}"],
-        "the data was prepared with the tokenizer of checksum",
+        "was prepared with the tokenizer of checksum",
         "give the same tokenizer, or prepare the data again",
     )
     refuses(

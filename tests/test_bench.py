@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-from moonlight.bench import optimizer
+from moonlight.bench import loader, optimizer
 from moonlight.bench.report import speed
 from moonlight.errors import UserError
 
@@ -18,6 +18,18 @@ def test_a_failed_gate_fails_the_figure():
     assert speed("case", [1.0], [30.0], 10, True).passed
     assert not speed("case", [1.0], [30.0], 10, False).passed
     assert not speed("case", [1.0], [9.0], 10, True).passed
+
+
+def test_both_loaders_read_the_same_documents(tmp_path):
+    folder = tmp_path / "web"
+    loader._make_source(folder, 40 * loader.LENGTH, 0)
+    assert loader._is_right(folder)
+    peer, samples = loader._open_peer(folder), loader._open(folder)
+    assert [tensor.shape for tensor in loader._read_peer(peer, 0, 1)] == [(loader.BATCH, loader.LENGTH)] * 3
+    # An epoch of each, but for the last window, has the same tokens in another order.
+    own = sum(int(samples[number][0][1:].sum()) for number in range(samples.samples_per_epoch))
+    theirs = sum(int(peer[number]["labels"].sum()) for number in range(len(peer)))
+    assert own == pytest.approx(theirs, rel=0.05)
 
 
 @pytest.mark.parametrize(("rounds", "device", "message"), [(0, "cpu", "--rounds is 0"), (1, "tpu", "--device is tpu")])

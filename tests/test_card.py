@@ -29,7 +29,7 @@ def known(tiny_run):
         "run": run,
         "consumed_tokens": metrics[-1]["consumed_tokens"],
         "metrics": metrics,
-        "manifest": json.loads((tiny_run.data / "manifest.json").read_text()),
+        "manifests": {"data": json.loads((tiny_run.data / "manifest.json").read_text())},
         "imported_from": None,
         "evaluation": None,
         "curve": True,
@@ -49,7 +49,7 @@ def rows(text):
 
 
 def test_the_card_says_what_the_run_says(known):
-    run, last, manifest = known["run"], known["metrics"][-1], known["manifest"]
+    run, last, manifest = known["run"], known["metrics"][-1], known["manifests"]["data"]
     text = model_card(**known)
     found = rows(text)
     assert found["parameters"] == f"{count_parameters(run.model).total:,}"
@@ -81,17 +81,17 @@ def test_the_front_matter_is_the_hubs(known):
 
 
 def test_no_folder_of_this_machine_is_told(known):
-    source = known["manifest"]["sources"][0]
+    source = known["manifests"]["data"]["sources"][0]
     parent, name = source["path"].rsplit("/", 1)
-    manifest = known["manifest"] | {"sources": [source, source | {"path": "C:\\Users\\me\\my|texts\\"}]}
-    text = model_card(**known | {"manifest": manifest, "imported_from": "/home/me/base-model/"})
+    manifest = known["manifests"]["data"] | {"sources": [source, source | {"path": "C:\\Users\\me\\my|texts\\"}]}
+    text = model_card(**known | {"manifests": {"data": manifest}, "imported_from": "/home/me/base-model/"})
     assert f"| {name} |" in text and "| my\\|texts |" in text and "`base-model`" in text
     assert parent not in text and "Users" not in text and "/home" not in text
     assert "base_model" not in ModelCard(text).data.to_dict()
 
 
 def test_what_is_unknown_is_not_told(known):
-    nothing = {"license": None, "metrics": [], "manifest": None, "curve": False}
+    nothing = {"license": None, "metrics": [], "manifests": None, "curve": False}
     text = model_card(**known | nothing)
     assert "license" not in ModelCard(text).data.to_dict()
     assert "The licence of this model is not stated." in text
@@ -116,7 +116,7 @@ def test_averaged_weights_have_no_losses_of_their_own(known):
 
 
 def test_an_imported_model(known):
-    imported = known | {"run": None, "manifest": None, "metrics": [], "imported_from": "owner/base", "curve": False}
+    imported = known | {"run": None, "manifests": None, "metrics": [], "imported_from": "owner/base", "curve": False}
     text = model_card(**imported)
     card = ModelCard(text)
     assert card.data.base_model == "owner/base" and "muon" not in card.data.tags

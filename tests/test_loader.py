@@ -48,6 +48,28 @@ def test_a_sample_depends_on_seed_and_number_alone(folder):
     assert any((one[n][0] != TrainingSamples(folder, 16, seed=2)[n][0]).any() for n in range(5))
 
 
+def test_the_order_is_that_of_a_slow_twin(folder):
+    """Documents drawn and joined one by one: what a seed means must never change."""
+    samples = TrainingSamples(folder, 16, seed=7)
+    dataset = samples.stream.dataset
+    for epoch in (0, 1, 5):
+        generator = np.random.Generator(np.random.PCG64([7, epoch]))
+        joined = np.concatenate([dataset[int(document)] for document in generator.permutation(60)])
+        windows = generator.permutation((len(joined) - 1) // 16)
+        for place, window in enumerate(windows):
+            tokens, _ = samples[epoch * len(windows) + place]
+            assert tokens.dtype == np.int64
+            assert (tokens == joined[16 * window : 16 * window + 17]).all()
+
+
+def test_an_index_of_other_data_is_refused(folder, tmp_path):
+    for name in ("train.bin", "train.idx"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"train\.idx counts \d+ tokens, .*train\.bin has \d+: make the folder"):
+        TrainingSamples(tmp_path, 16, seed=1)
+
+
 def test_tokens_follow_each_other_as_in_the_documents(folder):
     samples = TrainingSamples(folder, 16, seed=4)
     for number in range(samples.samples_per_epoch):

@@ -85,7 +85,7 @@ def test_manifest_counts(prepared, jsonl, tokenizer_folder):
     assert validation["gzip_bytes"] == len(gzip.compress(held_out, 9))
     assert validation["xz_bytes"] == len(lzma.compress(held_out, preset=9))
     assert validation["dtype"] == "uint16"
-    check_tokenizer(manifest, tokenizer)
+    check_tokenizer(prepared, manifest, tokenizer)
     assert not (prepared / "quarantine.jsonl").exists()
 
 
@@ -235,7 +235,7 @@ def test_manifest_errors(prepared, jsonl, small_corpus, tmp_path):
         load_manifest(tmp_path)
     train_tokenizer([small_corpus], 600, tmp_path / "other")
     with pytest.raises(UserError, match="prepared with the tokenizer of checksum"):
-        check_tokenizer(load_manifest(prepared), Tokenizer.load(tmp_path / "other"))
+        check_tokenizer(prepared, load_manifest(prepared), Tokenizer.load(tmp_path / "other"))
 
 
 def test_a_walk_leaves_out_what_is_no_text(tmp_path, capsys):

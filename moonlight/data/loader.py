@@ -1,7 +1,9 @@
 """Token windows for training and validation: what a sample holds is a function of the seed and its number alone."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
@@ -9,6 +11,9 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moonlight.config import Run
+from moonlight.data.index_cache import IndexCache, Order
+from moonlight.data.mixture import Mixture, mixture_of, samples_per_epoch
 from moonlight.errors import UserError
 
 Sample = tuple[np.ndarray, np.ndarray]
@@ -19,27 +24,37 @@ class _Stream:
     """The documents of one split, joined in a given order, read by position."""
 
     def __init__(self, prefix: Path) -> None:
+        hint = "make the folder with `moonlight data prepare` again"
         try:
             self.dataset = IndexedDataset(str(prefix))
         except (AssertionError, ValueError, KeyError):
+            raise UserError(f"data {prefix}.idx is damaged: {hint}") from None
+        index = self.dataset.index
+        self.lengths: np.ndarray = index.sequence_lengths
+        self.starts: np.ndarray = index.sequence_pointers  # in bytes
+        # A plain array: slices of numpy.memmap cost a microsecond each.
+        self.tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r").view(np.ndarray)
+        self.num_tokens = int(self.lengths.sum(dtype=np.int64))
+        if self.num_tokens != len(self.tokens):
             raise UserError(
-                f"data {prefix}.idx is damaged: make the folder with `moonlight data prepare` again"
-            ) from None
-        self.lengths = np.asarray(self.dataset.sequence_lengths, dtype=np.int64)
-        self.num_tokens = int(self.lengths.sum())
+                f"data {prefix}.idx counts {self.num_tokens} tokens, {prefix}.bin has {len(self.tokens)}: {hint}"
+            )
 
     def read(self, order: np.ndarray | None, ends: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the documents in `order` (None: as stored); `ends` are their running totals."""
-        parts = []
-        place = int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            document = place if order is None else int(order[place])
-            offset = start - (int(ends[place]) - int(self.lengths[document]))
-            length = min(stop - start, int(ends[place]) - start)
-            parts.append(self.dataset.get(document, offset=offset, length=length))
-            start += length
-            place += 1
-        return np.concatenate(parts).astype(np.int64)
+        # Bounds of another type than `ends` would have numpy convert all of it.
+        first, last = np.searchsorted(ends, np.array([start, stop - 1], dtype=ends.dtype), side="right")
+        places = slice(first, last + 1) if order is None else order[first : last + 1]
+        lengths = self.lengths[places].tolist()
+        starts = (self.starts[places] // self.tokens.itemsize).tolist()
+        skip = start - (int(ends[first]) - lengths[0])
+        found = np.empty(stop - start, dtype=np.int64)
+        done = 0
+        for begin, length in zip(starts, lengths, strict=True):
+            count = min(length - skip, stop - start - done)
+            found[done : done + count] = self.tokens[begin + skip : begin + skip + count]
+            done, skip = done + count, 0
+        return found
 
 
 class TrainingSamples:
@@ -48,30 +63,83 @@ class TrainingSamples:
     Neighbouring windows share one token, so each token but the first of an epoch is a label once.
     """
 
-    def __init__(self, folder: Path, sequence_length: int, seed: int) -> None:
+    def __init__(self, folder: Path, sequence_length: int, seed: int, cache: IndexCache | None = None) -> None:
+        """`cache` keeps the orders of epochs on disk; without one each process has its own in memory."""
         self.stream = _Stream(folder / "train")
-        self.sequence_length, self.seed = sequence_length, seed
-        self.samples_per_epoch = (self.stream.num_tokens - 1) // sequence_length
+        self.sequence_length, self.seed, self.cache = sequence_length, seed, cache
+        self.samples_per_epoch = samples_per_epoch(self.stream.num_tokens, sequence_length)
         if self.samples_per_epoch < 1:
             raise UserError(
                 f"{folder} has {self.stream.num_tokens} training tokens: too few for one sequence of "
                 f"data.sequence_length {sequence_length} and the token after it"
             )
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self._epoch = lru_cache(maxsize=2)(self._order)
 
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Order of documents, their running totals, and order of windows."""
+    def _order(self, epoch: int) -> Order:
+        if self.cache is None:
+            return self._shuffle(epoch)
+        return self.cache.order(epoch, lambda: self._shuffle(epoch))
+
+    def _shuffle(self, epoch: int) -> Order:
+        """The order of an epoch, in the smallest integers that hold it: they do not change what is drawn."""
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = generator.permutation(len(self.stream.lengths))
-        return order, np.cumsum(self.stream.lengths[order]), generator.permutation(self.samples_per_epoch)
+        documents = _count_up(len(self.stream.lengths))
+        generator.shuffle(documents)
+        total = np.uint32 if self.stream.num_tokens < 2**32 else np.int64
+        ends = np.cumsum(self.stream.lengths[documents], dtype=total)
+        windows = _count_up(self.samples_per_epoch)
+        generator.shuffle(windows)
+        return Order(documents, ends, windows)
 
     def __getitem__(self, number: int) -> Sample:
         """Sample `number`, counted from 0 over the whole run."""
         epoch, place = divmod(number, self.samples_per_epoch)
-        order, ends, windows = self._epoch(epoch)
-        start = int(windows[place]) * self.sequence_length
-        tokens = self.stream.read(order, ends, start, start + self.sequence_length + 1)
+        order = self._epoch(epoch)
+        start = int(order.windows[place]) * self.sequence_length
+        tokens = self.stream.read(order.documents, order.ends, start, start + self.sequence_length + 1)
         return tokens, np.ones(self.sequence_length, dtype=np.float32)
+
+
+def _count_up(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+
+
+class MixedSamples:
+    """The samples of a run: those of its sources, mixed."""
+
+    def __init__(self, mixture: Mixture, sources: Mapping[str, TrainingSamples]) -> None:
+        self.mixture, self.sources = mixture, sources
+
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number`, counted from 0 over the whole run."""
+        source, own = self.mixture[number]
+        return self.sources[source][own]
+
+    def tokens_read(self, number: int) -> dict[str, int]:
+        """Metrics: tokens of each source among the first `number` samples; nothing where there is one source only."""
+        if len(self.sources) == 1:
+            return {}
+        counts = self.mixture.counts(number)
+        return {f"data/tokens/{name}": counts[name] * source.sequence_length for name, source in self.sources.items()}
+
+
+def open_training(run: Run, manifests: Mapping[str, dict[str, Any]], cache_folder: Path) -> MixedSamples:
+    """The training samples of a run whose sources have these manifests; orders of epochs lie in `cache_folder`."""
+    length, seed = run.data.sequence_length, run.train.seed
+    sources = {}
+    for name, source in run.data.mixture.items():
+        index = manifests[name]["splits"]["train"]["idx_sha256"]
+        cache = IndexCache(cache_folder, {"idx_sha256": index, "sequence_length": length, "seed": seed})
+        sources[name] = TrainingSamples(Path(source.path), length, seed, cache)
+    return MixedSamples(mixture_of(run), sources)
+
+
+def open_validation(run: Run, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "ValidationSamples"]:
+    """The held-out samples of each source."""
+    return {
+        name: ValidationSamples(Path(source.path), run.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        for name, source in run.data.mixture.items()
+    }
 
 
 class ValidationSamples:
@@ -84,7 +152,7 @@ class ValidationSamples:
     def __init__(self, folder: Path, sequence_length: int, eos_id: int) -> None:
         self.stream = _Stream(folder / "validation")
         self.sequence_length, self.eos_id = sequence_length, eos_id
-        self.ends = np.cumsum(self.stream.lengths)
+        self.ends = np.cumsum(self.stream.lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         return -(-self.stream.num_tokens // self.sequence_length)

@@ -1,6 +1,7 @@
 """The manifest of a data folder, checked against the files beside it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,19 @@ def _check_fields(manifest: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the data that `manifest` describes was made with `tokenizer`."""
+def held_out_counts(manifests: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Documents, bytes, tokens and compressed sizes of the held-out text of several data folders together."""
+    splits = [manifest["splits"]["validation"] for manifest in manifests]
+    names = ("documents", "bytes", "tokens", "compressed_text_bytes", "gzip_bytes", "xz_bytes")
+    return {name: sum(split[name] for split in splits) for name in names}
+
+
+def check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the data in `folder`, which `manifest` describes, was made with `tokenizer`."""
     made_with = manifest["tokenizer"]["sha256"]
     if made_with != tokenizer.sha256:
         raise UserError(
-            f"the data was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
+            f"data {folder} was prepared with the tokenizer of checksum {made_with[:12]}, this one has "
             f"{tokenizer.sha256[:12]}: give the same tokenizer, or prepare the data again"
         )
 

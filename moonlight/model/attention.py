@@ -1,6 +1,7 @@
 """Core attention: torch's scaled dot product with keys wider than values, as latent attention has them."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,28 +13,42 @@ LOGITS_AT_ONCE = 2**25
 
 @torch.no_grad()
 def max_logits(
-    query: torch.Tensor, key: torch.Tensor, softmax_scale: float, logits_at_once: int = LOGITS_AT_ONCE
+    query: torch.Tensor,
+    key: torch.Tensor,
+    softmax_scale: float,
+    logits_at_once: int = LOGITS_AT_ONCE,
+    documents: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Largest softmax_scale * q k^T of each head over all sequences and causal pairs: float32 [heads].
 
-    `query` and `key` [sequence, batch, heads, dim]. A logit that is not a number makes its head's maximum one.
+    `query` and `key` [sequence, batch, heads, dim]; with `documents` [batch, sequence] only pairs within one count.
+    A logit that is not a number makes its head's maximum one.
     """
-    length, _, heads, _ = query.shape
+    length, batch, heads, _ = query.shape
     rows = max(1, logits_at_once // (heads * length))
     largest = torch.full((heads,), -math.inf, device=query.device)
-    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):
-        q, k = q.transpose(0, 1).float(), k.transpose(0, 1).float()  # [heads, sequence, dim]
+    for sequence in range(batch):
+        q, k = (x[:, sequence].transpose(0, 1).float() for x in (query, key))  # [heads, sequence, dim]
         for start in range(0, length, rows):
             stop = min(start + rows, length)
             logits = q[:, start:stop] @ k[:, :stop].mT  # [heads, rows, stop]
             future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
             logits[:, :, start:].masked_fill_(future, -math.inf)
+            if documents is not None:
+                own = documents[sequence]
+                logits.masked_fill_(own[start:stop, None] != own[None, :stop], -math.inf)
             largest = torch.maximum(largest, logits.amax((1, 2)))
     return largest * softmax_scale
 
 
+@lru_cache(maxsize=1)
+def _visible(documents: torch.Tensor) -> torch.Tensor:
+    """Which token sees which: bool [batch, 1, sequence, sequence]. Kept, because all layers of a pass ask for it."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril_()
+
+
 class CausalAttention(torch.nn.Module):
-    """softmax(q k^T * scale) v under a causal mask.
+    """softmax(q k^T * scale) v under a causal mask, with `mask_documents` within each document only.
 
     Shapes: q and k [sequence, batch, heads, nope + rope], v [sequence, batch, heads, v_head_dim];
     output [sequence, batch, heads * v_head_dim]. Heads are this tensor-parallel rank's own.
@@ -43,8 +58,9 @@ class CausalAttention(torch.nn.Module):
         max_logits: largest logit of each head since `record` was called, float32 [heads].
     """
 
-    def __init__(self, *, softmax_scale: float, layer_number: int = 1, **_: Any) -> None:
+    def __init__(self, *, softmax_scale: float, layer_number: int = 1, mask_documents: bool = False, **_: Any) -> None:
         super().__init__()
+        self.mask_documents = mask_documents
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
         self.record(0)
@@ -55,13 +71,20 @@ class CausalAttention(torch.nn.Module):
         self._passes_to_record = passes
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **_: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **_: Any,
     ) -> torch.Tensor:
-        assert attention_mask is None, "attention is causal within one sequence; other masks are not supported"
+        """`attention_mask`: number of each token's document, [batch, sequence]; None takes a sequence for one."""
+        documents = attention_mask if self.mask_documents else None
         if self._passes_to_record and self.training and torch.is_grad_enabled():
             self._passes_to_record -= 1
-            found = max_logits(query, key, self.softmax_scale)
+            found = max_logits(query, key, self.softmax_scale, documents=documents)
             self.max_logits = torch.maximum(found, self.max_logits.to(found.device))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        mask = None if documents is None else _visible(documents)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -13,7 +13,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -23,9 +23,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from moonlight.config import Run
+from moonlight.config import Data, Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts
+from moonlight.model.latent_attention import LatentAttention
 from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
 from moonlight.model.router import Router
 
@@ -94,7 +95,7 @@ def transformer_config(run: Run) -> MLATransformerConfig:
     )
 
 
-def _layer_spec(with_experts: bool) -> ModuleSpec:
+def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if with_experts:
         mlp = ModuleSpec(
@@ -108,15 +109,15 @@ def _layer_spec(with_experts: bool) -> ModuleSpec:
     else:
         mlp = ModuleSpec(module=MLP, submodules=linears)
     attention = ModuleSpec(
-        module=MLASelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "reset_positions": data.reset_positions},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ReplicatedLinear,
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=ReplicatedLinear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=CausalAttention,
+            core_attention=ModuleSpec(module=CausalAttention, params={"mask_documents": data.mask_documents}),
             linear_proj=RowParallelLinear,
             q_layernorm=LatentRMSNorm,
             kv_layernorm=LatentRMSNorm,
@@ -156,7 +157,8 @@ def build_model(run: Run) -> list[GPTModel]:
         stage = chunk if chunks > 1 else None
         first = get_transformer_layer_offset(config, stage)
         count = get_num_layers_to_build(config, stage)
-        specs = [_layer_spec(layer >= run.model.first_k_dense_replace) for layer in range(first, first + count)]
+        dense = run.model.first_k_dense_replace
+        specs = [_layer_spec(layer >= dense, run.data) for layer in range(first, first + count)]
         model = GPTModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from moonlight import parallel
 from moonlight.config import Run
-from moonlight.data.loader import TrainingSamples, ValidationSamples
+from moonlight.data.loader import open_training, open_validation
+from moonlight.data.manifest import held_out_counts
 from moonlight.errors import UserError
 from moonlight.files import folder_lock
 from moonlight.model.build import build_model
@@ -36,7 +37,8 @@ def train(run: Run) -> None:
     run.check_batches(dist.get_world_size())
     timeline = Timeline(run)
     folder = run_folder.path(run)
-    manifest = run_folder.check_data(run)
+    manifests = run_folder.check_data(run)
+    tokenizer = next(iter(manifests.values()))["tokenizer"]  # all have the same
     run_folder.check_initial_checkpoint(run, check_files=True)
     first_rank = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
@@ -57,8 +59,8 @@ def train(run: Run) -> None:
         else:
             with optimizer.fill_masters() as state_to_fill:
                 initialize(state_to_fill, run.model, run.train.seed)
-        samples = TrainingSamples(Path(run.data.path), run.data.sequence_length, run.train.seed)
-        held_out = ValidationSamples(Path(run.data.path), run.data.sequence_length, manifest["tokenizer"]["eos_id"])
+        samples = open_training(run, manifests, run_folder.cache_folder(run))
+        held_out = open_validation(run, manifests)
 
         total_steps, last_step = timeline.num_steps, run.train.stop_at_step or timeline.num_steps
         if first_rank:
@@ -75,16 +77,18 @@ def train(run: Run) -> None:
             step = moment.step
             step_started = time.monotonic()
             mine = data_parallel_share(range(moment.first_sequence, moment.end))
-            batches = to_batches([samples[number] for number in mine], run.train.micro_batch_size)
+            batches = to_batches([samples[number] for number in mine], run, tokenizer["eos_id"])
             result = train_step(models, optimizer, run, batches, moment)
             state = advance(state, run, moment, result)
             seconds = time.monotonic() - step_started
 
-            entry = describe(state, run, moment, result, seconds)
+            entry = describe(state, run, moment, result, seconds) | samples.tokens_read(moment.end)
             if step % run.train.validate_every_steps == 0 or step == total_steps:
-                entry["loss/validation"] = validate(models, run, held_out, run.train.validation_sequences)
+                entry["loss/validation"], parts = validate(models, run, held_out, run.train.validation_sequences)
+                if len(parts) > 1:
+                    entry |= {f"loss/validation/{name}": loss for name, loss in parts.items()}
             if step == total_steps:
-                entry |= judge(validate(models, run, held_out), manifest)
+                entry |= judge(validate(models, run, held_out)[0], held_out_counts(manifests.values()))
             if first_rank:
                 metrics.write(entry)
                 line.update(entry, (time.monotonic() - started) / (step - first_step) * (last_step - step))
@@ -101,11 +105,11 @@ def train(run: Run) -> None:
             if step % run.train.save_every_steps == 0 or step == last_step:
                 if first_rank:
                     metrics.sync()
-                checkpoint.save(folder / "checkpoints", run, optimizer, state, manifest["tokenizer"]["sha256"])
+                checkpoint.save(folder / "checkpoints", run, optimizer, state, tokenizer["sha256"])
 
         if first_rank:
             line.close()
-            run_folder.summarize(folder, run, manifest)
+            run_folder.summarize(folder, run, manifests)
         dist.barrier()
 
 
@@ -149,8 +153,7 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
     return entry
 
 
-def judge(loss: float, manifest: dict[str, Any]) -> dict[str, float]:
+def judge(loss: float, counts: dict[str, int]) -> dict[str, float]:
     """The loss over all held-out documents, every byte of them predicted, and the bits per byte it means."""
-    split = manifest["splits"]["validation"]
-    bits = bits_per_byte(loss, split["tokens"], split["bytes"])
+    bits = bits_per_byte(loss, counts["tokens"], counts["bytes"])
     return {"loss/held_out": loss, "bits_per_byte/held_out": bits}

@@ -1,6 +1,7 @@
 """The folder of a run: what it may be used for, the checks before a run starts, the summary after it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from rich.console import Console
 
 from moonlight.config import Run
 from moonlight.config_io import load_recipe, to_yaml
-from moonlight.data.manifest import check_tokenizer, load_manifest
+from moonlight.data.manifest import check_tokenizer, held_out_counts, load_manifest
+from moonlight.data.mixture import mixture_of, samples_per_epoch
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
@@ -21,6 +23,7 @@ CONFIG_FILE = "config.yaml"
 FREE_TO_CHANGE = frozenset(
     {
         "runs_folder",
+        "data.cache_folder",
         "parallel",
         "train.micro_batch_size",
         "train.threads_per_process",
@@ -40,36 +43,62 @@ def path(run: Run) -> Path:
     return Path(run.runs_folder) / run.name
 
 
-def check_data(run: Run) -> dict[str, Any]:
-    """The manifest of the prepared data, after checking that data, tokenizer and model belong together.
+def cache_folder(run: Run) -> Path:
+    """Where this host keeps the orders of the run's epochs."""
+    return Path(run.data.cache_folder) / run.name if run.data.cache_folder else path(run) / ".order"
+
+
+def check_data(run: Run) -> dict[str, dict[str, Any]]:
+    """The manifest of each source, after checking that data, tokenizer and model belong together.
 
     Raises:
-        UserError: something is missing, or the three do not match.
+        UserError: something is missing, the three do not match, or the run asks for more epochs than are allowed.
     """
-    manifest = load_manifest(Path(run.data.path))
+    found = {name: load_manifest(Path(source.path)) for name, source in run.data.mixture.items()}
     tokenizer = Tokenizer.load(Path(run.data.tokenizer))
-    check_tokenizer(manifest, tokenizer)
-    # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
-    largest = max(split["largest_id"] for split in manifest["splits"].values())
-    if largest >= run.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {run.model.vocab_size}: id {largest} occurs in the data {run.data.path}, which needs "
-            f"at least {largest + 1} rows"
-        )
+    for name, source in run.data.mixture.items():
+        _check_source(run, source.path, found[name], tokenizer)
     if tokenizer.num_text_ids > run.model.vocab_size:
         raise UserError(
             f"model.vocab_size is {run.model.vocab_size}: the tokenizer {run.data.tokenizer} can give text any of "
             f"{tokenizer.num_text_ids} ids, which need at least as many rows"
         )
-    if "validation" not in manifest["splits"]:
-        raise UserError(f"data {run.data.path} has no held-out documents: prepare it with a validation share above 0")
-    tokens, needed = manifest["splits"]["train"]["tokens"], run.data.sequence_length + 1
-    if tokens < needed:
+    _check_epochs(run, found)
+    return found
+
+
+def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError unless one data folder can be used."""
+    check_tokenizer(Path(folder), manifest, tokenizer)
+    # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
+    largest = max(split["largest_id"] for split in manifest["splits"].values())
+    if largest >= run.model.vocab_size:
         raise UserError(
-            f"data {run.data.path} has {tokens} training tokens: too few for one sequence of "
-            f"data.sequence_length {run.data.sequence_length} and the token after it"
+            f"model.vocab_size is {run.model.vocab_size}: id {largest} occurs in the data {folder}, which needs "
+            f"at least {largest + 1} rows"
         )
-    return manifest
+    if "validation" not in manifest["splits"]:
+        raise UserError(f"data {folder} has no held-out documents: prepare it with a validation share above 0")
+    tokens, length = manifest["splits"]["train"]["tokens"], run.data.sequence_length
+    if samples_per_epoch(tokens, length) < 1:
+        raise UserError(
+            f"data {folder} has {tokens} training tokens: too few for one sequence of data.sequence_length {length} "
+            "and the token after it"
+        )
+
+
+def _check_epochs(run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
+    """Raise UserError if the run would see the documents of a source more often than is allowed."""
+    timeline = Timeline(run)
+    counts = mixture_of(run).counts(timeline.first_sequence + timeline.num_sequences)
+    for name, source in run.data.mixture.items():
+        tokens = manifests[name]["splits"]["train"]["tokens"]
+        epochs = counts[name] / samples_per_epoch(tokens, run.data.sequence_length)
+        if 0 < source.max_epochs < epochs:
+            raise UserError(
+                f"source {name} is asked for {epochs:.4g} epochs up to the end of this run, data.sources.{name}."
+                f"max_epochs is {source.max_epochs:g}: give it less weight, more text, or more epochs"
+            )
 
 
 def check_initial_checkpoint(run: Run, *, check_files: bool) -> None:
@@ -115,8 +144,8 @@ def check_folder(folder: Path, run: Run) -> None:
         before, now = _flat(dataclasses.asdict(there)), _flat(dataclasses.asdict(run))
         changed = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
-            for key in now
-            if before.get(key) != now[key] and not {key, key.split(".")[0]} & FREE_TO_CHANGE
+            for key in before | now
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
         ]
         if changed:
             raise UserError(
@@ -125,7 +154,8 @@ def check_folder(folder: Path, run: Run) -> None:
             )
     elif folder.is_dir():
         # Tokenizer and data may have been made inside the folder before the run.
-        own = [Path(place).resolve() for place in (run.data.path, run.data.tokenizer)]
+        data = [source.path for source in run.data.mixture.values()]
+        own = [Path(place).resolve() for place in (*data, run.data.tokenizer)]
         for entry in sorted(folder.iterdir()):
             if not entry.name.startswith(".") and not any(place.is_relative_to(entry.resolve()) for place in own):
                 raise UserError(
@@ -160,7 +190,7 @@ def is_finished(run: Run) -> bool:
     return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps
 
 
-def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
+def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
     """Draw the loss curve and print the table of results."""
     entries = read_metrics(folder)
     curve = draw_loss_curve(folder, f"{run.name}: {run.optimizer.name}")
@@ -169,11 +199,15 @@ def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
         "training loss": f"{entries[-1]['loss/train']:.4f} nats per token",
     }
-    validated = [entry for entry in entries if "loss/validation" in entry]
-    if validated:
+    several = list(manifests) if len(manifests) > 1 else []
+    for name in several:
+        rows[f"tokens of {name}"] = f"{entries[-1][f'data/tokens/{name}']:,}"
+    if validated := [entry for entry in entries if "loss/validation" in entry]:
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token"
+        for name in several:
+            rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
     if "bits_per_byte/held_out" in entries[-1]:
-        split = manifest["splits"]["validation"]
+        split = held_out_counts(manifests.values())
         rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every byte predicted"
         rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per token"
         rows["bits per byte: model"] = f"{entries[-1]['bits_per_byte/held_out']:.3f}"

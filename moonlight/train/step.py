@@ -40,6 +40,8 @@ class Batch:
     """int64 ids: the next token of each."""
     loss_mask: torch.Tensor
     """float32: 1 where the label counts, 0 where not."""
+    documents: torch.Tensor | None = None
+    """int32: number of each token's document within the sequence; None takes the sequence for one."""
 
 
 def data_parallel_share(numbers: Sequence[int]) -> Sequence[int]:
@@ -49,13 +51,21 @@ def data_parallel_share(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[rank * each : (rank + 1) * each]
 
 
-def to_batches(samples: list[Sample], micro_batch_size: int) -> list[Batch]:
-    """Cut samples into micro-batches on this rank's device."""
-    device = torch.cuda.current_device()
-    return [
-        Batch(*(tensor.to(device) for tensor in stack(samples[start : start + micro_batch_size])))
-        for start in range(0, len(samples), micro_batch_size)
-    ]
+def to_batches(samples: list[Sample], run: Run, eos_id: int) -> list[Batch]:
+    """Cut samples into micro-batches on this rank's device. Documents end with `eos_id`."""
+    device, size = torch.cuda.current_device(), run.train.micro_batch_size
+    apart = run.data.mask_documents or run.data.reset_positions
+    batches = []
+    for start in range(0, len(samples), size):
+        tokens, labels, loss_mask = (tensor.to(device) for tensor in stack(samples[start : start + size]))
+        batches.append(Batch(tokens, labels, loss_mask, number_documents(tokens, eos_id) if apart else None))
+    return batches
+
+
+def number_documents(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Number of each token's document within its sequence, from 0: a token after `eos_id` begins one. int32."""
+    ends = (tokens == eos_id).to(torch.int32)
+    return ends.cumsum(1, dtype=torch.int32) - ends
 
 
 def routers(models: Sequence[Any]) -> list[Router]:
@@ -86,7 +96,8 @@ def _forward(global_count: torch.Tensor, iterator: Iterator[Batch], model: Any) 
     """Megatron's forward step: losses per token [batch, sequence] on the last stage, and how to reduce them."""
     batch = next(iterator)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-    output = model(batch.tokens, positions, None, labels=batch.labels)
+    # Megatron hands its attention mask to every layer as it is; ours is the documents, which are much smaller.
+    output = model(batch.tokens, positions, batch.documents, labels=batch.labels)
 
     def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = (losses * batch.loss_mask).sum() / global_count

@@ -1,0 +1,184 @@
+"""`moonlight bench loader`: tokens per second of one core, beside Megatron's GPTDataset on the same files.
+
+Documents are of realistic lengths, windows of 8,192 tokens, the page cache warm. A batch is what a training step is
+given: tokens, labels and loss mask as tensors. Both read windows in random order, as an epoch does; the two take turns.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
+
+from moonlight.bench.report import Figure, hardware, report, speed
+from moonlight.data.index_cache import IndexCache
+from moonlight.data.loader import MixedSamples, TrainingSamples, stack
+from moonlight.data.mixture import Mixture
+from moonlight.errors import UserError
+
+LENGTH = 8192
+BATCH = 8
+BATCHES = 32
+"""Batches that a round reads."""
+AFTER = 8
+"""Batches read by a process that has just opened its data, with an index on disk."""
+TOKENS_PER_SECOND = 50e6
+SEED = 1
+EOS = 163585
+WEIGHTS = {"web": 0.6, "code": 0.3, "math": 0.1}
+MEDIAN_LENGTH, SPREAD = 600, 1.0
+"""Of the documents: log-normal, 990 tokens in the mean."""
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class _Tokenizer:
+    """What GPTDataset asks of one."""
+
+    vocab_size, eod, pad = 163840, EOS, EOS + 1
+    unique_identifiers = "bench"
+
+
+def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> bool:
+    """Measure on `tokens` tokens per source, print the table, and return whether every gate and bar has passed."""
+    if rounds < 1 or tokens < 100 * LENGTH:
+        raise UserError(f"--rounds is {rounds} and --tokens {tokens}: at least 1 and {100 * LENGTH} are accepted")
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory(dir=".") as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(place)
+        for number, name in enumerate(WEIGHTS):
+            _make_source(folder / name, tokens, number)
+        right = _is_right(folder / "web")
+        ours, peer = _open(folder / "web"), _open_peer(folder / "web")
+        mixed, blended = _open_mixture(folder), _open_blended(folder, BATCH * BATCHES * (rounds + 1))
+        cases: dict[str, tuple[list[float], list[float]]] = {"windows": ([], []), "resume": ([], []), "mix": ([], [])}
+        for start in range(0, BATCH * BATCHES * (rounds + 1), BATCH * BATCHES):
+            for case, own, theirs in (
+                ("windows", lambda at: _read(ours, at), lambda at: _read_peer(peer, at)),
+                (
+                    "resume",
+                    lambda at: _read(_open(folder / "web"), at, AFTER),
+                    lambda at: _read_again(folder / "web", at),
+                ),
+                ("mix", lambda at: _read(mixed, at), lambda at: _read_peer(blended, at)),
+            ):
+                for times, call in zip(cases[case], (own, theirs), strict=True):
+                    times.append(_cpu_seconds(call, start % len(peer)))
+    # The first round warms the page cache.
+    seconds = {case: (own[1:], theirs[1:]) for case, (own, theirs) in cases.items()}
+    rates = [BATCH * BATCHES * LENGTH / second for second in seconds["windows"][0]]
+    rate = statistics.median(rates)
+    peer_rate = BATCH * BATCHES * LENGTH / statistics.median(seconds["windows"][1])
+    spread = f"{min(rates) / TOKENS_PER_SECOND:.2f}..{max(rates) / TOKENS_PER_SECOND:.2f}"
+    passed = right and rate >= TOKENS_PER_SECOND
+    figures = [
+        Figure("tokens/s", "M", rate / 1e6, TOKENS_PER_SECOND / 1e6, rate / TOKENS_PER_SECOND, spread, ">= 1", passed),
+        speed(f"{BATCHES} batches", *_milliseconds(seconds["windows"]), 1.0, right),
+        speed(f"resume, {AFTER} batches", *_milliseconds(seconds["resume"]), 1.0, right),
+        speed(f"mixture, {BATCHES} batches", *_milliseconds(seconds["mix"]), 1.0, right),
+    ]
+    notes = [
+        f"one core; batches of {BATCH} windows of {LENGTH:,} tokens; CPU time; {tokens / 1e6:.0f}M tokens per source",
+        f"the peer of tokens/s: the bar, 50M; GPTDataset reads {peer_rate / 1e6:.0f}M",
+        "the peer of a mixture: BlendedDataset of three GPTDatasets, built for just the samples read",
+        f"windows against documents joined one by one: {'the same tokens' if right else 'DIFFERENT'}",
+    ]
+    return report("Loader", figures, hardware("cpu"), notes, json_path)
+
+
+def _make_source(folder: Path, tokens: int, seed: int) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(str(folder / "train.bin"), np.int32)
+    done = 0
+    while done < tokens:
+        length = int(np.clip(generator.lognormal(np.log(MEDIAN_LENGTH), SPREAD), 16, 100_000))
+        document = generator.integers(0, EOS, size=length, dtype=np.int32)
+        document[-1] = EOS
+        builder.add_document(torch.from_numpy(document), [length])
+        done += length
+    builder.finalize(str(folder / "train.idx"))
+
+
+def _open(folder: Path) -> TrainingSamples:
+    return TrainingSamples(folder, LENGTH, SEED, IndexCache(folder / "ours", {"seed": SEED}))
+
+
+def _open_mixture(folder: Path) -> MixedSamples:
+    return MixedSamples(Mixture(list(WEIGHTS), [(0, WEIGHTS)], SEED), {name: _open(folder / name) for name in WEIGHTS})
+
+
+def _open_peer(folder: Path, num_samples: int | None = None) -> Any:
+    config = GPTDatasetConfig(
+        random_seed=SEED,
+        sequence_length=LENGTH,
+        blend=([str(folder)], None),
+        split="1",
+        tokenizer=_Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    indexed = IndexedDataset(str(folder / "train"))
+    documents = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
+    return GPTDataset(indexed, str(folder), documents, num_samples, Split.train, config)
+
+
+def _open_blended(folder: Path, size: int) -> Any:
+    parts = [_open_peer(folder / name, int(size * weight * 1.01) + 2) for name, weight in WEIGHTS.items()]
+    return BlendedDataset(parts, list(WEIGHTS.values()), size, parts[0].config)
+
+
+def _read(samples: TrainingSamples | MixedSamples, first: int, batches: int = BATCHES) -> Tensors:
+    for start in range(first, first + BATCH * batches, BATCH):
+        batch = stack([samples[number] for number in range(start, start + BATCH)])
+    return batch
+
+
+def _read_peer(dataset: Any, first: int, batches: int = BATCHES) -> Tensors:
+    for start in range(first, first + BATCH * batches, BATCH):
+        samples = [dataset[number % len(dataset)] for number in range(start, start + BATCH)]
+        batch = tuple(torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask"))
+    return batch
+
+
+def _read_again(folder: Path, first: int) -> Tensors:
+    """The first batches after a new start, with the index that the start before left behind."""
+    return _read_peer(_open_peer(folder), first, AFTER)
+
+
+def _is_right(folder: Path) -> bool:
+    """Whether windows of an epoch hold the tokens of its documents, joined one by one."""
+    samples = _open(folder)
+    documents, _, windows = samples._order(0)
+    joined = np.concatenate([samples.stream.dataset[int(document)] for document in documents])
+    return all(
+        np.array_equal(samples[number][0], joined[LENGTH * windows[number] :][: LENGTH + 1])
+        for number in range(0, samples.samples_per_epoch, 7)
+    )
+
+
+def _milliseconds(seconds: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
+    own, theirs = ([1e3 * second for second in times] for times in seconds)
+    return own, theirs
+
+
+def _cpu_seconds(call: Callable[[int], object], first: int) -> float:
+    start = time.process_time()
+    call(first)
+    return time.process_time() - start
