@@ -8,7 +8,7 @@ LOCK := requirements/cpu.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install quickstart test test-full serve-test lint format clean
+.PHONY: install quickstart test test-full test-faults serve-test lint format clean
 
 install: $(VENV)/.installed
 
@@ -25,10 +25,14 @@ quickstart: install
 	@$(BIN)/moonlight quickstart $(if $(CORPUS),--corpus "$(CORPUS)")
 
 test: install
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not faults"
 
 test-full: install
 	$(BIN)/python -m pytest
+
+# Everything that goes wrong in runs that last weeks.
+test-faults: install
+	$(BIN)/python -m pytest -m faults
 
 # One exported checkpoint through transformers, vLLM and SGLang on CPU; a virtual environment for each server.
 serve-test: install .venvs/vllm/.installed .venvs/sglang/.installed

@@ -1,7 +1,7 @@
 """Validation: the mean loss over held-out tokens, and bits per byte of their text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
@@ -14,8 +14,17 @@ from moonlight.train.step import data_parallel_share, forward_backward, to_batch
 
 
 @torch.no_grad()
-def validate(models: Sequence[GPTModel], run: Run, samples: ValidationSamples, max_sequences: int = 0) -> float:
-    """Mean loss in nats per token over the first `max_sequences` sequences; 0 takes every held-out token."""
+def validate(
+    models: Sequence[GPTModel],
+    run: Run,
+    samples: ValidationSamples,
+    alive: Callable[[], None],
+    max_sequences: int = 0,
+) -> float:
+    """Mean loss in nats per token over the first `max_sequences` sequences; 0 takes every held-out token.
+
+    `alive` is called after every pass over a batch.
+    """
     total = min(len(samples), max_sequences) if max_sequences else len(samples)
     for model in models:
         model.eval()
@@ -28,6 +37,7 @@ def validate(models: Sequence[GPTModel], run: Run, samples: ValidationSamples, m
         loss, count = forward_backward(models, run, batches, forward_only=True)
         nats += loss.item() * count.item()
         tokens += count.item()
+        alive()
     for model in models:
         model.train()
     return nats / tokens
