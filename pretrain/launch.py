@@ -41,10 +41,9 @@ def launch(num_processes: int, arguments: Sequence[str], threads_per_process: in
     try:
         restart = 0
         while (failure := world.run(restart)) is not None:
-            if world.is_stopping:
-                raise SystemExit(CODE_STOPPED)
-            print(failure.line, file=sys.stderr)
-            if restart == max_restarts:
+            if failure.code != CODE_STOPPED:
+                print(failure.line, file=sys.stderr)
+            if world.is_stopping or restart == max_restarts:
                 raise SystemExit(failure.code)
             restart += 1
             print(f"starting all processes again, restart {restart} of {max_restarts}", file=sys.stderr)
@@ -110,6 +109,8 @@ class _World:
             if message is not None:
                 raise UserError(message)
         reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        if self.is_stopping and code == -signal.SIGTERM:  # it had not begun
+            return _Failure("", CODE_STOPPED)
         return _Failure(f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1)
 
     def _start(self, rank: int, folder: Path, restart: int) -> None:
