@@ -21,7 +21,13 @@ def start(recipe, *arguments, torchrun_restarts=None, **options):
         command += ["--monitor-interval", "0.1", "--max-restarts", str(torchrun_restarts), "-m", "pretrain"]
     command += [str(recipe), *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
     )
 
 

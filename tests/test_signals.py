@@ -21,9 +21,7 @@ def events_of(folder, *names):
     return [event for event in read_events(folder) if event["event"] in names]
 
 
-def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(
-    pool, data_folder, tokenizer_folder, tmp_path
-):
+def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, data_folder, tokenizer_folder, tmp_path):
     """SIGUSR1 to the second process only, SIGTERM to the command, then the same command until some steps later."""
     runs = {
         name: make_run(tmp_path / name, data_folder, tokenizer_folder, "EP2", threads_per_process=1, **FOREVER)
