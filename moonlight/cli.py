@@ -146,6 +146,7 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value; moonlight/config.py has all keys.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on with a run of other settings.")] = False,
 ) -> None:
     """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
     from moonlight.config_io import load_recipe
@@ -156,17 +157,17 @@ def pretrain(
     if under_launcher():
         from pretrain.__main__ import work
 
-        work(run)
+        work(run, force=force)
         return
     run.check_batches(run.parallel.num_processes)
     run_folder.check_data(run)
     run_folder.check_initial_checkpoint(run, check_files=False)
-    run_folder.check_folder(run_folder.path(run), run)
+    run_folder.check_folder(run_folder.path(run), run, force=force)
     if run_folder.is_finished(run):
         print(f"{run_folder.path(run)}: this run has finished already")
         return
-    arguments = [str(recipe), *(overrides or [])]
-    launch(run.parallel.num_processes, arguments, run.train.threads_per_process)
+    arguments = [str(recipe), *(overrides or []), *(["--force"] if force else [])]
+    launch(run.parallel.num_processes, arguments, run.train.threads_per_process, run.train.max_restarts)
 
 
 @app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --parameters --gpus 64")

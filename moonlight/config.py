@@ -153,9 +153,8 @@ class Train:
     all are taken once."""
     save_every_steps: int = 100
     max_skipped_steps_in_a_row: int = 10
-    """Training stops with an error after this many steps in a row whose gradient is not finite."""
-    hang_timeout_seconds: float = 600.0
-    """How long a process waits for the others in one exchange before it ends with an error."""
+    """Training stops with an error after this many steps in a row that were skipped, because loss or gradient was not
+    finite or, with spike_policy=skip, because of their loss."""
     initial_checkpoint: str = ""
     """Checkpoint (or run folder: its newest) whose weights a new run starts from, at step 0 and with momenta of zero:
     one of any layout, or one that `moonlight import` or `moonlight average` made. Empty: random weights."""
@@ -163,6 +162,28 @@ class Train:
     """Save and stop after this step, without changing the schedule; 0 goes on to train_steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0 keeps all."""
+    save_every_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last save; 0: only by steps."""
+    grace_seconds: float = 25.0
+    """On SIGTERM a run saves after its step and stops; what has not ended after so many seconds is left. torchrun and
+    Kubernetes kill 30 s after SIGTERM unless they are told otherwise."""
+    hang_timeout_seconds: float = 1800.0
+    """A process that makes no progress (no step, validation pass or save) for so long ends with the stacks of all its
+    threads, and its peers with it. Twice as long until the first step has ended."""
+    max_restarts: int = 0
+    """How often `moonlight pretrain` starts its local processes again after one of them was killed, crashed or hung.
+    torchrun has --max-restarts instead."""
+    spike_policy: str = "none"
+    """What a loss spike does: none (a warning), skip (that step changes nothing), rollback (go back to a checkpoint and
+    pass over the data up to and including the spike; if there is none so old, skip)."""
+    spike_threshold: float = 10.0
+    """A step whose loss/spike_score is greater is a spike."""
+    spike_window: int = 64
+    """Steps before, with whose losses a loss is compared: score = (loss - median) / (1.4826 MAD + 0.01)."""
+    rollback_steps: int = 100
+    """A rollback goes to the newest checkpoint that is at least so many steps before the spike."""
+    max_rollbacks_in_a_row: int = 3
+    """Training stops with an error if the next spike comes before the run got past the last one so many times."""
 
     def __post_init__(self) -> None:
         positive(
@@ -172,7 +193,19 @@ class Train:
             validate_every_steps=self.validate_every_steps,
             save_every_steps=self.save_every_steps,
             max_skipped_steps_in_a_row=self.max_skipped_steps_in_a_row,
+            grace_seconds=self.grace_seconds,
             hang_timeout_seconds=self.hang_timeout_seconds,
+            spike_threshold=self.spike_threshold,
+            spike_window=self.spike_window,
+            rollback_steps=self.rollback_steps,
+            max_rollbacks_in_a_row=self.max_rollbacks_in_a_row,
+        )
+        one_of("train.spike_policy", self.spike_policy, ("none", "skip", "rollback"))
+        back = (self.keep_checkpoints - 1) * self.save_every_steps
+        require(
+            self.spike_policy != "rollback" or self.keep_checkpoints == 0 or back >= self.rollback_steps,
+            f"train.rollback_steps is {self.rollback_steps}: with train.keep_checkpoints={self.keep_checkpoints} and "
+            f"train.save_every_steps={self.save_every_steps} it must be at most {back}, or no checkpoint is old enough",
         )
         check_growth(self.global_batch_size, self.batch_growth)
         one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
@@ -183,6 +216,8 @@ class Train:
             "validation_sequences",
             "stop_at_step",
             "keep_checkpoints",
+            "save_every_minutes",
+            "max_restarts",
         ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} is {value}: it must be at least 0")

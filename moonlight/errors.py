@@ -31,6 +31,15 @@ _OF_THE_MACHINE = {
 
 CODE_INTERRUPTED = 130
 """What shells report of a command ended by Ctrl-C."""
+CODE_STOPPED = 143
+"""A run saved and stopped because of SIGTERM: 128 + 15, as shells report of a process that SIGTERM ended.
+
+Not 0, or Kubernetes would take an evicted run for a finished one; above 127, which Kubeflow retries.
+"""
+CODE_HUNG = 134
+"""A process of a run made no progress and ended itself: 128 + 6, as of abort()."""
+CODE_KILLED = 137
+"""A process of a run could not save within its grace time: 128 + 9, as of the SIGKILL that would have come."""
 
 
 class UserError(ValueError):

@@ -16,6 +16,8 @@ from moonlight.config import Parallel
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
 """Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""
+RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
+"""How often the launcher has started its processes again; set by torchrun, and by our own launcher likewise."""
 
 
 def world_size() -> int:
@@ -67,7 +69,7 @@ def _backend() -> str:
     return "nccl"
 
 
-def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=10)) -> None:
+def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Megatron's process groups for a layout, replacing any that exist, and its random streams.
 
     The world size must be divisible by the layout (`Parallel.data_parallel_size` says so to the user).
@@ -81,8 +83,8 @@ def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(m
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -4,28 +4,34 @@ Without torchrun, `moonlight pretrain` starts as many of these as the recipe's `
 """
 
 import argparse
+import signal
 import sys
-from datetime import timedelta
 from typing import NoReturn
 
 from moonlight.config import Run
 from moonlight.errors import UserError, report_errors
 
 
-def work(run: Run) -> None:
-    """Join the world, train, and leave it."""
+def work(run: Run, *, force: bool = False) -> None:
+    """Join the world, train, and leave it.
+
+    Args:
+        force: go on with a run of other settings.
+    """
     from moonlight.train import run_folder
 
-    run_folder.check_folder(run_folder.path(run), run)
+    run_folder.check_folder(run_folder.path(run), run, force=force)
 
     from moonlight import parallel
-    from moonlight.train.loop import train
+    from moonlight.train.loop import group_timeout, train
+    from moonlight.train.memory import explaining_memory
 
-    parallel.join_world(run.train.threads_per_process, timedelta(seconds=run.train.hang_timeout_seconds))
-    try:
-        train(run)
-    finally:
-        parallel.leave_world()
+    with explaining_memory(run):
+        parallel.join_world(run.train.threads_per_process, group_timeout(run))
+        try:
+            train(run, force=force)
+        finally:
+            parallel.leave_world()
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,15 +42,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that has nothing to save yet
     parser = Parser(prog="python -m pretrain", description=__doc__)
+    parser.epilog = "Example: torchrun --nproc-per-node 8 --max-restarts 3 -m pretrain recipe.yaml train.seed=7"
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
+    parser.add_argument("--force", action="store_true", help="go on with a run of other settings")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
     with report_errors(debug="--debug" in sys.argv):
         arguments = parser.parse_args()
         from moonlight.config_io import load_recipe
 
-        work(load_recipe(arguments.recipe, arguments.overrides))
+        work(load_recipe(arguments.recipe, arguments.overrides), force=arguments.force)
         return 0
     return 2
 

@@ -9,13 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from moonlight.errors import DEBUG, ERROR_FILE, UserError
+from moonlight.errors import CODE_HUNG, CODE_KILLED, CODE_STOPPED, DEBUG, ERROR_FILE, UserError
 
 SECONDS_TO_REPORT = 3.0
 """After one process failed, the others may still be writing down the error that made it fail."""
-SECONDS_TO_END = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -24,82 +24,137 @@ def under_launcher() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
-def launch(num_processes: int, arguments: Sequence[str], threads_per_process: int) -> None:
+def launch(num_processes: int, arguments: Sequence[str], threads_per_process: int, max_restarts: int = 0) -> None:
     """Run `python -m pretrain *arguments` as a world of `num_processes` on this machine and wait for it.
 
-    When one process fails, the others are ended. When this process dies, however, the kernel ends them.
+    When one process fails, the others are ended, and all are started again up to `max_restarts` times unless the
+    failure is the user's to mend. When this process dies, however, the kernel ends them. SIGTERM and SIGUSR1 go on to
+    the processes, which save; after SIGTERM nothing is started again.
 
     Raises:
         UserError: a process reported one.
-        SystemExit: a process failed in another way; its output is on the screen.
+        SystemExit: a process failed in another way, its output is on the screen; or the run stopped on SIGTERM.
     """
     threads = threads_per_process or max(1, (os.cpu_count() or 1) // num_processes)
-    with tempfile.TemporaryDirectory(prefix="moonlight-") as folder:
-        workers = []
-        for rank in range(num_processes):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_processes),
-                "OMP_NUM_THREADS": str(threads),
-                "MOONLIGHT_RENDEZVOUS_FILE": str(Path(folder) / "rendezvous"),
-                ERROR_FILE: str(Path(folder) / f"error-{rank}"),
-            }
-            command = [sys.executable, "-m", "pretrain", *arguments]
-            workers.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
-        try:
-            failed = _wait(workers)
-        except BaseException:
-            _end(workers)
-            raise
+    world = _World(num_processes, arguments, threads)
+    former = {number: signal.signal(number, world.forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        restart = 0
+        while (failure := world.run(restart)) is not None:
+            if failure.code != CODE_STOPPED:
+                print(failure.line, file=sys.stderr)
+            if world.is_stopping or restart == max_restarts:
+                raise SystemExit(failure.code)
+            restart += 1
+            print(f"starting all processes again, restart {restart} of {max_restarts}", file=sys.stderr)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a world ended that did not end well."""
+
+    line: str
+    code: int
+    """For this process to exit with."""
+
+
+class _World:
+    """The processes of a run."""
+
+    def __init__(self, num_processes: int, arguments: Sequence[str], threads: int) -> None:
+        self._size, self._threads = num_processes, threads
+        self._command = [sys.executable, "-m", "pretrain", *arguments]
+        self._workers: list[subprocess.Popen] = []
+        self.is_stopping = False
+
+    def forward(self, number: int, frame: object) -> None:
+        """Handler of signals: pass one on to all processes."""
+        self.is_stopping |= number == signal.SIGTERM
+        for worker in self._workers:
+            worker.send_signal(number)
+
+    def run(self, restart: int) -> _Failure | None:
+        """Start the processes and wait for them; None if all ended well."""
+        with tempfile.TemporaryDirectory(prefix="moonlight-") as folder:
+            try:
+                for rank in range(self._size):
+                    self._start(rank, Path(folder), restart)
+                if self.is_stopping:  # told before all were there
+                    return _Failure("", CODE_STOPPED)
+                failed = _wait(self._workers)
+                deadline = time.monotonic() + SECONDS_TO_REPORT
+                while failed is not None and time.monotonic() < deadline and _any_runs(self._workers):
+                    time.sleep(0.1)
+            finally:
+                workers, self._workers = self._workers, []
+                _end(workers)
+            files = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+            reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
         if failed is None:
-            return
-        deadline = time.monotonic() + SECONDS_TO_REPORT
-        while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
-            time.sleep(0.1)
-        _end(workers)
-        files = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    # When a user's error ends one process, the others fail in their next exchange with it.
-    causes = [report for report in reports if report["message"] is not None] or reports
-    if causes:
-        message = causes[0]["message"]
-        if message is None or DEBUG in os.environ:
-            print(causes[0]["traceback"], end="", file=sys.stderr)
-        if message is not None:
-            raise UserError(message)
-    code = workers[failed].returncode
-    reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    print(f"process {failed} of {num_processes} ended with {reason}", file=sys.stderr)
-    raise SystemExit(code if code > 0 else 1)
+            if any(worker.returncode == CODE_STOPPED for worker in workers):
+                self.is_stopping = True
+                return _Failure("", CODE_STOPPED)
+            return None
+        code = workers[failed].returncode
+        # When a user's error ends one process, the others fail in their next exchange with it; and a process that
+        # hung, or had no time left to save, has said so itself.
+        causes = [report for report in reports if report["message"] is not None] or reports
+        if causes and code not in (CODE_HUNG, CODE_KILLED):
+            message = causes[0]["message"]
+            if message is None or DEBUG in os.environ:
+                print(causes[0]["traceback"], end="", file=sys.stderr)
+            if message is not None:
+                raise UserError(message)
+        reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        if self.is_stopping and code == -signal.SIGTERM:  # it had not begun
+            return _Failure("", CODE_STOPPED)
+        return _Failure(f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1)
+
+    def _start(self, rank: int, folder: Path, restart: int) -> None:
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self._size),
+            "OMP_NUM_THREADS": str(self._threads),
+            "MOONLIGHT_RENDEZVOUS_FILE": str(folder / "rendezvous"),
+            "TORCHELASTIC_RESTART_COUNT": str(restart),
+            ERROR_FILE: str(folder / f"error-{rank}"),
+        }
+        self._workers.append(subprocess.Popen(self._command, env=environment, preexec_fn=_prepare))
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies (Linux; elsewhere nothing happens)."""
+def _prepare() -> None:
+    """Ask the kernel to end this process when its parent dies (Linux; elsewhere nothing happens).
+
+    SIGUSR1, which would end a process that has no handler yet, is ignored until it has one.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(workers: list[subprocess.Popen]) -> int | None:
-    """Wait until all ended well (None), or one did not (its number)."""
+    """Wait until all ended well, or saved and stopped (None), or one did not (its number)."""
     while True:
         codes = [worker.poll() for worker in workers]
         for rank, code in enumerate(codes):
-            if code:
+            if code not in (None, 0, CODE_STOPPED):
                 return rank
-        if all(code == 0 for code in codes):
+        if None not in codes:
             return None
         time.sleep(0.1)
 
 
+def _any_runs(workers: list[subprocess.Popen]) -> bool:
+    return any(worker.poll() is None for worker in workers)
+
+
 def _end(workers: list[subprocess.Popen]) -> None:
+    """End what still runs, at once: after one process failed, or Ctrl-C, the others cannot save."""
     for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    deadline = time.monotonic() + SECONDS_TO_END
+        worker.kill()
     for worker in workers:
-        try:
-            worker.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        worker.wait()

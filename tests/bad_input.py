@@ -25,8 +25,9 @@ _PR_CAPBSET_DROP = 24
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
 
 
-def command(*arguments, largest_file=None, **options):
-    """The command in a process of its own, which can write no file beyond `largest_file` bytes.
+def command(*arguments, largest_file=None, most_memory=None, **options):
+    """The command in a process of its own, which can write no file beyond `largest_file` bytes, nor have more than
+    `most_memory` bytes of address space.
 
     Permissions of files bind it even when it is root's.
     """
@@ -36,6 +37,8 @@ def command(*arguments, largest_file=None, **options):
             ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, capability)
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        if most_memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (most_memory, most_memory))
 
     return subprocess.Popen(
         [sys.executable, "-m", "moonlight.cli", *map(str, arguments)],

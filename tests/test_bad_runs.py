@@ -1,5 +1,6 @@
 """Bad checkpoints, run folders, disks and processes: one line, exit code 2, nothing left behind."""
 
+import json
 import os
 import pickle
 import time
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from moonlight.errors import report_errors
 from moonlight.files import write_text
+from moonlight.train.events import Events, read_events
 
 # Checkpoints
 
@@ -196,7 +198,52 @@ def test_run_folder_is_something_else(refuses, tiny_run, tmp_path):
 
 def test_run_folder_of_other_settings(refuses, tiny_run, tmp_path):
     words = f"{tiny_run.folder} holds a run with other settings: schedule.lr (0.002 there, 0.5 now); give this one"
-    refuses(["pretrain", tiny_run.recipe, "schedule.lr=0.5"], words)
+    refuses(["pretrain", tiny_run.recipe, "schedule.lr=0.5"], words, "go on with the new settings by --force")
+
+
+def test_a_run_forced_to_other_settings(tiny_run, runs):
+    """It goes on from its checkpoint, and what changed is on record; the model must stay."""
+    changes = ["schedule.lr=0.001", "train.train_steps=6"]
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={runs}", "--force"]
+    code, _, err = run_command(*arguments, *changes)
+    assert code == 0, err
+    events = {event["event"]: event for event in read_events(runs / "tiny")}
+    assert events["resumed"]["step"] == events["forced"]["step"] == 4 and events["finished"]["step"] == 6
+    assert events["forced"]["changed"] == [
+        "schedule.lr (0.002 there, 0.001 now)",
+        "train.train_steps (4 there, 6 now)",
+    ]
+    code, _, err = run_command(*arguments, *changes, "model.moe_intermediate_size=48", "train.train_steps=8")
+    check_line(code, err, ("is of another model: moe_intermediate_size 24 there, 48 here",))
+
+
+# Memory
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_names_what_helps(tiny_run, tmp_path, processes):
+    """A head of 40 million rows does not fit into 8 GB of address space."""
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "model.vocab_size=40000000"]
+    code, _, err = run_command(*arguments, f"parallel.num_processes={processes}", most_memory=8 << 30)
+    words = ("out of memory: ", "train.micro_batch_size (2)", "data.sequence_length (32)", "momentum_dtype (float32)")
+    check_line(code, err, (*words, "parallel.expert_parallel_size (1)", "optimizer.master_weights (float32)"))
+
+
+# A clock that goes backwards
+
+
+def test_a_clock_that_goes_backwards_is_said_once(tmp_path, capfd):
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": time.time() + 7200, "event": "saved", "step": 3}))
+    events = Events(tmp_path, writes=True)
+    events.add("resumed", 3)
+    events.add("saved", 4)
+    err = capfd.readouterr().err
+    assert err.startswith("warning: the clock of this machine is 7200 s before the last event") and err.count("\n") == 1
+    assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [
+        ("saved", 3),
+        ("resumed", 3),
+        ("saved", 4),
+    ]
 
 
 def test_run_folder_with_a_damaged_recipe(refuses, tiny_run, runs):

@@ -61,6 +61,37 @@ def test_one_bad_number_on_one_rank_skips_the_step_everywhere(pool, layout, pois
     assemble([answer["history"][2]["weights"] for answer in answers])  # all ranks agree again
 
 
+def train_with_infinite_loss(run: Recipe) -> dict[str, Any]:
+    """Three steps; in the second, one loss on the last rank is infinite, and every gradient as it would be without."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    models, optimizer = build(run)
+    weights, results = [], []
+    for step in (1, 2, 3):
+        spoils = step == 2 and dist.get_rank() == dist.get_world_size() - 1
+        assert not spoils or parallel_state.is_pipeline_last_stage()
+        handle = models[-1].register_forward_hook(lambda module, inputs, losses: losses + math.inf) if spoils else None
+        results.append(one_step(models, optimizer, run, step))
+        if handle is not None:
+            handle.remove()
+        optimizer.data_parallel.finish_weights()
+        weights.append(collect(models))
+    return {"results": results, "weights": weights}
+
+
+@pytest.mark.parametrize("layout", ["1", "PP2", "EP2xDP2"])
+def test_a_loss_that_is_not_finite_skips_the_step(pool, layout):
+    world_size, parallel = LAYOUTS[layout]
+    for answer in pool.run(world_size, train_with_infinite_loss, recipe(parallel)):
+        assert [result.skipped for result in answer["results"]] == [False, True, False]
+        assert math.isinf(answer["results"][1].loss) and math.isfinite(answer["results"][1].gradient_norm)
+        first, second, third = answer["weights"]
+        for before, after in zip(first, second, strict=True):
+            np.testing.assert_array_equal(before[3], after[3], err_msg=before[0])
+        assert any((before[3] != after[3]).any() for before, after in zip(second, third, strict=True))
+
+
 def test_training_ends_after_too_many_skipped_steps_in_a_row(tiny_run, tmp_path, as_worker, capfd, monkeypatch):
     """A learning rate beyond float32 spoils the weights in the first step; no gradient is finite after that."""
     import json

@@ -24,6 +24,7 @@ from moonlight.train.checkpoint_files import (
     TrainState,
     check_model,
     check_optimizer,
+    complete_checkpoints,
     read_state,
     step_folder,
 )
@@ -95,6 +96,17 @@ def _remove_old(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def forget_after(checkpoints: Path, folder: Path) -> None:
+    """Make `folder` the newest checkpoint of all, by removing those of later steps. By all ranks."""
+    dist.barrier()  # nobody reads one of them any more
+    if dist.get_rank() == 0:
+        write_text(checkpoints / LATEST_FILE, folder.name + "\n")
+        for later in complete_checkpoints(checkpoints):
+            if later.name > folder.name:
+                shutil.rmtree(later)
+    dist.barrier()
+
+
 def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
     """Fill the optimizer's masters and momenta and the model from a checkpoint that any layout wrote."""
     content = read_state(folder)
@@ -102,7 +114,7 @@ def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
     check_optimizer(folder, content, run)
     with optimizer.fill_masters() as masters:
         load_tensors(folder, masters | optimizer.momentum_state())
-    return TrainState(**content["state"])
+    return TrainState.from_json(content["state"])
 
 
 def load_weights(folder: Path, run: Run, optimizer: ShardedOptimizer) -> None:

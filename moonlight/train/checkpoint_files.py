@@ -8,6 +8,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,31 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    """Steps without a finite gradient since the last one that had one."""
+    """Steps skipped since the last one that was not."""
+    passed_over_sequences: int = 0
+    """Training sequences that rollbacks passed over: sequence n of the schedule is number n + this of the data."""
+    rollbacks_in_a_row: int = 0
+    """Rollbacks since the run last got past a spike."""
+    last_spike_step: int = 0
+    """Step of the spike that the last rollback went back from."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the last steps that were not skipped, the newest last, at most `train.spike_window` of them."""
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "TrainState":
+        """From what `dataclasses.asdict` gave, by way of JSON.
+
+        Raises:
+            ValueError, TypeError, KeyError: it did not give this.
+        """
+        losses = content.get("recent_losses", [])
+        state = cls(**content | {"recent_losses": tuple(losses)})
+        numbers = [value for name, value in dataclasses.asdict(state).items() if name != "recent_losses"]
+        if not all(type(value) is int and value >= 0 for value in numbers) or type(losses) is not list:
+            raise ValueError(content)
+        if not all(type(loss) is float and math.isfinite(loss) for loss in losses):
+            raise ValueError(losses)
+        return state
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -72,9 +97,8 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        state = TrainState(**content["state"])
-        sound = all(type(value) is int and value >= 0 for value in dataclasses.astuple(state))
-        sound = sound and all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
+        TrainState.from_json(content["state"])
+        sound = all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
         sound = sound and type(content["recipe"]) is dict and type(content["tokenizer_sha256"]) is str
     except OSError:
         raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None

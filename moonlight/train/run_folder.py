@@ -31,7 +31,16 @@ FREE_TO_CHANGE = frozenset(
         "train.validation_sequences",
         "train.save_every_steps",
         "train.keep_checkpoints",
+        "train.save_every_minutes",
+        "train.grace_seconds",
         "train.hang_timeout_seconds",
+        "train.max_restarts",
+        "train.max_skipped_steps_in_a_row",
+        "train.max_rollbacks_in_a_row",
+        "train.spike_policy",
+        "train.spike_threshold",
+        "train.spike_window",
+        "train.rollback_steps",
         "train.stop_at_step",
     }
 )
@@ -127,8 +136,14 @@ def check_initial_checkpoint(run: Run, *, check_files: bool) -> None:
         )
 
 
-def check_folder(folder: Path, run: Run) -> None:
+def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
     """Check that `folder` is new, or holds the run that `run` would continue; nothing is written.
+
+    Args:
+        force: accept a run of other settings.
+
+    Returns:
+        What differs from the settings of the run in the folder, beyond what is free to change.
 
     Raises:
         UserError: the folder holds a run of other settings, or something that is no run.
@@ -147,11 +162,12 @@ def check_folder(folder: Path, run: Run) -> None:
             for key in before | now
             if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
         ]
-        if changed:
+        if changed and not force:
             raise UserError(
                 f"{folder} holds a run with other settings: {'; '.join(changed)}; give this one another name with "
-                "name=..., or remove that folder"
+                "name=..., go on with the new settings by --force, or remove that folder"
             )
+        return changed
     elif folder.is_dir():
         # Tokenizer and data may have been made inside the folder before the run.
         data = [source.path for source in run.data.mixture.values()]
@@ -164,12 +180,14 @@ def check_folder(folder: Path, run: Run) -> None:
                 )
     elif folder.exists():
         raise UserError(f"{folder} is a file: choose another name for the run, or remove it")
+    return []
 
 
-def claim(folder: Path, run: Run) -> None:
-    """Write the resolved recipe into the folder, after `check_folder`."""
-    check_folder(folder, run)
+def claim(folder: Path, run: Run, *, force: bool = False) -> list[str]:
+    """Write the resolved recipe into the folder, after `check_folder`, and return what that returned."""
+    changed = check_folder(folder, run, force=force)
     write_text(folder / CONFIG_FILE, to_yaml(run))
+    return changed
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -116,7 +116,7 @@ class StepResult:
     """Mean over sequences of the auxiliary loss, summed over layers, without its coefficient."""
     gradient_norm: float
     skipped: bool
-    """The gradient was not finite: nothing was changed."""
+    """Loss or gradient was not finite, or the loss above its limit: nothing was changed."""
     update_rms: dict[str, float]
     """Per algorithm, the RMS of the update before the learning rate; empty when skipped."""
     max_load: float
@@ -134,16 +134,17 @@ def train_step(
     run: Run,
     batches: Sequence[Batch],
     moment: Moment,
+    loss_limit: float = math.inf,
 ) -> StepResult:
     """One optimizer step: gradients, clipping, update, query-key clip, router biases.
 
-    A gradient that is not finite on any rank skips the step everywhere; router biases and their counts, which must not
-    move in a skipped step, are therefore updated only after the norm is known.
+    A loss or gradient that is not finite on any rank, or a loss above `loss_limit`, skips the step everywhere; router
+    biases and their counts, which must not move in a skipped step, are therefore updated only after both are known.
     """
     optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
-    skipped = not math.isfinite(norm)
+    skipped = _any_rank(not (math.isfinite(norm) and math.isfinite(loss.item())) or loss.item() > loss_limit)
     update_sums = {}
     recorded = attentions(models)
     maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
@@ -189,6 +190,13 @@ def train_step(
         max_logit=max_logit.item(),
         clipped_heads=int(clipped_heads.item()),
     )
+
+
+def _any_rank(here: bool) -> bool:
+    """Whether it holds on any rank of the world: ranks that judged differently would wait for each other forever."""
+    flag = torch.tensor(int(here), dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def forward_backward(

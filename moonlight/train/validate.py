@@ -1,7 +1,7 @@
 """Validation: the mean loss over held-out tokens, and bits per byte of their text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
@@ -15,15 +15,20 @@ from moonlight.train.step import data_parallel_share, forward_backward, to_batch
 
 @torch.no_grad()
 def validate(
-    models: Sequence[GPTModel], run: Run, sources: Mapping[str, ValidationSamples], max_sequences: int = 0
+    models: Sequence[GPTModel],
+    run: Run,
+    sources: Mapping[str, ValidationSamples],
+    alive: Callable[[], None],
+    max_sequences: int = 0,
 ) -> tuple[float, dict[str, float]]:
     """Mean loss in nats per token, over all sources and over each.
 
-    Takes the first `max_sequences` sequences of each source, or with 0 every held-out token.
+    Takes the first `max_sequences` sequences of each source, or with 0 every held-out token. `alive` is called after
+    every pass over a batch.
     """
     for model in models:
         model.eval()
-    sums = {name: _sum_losses(models, run, samples, max_sequences) for name, samples in sources.items()}
+    sums = {name: _sum_losses(models, run, samples, alive, max_sequences) for name, samples in sources.items()}
     for model in models:
         model.train()
     nats, tokens = map(sum, zip(*sums.values(), strict=True))
@@ -31,7 +36,11 @@ def validate(
 
 
 def _sum_losses(
-    models: Sequence[GPTModel], run: Run, samples: ValidationSamples, max_sequences: int
+    models: Sequence[GPTModel],
+    run: Run,
+    samples: ValidationSamples,
+    alive: Callable[[], None],
+    max_sequences: int,
 ) -> tuple[float, float]:
     """Sum of the losses in nats, and number of tokens."""
     total = min(len(samples), max_sequences) if max_sequences else len(samples)
@@ -44,6 +53,7 @@ def _sum_losses(
         loss, count = forward_backward(models, run, batches, forward_only=True)
         nats += loss.item() * count.item()
         tokens += count.item()
+        alive()
     return nats, tokens
 
 
