@@ -161,7 +161,8 @@ def is_finished(run: Run) -> bool:
 def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
     """Draw the loss curve and print the table of results."""
     entries = read_metrics(folder)
-    curve = draw_loss_curve(folder, f"{run.name}: {run.optimizer.name}")
+    curve = folder / CURVE_FILE
+    draw_loss_curve(entries, curve, f"{run.name}: {run.optimizer.name}")
     rows = {
         "steps": f"{entries[-1]['step']} of {run.train.train_steps}",
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
@@ -169,7 +170,8 @@ def summarize(folder: Path, run: Run, manifest: dict[str, Any]) -> None:
     }
     validated = [entry for entry in entries if "loss/validation" in entry]
     if validated:
-        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token"
+        which = f", first {run.train.validation_sequences} held-out sequences" if run.train.validation_sequences else ""
+        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{which}"
     if "bits_per_byte/held_out" in entries[-1]:
         split = manifest["splits"]["validation"]
         rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every byte predicted"
