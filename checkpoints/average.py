@@ -29,7 +29,9 @@ def average(run: Path, last: int, out: Path) -> list[int]:
     check_output(out, STATE_FILE)
     folders = complete_checkpoints(run)
     if len(folders) < last:
-        raise UserError(f"{run} holds {len(folders)} checkpoints, --last asks for {last}: see train.keep_checkpoints")
+        if not run.exists():
+            raise UserError(f"{run} does not exist: give a run folder")
+        raise UserError(f"{run} has {len(folders)} of the {last} checkpoints of --last: see train.keep_checkpoints")
     checkpoints = [open_checkpoint(folder) for folder in folders[-last:]]
     newest = checkpoints[-1]
     steps = [checkpoint.state.step for checkpoint in checkpoints]

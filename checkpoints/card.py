@@ -18,6 +18,7 @@ from checkpoints.card_tables import (
     training,
     training_data,
 )
+from checkpoints.licenses import HUB_LICENSES, slug_of
 from moonlight import __version__
 from moonlight.config import Run
 from moonlight.config_model import Model
@@ -118,7 +119,7 @@ def model_card(
             "## Training",
             table(training(run, step, consumed_tokens, manifests)),
             "## Results",
-            *results(at_step, step, manifests, curve, bool(averaged_steps)),
+            *results(at_step, step, manifests, curve, bool(averaged_steps), dtype),
         ]
     elif evaluation:
         sections.append("## Results")
@@ -157,8 +158,8 @@ def missing_of_card(text: str) -> list[str]:
 
 
 def _front_matter(license: str | None, chat: bool, run: Run | None, imported_from: str | None) -> str:
-    slug = re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-") if license else None
-    is_id = license is not None and license.lower() == slug
+    slug = slug_of(license) if license else None
+    is_id = slug in HUB_LICENSES
     muon = run is not None and run.optimizer.name == "muon"
     data = ModelCardData(
         license=slug if is_id else "other" if license else None,
@@ -199,9 +200,11 @@ def _summary(
     )
     if run is None:
         return f"{text} Its weights were imported from {origin or 'another model'}; nothing was trained since then."
-    kind = "fine-tuned on conversations" if chat else "trained further" if origin else "trained from random weights"
+    kind = "trained further" if origin else "trained from random weights"
     text += f" It was {kind} for {steps(step)} on {tokens:,} tokens"
     text += f", beginning with the weights of {origin}." if origin else "."
+    if chat:
+        text += " It is set up for conversations: it is asked through its chat template, and a message ends its text."
     if averaged_steps:
         averaged = ", ".join(f"{number:,}" for number in averaged_steps)
         text += f" Its weights are the mean of the checkpoints after steps {averaged}."

@@ -150,7 +150,12 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
 
 
 def results(
-    entries: Sequence[dict[str, Any]], step: int, manifests: Manifests | None, curve: bool, averaged: bool
+    entries: Sequence[dict[str, Any]],
+    step: int,
+    manifests: Manifests | None,
+    curve: bool,
+    averaged: bool,
+    dtype: str,
 ) -> list[str]:
     """Losses of the step itself and of the last validation, with what compressors make of the held-out text."""
     rows: dict[str, str] = {}
@@ -172,6 +177,8 @@ def results(
     text = [table(rows.items())] if rows else ["No losses of this checkpoint are recorded."]
     if rows and averaged:
         text.append(f"These are losses of the weights after step {step:,}, before averaging.")
+    if rows and dtype != "float32":
+        text.append(f"They were measured in training, before its float32 master weights were rounded to {dtype}.")
     return [*text, f"![Loss over tokens]({CURVE_FILE})"] if curve else text
 
 

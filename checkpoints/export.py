@@ -1,7 +1,6 @@
 """A checkpoint as a Hugging Face folder, in one process, tensor by tensor."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from checkpoints.card import model_card
 from checkpoints.hf_config import generation_config, hf_config
 from checkpoints.hf_folder import GENERATION_FILE, read_json
+from checkpoints.licenses import check_license
 from checkpoints.reader import Checkpoint, open_checkpoint
 from checkpoints.shards import Entry, plan_shards, write_shard
 from moonlight import mapping
@@ -32,7 +32,8 @@ from moonlight.files import (
     write_text,
 )
 from moonlight.progress import byte_progress
-from moonlight.train.metrics import CURVE_FILE, read_metrics
+from moonlight.train.checkpoint_files import find, read_state, recipe_of
+from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 END_OF_MESSAGE = "<|im_end|>"
@@ -55,6 +56,7 @@ def export(
     chat: bool = False,
     untie: bool = False,
     license: str | None = None,
+    repo: str | None = None,
 ) -> bool:
     """Write the newest checkpoint of a run, or a given checkpoint, to the folder `out`.
 
@@ -67,6 +69,7 @@ def export(
             marker out is encoded as that marker, which chat servers need (`moonlight.data.tokenizer`).
         untie: write tied embeddings a second time, as the head; vLLM 0.32 serves a tied model wrongly, without a word.
         license: of the model, for its card; for example apache-2.0.
+        repo: its name on the Hub, which the card's examples use.
 
     Returns:
         False if `out` already was this very export.
@@ -76,6 +79,8 @@ def export(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
+    if license:
+        check_license(license)
     check_output(out, EXPORT_FILE)
     checkpoint = open_checkpoint(source, revision_step)
     tokenizer = tokenizer or checkpoint.tokenizer
@@ -97,6 +102,7 @@ def export(
         "chat": chat,
         "untie": untie,
         "license": license,
+        "repo": repo,
     }
     if out.exists():
         _check_same(out, made_from)
@@ -114,7 +120,7 @@ def export(
         bos_id, eos_id = ids.bos_id if ids else None, end_ids[0] if end_ids else None
         write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
         write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
-        _write_card(checkpoint, out, part, dtype, chat, license)
+        _write_card(checkpoint, out, part, dtype, chat, license, repo)
         write_json(part / EXPORT_FILE, {"made_from": made_from})
         write_sums(part, sums)
     return True
@@ -137,17 +143,19 @@ def _end_ids(tokenizer: Path, ids: Tokenizer, chat: bool) -> list[int]:
     return found or [ids.eos_id]
 
 
-def _write_card(checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat: bool, license: str | None) -> None:
+def _write_card(
+    checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat: bool, license: str | None, repo: str | None
+) -> None:
     """README.md, with what the run folder tells, and its loss curve."""
     folder, run = checkpoint.run_folder, checkpoint.run
     metrics = read_metrics(folder) if folder else []
-    curve = folder is not None and (folder / CURVE_FILE).is_file()
-    if folder and curve:
-        shutil.copyfile(folder / CURVE_FILE, part / CURVE_FILE)
+    metrics = [entry for entry in metrics if entry["step"] <= checkpoint.state.step]
+    if run and metrics:
+        draw_loss_curve(metrics, part / CURVE_FILE, f"{run.name}: {run.optimizer.name}")
     evaluation = folder / EVALUATION_FILE if folder else None
     card = model_card(
         model=checkpoint.model,
-        name=run.name if run else out.name,
+        name=repo or (run.name if run else out.name),
         step=checkpoint.state.step,
         dtype=dtype,
         license=license,
@@ -156,12 +164,25 @@ def _write_card(checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat:
         consumed_tokens=checkpoint.state.consumed_tokens,
         metrics=metrics,
         manifests=_manifests(run),
-        imported_from=checkpoint.origin.get("imported_from"),
+        imported_from=_first_weights(checkpoint.origin, run),
         evaluation=evaluation.read_text("utf-8") if evaluation and evaluation.is_file() else None,
-        curve=curve,
+        curve=bool(metrics),
         averaged_steps=checkpoint.origin.get("averaged_steps", ()),
     )
     write_text(part / "README.md", card)
+
+
+def _first_weights(origin: dict[str, Any], run: Run | None) -> str | None:
+    """Where the weights came from that were not trained in `run`: the name of a model, or a path; None if random."""
+    initial = run.train.initial_checkpoint if run else ""
+    if not initial:
+        return origin.get("imported_from")
+    try:
+        content = read_state(find(Path(initial)), check_files=False)
+        _, before = recipe_of(content)
+    except UserError:  # it was moved since then
+        return initial
+    return _first_weights(content.get("origin", {}), before) or initial
 
 
 def _manifests(run: Run | None) -> dict[str, dict[str, Any]] | None:

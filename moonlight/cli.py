@@ -31,8 +31,8 @@ PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
 """Set for the commands that quickstart runs: it speaks for them when it is interrupted."""
 
 _AFTER_INTERRUPT = {
-    "pretrain": "the same command goes on from the newest checkpoint",
-    "quickstart": "the same command goes on, training from its newest checkpoint",
+    "pretrain": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
+    "quickstart": "the same command goes on, training from its newest checkpoint if there is one",
     "release": "the same command goes on, and sends what is missing",
 }
 _NOTHING_LEFT = "nothing unfinished is left behind; the same command begins again"
@@ -210,7 +210,8 @@ def export(
     untie: Annotated[
         bool, typer.Option("--untie", help="Write tied embeddings a second time as the head, which vLLM needs.")
     ] = False,
-    license: Annotated[str | None, typer.Option(help="Licence of the model, for its card: apache-2.0.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Its name on the Hub (owner/name), for the card's examples.")] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder for transformers, vLLM and SGLang."""
     from checkpoints.export import export as write
@@ -227,6 +228,7 @@ def export(
         chat=chat,
         untie=untie,
         license=license,
+        repo=repo,
     )
     print(f"{out}: written" if written else f"{out}: this checkpoint has been exported already")
 
@@ -245,7 +247,7 @@ def import_(
         print(f"{out}: this folder has been imported already")
 
 
-@app.command(epilog="Example: moonlight average runs/quickstart --last 5 --out runs/quickstart-average")
+@app.command(epilog="Example: moonlight average runs/quickstart --last 2 --out runs/quickstart-average")
 def average(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     last: Annotated[int, typer.Option(help="How many of the newest checkpoints.")],
@@ -305,7 +307,7 @@ def release(
     print(done.url)
 
 
-@app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main("')
+@app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main(" --temperature 0.6')
 def generate(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

@@ -5,6 +5,7 @@ moment, ends with the same bytes.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -88,12 +89,13 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
     console.rule("completion by the exported model")
     print(completion.read_text(encoding="utf-8"))
     console.rule()
-    console.print(f'more: .venv/bin/moonlight generate {hugging_face} --prompt "import os"', markup=False)
+    more = f'more: .venv/bin/moonlight generate {hugging_face} --prompt "import os" --temperature 0.6'
+    console.print(more, markup=False, soft_wrap=True)
 
 
 def _step(name: str, *arguments: object, out: Path | None = None) -> None:
     """Run one `moonlight` command in a process of its own; with `out`, keep what it prints there."""
-    print(f"== {name}: moonlight {' '.join(map(str, arguments))!s}".replace("\n", "\\n"), flush=True)
+    print(f"== {name}: moonlight {shlex.join(map(str, arguments))}".replace("\n", "\\n"), flush=True)
     command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
     environment = os.environ | {"MOONLIGHT_PART_OF_QUICKSTART": "1"}
     result = subprocess.run(command, stdout=subprocess.PIPE if out else None, text=True, env=environment)

@@ -41,9 +41,7 @@ def test_export_of_a_checkpoint_that_is_being_written(refuses, runs, tmp_path):
     (folder / "latest").unlink()
     words = f"{runs / 'tiny'} holds no checkpoint: give a run folder, or a checkpoint such as .../step-00000100"
     refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], words)
-    refuses(
-        ["average", runs / "tiny", "--last", 2, "--out", tmp_path / "mean"], "holds 0 checkpoints, --last asks for 2"
-    )
+    refuses(["average", runs / "tiny", "--last", 2, "--out", tmp_path / "mean"], "has 0 of the 2 checkpoints of --last")
 
 
 def test_export_of_a_checkpoint_without_state(refuses, runs, tmp_path):
@@ -102,8 +100,8 @@ def test_averages_that_cannot_be_made(refuses, runs, tmp_path):
     run, out = runs / "tiny", tmp_path / "mean"
     refuses(["average", run, "--last", 1, "--out", out], "--last is 1: it must be at least 2")
     refuses(["average", run, "--last", -2, "--out", out], "--last is -2: it must be at least 2")
-    refuses(["average", run, "--last", 3, "--out", out], f"{run} holds 2 checkpoints, --last asks for 3")
-    refuses(["average", tmp_path / "nowhere", "--last", 2, "--out", out], "nowhere holds 0 checkpoints")
+    refuses(["average", run, "--last", 3, "--out", out], f"{run} has 2 of the 3 checkpoints of --last")
+    refuses(["average", tmp_path / "nowhere", "--last", 2, "--out", out], "nowhere does not exist: give a run folder")
     in_state(lambda content: content["recipe"]["model"].update(rope_theta=1e4))(run / "checkpoints" / "step-00000002")
     words = f"{run}: the checkpoint after step 2 is of another model than that after 4"
     refuses(["average", run, "--last", 2, "--out", out], words)
@@ -124,7 +122,7 @@ def begin(refuses, as_worker, tiny_run, tmp_path):
 
 
 def test_a_start_from_nothing(begin, tmp_path):
-    words = f"{tmp_path / 'nowhere'} holds no checkpoint: give a run folder, or a checkpoint such as"
+    words = f"{tmp_path / 'nowhere'} does not exist: give a run folder, or a checkpoint such as"
     begin(tmp_path / "nowhere", "train.initial_checkpoint", words)
 
 
@@ -266,3 +264,24 @@ def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
             assert sha256_of(out / file) == sha256_of(large / "checkpoint" / file)
     else:
         assert raw_tensors(out) == raw_tensors(large / "hf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["export", "{run}", "--out", "{out}", "--license", "apache2.0"],
+            "did you mean apache-2.0?",
+        ),
+        (["export", "nowhere", "--out", "{out}"], "nowhere does not exist: give a run folder"),
+        (["average", "nowhere", "--last", "2", "--out", "{out}"], "nowhere does not exist: give a run folder"),
+        (["verify", "{hf}", "{run}"], "{hf} is a Hugging Face folder: a run folder or a checkpoint is expected"),
+    ],
+)
+def test_slips_of_the_hand(refuses, tiny_run, tmp_path, arguments, words):
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    places = {"run": tiny_run.folder, "out": tmp_path / "out", "hf": hf}
+    refuses([argument.format(**places) for argument in arguments], words.format(**places))
+    assert not (tmp_path / "out").exists()

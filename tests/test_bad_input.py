@@ -281,7 +281,7 @@ def test_data_index_of_nonsense(refuses, as_worker, tiny_run, tmp_path):
         (["zzz"], "No such command 'zzz'; see moonlight --help"),
         (["generate", "hf", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["export", "runs", "--out", "x", "--max-shard-size", "big"], "--max-shard-size"),
-        (["export", "nowhere", "--out", "x"], "nowhere holds no checkpoint: give a run folder"),
+        (["export", "nowhere", "--out", "x"], "nowhere does not exist: give a run folder"),
         (["export", "{run}", "--out", "x", "--dtype", "int8"], "dtype is 'int8': accepted are float32, bfloat16"),
         (["verify", "{run}", "nowhere"], "nowhere is no Hugging Face folder"),
         (["generate", "nowhere", "--prompt", "a"], "nowhere is no Hugging Face folder"),

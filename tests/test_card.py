@@ -109,6 +109,25 @@ def test_a_checkpoint_on_the_way_has_the_results_of_its_step(known):
     assert found["steps"] == "2 of 4" and "a checkpoint on the way" in text
 
 
+def test_the_curve_of_an_earlier_checkpoint_ends_with_it(tiny_run, tmp_path):
+    for step, name in ((2, "early"), (4, "late")):
+        export(tiny_run.folder, tmp_path / name, revision_step=step, repo="someone/tiny")
+    early, late = (tmp_path / name / "loss.png" for name in ("early", "late"))
+    assert early.read_bytes() != late.read_bytes()
+    assert 'model="someone/tiny"' in (early.parent / "README.md").read_text()
+
+
+def test_rounded_weights_are_said_to_be(known):
+    assert "before its float32 master weights were rounded to bfloat16" in model_card(**known)
+    assert "rounded" not in model_card(**known | {"dtype": "float32"})
+
+
+def test_a_name_that_is_no_licence_of_the_hub_is_one_of_its_own(known):
+    for given, license, name in (("MIT", "mit", None), ("apache-2.0", "apache-2.0", None), ("acme", "other", "acme")):
+        data = ModelCard(model_card(**known | {"license": given})).data
+        assert (data.license, data.get("license_name")) == (license, name)
+
+
 def test_averaged_weights_have_no_losses_of_their_own(known):
     text = model_card(**known | {"averaged_steps": (2, 4)})
     assert "the mean of the checkpoints after steps 2, 4." in text
@@ -157,7 +176,7 @@ def test_the_snippet_of_a_base_model_runs(known, exported, capfd):
 
 def test_the_snippet_of_a_chat_model_runs(known, exported, capfd):
     text = model_card(**known | {"chat": True})
-    assert "conversational" in ModelCard(text).data.tags and "fine-tuned on conversations" in text
+    assert "conversational" in ModelCard(text).data.tags and "set up for conversations" in text
     scope = {}
     # The question of the card is longer than the context of the tiny model.
     exec(python_of(text, exported).replace("Who are you?", "?"), scope)

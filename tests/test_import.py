@@ -212,6 +212,10 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
     assert math.isclose(losses[0], expected.item(), rel_tol=1e-5)
     assert losses[1] != losses[0]
 
+    export(tmp_path / "runs" / layout, tmp_path / "further", license="mit")
+    card = (tmp_path / "further" / "README.md").read_text()
+    assert "trained further for 2 steps" in card and "beginning with the weights of `hf`" in card
+
 
 def test_its_recipe_is_a_base(tmp_path, tokenizer_folder):
     folder = make_folder(tmp_path / "hf", vocab_size=1024)

@@ -180,4 +180,8 @@ def find(path: Path, step: int | None = None) -> Path:
     for folder in (path, path / "checkpoints"):
         if newest := latest(folder):
             return newest
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, or a checkpoint such as .../step-00000100")
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a Hugging Face folder: a run folder or a checkpoint is expected in its place")
     raise UserError(f"{path} holds no checkpoint: give a run folder, or a checkpoint such as .../step-00000100")

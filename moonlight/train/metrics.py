@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +126,13 @@ def summary_table(rows: dict[str, str]) -> Table:
     return table
 
 
-def draw_loss_curve(folder: Path, title: str) -> Path:
-    """Training and validation loss over tokens, as a picture in the run folder."""
+def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Training and validation loss over tokens, as the picture `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = read_metrics(folder)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     millions = [entry["consumed_tokens"] / 1e6 for entry in entries]
     axes.plot(millions, [entry["loss/train"] for entry in entries], linewidth=0.8, alpha=0.7, label="training")
@@ -151,8 +150,7 @@ def draw_loss_curve(folder: Path, title: str) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    path = folder / CURVE_FILE
-    part = folder / ".loss.part.png"
+    part = path.with_name(f".{path.stem}.part.png")
     try:
         with naming(path):
             figure.savefig(part)
@@ -160,4 +158,3 @@ def draw_loss_curve(folder: Path, title: str) -> Path:
     finally:
         pyplot.close(figure)
         part.unlink(missing_ok=True)
-    return path

@@ -211,7 +211,8 @@ def is_finished(run: Run) -> bool:
 def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
     """Draw the loss curve and print the table of results."""
     entries = read_metrics(folder)
-    curve = draw_loss_curve(folder, f"{run.name}: {run.optimizer.name}")
+    curve = folder / CURVE_FILE
+    draw_loss_curve(entries, curve, f"{run.name}: {run.optimizer.name}")
     rows = {
         "steps": f"{entries[-1]['step']} of {Timeline(run).num_steps}",
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
@@ -221,7 +222,8 @@ def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -
     for name in several:
         rows[f"tokens of {name}"] = f"{entries[-1][f'data/tokens/{name}']:,}"
     if validated := [entry for entry in entries if "loss/validation" in entry]:
-        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token"
+        which = f", first {run.train.validation_sequences} held-out sequences" if run.train.validation_sequences else ""
+        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{which}"
         for name in several:
             rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
     if "bits_per_byte/held_out" in entries[-1]:
