@@ -1,4 +1,4 @@
-"""The health check of hosts: real processes, of which one has another code, clock or disk; hosts that are slow or cut."""
+"""The health check: real processes of which one has other code, clock or disk; hosts that are slow or cut off."""
 
 import argparse
 import os
