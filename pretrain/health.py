@@ -57,11 +57,12 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
         lambda: measure_disk(health, folder, limits.disk_megabytes << 20) if health.local_rank == 0 else None,
     ):
         _note(health, test)
-    hosts = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, health.host)
+    places = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(places, (health.host, health.local_rank))
+    hosts = [host for host, _ in places]
     nbytes = limits.megabytes << 20
     try:
-        measure_clock(health, hosts)
+        measure_clock(health, [rank for rank, (_, local_rank) in enumerate(places) if local_rank == 0])
         measure_network(health, hosts, nbytes)
         seconds = measure_collectives(nbytes)
         everyone: list[Health] = [health] * len(hosts)

@@ -34,7 +34,7 @@ def environment(rank, world_size, head, port, tree=ROOT):
     """Of one process of a world, without a launcher."""
     return os.environ | {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": "0",  # as if each were on a host of its own
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": head,
         "MASTER_PORT": str(port),
@@ -176,7 +176,7 @@ def check_on(hosts, command, folder, port):
     """The exit codes and the output of the check on every host."""
     processes = []
     for rank, name in enumerate(hosts.names):
-        own = environment(rank, len(hosts.names), "host-a", port) | {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0"}
+        own = environment(rank, len(hosts.names), "host-a", port) | {"GLOO_SOCKET_IFNAME": "eth0"}
         processes.append(hosts.start(name, command, folder / f"{name}.log", env=own, cwd=ROOT))
     codes = [process.wait(timeout=PATIENCE_S) for process in processes]
     return codes, [(folder / f"{name}.log").read_text() for name in hosts.names]
