@@ -16,7 +16,7 @@ from bad_input import check_line
 from hosts import Hosts
 
 from moonlight.errors import UserError
-from pretrain.health import judge
+from pretrain.diagnose import judge
 from pretrain.measure import PACKAGES, Health
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_what_is_odd_is_told_with_its_host_and_the_run_does_not_start(tiny_run, 
 def test_arguments(tmp_path):
     for arguments, words in (
         (["recipe.yaml", "--megabytes", "0"], ("--megabytes is 0: it must be greater than 0",)),
-        (["recipe.yaml"], ("recipe recipe.yaml: No such file",)),
+        (["recipe.yaml"], ("recipe.yaml: No such file or directory",)),
         ([], ("see python -m pretrain.health --help",)),
     ):
         command = [sys.executable, "-m", "pretrain.health", *arguments]
