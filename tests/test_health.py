@@ -1,4 +1,4 @@
-"""The health check: real processes, one with another code, clock or disk; hosts that are slow or cut off."""
+"""The health check: real processes of which one has other code, clock or disk; hosts that are slow or cut off."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from bad_input import check_line
 from hosts import Hosts
 
 from moonlight.errors import UserError
-from pretrain.health import judge
+from pretrain.diagnose import judge
 from pretrain.measure import PACKAGES, Health
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def environment(rank, world_size, head, port, tree=ROOT):
     """Of one process of a world, without a launcher."""
     return os.environ | {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": "0",  # as if each were on a host of its own
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": head,
         "MASTER_PORT": str(port),
@@ -86,7 +86,7 @@ def test_what_is_odd_is_told_with_its_host_and_the_run_does_not_start(tiny_run, 
 def test_arguments(tmp_path):
     for arguments, words in (
         (["recipe.yaml", "--megabytes", "0"], ("--megabytes is 0: it must be greater than 0",)),
-        (["recipe.yaml"], ("recipe recipe.yaml: No such file",)),
+        (["recipe.yaml"], ("recipe.yaml: No such file or directory",)),
         ([], ("see python -m pretrain.health --help",)),
     ):
         command = [sys.executable, "-m", "pretrain.health", *arguments]
@@ -176,7 +176,7 @@ def check_on(hosts, command, folder, port):
     """The exit codes and the output of the check on every host."""
     processes = []
     for rank, name in enumerate(hosts.names):
-        own = environment(rank, len(hosts.names), "host-a", port) | {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0"}
+        own = environment(rank, len(hosts.names), "host-a", port) | {"GLOO_SOCKET_IFNAME": "eth0"}
         processes.append(hosts.start(name, command, folder / f"{name}.log", env=own, cwd=ROOT))
     codes = [process.wait(timeout=PATIENCE_S) for process in processes]
     return codes, [(folder / f"{name}.log").read_text() for name in hosts.names]

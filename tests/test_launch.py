@@ -195,7 +195,8 @@ def test_slurm_job_signalled_before_its_time_limit_goes_on_after_the_requeue(env
     # sbatch runs a copy of the script in another folder.
     script = tmp_path / "slurm_script"
     script.write_bytes((LAUNCH / "slurm.sh").read_bytes())
-    command = ("bash", script, tiny_run.recipe, f"runs_folder={tmp_path / 'runs'}", "train.train_steps=200")
+    overrides = [f"runs_folder={tmp_path / 'runs'}", "train.train_steps=100", "train.save_every_steps=10"]
+    command = ("bash", script, tiny_run.recipe, *overrides)
     job = start(command, environment)
     deadline = time.monotonic() + PATIENCE_S
     while len(read_metrics(tmp_path / "runs/tiny")) < 5:
@@ -206,11 +207,11 @@ def test_slurm_job_signalled_before_its_time_limit_goes_on_after_the_requeue(env
     assert code == 0 and "goes back into the queue" in said, said
     assert (tmp_path / "requeued").read_text() == "17\n"
     steps = len(read_metrics(tmp_path / "runs/tiny"))
-    assert 5 <= steps < 200
+    assert 5 <= steps < 100
 
     ((said, code),) = finish([start(command, environment)])
     assert code == 0 and "going on after step" in said, said
-    assert len(read_metrics(tmp_path / "runs/tiny")) == 200
+    assert len(read_metrics(tmp_path / "runs/tiny")) == 100
     assert (tmp_path / "requeued").read_text() == "17\n"
 
 

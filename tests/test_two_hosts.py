@@ -137,8 +137,8 @@ def test_link_cut_ends_both_sides_in_time_and_mended_goes_on(hosts, whole, make_
         said = job.log(name).read_text()
         assert re.search(r"[Tt]imed out|[Tt]imeout", said), said
     print(f"\nboth sides ended {seconds:.0f} s after the cut with codes {codes}")
-    # The exchange, then the agents' search for each other: their store waits 60 s for an answer.
-    assert seconds < HANG_SECONDS + JOIN_SECONDS + 120, job.said()
+    # The exchange, then the agents' search for each other, then what a loaded machine needs.
+    assert seconds < HANG_SECONDS + JOIN_SECONDS + 90 + 60, job.said()
     assert not any(psutil.pid_exists(process.pid) for name in NAMES for process in training_processes(hosts, name))
     job.agents.clear()
     job.start(*NAMES)

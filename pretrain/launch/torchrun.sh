@@ -24,12 +24,8 @@ if [ -n "$INTERFACE" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
 
-# torch 2.13's agents would give their processes one store for all restarts, in which those that start again find the
-# addresses of those that died, and fail. With this each start has a store of its own.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-
 agent=(
-    "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES_PER_NODE"
+    "$PYTHON" -m pretrain.agent $((JOIN_SECONDS + 90)) --nnodes "$NODES" --nproc-per-node "$PROCESSES_PER_NODE"
     --rdzv-backend c10d --rdzv-conf "join_timeout=$JOIN_SECONDS"
     --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$SHUTDOWN_SECONDS"
 )
