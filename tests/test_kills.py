@@ -60,7 +60,7 @@ def is_saving(folder):
 
 
 def kill_somewhere(process, folder, choice, during_save):
-    """Kill one process, or both, or the launcher, at a random moment later on; False if the run ended before.
+    """Kill one process, or both, at a random moment later on; None if the run ended before.
 
     Returns the step of the newest checkpoint there was just before.
     """
@@ -98,11 +98,11 @@ def run_until_finished(number, runs, data_folder, tokenizer_folder):
     kills = 0
     try:
         for _ in range(choice.choice([1, 1, MAX_KILLS])):
-            starts = len(starts_of(folder))
             saved = kill_somewhere(process, folder, choice, during_save=choice.random() < 0.5)
             if saved is None:
                 break
             kills += 1
+            starts = kills  # one before each kill
             if number % 3 == 2:  # the launcher too, so that its command must be given again
                 before = list(workers(process).values())
                 os.kill(process.pid, signal.SIGKILL)
