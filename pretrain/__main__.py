@@ -44,7 +44,10 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that has nothing to save yet
     parser = Parser(prog="python -m pretrain", description=__doc__)
-    parser.epilog = "Example: torchrun --nproc-per-node 8 --max-restarts 3 -m pretrain recipe.yaml train.seed=7"
+    parser.epilog = (
+        "Example: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --max-restarts 3 "
+        "-m pretrain recipe.yaml train.seed=7"
+    )
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
     parser.add_argument("--force", action="store_true", help="go on with a run of other settings")

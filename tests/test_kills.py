@@ -18,7 +18,7 @@ from moonlight.train.checkpoint_files import complete_checkpoints
 from moonlight.train.events import read_events
 from moonlight.train.metrics import read_metrics
 
-STEPS, KILLS = 60, 2
+STEPS, MAX_KILLS = 60, 2
 QUICK = (0, 1, 2)
 """These are in every test run: under our launcher, under torchrun, and with the launcher killed too."""
 
@@ -33,7 +33,7 @@ def make(runs, data_folder, tokenizer_folder):
         save_every_steps=4,
         validate_every_steps=20,
         threads_per_process=1,
-        max_restarts=KILLS,
+        max_restarts=MAX_KILLS,
     )
     return replace(run, model=replace(run.model, num_hidden_layers=2))
 
@@ -60,7 +60,7 @@ def is_saving(folder):
 
 
 def kill_somewhere(process, folder, choice, during_save):
-    """Kill one process, or both, or the launcher, at a random moment later on; False if the run ended before.
+    """Kill one process, or both, at a random moment later on; None if the run ended before.
 
     Returns the step of the newest checkpoint there was just before.
     """
@@ -87,22 +87,22 @@ def has_gone(process_list):
 
 
 def run_until_finished(number, runs, data_folder, tokenizer_folder):
-    """Run number `number`, killed `KILLS` times and restarted; returns its recipe and how often it was killed."""
+    """Run number `number`, killed once or twice and restarted; returns its recipe and how often it was killed."""
     choice = random.Random(number)
     run = make(runs, data_folder, tokenizer_folder)
     recipe, folder = runs / "recipe.yaml", runs / run.name
     runs.mkdir(exist_ok=True)
     recipe.write_text(to_yaml(run))
-    torchrun_restarts = KILLS if number % 3 == 1 else None
+    torchrun_restarts = MAX_KILLS if number % 3 == 1 else None
     process = start(recipe, torchrun_restarts=torchrun_restarts)
     kills = 0
     try:
-        for _ in range(KILLS):
-            starts = len(starts_of(folder))
+        for _ in range(choice.choice([1, 1, MAX_KILLS])):
             saved = kill_somewhere(process, folder, choice, during_save=choice.random() < 0.5)
             if saved is None:
                 break
             kills += 1
+            starts = kills  # one before each kill
             if number % 3 == 2:  # the launcher too, so that its command must be given again
                 before = list(workers(process).values())
                 os.kill(process.pid, signal.SIGKILL)

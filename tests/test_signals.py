@@ -60,6 +60,19 @@ def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, d
     assert resumed["step"] == saved and resumed["world_size"] == 2 and resumed["restart"] == 0
 
 
+def test_torchrun_told_to_end_lets_the_run_save(data_folder, tokenizer_folder, tmp_path):
+    run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", threads_per_process=1, **FOREVER)
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
+    recipe.write_text(to_yaml(run))
+    process = start(recipe, torchrun_restarts=3)
+    assert wait_until(reached(folder, 2), process)
+    process.send_signal(signal.SIGTERM)
+    errors = end(process)
+    assert process.returncode == 1, errors
+    assert [event["event"] for event in read_events(folder)] == ["started", "signal", "saved", "stopped"]
+    assert find(folder).name == f"step-{events_of(folder, 'stopped')[0]['step']:08d}"
+
+
 def test_the_clock_saves(pool, data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", save_every_minutes=1e-6, save_every_steps=8)
     pool.run(2, train_run, run)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_input import check_line, in_state, run_command
+from bad_input import in_state
 from layouts import make_run, train_run
 from test_resume import outcome
 
 from checkpoints.reader import open_checkpoint
-from moonlight.config_io import to_yaml
 from moonlight.data.prepare import prepare
 from moonlight.train.checkpoint_files import find, read_state
 from moonlight.train.events import read_events
@@ -111,25 +110,13 @@ def test_a_rollback_equals_a_run_that_never_saw_the_data(pool, poisoned, tokeniz
     assert state["passed_over_sequences"] == passed[-1][1] and state["skipped_steps"] == 0
 
 
-def test_too_many_rollbacks_in_a_row_end_the_training(poisoned, tokenizer_folder, tmp_path):
-    """Every step is a spike for a threshold that tiny, so no data gets the run past the first one."""
-    run = make_run(
-        tmp_path,
-        poisoned,
-        tokenizer_folder,
-        spike_policy="rollback",
-        spike_threshold=1e-9,
-        spike_window=1,
-        save_every_steps=1,
-        keep_checkpoints=0,
-        rollback_steps=1,
-        max_rollbacks_in_a_row=2,
-        train_steps=30,
-    )
-    (tmp_path / "recipe.yaml").write_text(to_yaml(replace(run, schedule=replace(run.schedule, lr=1e-6))))
-    code, _, err = run_command("pretrain", tmp_path / "recipe.yaml")
-    words = ("another loss spike at step", "after 2 rollbacks in a row (train.max_rollbacks_in_a_row)")
-    check_line(code, err.splitlines()[-1] + "\n", words)
+def test_too_many_rollbacks_in_a_row_end_the_training(pool, poisoned, tokenizer_folder, tmp_path):
+    """With so low a threshold every loss above the one before is a spike: no six steps pass without one."""
+    settings = {"spike_threshold": 1e-9, "spike_window": 1, "save_every_steps": 1, "rollback_steps": 6}
+    settings |= {"max_rollbacks_in_a_row": 2, "max_skipped_steps_in_a_row": 100, "spike_policy": "rollback"}
+    words = r"UserError: .* another loss spike at step \d+ after 2 rollbacks in a row \(train.max_rollbacks_in_a_row\)"
+    with pytest.raises(RuntimeError, match=words):
+        train(pool, tmp_path, poisoned, tokenizer_folder, **settings)
     assert sum(event["event"] == "rolled back" for event in read_events(tmp_path / "1")) >= 2
 
 
