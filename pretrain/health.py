@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--disk-megabytes", type=int, default=256, help="MiB written and flushed by every host")
     parser.add_argument("--slow-below", type=float, default=0.5, help="share of the median speed that is too slow")
     parser.add_argument("--max-clock-seconds", type=float, default=1.0, help="most between two clocks")
-    parser.add_argument("--max-latency-ms", type=float, default=50.0, help="most for 8 bytes to another process")
+    parser.add_argument("--max-latency-ms", type=float, default=50.0, help="most for 8 bytes and an answer")
     parser.add_argument("--min-network-gb-per-second", type=float, default=0.0, help="least of every process")
     parser.add_argument("--min-disk-gb-per-second", type=float, default=0.0, help="least of every host")
     parser.add_argument("--min-free-disk-gb", type=float, default=1.0, help="least where the runs lie")
