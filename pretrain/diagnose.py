@@ -132,7 +132,7 @@ def judge(everyone: list[Health], limits: argparse.Namespace) -> list[str]:
         if abs(health.clock_offset) > limits.max_clock_seconds:
             add(health, f"its clock is {health.clock_offset:+.3f} s beside that of {everyone[0].host}")
         if health.latency is not None and health.latency * 1e3 > limits.max_latency_ms:
-            add(health, f"{health.latency * 1e3:.2f} ms for 8 bytes and an answer, more than {limits.max_latency_ms}")
+            add(health, f"{health.latency * 1e3:.2f} ms for 8 bytes, more than {limits.max_latency_ms}")
     return [f"{', '.join(hosts)}: {problem}" for problem, hosts in found.items()]
 
 

@@ -156,11 +156,9 @@ def _buffers(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, to: int, source: int) -> None:
-    # The answer: without it, what a slow host sends is done for it as soon as the kernel holds it.
-    answer, heard = _buffers(8)
-    for out, there, into, where in ((sent, to, received, source), (answer, source, heard, to)):
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, out, there), dist.P2POp(dist.irecv, into, where)]):
-            work.wait()
+    transfers = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
 
 
 def _median(action: Callable[[], object], repeats: int = REPEATS) -> float:
