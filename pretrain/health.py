@@ -23,7 +23,12 @@ def main() -> int:
     )
     parser.add_argument("recipe", help="YAML recipe of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the run")
-    parser.add_argument("--megabytes", type=int, default=64, help="MiB of every exchange")
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        default=64,
+        help="MiB of every exchange; those of a few are done as soon as the kernel holds them",
+    )
     parser.add_argument("--disk-megabytes", type=int, default=256, help="MiB written and flushed by every host")
     parser.add_argument("--slow-below", type=float, default=0.5, help="share of the median speed that is too slow")
     parser.add_argument("--max-clock-seconds", type=float, default=1.0, help="most between two clocks")
