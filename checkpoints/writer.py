@@ -10,10 +10,10 @@ import torch
 from moonlight import mapping
 from moonlight.config import Run
 from moonlight.config_model import Model
-from moonlight.files import check_output, check_space, checksum_of, something_else, whole_folder, write_json
+from moonlight.files import check_output, check_space, checksum_of, something_else, whole_folder
 from moonlight.model.pieces import Streamed
 from moonlight.progress import byte_progress
-from moonlight.train.checkpoint_files import STATE_FILE, TrainState, read_state
+from moonlight.train.checkpoint_files import STATE_FILE, TrainState, read_state, write_state
 from moonlight.train.checkpoint_tensors import save_tensors
 
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
@@ -72,22 +72,20 @@ def write_checkpoint(
                 offset, sizes = mapping.place(hf, row)
                 rectangles[offset] = (sizes, maker(row, hf, sizes))
             tensors[row.key] = Streamed(row.shape, dtypes[row.key], rectangles)
-        save_tensors(part, tensors)
+        files = save_tensors(part, tensors)
+        before = {part / name for name in files}
         add_files(part)
-        files = sorted(file for file in part.rglob("*") if file.is_file())
-        write_json(
-            part / STATE_FILE,
-            {
-                "state": dataclasses.asdict(state),
-                "recipe": dataclasses.asdict(run) if run else {"model": dataclasses.asdict(model)},
-                "origin": origin,
-                "tokenizer_sha256": tokenizer_sha256,
-                "files": {
-                    file.relative_to(part).as_posix(): {"bytes": file.stat().st_size, "xxh3": checksum_of(file)}
-                    for file in files
-                },
-            },
-        )
+        for file in sorted(file for file in part.rglob("*") if file.is_file() and file not in before):
+            known = {"bytes": file.stat().st_size, "xxh3": checksum_of(file)}
+            files[file.relative_to(part).as_posix()] = known
+        content = {
+            "state": dataclasses.asdict(state),
+            "recipe": dataclasses.asdict(run) if run else {"model": dataclasses.asdict(model)},
+            "origin": origin,
+            "tokenizer_sha256": tokenizer_sha256,
+            "files": files,
+        }
+        write_state(part, content)
 
 
 def is_made_already(out: Path, origin: dict[str, Any]) -> bool:

@@ -140,6 +140,20 @@ def bench_loader(
         raise typer.Exit(1)
 
 
+@bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
+def bench_checkpoint(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 3,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """How long a save stops training, and how fast it writes. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.checkpoint import bench_checkpoint as measure
+
+    if not measure(rounds, layers, recipe, json):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
@@ -161,7 +175,7 @@ def pretrain(
         return
     run.check_batches(run.parallel.num_processes)
     run_folder.check_data(run)
-    run_folder.check_initial_checkpoint(run, check_files=False)
+    run_folder.check_initial_checkpoint(run)
     run_folder.check_folder(run_folder.path(run), run, force=force)
     if run_folder.is_finished(run):
         print(f"{run_folder.path(run)}: this run has finished already")

@@ -184,6 +184,11 @@ class Train:
     """A rollback goes to the newest checkpoint that is at least so many steps before the spike."""
     max_rollbacks_in_a_row: int = 3
     """Training stops with an error if the next spike comes before the run got past the last one so many times."""
+    keep_every_steps: int = 0
+    """Checkpoints after multiples of so many steps are kept besides; 0: none."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory (a checkpoint's size, spread over all
+    processes). False stops training until each is on the disk."""
 
     def __post_init__(self) -> None:
         positive(
@@ -218,6 +223,7 @@ class Train:
             "keep_checkpoints",
             "save_every_minutes",
             "max_restarts",
+            "keep_every_steps",
         ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name} is {value}: it must be at least 0")

@@ -42,7 +42,7 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
     for test in (
         lambda: run.check_batches(dist.get_world_size()),
         lambda: run_folder.check_data(run),
-        lambda: run_folder.check_initial_checkpoint(run, check_files=False),
+        lambda: run_folder.check_initial_checkpoint(run),
         lambda: run_folder.check_folder(run_folder.path(run), run),
         lambda: make_folder(folder),
         lambda: check_shared(folder),

@@ -169,6 +169,15 @@ def train_losses(run: Recipe, steps: int) -> list[float]:
     return [one_step(models, optimizer, run, step).loss for step in range(1, steps + 1)]
 
 
+def save(folder: Path, run: Recipe, optimizer: Any, state: Any) -> None:
+    """Save one checkpoint and wait for it."""
+    from moonlight.train.saver import Saver
+
+    saver = Saver(folder, run, optimizer, tokenizer_sha256="")
+    saver.save(state)
+    saver.finish()
+
+
 def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[float]:
     """Train `steps` more steps and save, after loading the newest checkpoint of `folder` if asked to."""
     from moonlight.train import checkpoint
@@ -178,7 +187,7 @@ def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[flo
     state = checkpoint.load(find(folder), run, optimizer) if load_first else TrainState()
     losses = [one_step(models, optimizer, run, step).loss for step in range(state.step + 1, state.step + 1 + steps)]
     if not load_first:
-        checkpoint.save(folder, run, optimizer, TrainState(step=steps), tokenizer_sha256="")
+        save(folder, run, optimizer, TrainState(step=steps))
     return losses
 
 
@@ -233,4 +242,4 @@ def resave(source: Path, runs: Path, parallel: Parallel, tokenizer: Path) -> Non
     run = replace(run, model=open_checkpoint(source).model, data=replace(run.data, tokenizer=str(tokenizer)))
     _, optimizer = build(run)
     checkpoint.load_weights(source, run, optimizer)
-    checkpoint.save(runs, run, optimizer, TrainState(), tokenizer_sha256="")
+    save(runs, run, optimizer, TrainState())

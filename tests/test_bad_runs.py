@@ -12,8 +12,10 @@ from bad_input import NEWEST, check_line, command, cut, flip, in_state, run_comm
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from checkpoints.reader import open_checkpoint
 from moonlight.errors import report_errors
 from moonlight.files import write_text
+from moonlight.train import checkpoint_files
 from moonlight.train.events import Events, read_events
 
 # Checkpoints
@@ -33,6 +35,9 @@ def in_index(change):
     def edit(folder):
         index = pickle.loads((folder / ".metadata").read_bytes())
         change(index.state_dict_metadata)
+        if "extra" in index.state_dict_metadata:
+            place = index.storage_data[MetadataIndex(MOMENTUM, (0, 0))]
+            index.storage_data[MetadataIndex("extra", (0, 0))] = place
         (folder / ".metadata").write_bytes(pickle.dumps(index))
         sign(folder)
 
@@ -45,21 +50,19 @@ DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
 @pytest.mark.parametrize(
     "edit, training, exporting",
     [
-        (lambda folder: (folder / "__0_0.distcp").unlink(), "is incomplete: __0_0.distcp is missing", ...),
-        (cut("__0_0.distcp"), "it is truncated", ...),
-        (flip, "__0_0.distcp does not match its checksum: it is damaged", ...),
-        (lambda folder: (folder / "state.json").unlink(), f"latest names no checkpoint ('{NEWEST}')", ...),
-        (cut("state.json"), DAMAGED_STATE, ...),
-        (lambda folder: (folder / "state.json").write_bytes(b"\xff"), DAMAGED_STATE, ...),
-        (in_state(lambda content: [content]), DAMAGED_STATE, ...),
-        (in_state(lambda content: content.update(files=[1])), DAMAGED_STATE, ...),
-        (in_state(lambda content: content.update(files={})), DAMAGED_STATE, ...),
-        (in_state(lambda content: content.update(state={"step": "4"})), DAMAGED_STATE, ...),
-        (in_state(lambda content: content.update(state={"step": 4, "stage": 2})), DAMAGED_STATE, ...),
+        (lambda folder: (folder / "__0_0.distcp").unlink(), None, "is incomplete: __0_0.distcp is missing"),
+        (lambda folder: (folder / "state.json").unlink(), None, f"latest names no checkpoint ('{NEWEST}')"),
+        (cut("state.json"), None, DAMAGED_STATE),
+        (lambda folder: (folder / "state.json").write_bytes(b"\xff"), None, DAMAGED_STATE),
+        (in_state(lambda content: [content]), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(files=[1])), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(files={})), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(state={"step": "4"})), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(state={"step": 4, "stage": 2})), None, DAMAGED_STATE),
         (
             in_state(lambda content: content["recipe"].pop("model")),
+            None,
             "state.json cannot be used: recipe key model is missing",
-            ...,
         ),
         (
             in_state(lambda content: content["recipe"]["model"].update(hidden_size=64)),
@@ -71,11 +74,11 @@ DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
             "holds the state of adamw, the recipe wants muon",
             None,
         ),
-        (index_of_nothing, ".metadata is refused: it is no index", ...),
+        (index_of_nothing, None, ".metadata is refused: it is no index"),
         (
             in_index(lambda entries: setattr(entries[KEY], "size", torch.Size([2048, 32]))),
+            None,
             f".metadata is refused: parts of {KEY} are missing",
-            ...,
         ),
         (
             in_index(lambda entries: entries.pop(MOMENTUM)),
@@ -90,16 +93,41 @@ DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
     ],
 )
 def test_damaged_checkpoint(refuses, as_worker, tiny_run, runs, tmp_path, edit, training, exporting):
-    """Going on and exporting refuse it: with the same words (...), others, or not at all (None)."""
+    """Exporting and going on refuse it, unless that is None; damage, which training passes by, is in test_damage."""
     edit(runs / "tiny" / "checkpoints" / NEWEST)
-    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], NEWEST, training)
+    if training is not None:
+        refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], NEWEST, training)
     if exporting is not None:
-        exporting = training if exporting is ... else exporting
         refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], NEWEST, exporting)
 
 
+def test_no_sound_checkpoint_is_left(refuses, as_worker, tiny_run, runs):
+    for name in ("step-00000002", NEWEST):
+        flip(runs / "tiny" / "checkpoints" / name)
+    words = (f"{runs / 'tiny' / 'checkpoints'} holds no sound checkpoint (2 damaged: ", NEWEST, "step-00000002")
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], *words)
+
+
+def test_a_checkpoint_of_a_later_format(refuses, as_worker, monkeypatch, tiny_run, runs, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "FORMAT", 3)
+        in_state(lambda content: content.update(more=1))(runs / "tiny" / "checkpoints" / NEWEST)
+    words = f"{NEWEST} has format 3, this version of the software reads formats up to 2: use the version that wrote it"
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], words)
+    refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], words)
+
+
+def test_the_first_format_is_read(tiny_run, runs):
+    """It had no number, and no checksum of state.json."""
+    folder = runs / "tiny" / "checkpoints" / NEWEST
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in content.items() if k not in ("format", "xxh3")}))
+    tensors, expected = (open_checkpoint(place) for place in (folder, tiny_run.folder))
+    assert torch.equal(tensors.read(KEY), expected.read(KEY)) and tensors.state.step == 4
+
+
 @pytest.mark.parametrize("content", ["step-00000099", "", "..", "/etc", b"\xff", "folder"])
-def test_latest_names_no_checkpoint(refuses, tiny_run, runs, tmp_path, content):
+def test_latest_names_no_checkpoint(refuses, runs, tmp_path, content):
     latest = runs / "tiny" / "checkpoints" / "latest"
     latest.unlink()
     if content == "folder":
@@ -107,7 +135,6 @@ def test_latest_names_no_checkpoint(refuses, tiny_run, runs, tmp_path, content):
     else:
         latest.write_bytes(content if isinstance(content, bytes) else content.encode())
     words = (f"{latest} names no checkpoint", "there are step-00000002, step-00000004")
-    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], *words)
     refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], *words)
 
 
@@ -155,11 +182,10 @@ def evil_bytes(folder, mark):
         (evil_bytes, ".metadata is refused: torch.distributed.checkpoint.metadata.BytesStorageMetadata has no place"),
     ],
 )
-def test_malicious_checkpoint(refuses, as_worker, tiny_run, runs, tmp_path, forge, words):
+def test_malicious_checkpoint(refuses, runs, tmp_path, forge, words):
     folder, mark = runs / "tiny" / "checkpoints" / NEWEST, tmp_path / "mark"
     forge(folder, mark)
     sign(folder)
-    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], str(folder), words)
     refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], str(folder), words)
     assert not mark.exists()
 
@@ -291,7 +317,9 @@ def test_full_disk_during_a_checkpoint_of_two_processes(tiny_run, tmp_path):
     code, _, err = run_command(*arguments, largest_file=60_000)
     lines = err.splitlines()
     assert code == 2 and sum(line.startswith("error: ") for line in lines) == 1, err
-    assert f"checkpoint {tmp_path / 'tiny' / 'checkpoints' / 'step-00000002'} could not be written" in lines[-1]
+    places = [f"checkpoint {tmp_path / 'tiny' / 'checkpoints' / name} could" for name in ("step-00000002", NEWEST)]
+    assert any(line.startswith(f"warning: {places[0]}") and "training goes on" in line for line in lines), err
+    assert places[1] in lines[-1] and "ulimit -f" in lines[-1]
     assert "Traceback" not in err and "bytes are free" in lines[-1]
     assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
 
@@ -300,9 +328,9 @@ def test_full_disk_during_a_checkpoint_of_two_processes(tiny_run, tmp_path):
 
 
 def test_an_error_of_all_workers_is_said_once(tiny_run, runs):
-    flip(runs / "tiny" / "checkpoints" / NEWEST)
-    (runs / "tiny" / "checkpoints" / "latest").write_text(NEWEST)
-    in_state(lambda content: content["state"].update(step=3))(runs / "tiny" / "checkpoints" / NEWEST)
+    for name in ("step-00000002", NEWEST):
+        flip(runs / "tiny" / "checkpoints" / name)
+        in_state(lambda content: content["state"].update(step=3))(runs / "tiny" / "checkpoints" / name)
     code, _, err = run_command("pretrain", tiny_run.recipe, f"runs_folder={runs}", "parallel.num_processes=2")
     check_line(code, err, (f"{NEWEST}/__0_0.distcp does not match its checksum",))
 

@@ -3,7 +3,8 @@
     runs/<name>/checkpoints/step-00000100/   torch's distributed checkpoint and state.json
     runs/<name>/checkpoints/latest           the name of the newest complete one
 
-`state.json` holds what is not a tensor (where the run stands, its recipe), and the size and checksum of every file.
+`state.json` holds what is not a tensor (where the run stands, its recipe), the size and checksum of every file, and a
+checksum of itself.
 """
 
 import dataclasses
@@ -14,14 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from moonlight.config import Run
 from moonlight.config_io import from_dict, model_from_dict
 from moonlight.config_model import Model
 from moonlight.errors import UserError
-from moonlight.files import checksum_of
+from moonlight.files import checksum_of, write_text
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
+STEP_NAME = r"step-\d{8}"
+FORMAT = 2
+"""Of what is written. 1 had neither this number nor a checksum of `state.json` itself; it is still read.
+
+A later format keeps number and checksum where they are, so that a newer checkpoint can be told from a damaged one.
+"""
+CHECKSUM = "xxh3"
+NO_CHECKSUM = "0" * 32
+OF_FORMAT_1 = {"state", "recipe", "tokenizer_sha256", "files", "origin"}
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written; an older one may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +82,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The folders with names of checkpoints, complete or not, from the oldest on."""
+    return sorted(folder for folder in checkpoints.glob("step-*") if re.fullmatch(STEP_NAME, folder.name))
+
+
 def latest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint, or None if there is none yet.
 
@@ -75,14 +101,36 @@ def latest(checkpoints: Path) -> Path | None:
     pointer = checkpoints / LATEST_FILE
     if not pointer.exists():
         return None
+    name, folder = read_latest(checkpoints)
+    if folder is None:
+        there = ", ".join(place.name for place in complete_checkpoints(checkpoints)) or "none"
+        raise UserError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it; there are {there}")
+    return folder
+
+
+def read_latest(checkpoints: Path) -> tuple[str, Path | None]:
+    """What `latest` says, and the checkpoint that it names; None if there is none of this name."""
     try:
-        name = pointer.read_text(encoding="utf-8").strip()
+        name = (checkpoints / LATEST_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         name = ""
-    if not re.fullmatch(r"step-\d{8}", name) or not (checkpoints / name / STATE_FILE).is_file():
-        there = ", ".join(sorted(file.parent.name for file in checkpoints.glob(f"step-*/{STATE_FILE}"))) or "none"
-        raise UserError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it; there are {there}")
-    return checkpoints / name
+    there = re.fullmatch(STEP_NAME, name) and (checkpoints / name / STATE_FILE).is_file()
+    return name, checkpoints / name if there else None
+
+
+def write_state(folder: Path, content: dict[str, Any]) -> None:
+    """Write `state.json`, which completes the checkpoint in `folder`.
+
+    Args:
+        content: all but its format and its own checksum. See `read_state`.
+    """
+    text = json.dumps({"format": FORMAT, CHECKSUM: NO_CHECKSUM, **content}, indent=2, ensure_ascii=False) + "\n"
+    write_text(folder / STATE_FILE, text.replace(NO_CHECKSUM, _checksum(text), 1))
+
+
+def _checksum(text: str) -> str:
+    """XXH3 of a `state.json` in which zeros stand for it."""
+    return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
@@ -92,34 +140,74 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         check_files: False looks at nothing but `state.json` itself.
 
     Raises:
-        UserError: missing, incomplete, truncated or altered files.
+        DamagedError: missing, incomplete, truncated or altered files.
+        UserError: it is of a format that is newer than this code.
     """
     path = folder / STATE_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        TrainState.from_json(content["state"])
-        sound = all({"bytes", "xxh3"} <= known.keys() for known in content["files"].values())
-        sound = sound and type(content["recipe"]) is dict and type(content["tokenizer_sha256"]) is str
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        sound = _is_sealed(content, text) and _has_form(content)
     except OSError:
-        raise UserError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
-    if not sound or ".metadata" not in content["files"]:
-        raise UserError(f"checkpoint file {path} is damaged: it does not hold what was written")
+    if not sound:
+        raise DamagedError(f"checkpoint file {path} is damaged: it does not hold what was written")
+    if content.get("format", 1) > FORMAT:
+        raise UserError(
+            f"checkpoint {folder} has format {content['format']}, this version of the software reads formats up to "
+            f"{FORMAT}: use the version that wrote it, or a newer one"
+        )
     try:
         recipe_of(content)
     except UserError as error:
-        raise UserError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
-    for name, known in content["files"].items() if check_files else ():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if file.stat().st_size != known["bytes"]:
-            size = file.stat().st_size
-            raise UserError(f"checkpoint file {file} has {size} bytes instead of {known['bytes']}: it is truncated")
-        if checksum_of(file) != known["xxh3"]:
-            raise UserError(f"checkpoint file {file} does not match its checksum: it is damaged")
+        raise DamagedError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
+    for name in content["files"] if check_files else ():
+        check_file(folder, name, content)
     return content
+
+
+def _is_sealed(content: dict[str, Any], text: str) -> bool:
+    """Whether `text` matches the checksum in it. The first format had none, and nothing but its four or five keys."""
+    if content.keys() <= OF_FORMAT_1:
+        return True
+    seal = content[CHECKSUM]
+    return type(content["format"]) is int and _checksum(text.replace(seal, NO_CHECKSUM, 1)) == seal
+
+
+def _has_form(content: dict[str, Any]) -> bool:
+    if content.get("format", 1) > FORMAT:
+        return True  # not ours to judge
+    TrainState.from_json(content["state"])
+    files = content["files"]
+    return (
+        all({"bytes", "xxh3"} <= known.keys() for known in files.values())
+        and ".metadata" in files
+        and type(content["recipe"]) is dict
+        and type(content["tokenizer_sha256"]) is str
+    )
+
+
+def check_file(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Compare size and checksum of one file with what `state.json` says.
+
+    Raises:
+        DamagedError: they differ, or it is missing.
+    """
+    file, known = folder / name, content["files"][name]
+    if not file.is_file():
+        raise DamagedError(f"checkpoint {folder} is incomplete: {name} is missing")
+    found = {"bytes": file.stat().st_size, "xxh3": checksum_of(file)}
+    if all(found[key] == known[key] for key in found):
+        return
+    if other := next((other for other, its in content["files"].items() if its == found), None):
+        raise DamagedError(f"checkpoint file {file} holds what belongs into {other}: files were swapped")
+    if found["bytes"] != known["bytes"]:
+        raise DamagedError(
+            f"checkpoint file {file} has {found['bytes']} bytes instead of {known['bytes']}: it is truncated or damaged"
+        )
+    raise DamagedError(f"checkpoint file {file} does not match its checksum: it is damaged")
 
 
 def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
@@ -155,7 +243,8 @@ def check_optimizer(folder: Path, content: dict[str, Any], run: Run) -> None:
 
 def complete_checkpoints(path: Path) -> list[Path]:
     """The complete checkpoints of a run folder, or of its checkpoints folder, from the oldest on."""
-    return sorted(file.parent for place in (path, path / "checkpoints") for file in place.glob(f"step-*/{STATE_FILE}"))
+    folders = [folder for place in (path, path / "checkpoints") for folder in step_folders(place)]
+    return [folder for folder in folders if (folder / STATE_FILE).is_file()]
 
 
 def find(path: Path, step: int | None = None) -> Path:
@@ -170,7 +259,7 @@ def find(path: Path, step: int | None = None) -> Path:
     if re.fullmatch(r"\..+\.part", path.resolve().name):
         raise UserError(f"{path} is still being written, or was left by a process that was killed: give another")
     if step is not None:
-        there = {int(folder.name.removeprefix("step-")): folder for folder in complete_checkpoints(path)}
+        there = {step_of(folder): folder for folder in complete_checkpoints(path)}
         if step not in there:
             steps = ", ".join(map(str, there)) or "none"
             raise UserError(f"{path} holds no checkpoint after step {step}: those it holds are after steps {steps}")

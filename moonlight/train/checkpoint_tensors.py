@@ -1,68 +1,200 @@
-"""The tensors of a checkpoint, written and read by all ranks through torch's distributed checkpoint.
+"""The tensors of a checkpoint, written and read by all ranks in torch's distributed checkpoint format.
 
 What is on the disk is rectangles of whole tensors, and an index of them. Ranks may hold other rectangles when they read
-than those that were written.
+than those that were written. Writing has three parts, so that only the first needs all ranks at the same time: a plan
+of who writes what, a file by each rank, and the index, which one rank makes from what all say of their files.
 """
 
+import contextlib
+import dataclasses
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from moonlight.errors import UserError
+from moonlight.files import checksum_of, fsync
 from moonlight.model.pieces import Pieces, Streamed
-from moonlight.train.index import IndexReader, cause_raised, is_covered, read_index, whole_shapes
+from moonlight.train.index import INDEX_FILE, IndexReader, cause_raised, is_covered, read_index, whole_shapes
 
 ALIGNMENT = 64
 """Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
 
 
-class _Writer(dcp.FileSystemWriter):
-    """Torch's writer, one file a rank, in this process.
+@dataclass(frozen=True)
+class Plan:
+    """Who writes which rectangles; the same for every save of a run."""
 
-    The index depends on the checkpoint alone: no path and no random number in it. Rectangles are written one after the
-    other: torch's own `write_data` keeps a copy of each that is a view until the file is finished.
+    mine: SavePlan
+    all: list[SavePlan]
+    """Those of all ranks, on rank 0."""
+    index: Metadata | None
+    """Of the whole checkpoint, but for the places in its files; on rank 0."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What a rank says of the file that it wrote."""
+
+    name: str
+    bytes: int
+    xxh3: str
+    places: list[tuple[int, int]]
+    """Offset and length in bytes of each rectangle, in the order of the rank's plan."""
+
+
+def plan_save(state: Mapping[str, Pieces | Streamed]) -> Plan:
+    """Share out the rectangles that all ranks hold together; what several hold, one writes. All ranks call it.
+
+    Without a process group this process holds all of them.
     """
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(state), None, _rank() == 0)
+    local = planner.create_local_plan()
+    gathered: list[Any] = [local] * _world_size()
+    if dist.is_initialized():
+        dist.gather_object(local, gathered if _rank() == 0 else None)
+    plans: list[Any] = [None] * _world_size()
+    index = None
+    if _rank() == 0:
+        plans, index = planner.create_global_plan(gathered)
+        for key, entry in index.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata) and is_covered(entry), f"{key}: elements that no rank holds"
+    mine = [plans[0]]
+    if dist.is_initialized():
+        dist.scatter_object_list(mine, plans)
+    return Plan(mine[0], plans if index else [], index)
+
+
+def write_file(
+    folder: Path,
+    plan: SavePlan,
+    values_at: Callable[[MetadataIndex], torch.Tensor],
+    stopped: Callable[[], bool] = lambda: False,
+) -> WrittenFile:
+    """Write this rank's rectangles to a file of its own in `folder`, flushed to the disk.
+
+    Its checksum is made on the way, of what goes to the disk. There is one pass over the data, and no copy.
+
+    Args:
+        stopped: is asked before each tensor; True ends the work.
+
+    Raises:
+        OSError: it cannot be written, or `stopped` said so; there is no file then.
+    """
+    path = folder / f"__{_rank()}_0.distcp"
+    places = []
+    try:
+        with path.open("wb") as raw, _without_crc32():
+            file = _Hashed(raw)
+            for item in plan.items:
+                if stopped():
+                    raise InterruptedError(errno.EINTR, "given up")
+                file.write(bytes(-file.size % ALIGNMENT))
+                begin = file.size
+                _write(values_at(item.index), file)
+                places.append((begin, file.size - begin))
+            raw.flush()
+            os.fsync(raw.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)  # so that there is room to say so
+        raise
+    return WrittenFile(path.name, file.size, file.digest.hexdigest(), places)
+
+
+def write_index(folder: Path, plan: Plan, written: list[WrittenFile]) -> dict[str, dict[str, Any]]:
+    """Write the index of the files that all ranks wrote, from rank 0 on; by rank 0.
+
+    Returns:
+        Size and checksum by name of these files and of the index: what `state.json` says of them.
+    """
+    assert plan.index is not None
+    storage = {
+        item.index: _StorageInfo(file.name, *place)
+        for of_rank, file in zip(plan.all, written, strict=True)
+        for item, place in zip(of_rank.items, file.places, strict=True)
+    }
+    results = [WriteResult(index, place.length, place) for index, place in storage.items()]
+    # A copy, because torch completes the index that it is given.
+    _IndexWriter(folder).finish(dataclasses.replace(plan.index), [results])
+    path = folder / INDEX_FILE
+    fsync(path)
+    files = {file.name: {"bytes": file.bytes, "xxh3": file.xxh3} for file in written}
+    return files | {INDEX_FILE: {"bytes": path.stat().st_size, "xxh3": checksum_of(path)}}
+
+
+def save_tensors(folder: Path, state: Mapping[str, Pieces | Streamed]) -> dict[str, dict[str, Any]]:
+    """Write the whole tensors that all ranks hold together into `folder`, each rank a file of its own.
+
+    Returns:
+        Size and checksum of every file by its name, on rank 0; nothing on the others.
+
+    Raises:
+        OSError: on the rank that cannot write.
+    """
+    plan = plan_save(state)
+    own = write_file(folder, plan.mine, lambda index: state[index.fqn].__get_tensor_shard__(index))
+    written: list[Any] = [own] * _world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(written, own)
+    return write_index(folder, plan, written) if _rank() == 0 else {}
+
+
+class _IndexWriter(dcp.FileSystemWriter):
+    """Torch's writer of the index, which depends on the checkpoint alone: no path and no random number in it."""
 
     def storage_meta(self) -> None:
         return None
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
-        with (Path(self.path) / name).open("wb") as file:
-            for item in plan.items:
-                values = planner.resolve_data(item)
-                assert isinstance(values, torch.Tensor)
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                begin = file.tell()
-                _write(values, file)
-                length = file.tell() - begin
-                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
-            file.flush()
-            os.fsync(file.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+
+class _Hashed:
+    """A file as `torch.save` writes to one; its size and checksum grow with it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.size, self.digest = file, 0, xxhash.xxh3_128()
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
-def _write(values: torch.Tensor, file: BinaryIO) -> None:
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Leave out the checksum that torch puts beside each tensor and never compares; the whole file has a better one."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+def _write(values: torch.Tensor, file: _Hashed) -> None:
     """Append a tensor, row after row, and not what else its storage holds."""
     values = values.cpu().contiguous()
     if values.untyped_storage().nbytes() != values.nbytes:
         values = values.clone()
     try:
-        torch.save(values, file)
+        torch.save(values, file)  # type: ignore[arg-type]
     except RuntimeError as error:
         # Of a disk that takes no more, and of Ctrl-C, torch only says that its archive is not where it should be.
         if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
@@ -70,15 +202,16 @@ def _write(values: torch.Tensor, file: BinaryIO) -> None:
         raise
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Torch's planner, which by itself looks for rectangles in tensors only."""
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """As above."""
+    """Torch's planner, which by itself looks for rectangles in tensors only."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -88,23 +221,6 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
-def save_tensors(folder: Path, state: Mapping[str, Pieces | Streamed]) -> None:
-    """Write the whole tensors that all ranks hold together into `folder`, each rank a file of its own.
-
-    Without a process group this process holds all of them.
-
-    Raises:
-        OSError: on every rank, if one cannot write.
-    """
-    planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with cause_raised():
-        index = dcp.save(
-            dict(state), storage_writer=_Writer(folder), planner=planner, no_dist=not dist.is_initialized()
-        )
-    for key, entry in index.state_dict_metadata.items():
-        assert is_covered(entry), f"{key}: elements that no rank holds"
 
 
 def load_tensors(folder: Path, state: dict[str, Pieces], *, all_of_it: bool = True) -> None:

@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from moonlight.errors import UserError
+from moonlight.train.checkpoint_files import DamagedError
+
+INDEX_FILE = ".metadata"
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ACCEPTED = frozenset(
@@ -59,24 +61,24 @@ def read_index(folder: Path) -> Metadata:
     """The index of the checkpoint in `folder`.
 
     Raises:
-        UserError: it is not an index, or it names code to run.
+        DamagedError: it is not an index, or it names code to run.
     """
-    path = folder / ".metadata"
+    path = folder / INDEX_FILE
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
-        raise UserError(f"checkpoint {folder} is incomplete: .metadata is missing") from None
+        raise DamagedError(f"checkpoint {folder} is incomplete: {INDEX_FILE} is missing") from None
     except Exception as error:  # bytes that are no pickle can end an unpickler in any way
-        raise UserError(f"checkpoint index {path} is refused: {error or type(error).__name__}") from None
+        raise DamagedError(f"checkpoint index {path} is refused: {error or type(error).__name__}") from None
     if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-        raise UserError(f"checkpoint index {path} is refused: it is no index")
+        raise DamagedError(f"checkpoint index {path} is refused: it is no index")
     for key, entry in index.state_dict_metadata.items():
         # Torch unpickles, without any restriction, what the index calls bytes instead of a tensor.
         if type(entry) is not TensorStorageMetadata:
-            raise UserError(f"checkpoint index {path} is refused: {key} is no tensor")
+            raise DamagedError(f"checkpoint index {path} is refused: {key} is no tensor")
         if not is_covered(entry):
-            raise UserError(f"checkpoint index {path} is refused: parts of {key} are missing")
+            raise DamagedError(f"checkpoint index {path} is refused: parts of {key} are missing")
     return index
 
 
@@ -95,7 +97,7 @@ class StoredTensors:
     """The rectangles of a checkpoint, mapped from its files: they take no memory of their own until they are copied.
 
     Raises:
-        UserError: the index, or what it points to, is not what a checkpoint holds.
+        DamagedError: the index, or what it points to, is not what a checkpoint holds.
     """
 
     def __init__(self, folder: Path, index: Metadata | None = None) -> None:
@@ -126,16 +128,19 @@ class StoredTensors:
     def map(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """One rectangle, on the CPU. Not to be written to."""
         dtype = self.dtype(key)
-        place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
-        path = self._folder / place.relative_path
+        try:
+            place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
+            path = self._folder / place.relative_path
+        except (KeyError, TypeError, AttributeError):
+            raise DamagedError(f"checkpoint {self._folder} is refused: its index has no place for {key}") from None
         if path.parent != self._folder:
-            raise UserError(f"checkpoint {self._folder} is refused: its index names a file outside ({path})")
+            raise DamagedError(f"checkpoint {self._folder} is refused: its index names a file outside ({path})")
         nbytes = math.prod(sizes) * dtype.itemsize
         try:
             start = _values_begin(path, place.offset, place.length, nbytes)
             raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
-            raise UserError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
+            raise DamagedError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
         return torch.from_numpy(raw).view(dtype).view(sizes)
 
 

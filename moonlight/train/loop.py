@@ -24,9 +24,11 @@ from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
 from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint, run_folder, spikes
-from moonlight.train.checkpoint_files import TrainState, find, latest
+from moonlight.train.checkpoint_files import TrainState, find
+from moonlight.train.checkpoint_recovery import newest_sound
 from moonlight.train.events import Events
 from moonlight.train.metrics import LiveLine, Metrics
+from moonlight.train.saver import Saver
 from moonlight.train.shared_folder import check_shared
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
 from moonlight.train.triggers import Triggers
@@ -55,7 +57,7 @@ def train(run: Run, *, force: bool = False) -> None:
     checkpoints = folder / "checkpoints"
     manifests = run_folder.check_data(run)
     tokenizer = next(iter(manifests.values()))["tokenizer"]  # all have the same
-    run_folder.check_initial_checkpoint(run, check_files=True)
+    run_folder.check_initial_checkpoint(run)
     first_rank = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
         triggers = stack.enter_context(Triggers(run.train))
@@ -70,15 +72,17 @@ def train(run: Run, *, force: bool = False) -> None:
         parallel.build_groups(run.parallel, run.train.seed, group_timeout(run))
         models = build_model(run)
         optimizer = make_optimizer(models, run)
-        newest = latest(checkpoints)
+        newest, warnings = newest_sound(checkpoints)
         state = TrainState(consumed_sequences=timeline.first_sequence)
         if newest is not None:
-            state = checkpoint.load(newest, run, optimizer)
+            state = checkpoint.load(newest, run, optimizer, check_files=False)
         elif run.train.initial_checkpoint:
             checkpoint.load_weights(find(Path(run.train.initial_checkpoint)), run, optimizer)
         else:
             with optimizer.fill_masters() as state_to_fill:
                 initialize(state_to_fill, run.model, run.train.seed)
+        saver = Saver(checkpoints, run, optimizer, tokenizer["sha256"])
+        stack.callback(saver.close)
         samples = open_training(run, manifests, run_folder.cache_folder(run))
         held_out = open_validation(run, manifests)
 
@@ -88,6 +92,8 @@ def train(run: Run, *, force: bool = False) -> None:
             stack.callback(lambda: metrics.close())
             line = LiveLine(total_steps, state.step)
             stack.callback(line.close)
+            for warning in warnings:
+                line.note(warning)
             if newest is not None:
                 line.note(f"{folder}: going on after step {state.step} of {total_steps}")
         events.add("resumed" if newest else "started", state.step, **_surroundings(run))
@@ -113,7 +119,10 @@ def train(run: Run, *, force: bool = False) -> None:
                 events.add("spike", step, loss=result.loss, score=spike_score)
                 if first_rank:
                     line.note(f"step {step}: loss spike, {result.loss:.4f} has score {spike_score:.1f}")
-                back = spikes.checkpoint_before(folder, run, step) if run.train.spike_policy == "rollback" else None
+                back = None
+                if run.train.spike_policy == "rollback":
+                    saver.finish()
+                    back = spikes.checkpoint_before(folder, run, step)
                 if back is not None:
                     spikes.check_rollbacks(folder, run, step, state.rollbacks_in_a_row)
                     dist.barrier()  # every rank has found the same checkpoint before any is removed
@@ -128,7 +137,7 @@ def train(run: Run, *, force: bool = False) -> None:
                     continue
 
             state = advance(state, run, moment, result)
-            entry = describe(state, run, moment, result, seconds)
+            entry = describe(state, run, moment, result, seconds) | saver.figures()
             entry |= samples.tokens_read(moment.end + state.passed_over_sequences)
             if spike_score is not None:
                 entry["loss/spike_score"] = spike_score
@@ -164,18 +173,25 @@ def train(run: Run, *, force: bool = False) -> None:
             if is_regular or wish.reason:
                 if first_rank:
                     metrics.sync()
-                checkpoint.save(checkpoints, run, optimizer, state, tokenizer["sha256"])
+                saver.save(state)
                 triggers.saved()
                 watchdog.alive()
-                events.add("saved", step, reason=wish.reason or "steps")
+                events.add("saving", step, reason=wish.reason or "steps")
+            for message in saver.poll():
+                events.add("save", step, text=message)
+                line.note(message)
             if wish.stop and step < last_step:
+                saver.finish()
                 events.add("stopped", step)
                 if first_rank:
                     line.note(f"{folder}: saved and stopped after step {step} on SIGTERM; the same command goes on")
                 dist.barrier()
                 raise SystemExit(CODE_STOPPED)
+        saver.finish()
 
         if first_rank:
+            for message in saver.poll():
+                line.note(message)
             line.close()
             run_folder.summarize(folder, run, manifests)
         events.add("finished" if state.step >= total_steps else "stopped", state.step)

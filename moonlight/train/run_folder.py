@@ -15,7 +15,7 @@ from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
 from moonlight.timeline import Timeline
-from moonlight.train.checkpoint_files import check_model, find, latest, read_state
+from moonlight.train.checkpoint_files import check_model, complete_checkpoints, find, read_latest, read_state
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
@@ -41,6 +41,8 @@ FREE_TO_CHANGE = frozenset(
         "train.spike_threshold",
         "train.spike_window",
         "train.rollback_steps",
+        "train.keep_every_steps",
+        "train.async_save",
         "train.stop_at_step",
     }
 )
@@ -110,23 +112,20 @@ def _check_epochs(run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
             )
 
 
-def check_initial_checkpoint(run: Run, *, check_files: bool) -> None:
-    """Check that the run, if it is a new one, can start from the weights that it names.
-
-    Args:
-        check_files: False leaves the checksums of its files out, which takes no time.
+def check_initial_checkpoint(run: Run) -> None:
+    """Check that the run, if it is a new one, can start from the weights that it names; its files are not read.
 
     Raises:
-        UserError: there are none, they are damaged, of another model, or were trained with another tokenizer than the
-            data was made with.
+        UserError: there are none, they are of another model, or were trained with another tokenizer than the data was
+            made with.
     """
-    if not run.train.initial_checkpoint or latest(path(run) / "checkpoints"):
+    if not run.train.initial_checkpoint or complete_checkpoints(path(run)):
         return
     try:
         folder = find(Path(run.train.initial_checkpoint))
     except UserError as error:
         raise UserError(f"train.initial_checkpoint: {error}") from None
-    content = read_state(folder, check_files=check_files)
+    content = read_state(folder, check_files=False)
     check_model(folder, content, run)
     known, own = content["tokenizer_sha256"], Tokenizer.load(Path(run.data.tokenizer)).sha256
     if known and known != own:
@@ -202,7 +201,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_finished(run: Run) -> bool:
     """Whether the run's newest checkpoint is its last and its summary was made; cheap, and imports no torch."""
-    newest = latest(path(run) / "checkpoints")
+    _, newest = read_latest(path(run) / "checkpoints")
     if newest is None or not (path(run) / CURVE_FILE).exists():
         return False
     return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps

@@ -22,8 +22,8 @@ from prompts import CHAT, CHAT_ANSWER_TOKENS
 from moonlight import parallel
 from moonlight.config import Model, Run
 from moonlight.data.tokenizer import Tokenizer
-from moonlight.train import checkpoint
-from moonlight.train.checkpoint_files import TrainState
+from moonlight.train.checkpoint_files import TrainState, step_folder
+from moonlight.train.saver import Saver
 
 VOCAB_SIZE = 2048
 CORPUS = ("argparse", "ast", "csv", "doctest", "enum", "heapq", "tarfile", "typing")
@@ -71,7 +71,10 @@ def save(run: Run, head_rows: dict[int, torch.Tensor], step: int) -> Path:
                             if first <= row < first + len(values):
                                 values[row - first] = value
         folder = Path(run.runs_folder) / run.name / "checkpoints"
-        return checkpoint.save(folder, run, optimizer, TrainState(step=step), tokenizer.sha256)
+        saver = Saver(folder, run, optimizer, tokenizer.sha256)
+        saver.save(TrainState(step=step))
+        saver.finish()
+        return step_folder(folder, step)
     finally:
         parallel.leave_world()
 
