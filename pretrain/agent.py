@@ -4,8 +4,8 @@ What torch 2.13 gets wrong:
 
 - It gives the processes one key-value store for all their starts, in which those that start again find addresses of the
   dead: `Gloo connectFullMesh failed`. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE every start has a store of its own.
-- When the link to the first node breaks, the agent waits for an answer of its store as long as the kernel lets it, a
-  quarter of an hour, though the store's time-out is a minute. Here it ends when no process of its ran for SECONDS.
+- When the link to the first node breaks, the agent waits for an answer of its store as long as the kernel lets it, more
+  than four minutes, though the store's time-out is one. Here it ends when no process of its ran for SECONDS.
 """
 
 import os

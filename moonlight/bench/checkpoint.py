@@ -61,7 +61,7 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
             values.normal_()
         nbytes = sum(values.nbytes for values in tensors.values())
         check_space(Path.cwd(), int(COPIES_ON_DISK * SAVE_ROOM * nbytes))
-        with tempfile.TemporaryDirectory(dir=".") as place:
+        with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
             folder = Path(place)
             savers = {
                 name: Saver(folder / name, of, optimizer, tokenizer_sha256="")

@@ -33,7 +33,7 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
     if rounds < 1 or layers < 2:
         raise UserError(f"--rounds is {rounds} and --layers {layers}: at least 1 and 2 are accepted")
     run = load_recipe(recipe, [f"model.num_hidden_layers={layers}"])
-    with tempfile.TemporaryDirectory(dir=".") as place:
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
         source, checkpoint = folder / "hf", folder / "checkpoint"
         _make_source(run.model, source)

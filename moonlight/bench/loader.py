@@ -57,7 +57,7 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         raise UserError(f"--rounds is {rounds} and --tokens {tokens}: at least 1 and {100 * LENGTH} are accepted")
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory(dir=".") as place, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(place)
         for number, name in enumerate(WEIGHTS):
