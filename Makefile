@@ -34,14 +34,6 @@ test-full: install
 test-faults: install
 	$(BIN)/python -m pytest -m faults
 
-# Everything that goes wrong in runs that last weeks.
-test-faults: install
-	$(BIN)/python -m pytest -m faults
-
-# Faults of every kind, in numbers.
-test-faults: install
-	$(BIN)/python -m pytest -m faults
-
 # One exported checkpoint through transformers, vLLM and SGLang on CPU; a virtual environment for each server.
 serve-test: install .venvs/vllm/.installed .venvs/sglang/.installed
 	$(BIN)/python tests/serving/serve.py
