@@ -6,12 +6,16 @@ What torch 2.13 gets wrong:
   dead: `Gloo connectFullMesh failed`. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE every start has a store of its own.
 - When the link to the first node breaks, the agent waits for an answer of its store as long as the kernel lets it, more
   than four minutes, though the store's time-out is one. Here it ends when no process of its ran for SECONDS.
+- SIGUSR1 would end it. Here one of its processes gets the signal, all save, and go on.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -22,6 +26,7 @@ def main() -> None:
     seconds = float(sys.argv.pop(1))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     threading.Thread(target=_end_when_idle, args=(seconds,), daemon=True).start()
+    signal.signal(signal.SIGUSR1, lambda *_: _pass_on(signal.SIGUSR1))
 
     from torch.distributed.run import main as torchrun
 
@@ -31,7 +36,7 @@ def main() -> None:
 def _end_when_idle(seconds: float) -> None:
     seen = time.monotonic()
     while time.monotonic() - seen < seconds:
-        if _has_children():
+        if any(_children()):
             seen = time.monotonic()
         time.sleep(SECONDS_BETWEEN_LOOKS)
     print(
@@ -43,16 +48,25 @@ def _end_when_idle(seconds: float) -> None:
     os._exit(1)  # the main thread is inside the store's client
 
 
-def _has_children() -> bool:
-    """Whether a process that this one started runs; those that ended and were not waited for do not count."""
+def _pass_on(number: signal.Signals) -> None:
+    """Send a signal to the first process that has made up its mind about it; it would end one that is just starting."""
+    for child in _children():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            status = dict(line.split(":", 1) for line in (child / "status").read_text().splitlines())
+            if (int(status["SigCgt"], 16) | int(status["SigIgn"], 16)) >> (number - 1) & 1:
+                os.kill(int(child.name), number)
+                return
+
+
+def _children() -> Iterator[Path]:
+    """Folders in /proc of the processes that this one started; zombies do not count."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
         except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             continue
         if int(parent) == os.getpid() and state != "Z":
-            return True
-    return False
+            yield stat.parent
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Runs that something happens to: starting them, finding their processes, waiting for what they do."""
 
-import os
 import subprocess
 import sys
 import time
@@ -18,10 +17,8 @@ def start(recipe, *arguments, torchrun_restarts=None, **options):
     """`moonlight pretrain`, or with restarts of torchrun two processes of `-m pretrain`, in a session of its own."""
     command = [sys.executable, "-m", "moonlight.cli", "pretrain"]
     if torchrun_restarts is not None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, "-m", "pretrain.agent", str(PATIENCE_S), "--standalone", "--nproc-per-node", "2"]
         command += ["--monitor-interval", "0.1", "--max-restarts", str(torchrun_restarts), "-m", "pretrain"]
-        # Else the processes of a restart find the addresses of dead ones in the store that all restarts share.
-        options["env"] = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command += [str(recipe), *arguments]
     return subprocess.Popen(
         command,

@@ -1,12 +1,16 @@
-"""The benchmark's own arithmetic and its refusals; its figures are measured by `moonlight bench optimizer`."""
+"""The benchmarks' own arithmetic, gates and refusals; their figures are measured by `moonlight bench`."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
+from layouts import build, recipe
 
-from moonlight.bench import loader, optimizer
+from moonlight.bench import checkpoint, loader, optimizer
 from moonlight.bench.report import speed
 from moonlight.errors import UserError
+from moonlight.train.checkpoint_files import TrainState, step_folder
+from moonlight.train.saver import Saver
 
 
 def test_peers_configured_alike_move_the_weights_alike():
@@ -30,6 +34,27 @@ def test_both_loaders_read_the_same_documents(tmp_path):
     own = sum(int(samples[number][0][1:].sum()) for number in range(samples.samples_per_epoch))
     theirs = sum(int(peer[number]["labels"].sum()) for number in range(len(peer)))
     assert own == pytest.approx(theirs, rel=0.05)
+
+
+def gate_of_saves(folder):
+    """What the gate says of a checkpoint, and then beside a momentum that is one bit off."""
+    run = recipe()
+    _, optimizer = build(run)
+    saver = Saver(folder, run, optimizer, tokenizer_sha256="")
+    saver.save(TrainState(step=1))
+    saver.finish()
+    said = [checkpoint._is_equal(step_folder(folder, 1), optimizer)]
+    optimizer.owned[0].momenta[0].view(-1)[-1] = 1e-45
+    return [*said, checkpoint._is_equal(step_folder(folder, 1), optimizer)]
+
+
+def test_a_save_of_other_bits_fails_the_gate(pool, tmp_path):
+    assert pool.run(1, gate_of_saves, tmp_path) == [[True, False]]
+
+
+def test_bad_arguments_of_the_checkpoint_benchmark():
+    with pytest.raises(UserError, match="--layers 1: at least 1 and 2 are accepted"):
+        checkpoint.bench_checkpoint(1, 1, Path("configs/moonlight_family/a0.1b.yaml"))
 
 
 @pytest.mark.parametrize(("rounds", "device", "message"), [(0, "cpu", "--rounds is 0"), (1, "tpu", "--device is tpu")])

@@ -52,7 +52,7 @@ def one_rank_cannot_write(run, folder, failing):
         said.append(str(error))
     finally:
         largest_file(None)
-    said += saver.poll()
+    said += [message.text for message in saver.poll()]
     there = sorted(path.name for path in folder.iterdir())
     torch.distributed.barrier()
     saver.save(TrainState(step=4))

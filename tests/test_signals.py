@@ -42,9 +42,11 @@ def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, d
     assert happened == [
         ("started", None),
         ("signal", "SIGUSR1"),
-        ("saved", "SIGUSR1"),
+        ("saving", "SIGUSR1"),
+        ("saved", None),
         ("signal", "SIGTERM"),
-        ("saved", "SIGTERM"),
+        ("saving", "SIGTERM"),
+        ("saved", None),
         ("stopped", None),
     ]
     saved = events_of(folder, "saved")[-1]["step"]
@@ -60,24 +62,28 @@ def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, d
     assert resumed["step"] == saved and resumed["world_size"] == 2 and resumed["restart"] == 0
 
 
-def test_torchrun_told_to_end_lets_the_run_save(data_folder, tokenizer_folder, tmp_path):
+def test_torchrun_told_to_save_and_to_end(data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", threads_per_process=1, **FOREVER)
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
     recipe.write_text(to_yaml(run))
     process = start(recipe, torchrun_restarts=3)
     assert wait_until(reached(folder, 2), process)
+    process.send_signal(signal.SIGUSR1)
+    assert wait_until(lambda: events_of(folder, "saved"), process)
     process.send_signal(signal.SIGTERM)
     errors = end(process)
     assert process.returncode == 1, errors
-    assert [event["event"] for event in read_events(folder)] == ["started", "signal", "saved", "stopped"]
+    happened = [event["event"] for event in read_events(folder)]
+    assert happened == ["started", *["signal", "saving", "saved"] * 2, "stopped"]
     assert find(folder).name == f"step-{events_of(folder, 'stopped')[0]['step']:08d}"
 
 
 def test_the_clock_saves(pool, data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", save_every_minutes=1e-6, save_every_steps=8)
     pool.run(2, train_run, run)
-    saved = events_of(tmp_path / "DP2", "saved")
-    assert [(event["step"], event["reason"]) for event in saved] == [(step, "clock") for step in range(1, 9)]
+    saving, saved = (events_of(tmp_path / "DP2", name) for name in ("saving", "saved"))
+    assert [(event["step"], event["reason"]) for event in saving] == [(step, "clock") for step in range(1, 9)]
+    assert [event["step"] for event in saved] == list(range(1, 9))
     assert find(tmp_path / "DP2").name == "step-00000008"
 
 

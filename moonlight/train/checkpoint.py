@@ -69,7 +69,7 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 def forget_after(checkpoints: Path, folder: Path) -> None:
     """Make `folder` the newest checkpoint of all, by removing those of later steps. By all ranks."""
-    dist.barrier()  # nobody reads one of them any more
+    dist.barrier()  # nobody reads or looks for one of them any more
     if dist.get_rank() == 0:
         write_text(checkpoints / LATEST_FILE, folder.name + "\n")
         for later in complete_checkpoints(checkpoints):
@@ -109,8 +109,7 @@ def load(folder: Path, run: Run, optimizer: ShardedOptimizer, *, check_files: bo
 
 
 def load_weights(folder: Path, run: Run, optimizer: ShardedOptimizer) -> None:
-    """Fill the masters and the model alone, for a run that starts from a checkpoint; momenta stay zero."""
-    check(folder)
+    """Fill the masters and the model alone from a checkpoint that has been checked; momenta stay zero."""
     check_model(folder, read_state(folder, check_files=False), run)
     with optimizer.fill_masters() as masters:
         load_tensors(folder, masters, all_of_it=False)

@@ -24,10 +24,9 @@ from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
 from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint, run_folder, spikes
-from moonlight.train.checkpoint_files import TrainState, find
-from moonlight.train.checkpoint_recovery import newest_sound
-from moonlight.train.events import Events
-from moonlight.train.metrics import LiveLine, Metrics
+from moonlight.train.checkpoint_files import TrainState
+from moonlight.train.checkpoint_recovery import check, newest_sound
+from moonlight.train.journal import Journal
 from moonlight.train.saver import Saver
 from moonlight.train.shared_folder import check_shared
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
@@ -54,10 +53,10 @@ def train(run: Run, *, force: bool = False) -> None:
     run.check_batches(dist.get_world_size())
     timeline = Timeline(run)
     folder = run_folder.path(run)
-    checkpoints = folder / "checkpoints"
     manifests = run_folder.check_data(run)
     tokenizer = next(iter(manifests.values()))["tokenizer"]  # all have the same
-    run_folder.check_initial_checkpoint(run)
+    if (initial := run_folder.check_initial_checkpoint(run)) is not None:
+        check(initial)
     first_rank = dist.get_rank() == 0
     with contextlib.ExitStack() as stack:
         triggers = stack.enter_context(Triggers(run.train))
@@ -66,75 +65,60 @@ def train(run: Run, *, force: bool = False) -> None:
         if first_rank:
             stack.enter_context(folder_lock(folder))
             changed = run_folder.claim(folder, run, force=force)
-        events = Events(folder, writes=first_rank)
         check_shared(folder)
 
         parallel.build_groups(run.parallel, run.train.seed, group_timeout(run))
         models = build_model(run)
         optimizer = make_optimizer(models, run)
-        newest, warnings = newest_sound(checkpoints)
-        state = TrainState(consumed_sequences=timeline.first_sequence)
+        newest, warnings = newest_sound(folder / "checkpoints")
         if newest is not None:
             state = checkpoint.load(newest, run, optimizer, check_files=False)
-        elif run.train.initial_checkpoint:
-            checkpoint.load_weights(find(Path(run.train.initial_checkpoint)), run, optimizer)
         else:
-            with optimizer.fill_masters() as state_to_fill:
-                initialize(state_to_fill, run.model, run.train.seed)
-        saver = Saver(checkpoints, run, optimizer, tokenizer["sha256"])
+            state = TrainState(consumed_sequences=timeline.first_sequence)
+            if initial is not None:
+                checkpoint.load_weights(initial, run, optimizer)
+            else:
+                with optimizer.fill_masters() as masters:
+                    initialize(masters, run.model, run.train.seed)
+        saver = Saver(folder / "checkpoints", run, optimizer, tokenizer["sha256"])
         stack.callback(saver.close)
         samples = open_training(run, manifests, run_folder.cache_folder(run))
         held_out = open_validation(run, manifests)
 
         total_steps, last_step = timeline.num_steps, run.train.stop_at_step or timeline.num_steps
-        if first_rank:
-            metrics = Metrics(folder, state.step)
-            stack.callback(lambda: metrics.close())
-            line = LiveLine(total_steps, state.step)
-            stack.callback(line.close)
-            for warning in warnings:
-                line.note(warning)
-            if newest is not None:
-                line.note(f"{folder}: going on after step {state.step} of {total_steps}")
-        events.add("resumed" if newest else "started", state.step, **_surroundings(run))
+        journal = stack.enter_context(Journal(folder, state.step, total_steps, last_step, writes=first_rank))
+        for warning in warnings:
+            journal.note(warning)
+        if newest is not None:
+            journal.note(f"{folder}: going on after step {state.step} of {total_steps}")
+        journal.event("resumed" if newest else "started", state.step, **_surroundings(run))
         if changed:
-            events.add("forced", state.step, changed=changed)
-        started, first_step = time.monotonic(), state.step
+            journal.event("forced", state.step, changed=changed)
 
         while state.step < last_step:
             moment = timeline.at(state.step + 1)
             step = moment.step
-            step_started = time.monotonic()
+            started = time.monotonic()
             first = moment.first_sequence + state.passed_over_sequences
             mine = data_parallel_share(range(first, first + moment.global_batch_size))
             batches = to_batches([samples[number] for number in mine], run, tokenizer["eos_id"])
             limit = spikes.limit(state.recent_losses, run.train)
             acts = run.train.spike_policy != "none"
             result = train_step(models, optimizer, run, batches, moment, limit if acts else math.inf)
-            spike_score = spikes.score(result.loss, state.recent_losses, run.train.spike_window)
-            seconds = time.monotonic() - step_started
+            seconds = time.monotonic() - started
             watchdog.finished(step)
 
+            spike_score = spikes.score(result.loss, state.recent_losses, run.train.spike_window)
             if result.loss > limit:
-                events.add("spike", step, loss=result.loss, score=spike_score)
-                if first_rank:
-                    line.note(f"step {step}: loss spike, {result.loss:.4f} has score {spike_score:.1f}")
-                back = None
+                journal.event("spike", step, loss=result.loss, score=spike_score)
+                journal.note(f"step {step}: loss spike, {result.loss:.4f} has score {spike_score:.1f}")
                 if run.train.spike_policy == "rollback":
-                    saver.finish()
-                    back = spikes.checkpoint_before(folder, run, step)
-                if back is not None:
-                    spikes.check_rollbacks(folder, run, step, state.rollbacks_in_a_row)
-                    dist.barrier()  # every rank has found the same checkpoint before any is removed
-                    state = spikes.go_back(back, run, optimizer, state, moment)
-                    watchdog.alive()
-                    events.add("rolled back", state.step, spike=step, passed_over_sequences=state.passed_over_sequences)
-                    if first_rank:
-                        line.note(f"step {step}: back to step {state.step}, passing over the data up to the spike")
-                        metrics.close()
-                        metrics = Metrics(folder, state.step)
-                    started, first_step = time.monotonic(), state.step
-                    continue
+                    saver.wait()
+                    if (back := spikes.checkpoint_before(folder, run, step)) is not None:
+                        state = spikes.go_back(back, run, optimizer, state, moment)
+                        watchdog.alive()
+                        journal.go_back(state.step, spike=step, passed_over_sequences=state.passed_over_sequences)
+                        continue
 
             state = advance(state, run, moment, result)
             entry = describe(state, run, moment, result, seconds) | saver.figures()
@@ -142,60 +126,51 @@ def train(run: Run, *, force: bool = False) -> None:
             if spike_score is not None:
                 entry["loss/spike_score"] = spike_score
             if step % run.train.validate_every_steps == 0 or step == total_steps:
-                entry["loss/validation"], parts = validate(
-                    models, run, held_out, watchdog.alive, run.train.validation_sequences
-                )
-                if len(parts) > 1:
-                    entry |= {f"loss/validation/{name}": loss for name, loss in parts.items()}
+                loss, parts = validate(models, run, held_out, watchdog.alive, run.train.validation_sequences)
+                entry["loss/validation"] = loss
+                entry |= {f"loss/validation/{name}": its for name, its in parts.items() if len(parts) > 1}
             if step == total_steps:
                 loss, _ = validate(models, run, held_out, watchdog.alive)
                 entry |= judge(loss, held_out_counts(manifests.values()))
+            journal.step(entry)
+            if "loss/validation" in entry:
+                journal.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")
             if result.skipped:
-                events.add("skipped", step, loss=str(result.loss), gradient_norm=str(result.gradient_norm))
-            if first_rank:
-                metrics.write(entry)
-                line.update(entry, (time.monotonic() - started) / (step - first_step) * (last_step - step))
-                if "loss/validation" in entry:
-                    line.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")
-                if result.skipped:
-                    line.note(f"step {step}: skipped, loss {result.loss}, gradient norm {result.gradient_norm}")
-            if state.skipped_in_a_row >= run.train.max_skipped_steps_in_a_row:
-                raise UserError(
-                    f"{folder}: every step up to {step} was skipped, {state.skipped_in_a_row} in a row "
-                    f"(train.max_skipped_steps_in_a_row), because loss or gradient was not finite or the loss was a "
-                    f"spike, so training stops; see loss/train, loss/spike_score and optim/grad_norm in metrics.jsonl, "
-                    f"and try another schedule.lr under another name"
-                )
+                journal.event("skipped", step, loss=str(result.loss), gradient_norm=str(result.gradient_norm))
+                journal.note(f"step {step}: skipped, loss {result.loss}, gradient norm {result.gradient_norm}")
+            check_skipped(folder, run, state)
+
             wish = triggers.agree()
             if wish.reason in ("SIGTERM", "SIGUSR1"):
-                events.add("signal", step, signal=wish.reason)
+                journal.event("signal", step, signal=wish.reason)
             is_regular = step % run.train.save_every_steps == 0 or step == last_step
             if is_regular or wish.reason:
-                if first_rank:
-                    metrics.sync()
+                journal.sync()
                 saver.save(state)
                 triggers.saved()
                 watchdog.alive()
-                events.add("saving", step, reason=wish.reason or "steps")
-            for message in saver.poll():
-                events.add("save", step, text=message)
-                line.note(message)
+                journal.event("saving", step, reason=wish.reason or "steps")
+            _tell(saver, journal)
             if wish.stop and step < last_step:
                 saver.finish()
-                events.add("stopped", step)
-                if first_rank:
-                    line.note(f"{folder}: saved and stopped after step {step} on SIGTERM; the same command goes on")
+                _tell(saver, journal)
+                journal.event("stopped", step)
+                journal.note(f"{folder}: saved and stopped after step {step} on SIGTERM; the same command goes on")
                 dist.barrier()
                 raise SystemExit(CODE_STOPPED)
         saver.finish()
-
+        _tell(saver, journal)
+        journal.event("finished" if state.step >= total_steps else "stopped", state.step)
         if first_rank:
-            for message in saver.poll():
-                line.note(message)
-            line.close()
             run_folder.summarize(folder, run, manifests)
-        events.add("finished" if state.step >= total_steps else "stopped", state.step)
         dist.barrier()
+
+
+def _tell(saver: Saver, journal: Journal) -> None:
+    """What became of saves since the last call."""
+    for said in saver.poll():
+        journal.event(said.event, said.step, text=said.text)
+        journal.note(said.text)
 
 
 def _surroundings(run: Run) -> dict[str, Any]:
@@ -256,3 +231,14 @@ def judge(loss: float, counts: dict[str, int]) -> dict[str, float]:
     """The loss over all held-out documents, every byte of them predicted, and the bits per byte it means."""
     bits = bits_per_byte(loss, counts["tokens"], counts["bytes"])
     return {"loss/held_out": loss, "bits_per_byte/held_out": bits}
+
+
+def check_skipped(folder: Path, run: Run, state: TrainState) -> None:
+    """Raise UserError if too many steps were skipped in a row: nothing is learnt any more."""
+    if state.skipped_in_a_row >= run.train.max_skipped_steps_in_a_row:
+        raise UserError(
+            f"{folder}: every step up to {state.step} was skipped, {state.skipped_in_a_row} in a row "
+            f"(train.max_skipped_steps_in_a_row), because loss or gradient was not finite or the loss was a "
+            f"spike, so training stops; see loss/train, loss/spike_score and optim/grad_norm in metrics.jsonl, "
+            f"and try another schedule.lr under another name"
+        )

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,29 +128,43 @@ def summary_table(rows: dict[str, str]) -> Table:
 
 
 def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss over tokens, as the picture `path`."""
+    """Training and validation loss, learning rate and batch over tokens, as the picture `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    millions = [entry["consumed_tokens"] / 1e6 for entry in entries]
-    axes.plot(millions, [entry["loss/train"] for entry in entries], linewidth=0.8, alpha=0.7, label="training")
-    validated = [entry for entry in entries if "loss/validation" in entry]
-    axes.plot(
-        [entry["consumed_tokens"] / 1e6 for entry in validated],
-        [entry["loss/validation"] for entry in validated],
-        marker="o",
-        markersize=4,
-        label="validation",
+    def over_tokens(axes: Any, key: str, **style: Any) -> None:
+        those = [entry for entry in entries if key in entry]
+        axes.plot([entry["consumed_tokens"] / 1e6 for entry in those], [entry[key] for entry in those], **style)
+
+    figure, (loss, rate) = pyplot.subplots(
+        2, 1, figsize=(8, 6), dpi=120, sharex=True, height_ratios=(3, 1), layout="constrained"
     )
-    axes.set_xlabel("tokens (millions)")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    over_tokens(loss, "loss/train", linewidth=0.8, alpha=0.7, label="training")
+    over_tokens(loss, "loss/validation", marker="o", markersize=4, label="validation")
+    over_tokens(rate, "optim/lr", color="tab:green", clip_on=False)
+    rate.set_ylim(bottom=0)
+    sizes = {entry.get("optim/global_batch_size", 0) for entry in entries}
+    if len(sizes) > 1:
+        batch = rate.twinx()
+        over_tokens(batch, "optim/global_batch_size", color="tab:gray", linestyle="--", drawstyle="steps-pre")
+        batch.set_ylim(0, 1.1 * max(sizes))
+        batch.set_ylabel("sequences a step", color="tab:gray")
+    for before, entry in pairwise(entries):
+        if (stage := entry.get("stage")) != before.get("stage"):
+            for axes in (loss, rate):
+                axes.axvline(before["consumed_tokens"] / 1e6, color="black", linewidth=0.8, linestyle=":")
+            place = (before["consumed_tokens"] / 1e6, 1)
+            loss.annotate(f" {stage}", place, xycoords=("data", "axes fraction"), va="top", fontsize=8)
+    loss.set_ylabel("loss (nats per token)")
+    loss.set_title(title)
+    loss.legend(loc="lower left")
+    loss.grid(alpha=0.3)
+    rate.set_xlabel("tokens (millions)")
+    rate.set_ylabel("learning rate", color="tab:green")
+    rate.ticklabel_format(axis="y", scilimits=(0, 0))
+    rate.grid(alpha=0.3)
     part = path.with_name(f".{path.stem}.part.png")
     try:
         with naming(path):

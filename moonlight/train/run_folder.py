@@ -112,15 +112,18 @@ def _check_epochs(run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
             )
 
 
-def check_initial_checkpoint(run: Run) -> None:
+def check_initial_checkpoint(run: Run) -> Path | None:
     """Check that the run, if it is a new one, can start from the weights that it names; its files are not read.
+
+    Returns:
+        The checkpoint to start from; None if there is none, or the run has been started before.
 
     Raises:
         UserError: there are none, they are of another model, or were trained with another tokenizer than the data was
             made with.
     """
     if not run.train.initial_checkpoint or complete_checkpoints(path(run)):
-        return
+        return None
     try:
         folder = find(Path(run.train.initial_checkpoint))
     except UserError as error:
@@ -133,6 +136,7 @@ def check_initial_checkpoint(run: Run) -> None:
             f"train.initial_checkpoint {folder} was trained with the tokenizer of checksum {known[:12]}, "
             f"data.tokenizer {run.data.tokenizer} has {own[:12]}: prepare the data with the tokenizer of the checkpoint"
         )
+    return folder
 
 
 def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:

@@ -39,6 +39,17 @@ class _Failed(Exception):
 
 
 @dataclass(frozen=True)
+class Said:
+    """What became of a save."""
+
+    event: str
+    """For events.jsonl: saved, save failed, save waited for, or warning."""
+    step: int
+    """Of the checkpoint."""
+    text: str
+
+
+@dataclass(frozen=True)
 class _Save:
     """A save under way."""
 
@@ -70,8 +81,9 @@ class Saver:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if self._rank == 0:
             remove_leftovers(checkpoints)
-        self._plan = plan_save(self._tensors())
-        self._copies = _HostCopies(self._plan.mine) if run.train.async_save else None
+        tensors = self._tensors()
+        self._plan = plan_save(tensors)
+        self._copies = _HostCopies(self._plan.mine, tensors) if run.train.async_save else None
         self._thread: threading.Thread | None = None
         self._give_up = threading.Event()
         self._why_given_up = ""
@@ -80,7 +92,7 @@ class Saver:
         self._failure = ""
         """What is said of the last save if it failed; on rank 0."""
         self._lock = threading.Lock()
-        self._messages: list[str] = []
+        self._messages: list[Said] = []
         self._figures: dict[str, float] = {}
 
     def save(self, state: TrainState) -> float:
@@ -93,7 +105,7 @@ class Saver:
         """
         started = time.monotonic()
         if (waited := self._settle()) > WORTH_SAYING_SECONDS:
-            self._say(f"training waited {waited:.1f} s for the save before this one to end")
+            self._say("save waited for", state.step, f"training waited {waited:.1f} s for the save before to end")
         save = _Save(step_folder(self._checkpoints, state.step), state, started)
         if self._made_part(save):
             tensors = self._tensors()
@@ -108,7 +120,7 @@ class Saver:
             self._figures[PAUSE] = self._figures.get(PAUSE, 0.0) + pause
         return pause
 
-    def poll(self) -> list[str]:
+    def poll(self) -> list[Said]:
         """What to tell the user since the last call, on rank 0: which saves ended, well or not. No collective call."""
         if self._error is not None and not isinstance(self._error, (OSError, _Failed)):
             raise self._error  # a defect, and not a matter of the disk
@@ -122,8 +134,12 @@ class Saver:
             figures, self._figures = self._figures, {}
         return figures
 
+    def wait(self) -> None:
+        """Wait until the last save has ended, well or not. All ranks call it."""
+        self._settle()
+
     def finish(self) -> None:
-        """Wait until the last save has ended.
+        """Wait until the last save has ended. All ranks call it.
 
         Raises:
             UserError: it failed; on all ranks.
@@ -220,13 +236,15 @@ class Saver:
             return
         seconds = time.monotonic() - save.started
         nbytes = sum(file["bytes"] for file in files.values())
-        self._say(f"checkpoint {save.final.name}: {nbytes / 1e6:,.1f} MB saved in {seconds:.1f} s")
+        text = f"checkpoint {save.final.name}: {nbytes / 1e6:,.1f} MB saved in {seconds:.1f} s"
+        self._say("saved", save.state.step, text)
         with self._lock:
             self._figures[DURATION] = seconds
         try:
             remove_old(save.final, self._run.train.keep_checkpoints, self._run.train.keep_every_steps)
         except OSError as error:
-            self._say(f"warning: old checkpoints beside {save.final} could not be removed: {error}")
+            text = f"warning: old checkpoints beside {save.final} could not be removed: {error}"
+            self._say("warning", save.state.step, text)
 
     def _written_by_all(self, save: _Save) -> list[WrittenFile]:
         """What the ranks report, once all have.
@@ -254,11 +272,12 @@ class Saver:
             f"checkpoint {save.final} could not be written, {free} bytes are free on its disk: {_reason(error)}"
         )
         shutil.rmtree(save.part, ignore_errors=True)
-        self._say(f"warning: {self._failure}; training goes on, and the next save is tried as usual")
+        text = f"warning: {self._failure}; training goes on, and the next save is tried as usual"
+        self._say("save failed", save.state.step, text)
 
-    def _say(self, message: str) -> None:
+    def _say(self, event: str, step: int, text: str) -> None:
         with self._lock:
-            self._messages.append(message)
+            self._messages.append(Said(event, step, text))
 
 
 def _reason(error: Exception | None) -> str:
@@ -274,22 +293,20 @@ def _reason(error: Exception | None) -> str:
 class _HostCopies:
     """Host memory for the rectangles that a rank writes, kept from save to save.
 
-    Fresh memory would cost more time than the copy does. With CUDA it is page-locked, and copies overlap.
+    Fresh memory would cost more time than the copy does, and so would turning what lies transposed, which is therefore
+    left to the writing thread. With CUDA the memory is page-locked, and copies overlap.
     """
 
-    def __init__(self, plan: SavePlan) -> None:
-        sizes = {}
-        for item in plan.items:
-            assert item.tensor_data is not None
-            sizes[item.index] = item.tensor_data.chunk.sizes, item.tensor_data.properties.dtype
-        room = [-(-sizes.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for sizes, dtype in sizes.values()]
-        memory = torch.zeros(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+    def __init__(self, plan: SavePlan, tensors: dict[str, Pieces]) -> None:
+        sources = {item.index: tensors[item.index.fqn].__get_tensor_shard__(item.index) for item in plan.items}
+        room = [-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources.values()]
+        memory = torch.zeros(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._at: dict[MetadataIndex, torch.Tensor] = {}
         begin = 0
-        for (index, (shape, dtype)), nbytes in zip(sizes.items(), room, strict=True):
-            # Through numpy, each is a storage of its own, which can be written without another copy.
-            raw = torch.from_numpy(memory[begin : begin + shape.numel() * dtype.itemsize])
-            self._at[index] = raw.view(dtype).view(shape)
+        for (index, source), nbytes in zip(sources.items(), room, strict=True):
+            strides = torch.empty_like(source, device="meta").stride()  # of the same order, without gaps
+            values = memory[begin : begin + source.nbytes].view(source.dtype)
+            self._at[index] = values.as_strided(source.shape, strides)
             begin += nbytes
 
     def fill(self, tensors: dict[str, Pieces]) -> None:

@@ -58,7 +58,17 @@ def go_back(folder: Path, run: Run, optimizer: ShardedOptimizer, state: TrainSta
     """Load the checkpoint `folder`, and pass over the data of all steps after it up to and including `spike`.
 
     Later checkpoints are removed: their steps will be done again with other data. All ranks must call it.
+
+    Raises:
+        UserError: the run has gone back too often without getting past a spike.
     """
+    if state.rollbacks_in_a_row >= run.train.max_rollbacks_in_a_row:
+        raise UserError(
+            f"{folder.parent.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
+            f"rollbacks in a row (train.max_rollbacks_in_a_row), so training stops; see loss/train and "
+            f"loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
+            f"under another name"
+        )
     checkpoint.forget_after(folder.parent, folder)
     back = checkpoint.load(folder, run, optimizer)
     return dataclasses.replace(
@@ -67,13 +77,3 @@ def go_back(folder: Path, run: Run, optimizer: ShardedOptimizer, state: TrainSta
         rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
         last_spike_step=max(spike.step, state.last_spike_step),
     )
-
-
-def check_rollbacks(folder: Path, run: Run, step: int, in_a_row: int) -> None:
-    """Raise UserError if the run has gone back too often without getting past `step`."""
-    if in_a_row >= run.train.max_rollbacks_in_a_row:
-        raise UserError(
-            f"{folder}: another loss spike at step {step} after {in_a_row} rollbacks in a row "
-            f"(train.max_rollbacks_in_a_row), so training stops; see loss/train and loss/spike_score in metrics.jsonl, "
-            "and try a lower learning rate, or a higher train.spike_threshold, under another name"
-        )

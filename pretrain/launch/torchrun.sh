@@ -7,13 +7,18 @@
 # slurm.sh and kubernetes.yaml start this script on their nodes.
 set -euo pipefail
 
+[ $# -gt 0 ] || {
+    echo "usage: NODES=4 HEAD=node1:29500 $0 RECIPE [section.key=value ...], the same line on every node" >&2
+    exit 2
+}
+
 NODES=${NODES:-1}
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-gpu}  # gpu is one for each GPU, else a number
 HEAD=${HEAD:-localhost:29500}                  # one of the nodes, and a free port of it; the next port must be free too
 RUN_ID=${RUN_ID:-moonlight}                    # the same on all nodes of a run, another for another run
 MAX_RESTARTS=${MAX_RESTARTS:-3}                # of the processes, by the agents
 JOIN_SECONDS=${JOIN_SECONDS:-600}              # how long a node waits for the others
-SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-300}      # between SIGTERM or SIGUSR1 and SIGKILL, for a last checkpoint
+SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-300}      # between SIGTERM and SIGKILL, for a last checkpoint
 INTERFACE=${INTERFACE:-}                       # network interface of gloo and NCCL; empty lets them choose
 HEALTH=${HEALTH:-yes}                          # no leaves the health check out
 HEALTH_OPTIONS=${HEALTH_OPTIONS:-}             # see python -m pretrain.health --help
@@ -26,8 +31,7 @@ fi
 
 agent=(
     "$PYTHON" -m pretrain.agent $((JOIN_SECONDS + 90)) --nnodes "$NODES" --nproc-per-node "$PROCESSES_PER_NODE"
-    --rdzv-backend c10d --rdzv-conf "join_timeout=$JOIN_SECONDS"
-    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$SHUTDOWN_SECONDS"
+    --rdzv-backend c10d --rdzv-conf "join_timeout=$JOIN_SECONDS" --shutdown-timeout "$SHUTDOWN_SECONDS"
 )
 
 if [ "$HEALTH" = yes ]; then
@@ -40,7 +44,9 @@ if [ "$HEALTH" = yes ]; then
     }
 fi
 
+recipe=$1
+shift
 mkdir -p "$LOG_FOLDER"
 # exec: signals reach the agent itself, which passes them on to its processes.
 exec "${agent[@]}" --rdzv-endpoint "$HEAD" --rdzv-id "$RUN_ID" --max-restarts "$MAX_RESTARTS" \
-    --log-dir "$LOG_FOLDER" --tee 3 -m pretrain "$@"
+    --log-dir "$LOG_FOLDER" --tee 3 -m pretrain "$recipe" "train.grace_seconds=$((SHUTDOWN_SECONDS - 5))" "$@"

@@ -1,0 +1,65 @@
+"""What a run says while it goes on, by its first rank: metrics.jsonl, events.jsonl, TensorBoard, the terminal."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moonlight.train.events import Events
+from moonlight.train.metrics import LiveLine, Metrics
+
+
+class Journal:
+    """Every rank has one, and calls it alike; only that of the first rank writes. Closed when its block is left."""
+
+    def __init__(self, folder: Path, step: int, total_steps: int, last_step: int, *, writes: bool) -> None:
+        """Args:
+        folder: of the run.
+        step: after which it goes on. What a killed run wrote beyond it is dropped, because those steps are done again.
+        last_step: where this process stops, for the time that is left.
+        """
+        self._folder, self._last_step = folder, last_step
+        self._events = Events(folder, writes=writes)
+        self._metrics = Metrics(folder, step) if writes else None
+        self._line = LiveLine(total_steps, step) if writes else None
+        self._started, self._first_step = time.monotonic(), step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._metrics and self._line:
+            self._metrics.close()
+            self._line.close()
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        if self._line:
+            self._line.note(text)
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        """Append to events.jsonl."""
+        self._events.add(event, step, **details)
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Append a step's metrics, and show them."""
+        if self._metrics and self._line:
+            self._metrics.write(entry)
+            seconds = (time.monotonic() - self._started) / (entry["step"] - self._first_step)
+            self._line.update(entry, seconds * (self._last_step - entry["step"]))
+
+    def go_back(self, step: int, spike: int, passed_over_sequences: int) -> None:
+        """Drop the metrics after `step`, which the run has gone back to because of one in step `spike`."""
+        self.note(f"step {spike}: back to step {step}, passing over the data up to the spike")
+        self.event("rolled back", step, spike=spike, passed_over_sequences=passed_over_sequences)
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = Metrics(self._folder, step)
+        self._started, self._first_step = time.monotonic(), step
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk; called before a checkpoint that makes these steps final."""
+        if self._metrics:
+            self._metrics.sync()
