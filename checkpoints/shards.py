@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.direct import DirectFile
+from moonlight.direct import DirectFile
 from moonlight.mapping import Part, Row
 
 CHUNK_BYTES = 1 << 20

@@ -77,12 +77,13 @@ def test_a_rank_that_cannot_write(pool, tmp_path, failing, async_save):
 
 
 def save_then_change(run, folder):
-    """Whether the last checkpoint holds the weights as they were when saving began; they change right after that."""
+    """Whether the last checkpoint holds the weights as they were when saving began; they change as soon as they may."""
     saver, optimizer = saver_of(run, folder)
     values = [owned.master.values() for owned in optimizer.owned]
     before = [value.clone() for value in values]
     for step in range(1, 7):
         saver.save(TrainState(step=step))
+        saver.before_update()
         for value, kept in zip(values, before, strict=True):
             value.add_(1)
             kept.add_(step < 6)

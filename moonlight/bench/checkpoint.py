@@ -1,9 +1,14 @@
 """`moonlight bench checkpoint`: how long a save keeps training waiting, and how fast it writes.
 
 One process saves a model of random weights by Muon's optimizer, with the class that a run uses, on the disk of the
-current folder. The cases take turns: saving beside training, saving while training waits, the same bytes written in
-large blocks and flushed, and torch.save of the same tensors into one file, flushed. Before any figure counts, what was
-saved is read back by torch's own reader of distributed checkpoints, and compared bit for bit.
+current folder. The cases take turns: saving beside a training step, saving by a thread with nothing beside it, saving
+while training waits, the same bytes written in large blocks and flushed, and torch.save of the same tensors into one
+file, flushed. Before any figure counts, what was saved is read back by torch's own reader of distributed checkpoints,
+and compared bit for bit.
+
+Every case begins with a flushed disk, and some seconds after the files of the one before were removed. On a virtual
+machine, what writes into the page cache is several times as fast while it finds the memory of a file that was removed
+just before, which no training run has.
 """
 
 import os
@@ -12,22 +17,29 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
-from moonlight.bench.report import Figure, hardware, report, speed
-from moonlight.config import Parallel
+from moonlight.bench.report import hardware, report, speed
+from moonlight.config import Parallel, Run
 from moonlight.config_io import load_recipe
 from moonlight.errors import UserError
 from moonlight.files import check_space
 from moonlight.model.build import build_model
+from moonlight.model.shards import initialize
 from moonlight.optim.sharded import ShardedOptimizer, make_optimizer
+from moonlight.timeline import Timeline
 from moonlight.train.checkpoint_files import TrainState, step_folder
-from moonlight.train.saver import Saver
+from moonlight.train.saver import PAUSE, Saver
+from moonlight.train.step import Batch, train_step
 
 PAUSE_BAR = 10.0
 """Pause of a synchronous save over that of an asynchronous one."""
@@ -35,30 +47,40 @@ THROUGHPUT_BAR = 0.9
 """Time of writing the same bytes over that of a save."""
 BLOCK_BYTES = 8 * 2**20
 COPIES_ON_DISK = 4
+SECONDS_TO_SETTLE = 5.0
+SEQUENCE_LENGTH = 256
+"""Of the one sequence of the training step."""
 VOCAB_SIZE = 16384
 """A small one, so that most of the bytes are experts, as they are in a large model."""
 SAVE_ROOM = 1.2
+CASES = ("step", "step beside", "pause", "beside", "waiting", "raw", "torch.save")
 
 
 def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | None = None) -> bool:
     """Measure, print the table, and return whether every gate and bar has passed."""
     if rounds < 1 or layers < 2:
         raise UserError(f"--rounds is {rounds} and --layers {layers}: at least 1 and 2 are accepted")
-    run = load_recipe(recipe, [f"model.num_hidden_layers={layers}", f"model.vocab_size={VOCAB_SIZE}"])
+    overrides = {"model.num_hidden_layers": layers, "model.vocab_size": VOCAB_SIZE, "train.global_batch_size": 1}
+    overrides |= {"train.micro_batch_size": 1, "data.sequence_length": SEQUENCE_LENGTH}
+    run = load_recipe(recipe, [f"{key}={value}" for key, value in overrides.items()])
     run = replace(run, parallel=Parallel())
-    waiting = replace(run, train=replace(run.train, async_save=False, keep_checkpoints=1))
+    waiting = replace(run, train=replace(run.train, async_save=False, keep_checkpoints=0))
     beside = replace(waiting, train=replace(waiting.train, async_save=True))
     parallel.join_alone()
     try:
         parallel.build_groups(run.parallel, run.train.seed)
-        optimizer = make_optimizer(build_model(run), run)
+        models = build_model(run)
+        optimizer = make_optimizer(models, run)
         tensors = {
             f"{key} {offset}": values
             for key, pieces in (optimizer.master_state() | optimizer.momentum_state()).items()
             for offset, values in pieces.rectangles
         }
-        for values in tensors.values():
-            values.normal_()
+        with optimizer.fill_masters() as masters:
+            initialize(masters, run.model, run.train.seed)
+        for pieces in optimizer.momentum_state().values():
+            for _, values in pieces.rectangles:
+                values.uniform_(to=1e-3)  # no less than 0, as a mean of squares
         nbytes = sum(values.nbytes for values in tensors.values())
         check_space(Path.cwd(), int(COPIES_ON_DISK * SAVE_ROOM * nbytes))
         with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
@@ -67,12 +89,12 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
                 name: Saver(folder / name, of, optimizer, tokenizer_sha256="")
                 for name, of in (("beside", beside), ("waiting", waiting))
             }
-            times: dict[str, list[float]] = {name: [] for name in ("pause", "beside", "waiting", "raw", "torch.save")}
+            times: dict[str, list[float]] = {name: [] for name in CASES}
             content = torch.cat(
                 [values.contiguous().flatten().view(torch.uint8) for values in tensors.values()]
             ).numpy()
             for step in range(1, rounds + 2):
-                found = _round(folder, savers, step, content, tensors)
+                found = _round(folder, savers, partial(_train_step, models, optimizer, run), step, content, tensors)
                 if step > 1:  # the first warms up
                     for name, seconds in found.items():
                         times[name].append(seconds)
@@ -80,17 +102,11 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
     finally:
         parallel.leave_world()
     figures = [
-        speed(
-            "asynchronous pause, synchronous save",
-            times["pause"],
-            times["waiting"],
-            PAUSE_BAR,
-            same,
-            "s",
-        ),
+        speed("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
+        speed("step beside a save, step", times["step beside"], times["step"], 0.0, same, "s"),
         speed("asynchronous save, write + fsync", times["beside"], times["raw"], THROUGHPUT_BAR, same, "s"),
         speed("synchronous save, write + fsync", times["waiting"], times["raw"], THROUGHPUT_BAR, same, "s"),
-        _beside_torch_save(times, same),
+        speed("synchronous save, torch.save + fsync", times["waiting"], times["torch.save"], 0.0, same, "s"),
     ]
     notes = [
         f"{nbytes / 1e9:.2f} GB of state in {len(tensors)} tensors, {rounds} rounds after one to warm up",
@@ -99,35 +115,55 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
     return report("Checkpoints", figures, hardware("cpu"), notes, json_path)
 
 
-def _beside_torch_save(times: dict[str, list[float]], same: bool) -> Figure:
-    """For information: it has no bar but that of being the same."""
-    return speed("synchronous save, torch.save + fsync", times["waiting"], times["torch.save"], 0.0, same, "s")
-
-
 def _round(
-    folder: Path, savers: dict[str, Saver], step: int, content: Any, tensors: dict[str, torch.Tensor]
+    folder: Path,
+    savers: dict[str, Saver],
+    train: Callable[[Callable[[], None]], None],
+    step: int,
+    content: Any,
+    tensors: dict[str, torch.Tensor],
 ) -> dict[str, float]:
-    """Seconds of every case, each on a disk that has nothing left to write."""
+    """Seconds of every case."""
+    raw, peer, state = folder / "raw", folder / "peer", TrainState(step=step)
+
+    def save(name: str) -> None:
+        savers[name].save(state)
+        savers[name].finish()
+
+    def save_and_train() -> None:
+        savers["beside"].save(state)
+        train(savers["beside"].before_update)
+
     found = {}
-    os.sync()
-    started = time.perf_counter()
-    found["pause"] = savers["beside"].save(TrainState(step=step))
+    found["step"] = _settled_seconds(lambda: train(lambda: None))
+    savers["beside"].figures()
+    found["step beside"] = _settled_seconds(save_and_train)
     savers["beside"].finish()
-    found["beside"] = time.perf_counter() - started
-    os.sync()
-    found["raw"] = _seconds(lambda: _write_blocks(folder / "raw", content))
-    os.sync()
-    started = time.perf_counter()
-    savers["waiting"].save(TrainState(step=step))
-    savers["waiting"].finish()
-    found["waiting"] = time.perf_counter() - started
-    os.sync()
-    found["torch.save"] = _seconds(lambda: _torch_save(folder / "peer", tensors))
-    (folder / "raw").unlink()
-    (folder / "peer").unlink()
+    found["pause"] = savers["beside"].figures()[PAUSE]
+    shutil.rmtree(step_folder(folder / "beside", step))
+    found["beside"] = _settled_seconds(lambda: save("beside"))
+    found["raw"] = _settled_seconds(lambda: _write_blocks(raw, content))
+    raw.unlink()
+    found["waiting"] = _settled_seconds(lambda: save("waiting"))
+    found["torch.save"] = _settled_seconds(lambda: _torch_save(peer, tensors))
+    peer.unlink()
     for name in savers:
-        shutil.rmtree(step_folder(folder / name, step - 1), ignore_errors=True)
+        shutil.rmtree(step_folder(folder / name, step - 1), ignore_errors=True)  # the last ones are still to be read
     return found
+
+
+def _train_step(
+    models: list[GPTModel], optimizer: ShardedOptimizer, run: Run, before_update: Callable[[], None]
+) -> None:
+    tokens = torch.randint(0, VOCAB_SIZE, (1, SEQUENCE_LENGTH + 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, SEQUENCE_LENGTH))
+    train_step(models, optimizer, run, [batch], Timeline(run).at(1), before_update=before_update)
+
+
+def _settled_seconds(call: Callable[[], object]) -> float:
+    os.sync()
+    time.sleep(SECONDS_TO_SETTLE)
+    return _seconds(call)
 
 
 def _seconds(call: Callable[[], object]) -> float:

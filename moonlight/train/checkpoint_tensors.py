@@ -8,11 +8,10 @@ of who writes what, a file by each rank, and the index, which one rank makes fro
 import contextlib
 import dataclasses
 import errno
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from moonlight.direct import DirectFile
 from moonlight.errors import UserError
 from moonlight.files import checksum_of, fsync
 from moonlight.model.pieces import Pieces, Streamed
@@ -100,7 +100,7 @@ def write_file(
     path = folder / f"__{_rank()}_0.distcp"
     places = []
     try:
-        with path.open("wb") as raw, _without_crc32():
+        with DirectFile(path) as raw, _without_crc32():
             file, scratch = _Hashed(raw), _Scratch()
             for item in plan.items:
                 if stopped():
@@ -109,8 +109,7 @@ def write_file(
                 begin = file.size
                 _write(scratch.row_after_row(values_at(item.index)), file)
                 places.append((begin, file.size - begin))
-            raw.flush()
-            os.fsync(raw.fileno())
+            raw.sync()
     except BaseException:
         path.unlink(missing_ok=True)  # so that there is room to say so
         raise
@@ -165,18 +164,18 @@ class _IndexWriter(dcp.FileSystemWriter):
 class _Hashed:
     """A file as `torch.save` writes to one; its size and checksum grow with it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self._file, self.size, self.digest = file, 0, xxhash.xxh3_128()
 
     def write(self, data: Any) -> int:
-        count = memoryview(data).nbytes
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += count
-        return count
+        raw = memoryview(data)
+        self._file.write(raw)
+        self.digest.update(raw)
+        self.size += raw.nbytes
+        return raw.nbytes
 
     def flush(self) -> None:
-        self._file.flush()
+        """As torch asks of a file."""
 
 
 @contextlib.contextmanager

@@ -103,8 +103,8 @@ def train(run: Run, *, force: bool = False) -> None:
             mine = data_parallel_share(range(first, first + moment.global_batch_size))
             batches = to_batches([samples[number] for number in mine], run, tokenizer["eos_id"])
             limit = spikes.limit(state.recent_losses, run.train)
-            acts = run.train.spike_policy != "none"
-            result = train_step(models, optimizer, run, batches, moment, limit if acts else math.inf)
+            acts_above = math.inf if run.train.spike_policy == "none" else limit
+            result = train_step(models, optimizer, run, batches, moment, acts_above, saver.before_update)
             seconds = time.monotonic() - started
             watchdog.finished(step)
 

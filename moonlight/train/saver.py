@@ -1,9 +1,10 @@
 """Saving checkpoints while training goes on.
 
-All ranks copy what they own to host memory, which is the pause, and each has a thread that writes its file. Threads
-make no collective call, which would mix with those of training: each leaves a small report beside its file, and the one
-of rank 0 completes the checkpoint once it has read all of them. Whatever goes wrong on any rank ends with no trace of
-that checkpoint, a warning, and the next save as if nothing had been.
+Each rank has a thread that copies what the rank owns to host memory, and then writes its file. Until the copy is there
+the state must not change, so the next update waits for it, and forward and backward pass do not. Threads make no
+collective call, which would mix with those of training: each leaves a small report beside its file, and the one of rank
+0 completes the checkpoint once it has read all of them. Whatever goes wrong on any rank ends with no trace of that
+checkpoint, a warning, and the next save as if nothing had been.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,10 @@ class Saver:
         self._plan = plan_save(tensors)
         self._copies = _HostCopies(self._plan.mine, tensors) if run.train.async_save else None
         self._thread: threading.Thread | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._may_change = threading.Event()
+        """Whether the copy is there."""
+        self._may_change.set()
         self._give_up = threading.Event()
         self._why_given_up = ""
         self._error: Exception | None = None
@@ -96,9 +102,10 @@ class Saver:
         self._figures: dict[str, float] = {}
 
     def save(self, state: TrainState) -> float:
-        """Save a checkpoint after `state.step`; with train.async_save, only what must be done before the next step.
+        """Save a checkpoint after `state.step`; with train.async_save, begin to.
 
-        A save that fails is told of by `poll` and `finish`.
+        The state must not change before `before_update` has been called. A save that fails is told of by `poll` and
+        `finish`.
 
         Returns:
             Seconds that training paused.
@@ -108,13 +115,21 @@ class Saver:
             self._say("save waited for", state.step, f"training waited {waited:.1f} s for the save before to end")
         save = _Save(step_folder(self._checkpoints, state.step), state, started)
         if self._made_part(save):
-            tensors = self._tensors()
-            if self._copies:
-                self._copies.fill(tensors)
-            self._thread = threading.Thread(target=self._work, args=(save, tensors), daemon=True)
+            self._may_change.clear()
+            self._thread = threading.Thread(target=self._work, args=(save,), daemon=True)
             self._thread.start()
             if not self._copies:
                 self._settle()
+        return self._paused_since(started)
+
+    def before_update(self) -> None:
+        """Wait until the state may change again. No collective call."""
+        started = time.monotonic()
+        if not self._may_change.is_set():
+            self._may_change.wait()
+            self._paused_since(started)
+
+    def _paused_since(self, started: float) -> float:
         pause = time.monotonic() - started
         with self._lock:
             self._figures[PAUSE] = self._figures.get(PAUSE, 0.0) + pause
@@ -196,12 +211,10 @@ class Saver:
         dist.broadcast_object_list(made)
         return made[0]
 
-    def _work(self, save: _Save, tensors: dict[str, Pieces]) -> None:
+    def _work(self, save: _Save) -> None:
         """What the thread of each rank does."""
         try:
-            values_at = (
-                self._copies.at if self._copies else lambda index: tensors[index.fqn].__get_tensor_shard__(index)
-            )
+            values_at = self._copied()
             written = write_file(save.part, self._plan.mine, values_at, self._give_up.is_set)
             report = dataclasses.asdict(written)
         except Exception as error:
@@ -215,6 +228,19 @@ class Saver:
             self._error = self._error or error
         if self._rank == 0:
             self._complete(save)
+
+    def _copied(self) -> Callable[[MetadataIndex], torch.Tensor]:
+        """Where the values lie that are to be written: in copies, or where they are if training waits."""
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # each thread has its own
+            tensors = self._tensors()
+            if not self._copies:
+                return lambda index: tensors[index.fqn].__get_tensor_shard__(index)
+            self._copies.fill(tensors)
+            return self._copies.at
+        finally:
+            self._may_change.set()
 
     def _complete(self, save: _Save) -> None:
         """Make a checkpoint of the files of all ranks, or remove them."""

@@ -6,7 +6,7 @@ share, already divided by the global count, so gradients are only ever summed.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,16 +135,19 @@ def train_step(
     batches: Sequence[Batch],
     moment: Moment,
     loss_limit: float = math.inf,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step: gradients, clipping, update, query-key clip, router biases.
 
     A loss or gradient that is not finite on any rank, or a loss above `loss_limit`, skips the step everywhere; router
     biases and their counts, which must not move in a skipped step, are therefore updated only after both are known.
+    `before_update` is called before anything moves.
     """
     optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
     skipped = _any_rank(not (math.isfinite(norm) and math.isfinite(loss.item())) or loss.item() > loss_limit)
+    before_update()
     update_sums = {}
     recorded = attentions(models)
     maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
