@@ -159,14 +159,14 @@ class Train:
     """Checkpoint (or run folder: its newest) whose weights a new run starts from, at step 0 and with momenta of zero:
     one of any layout, or one that `moonlight import` or `moonlight average` made. Empty: random weights."""
     stop_at_step: int = 0
-    """Save and stop after this step, without changing the schedule; 0 goes on to train_steps."""
+    """Save and stop after this step, without changing the schedule; 0 goes on to the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     save_every_minutes: float = 0.0
     """Save also when so many minutes have passed since the last save; 0: only by steps."""
     grace_seconds: float = 25.0
-    """On SIGTERM a run saves after its step and stops; what has not ended after so many seconds is left. torchrun and
-    Kubernetes kill 30 s after SIGTERM unless they are told otherwise."""
+    """On SIGTERM a run saves after its step, and the validation after it, and stops; what has not ended after so many
+    seconds is left. torchrun and Kubernetes kill 30 s after SIGTERM unless they are told otherwise."""
     hang_timeout_seconds: float = 1800.0
     """A process that makes no progress (no step, validation pass or save) for so long ends with the stacks of all its
     threads, and its peers with it. Twice as long until the first step has ended."""

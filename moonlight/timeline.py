@@ -7,7 +7,8 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from moonlight.config import Run
+from moonlight.config import MAX_STEPS, Run
+from moonlight.config_checks import require
 from moonlight.config_stages import Schedule, Stage
 
 
@@ -46,6 +47,7 @@ class Timeline:
     """Every step of a run, without a list of them."""
 
     def __init__(self, run: Run) -> None:
+        """Raises UserError for a run of stages without a step, with too many, or that would stop after its last."""
         self._train, self._length = run.train, (length := run.data.sequence_length)
         self._growth = [(0, run.train.global_batch_size)]
         self._growth += [(-(-g.after_tokens // length), g.global_batch_size) for g in run.train.batch_growth]
@@ -66,8 +68,16 @@ class Timeline:
             tokens = (only_span.first_sequence + only_span.num_steps * only_span.global_batch_size) * length
             self._stages = {"": _whole(run.schedule, tokens)}
             self._start_lr[""] = 0.0
+        require(bool(self._spans), f"train.only_stage is {run.train.only_stage!r}: no step begins in it")
         last = self._spans[-1]
         self.num_steps = last.first_step + last.num_steps - 1
+        require(
+            self.num_steps <= MAX_STEPS, f"the stages have {self.num_steps} steps: at most {MAX_STEPS} are accepted"
+        )
+        require(
+            run.train.stop_at_step <= self.num_steps,
+            f"train.stop_at_step is {run.train.stop_at_step}: at most {self.num_steps}, the steps of the run",
+        )
         self.batch_sizes = sorted({span.global_batch_size for span in self._spans})
 
     def _add(self, stage: str, start: int, end: int | None, num_steps: int = 0) -> None:

@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="go on with a run of other settings")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
     with report_errors(debug="--debug" in sys.argv):
-        arguments = parser.parse_args()
+        arguments = parser.parse_intermixed_args()
         from moonlight.config_io import load_recipe
 
         work(load_recipe(arguments.recipe, arguments.overrides), force=arguments.force)

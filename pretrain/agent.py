@@ -23,7 +23,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 def main() -> None:
     """Run torchrun's command line; SECONDS must be longer than an agent may wait for the others to join."""
-    seconds = float(sys.argv.pop(1))
+    try:
+        seconds = float(sys.argv.pop(1))
+    except (IndexError, ValueError):
+        sys.exit(_usage())
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     threading.Thread(target=_end_when_idle, args=(seconds,), daemon=True).start()
     signal.signal(signal.SIGUSR1, lambda *_: _pass_on(signal.SIGUSR1))
@@ -31,6 +34,12 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
 
     torchrun()
+
+
+def _usage() -> int:
+    usage = "python -m pretrain.agent SECONDS --nnodes 4 --nproc-per-node 8 ... -m pretrain RECIPE"
+    print(f"error: SECONDS is missing, after which an agent without processes ends: {usage}", file=sys.stderr)
+    return 2
 
 
 def _end_when_idle(seconds: float) -> None:

@@ -43,7 +43,7 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
         lambda: run.check_batches(dist.get_world_size()),
         lambda: run_folder.check_data(run),
         lambda: run_folder.check_initial_checkpoint(run),
-        lambda: run_folder.check_folder(run_folder.path(run), run),
+        lambda: run_folder.check_folder(run_folder.path(run), run, force=limits.force),
         lambda: make_folder(folder),
         lambda: check_shared(folder),
         lambda: measure_disk(health, folder, limits.disk_megabytes << 20) if health.local_rank == 0 else None,

@@ -23,6 +23,7 @@ def main() -> int:
     )
     parser.add_argument("recipe", help="YAML recipe of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the run")
+    parser.add_argument("--force", action="store_true", help="the run goes on with other settings")
     parser.add_argument(
         "--megabytes",
         type=int,

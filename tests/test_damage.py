@@ -18,7 +18,7 @@ from checkpoints.reader import open_checkpoint
 from moonlight import parallel
 from moonlight.errors import UserError
 from moonlight.train.checkpoint_files import find
-from moonlight.train.checkpoint_recovery import newest_sound
+from moonlight.train.checkpoint_recovery import newest_sound, sound_until
 
 BEFORE, NEWEST = "step-00000004", "step-00000006"
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json")
@@ -242,7 +242,29 @@ def test_latest_that_somebody_set_back_is_followed(alone, stopped, tmp_path):
     (checkpoints / "latest").write_text("step-00000002")
     chosen, warnings = recover(checkpoints)
     assert chosen == checkpoints / "step-00000002"
-    assert f"names step-00000002, {NEWEST}, {BEFORE} not taken although newer" in warnings[0]
+    for name, warning in zip((NEWEST, BEFORE), warnings, strict=False):
+        assert f"{checkpoints / name} is passed by; it was moved to {checkpoints / 'later-'}{name}" in warning
+    there = sorted(path.name for path in checkpoints.iterdir())
+    assert there == [f"later-{BEFORE}", f"later-{NEWEST}", "latest", "step-00000002"]
+
+
+def test_one_that_was_completed_last_is_taken_although_latest_was_not_written(alone, stopped, tmp_path):
+    """As after a crash in between."""
+    checkpoints = Path(shutil.copytree(stopped / "DP2" / "checkpoints", tmp_path / "checkpoints"))
+    (checkpoints / "latest").write_text(BEFORE)
+    later = (checkpoints / "latest").stat().st_mtime + 1
+    os.utime(checkpoints / NEWEST / "state.json", (later, later))
+    chosen, warnings = recover(checkpoints)
+    assert chosen == checkpoints / NEWEST and (checkpoints / "latest").read_text() == NEWEST + "\n"
+    assert f"latest does not name {NEWEST} yet" in warnings[0]
+
+
+def test_a_rollback_goes_to_a_sound_one(alone, stopped, tmp_path):
+    checkpoints = Path(shutil.copytree(stopped / "DP2" / "checkpoints", tmp_path / "checkpoints"))
+    assert sound_until(checkpoints, 7) == checkpoints / NEWEST
+    flip_bits(checkpoints / NEWEST, random.Random(0), None)
+    assert sound_until(checkpoints, 7) == sound_until(checkpoints, 4) == checkpoints / BEFORE
+    assert sound_until(checkpoints, 1) is None
 
 
 def test_nothing_sound_is_left(alone, stopped, tmp_path):

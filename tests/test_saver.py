@@ -14,6 +14,7 @@ from layouts import LAYOUTS, build, recipe
 
 from checkpoints.reader import open_checkpoint
 from moonlight.errors import UserError
+from moonlight.train.checkpoint import publish, remove_old
 from moonlight.train.checkpoint_files import TrainState, complete_checkpoints, latest, step_of
 from moonlight.train.checkpoint_recovery import check
 from moonlight.train.index import StoredTensors
@@ -108,6 +109,38 @@ def test_what_is_saved_is_what_was_there(pool, tmp_path):
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [3, 5, 6]
 
 
+@pytest.mark.parametrize(
+    ("train", "left"),
+    [
+        ({"keep_checkpoints": 2}, [5, 6]),
+        ({"keep_checkpoints": 0}, [1, 2, 3, 4, 5, 6]),
+        ({"keep_checkpoints": 1, "keep_every_steps": 2}, [2, 4, 6]),
+        ({"keep_checkpoints": 2, "spike_policy": "rollback", "rollback_steps": 4, "save_every_steps": 4}, [3, 5, 6]),
+    ],
+)
+def test_which_are_kept(tmp_path, train, left):
+    """The rollback of a spike in step 7 goes to step 3, although saves came more often than planned."""
+    for step in range(1, 8):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "state.json").touch()
+    remove_old(tmp_path / "step-00000006", recipe(**train).train)
+    assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [*left, 7]
+
+
+def test_latest_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """The checkpoint that was there before under the same name stays."""
+    for name in (".step-00000004.part", "step-00000004"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "latest").mkdir()  # which a file cannot replace
+    with pytest.raises(OSError, match="latest"):
+        publish(tmp_path / ".step-00000004.part", tmp_path / "step-00000004", {})
+    assert (tmp_path / "step-00000004" / "file").read_text() == "step-00000004"
+    assert (tmp_path / ".step-00000004.part" / "file").is_file()
+    assert not (tmp_path / ".step-00000004.old.part").exists()
+
+
 def train(tiny_run, runs, steps, **options):
     return command(
         "pretrain",
@@ -130,11 +163,13 @@ def workers_of(process, folder):
     return {worker.environ()["RANK"]: worker for worker in psutil.Process(process.pid).children()}
 
 
-def test_a_disk_that_is_full_for_a_while(tiny_run, tmp_path):
+@pytest.mark.parametrize(("rank", "nbytes"), [(1, SMALL_BYTES), (0, 1000)])
+def test_a_disk_that_is_full_for_a_while(tiny_run, tmp_path, rank, nbytes):
+    """For the second process, which writes a checkpoint's file alone, or for the first, which writes metrics too."""
     process = train(tiny_run, tmp_path, 60)
     try:
-        worker = workers_of(process, tmp_path / "tiny")["1"]
-        largest_file(SMALL_BYTES, worker.pid)
+        worker = workers_of(process, tmp_path / "tiny")[str(rank)]
+        largest_file(nbytes, worker.pid)
         said = []
         for line in process.stderr:
             said.append(line)
@@ -145,7 +180,8 @@ def test_a_disk_that_is_full_for_a_while(tiny_run, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 0, rest
-    assert "process 1: File too large" in said[-1] and "training goes on" in said[-1] and said[-1].startswith("warning")
+    assert "File too large" in said[-1] and "training goes on" in said[-1] and said[-1].startswith("warning")
+    assert ("process 1: " in said[-1]) == (rank == 1)
     assert "saved in" in rest
     check_finished(tmp_path / "tiny", 60)
     metrics = read_metrics(tmp_path / "tiny")

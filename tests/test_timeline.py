@@ -2,15 +2,18 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import train_run
 
 from moonlight.config_io import from_dict, load_recipe
 from moonlight.errors import UserError
 from moonlight.timeline import Timeline
+from moonlight.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
@@ -148,6 +151,25 @@ def test_a_course_that_cannot_be_is_refused(overrides, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stop_at_step=200000"], "train.stop_at_step is 200000: at most 175834, the steps"),
+        (["stages.warmup.to_tokens=5", "stages.warmup.warmup_steps=0", "stages.cosine.from_tokens=5"], None),
+        (["data.sequence_length=1", "train.global_batch_size=1", "train.batch_growth=[]"], "at most 99999999"),
+    ],
+)
+def test_a_number_of_steps_that_cannot_be_is_refused(overrides, words):
+    run = load_recipe(BIG, overrides)
+    if words is None:
+        with pytest.raises(UserError, match=r"train\.only_stage is 'cosine': no step begins in it"):
+            end = "stages.cosine.to_tokens=6"
+            Timeline(load_recipe(BIG, [*overrides, end, "stages.cooldown.from_tokens=6", "train.only_stage=cosine"]))
+    else:
+        with pytest.raises(UserError, match=words):
+            Timeline(run)
+
+
 def test_every_batch_of_the_growth_must_be_divisible():
     run = load_recipe(BIG, ["train.batch_growth=[{after_tokens: 5, global_batch_size: 4100}]"])
     with pytest.raises(UserError, match=r"train.batch_growth\[0\].global_batch_size is 4100: it must be a multiple of"):
@@ -183,3 +205,27 @@ def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
 
     # Warm-up and growth of the batch end with a step: 1% of their tokens.
     assert shares(run) == pytest.approx(shares(paper), rel=0.01)
+
+
+@pytest.mark.full
+def test_a_run_of_the_rehearsal_follows_its_curve(pool, tiny_run, tmp_path):
+    """All 1,500 steps on two processes, of a smaller model."""
+    tiny, run = load_recipe(tiny_run.recipe), load_recipe(ROOT / "configs/rehearsal.yaml")
+    data = replace(tiny.data, sequence_length=run.data.sequence_length)
+    model = replace(tiny.model, max_position_embeddings=run.model.max_position_embeddings)
+    train = replace(run.train, validate_every_steps=1500, save_every_steps=500)
+    run = replace(run, model=model, data=data, train=train, runs_folder=str(tmp_path))
+    pool.run(2, train_run, run)
+    check_curve(tmp_path / run.name)
+
+
+def check_curve(folder):
+    """Whether the metrics of a run say what the golden curve says."""
+    entries = {entry["step"]: entry for entry in read_metrics(folder)}
+    assert len(entries) == 1500
+    for row in golden():
+        entry = entries[int(row["step"])]
+        assert entry["stage"] == row["stage"] and entry["consumed_tokens"] == int(row["consumed_tokens"])
+        assert entry["optim/global_batch_size"] == int(row["global_batch_size"])
+        assert entry["optim/lr"] == pytest.approx(float(row["learning_rate"]), rel=1e-9, abs=1e-15)
+        assert entry["optim/router_bias_update_rate"] == float(row["router_bias_update_rate"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moonlight.config import Run
+from moonlight.config import Run, Train
 from moonlight.files import fsync, write_text
 from moonlight.optim.sharded import ShardedOptimizer
 from moonlight.train.checkpoint_files import (
@@ -23,10 +23,11 @@ from moonlight.train.checkpoint_files import (
     check_optimizer,
     complete_checkpoints,
     read_state,
+    step_folder,
+    step_folders,
     step_of,
     write_state,
 )
-from moonlight.train.checkpoint_recovery import check
 from moonlight.train.checkpoint_tensors import load_tensors
 
 
@@ -41,41 +42,51 @@ def publish(part: Path, final: Path, content: dict[str, Any]) -> None:
     fsync(part)
     with _replaced(final):
         part.rename(final)
-        fsync(final.parent)
-        write_text(final.parent / LATEST_FILE, final.name + "\n")
+        try:
+            fsync(final.parent)
+            write_text(final.parent / LATEST_FILE, final.name + "\n")
+        except BaseException:
+            final.rename(part)  # there for whoever cleans up
+            raise
 
 
-def remove_old(newest: Path, keep: int, keep_every_steps: int) -> None:
+def remove_old(newest: Path, train: Train) -> None:
     """Remove the checkpoints before `newest`, which was just completed, but for those that the recipe keeps.
 
-    Args:
-        keep: that many are left, `newest` among them; 0 leaves all. Later ones, which a run that went back will come to
-            again, are not counted.
-        keep_every_steps: those after multiples of it are left besides; 0: none.
+    Those are `keep_checkpoints` with `newest` among them (0: all), those after multiples of `keep_every_steps`, and, if
+    spikes lead to rollbacks, the one that a spike in the next step would need.
     """
-    step = step_of(newest)
-    old = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) <= step]
-    for folder in old[:-keep] if keep else []:
-        if not keep_every_steps or step_of(folder) % keep_every_steps:
-            with _replaced(folder):
-                pass
+    steps = [step_of(folder) for folder in complete_checkpoints(newest.parent) if folder <= newest]
+    every, back = train.keep_every_steps, step_of(newest) + 1 - train.rollback_steps
+    kept = set(steps[-train.keep_checkpoints :]) | {step for step in steps if every and step % every == 0}
+    if train.spike_policy == "rollback":
+        kept |= {max((step for step in steps if step <= back), default=0)}
+    for step in steps:
+        if step not in kept:
+            _remove(step_folder(newest.parent, step))
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed processes left unfinished."""
+    """Remove what killed processes and failed saves left unfinished."""
     for folder in checkpoints.glob(".step-*.part"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def forget_after(checkpoints: Path, folder: Path) -> None:
+def forget_after(folder: Path) -> None:
     """Make `folder` the newest checkpoint of all, by removing those of later steps. By all ranks."""
-    dist.barrier()  # nobody reads or looks for one of them any more
+    dist.barrier()  # nobody reads one of them any more
     if dist.get_rank() == 0:
-        write_text(checkpoints / LATEST_FILE, folder.name + "\n")
-        for later in complete_checkpoints(checkpoints):
-            if later.name > folder.name:
-                shutil.rmtree(later)
+        write_text(folder.parent / LATEST_FILE, folder.name + "\n")
+        for later in step_folders(folder.parent):
+            if later > folder:
+                _remove(later)
     dist.barrier()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: it is complete, or does not have a checkpoint's name any more."""
+    with _replaced(folder):
+        pass
 
 
 @contextlib.contextmanager
@@ -88,18 +99,20 @@ def _replaced(folder: Path) -> Iterator[None]:
     shutil.rmtree(part, ignore_errors=True)
     if folder.exists():
         folder.rename(part)
-    yield
+    try:
+        yield
+    except BaseException:
+        if part.exists():
+            part.rename(folder)
+        raise
     shutil.rmtree(part, ignore_errors=True)
 
 
-def load(folder: Path, run: Run, optimizer: ShardedOptimizer, *, check_files: bool = True) -> TrainState:
+def load(folder: Path, run: Run, optimizer: ShardedOptimizer) -> TrainState:
     """Fill the optimizer's masters and momenta and the model from a checkpoint that any layout wrote.
 
-    Args:
-        check_files: False for a checkpoint that has been checked (`checkpoint_recovery`).
+    It must have been checked (`checkpoint_recovery`).
     """
-    if check_files:
-        check(folder)
     content = read_state(folder, check_files=False)
     check_model(folder, content, run)
     check_optimizer(folder, content, run)

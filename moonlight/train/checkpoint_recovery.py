@@ -2,9 +2,11 @@
 
 Ranks share the reading: each checks some of the files, and all come to know what any has found. A checkpoint that is
 not sound is never loaded, and is moved out of the way once a sound one has been found, so that retention does not count
-it: to `damaged-step-...`, where it stays until somebody removes it.
+it: to `damaged-step-...`, where it stays until somebody removes it. So are those later than the one that somebody wrote
+into `latest`, to `later-step-...`.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,14 @@ from moonlight.errors import UserError
 from moonlight.files import fsync, write_text
 from moonlight.train.checkpoint_files import (
     LATEST_FILE,
+    STATE_FILE,
     DamagedError,
     check_file,
+    complete_checkpoints,
     read_latest,
     read_state,
     step_folders,
+    step_of,
 )
 from moonlight.train.index import StoredTensors
 
@@ -83,7 +88,7 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: there are checkpoints, and none of them is sound; nothing was changed then.
     """
-    candidates, warnings = _from_first_rank(lambda: _candidates(checkpoints))
+    candidates, passed_by, warnings = _from_first_rank(lambda: _candidates(checkpoints))
     damaged: list[tuple[Path, str]] = []
     for folder in candidates:
         try:
@@ -91,19 +96,30 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
         except DamagedError as error:
             damaged.append((folder, str(error)))
             continue
-        aside = _from_first_rank(partial(_move_aside, [place for place, _ in damaged], folder))
-        for (_, fault), name in zip(damaged, aside, strict=True):
+        moves = [(place, "damaged") for place, _ in damaged] + [(place, "later") for place in passed_by]
+        faults = [fault for _, fault in damaged] + [f"{place} is passed by" for place in passed_by]
+        for fault, name in zip(faults, _from_first_rank(partial(_move_aside, moves, folder)), strict=True):
             warnings.append(f"warning: {fault}; it was moved to {name}")
         if damaged or warnings:
             warnings.append(f"warning: going on from {folder}")
         return folder, warnings
     if not candidates:
         return None, []
-    faults = "; ".join(fault for _, fault in damaged[:NAMED_AT_MOST])
+    first = "; ".join(fault for _, fault in damaged[:NAMED_AT_MOST])
     raise UserError(
-        f"{checkpoints} holds no sound checkpoint ({len(damaged)} damaged: {faults}): bring a sound one back from a "
+        f"{checkpoints} holds no sound checkpoint ({len(damaged)} damaged: {first}): bring a sound one back from a "
         "copy, or give the run another name to begin again"
     )
+
+
+def sound_until(checkpoints: Path, step: int) -> Path | None:
+    """The newest sound checkpoint after `step` or an earlier one; None if there is none. All ranks call it."""
+    for folder in _from_first_rank(lambda: complete_checkpoints(checkpoints)[::-1]):
+        if step_of(folder) <= step:
+            with contextlib.suppress(DamagedError):
+                check(folder)
+                return folder
+    return None
 
 
 def _from_first_rank(make: Callable[[], Any]) -> Any:
@@ -120,40 +136,45 @@ def _from_first_rank(make: Callable[[], Any]) -> Any:
     return values[0]
 
 
-def _candidates(checkpoints: Path) -> tuple[list[Path], list[str]]:
-    """Checkpoints in the order in which they are to be tried, and a warning if `latest` does not help."""
+def _candidates(checkpoints: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Checkpoints in the order in which they are to be tried, those to be passed by, and what is odd about `latest`.
+
+    Of checkpoints that are newer than the one that it names, those that it was written after were passed by on purpose,
+    by a user or a rollback; those completed after it was written only lack its being written again.
+    """
     folders = step_folders(checkpoints)[::-1]
+    pointer = checkpoints / LATEST_FILE
     name, named = read_latest(checkpoints)
     if named is not None:
-        newer = [folder.name for folder in folders if folder > named]
-        warning = (
-            f"warning: {checkpoints / LATEST_FILE} names {named.name}, {', '.join(newer)} not taken although newer"
-        )
-        return [named, *(folder for folder in folders if folder != named)], [warning] if newer else []
-    pointer = checkpoints / LATEST_FILE
+        newer = [folder for folder in folders if folder > named and (folder / STATE_FILE).is_file()]
+        written = pointer.stat().st_mtime_ns
+        passed_by = [folder for folder in newer if (folder / STATE_FILE).stat().st_mtime_ns <= written]
+        completed = [folder for folder in newer if folder not in passed_by]
+        candidates = [*completed, named, *(folder for folder in folders if folder < named)]
+        return candidates, passed_by, [f"warning: {pointer} does not name {f.name} yet" for f in completed[:1]]
     if not folders:
         if pointer.exists():
             raise UserError(f"{pointer} names {name!r}, and {checkpoints} holds no checkpoint: remove {LATEST_FILE}")
-        return [], []
+        return [], [], []
     if not pointer.exists():
-        return folders, [f"warning: {pointer} is missing"]
+        return folders, [], [f"warning: {pointer} is missing"]
     # If it names an incomplete one, what that lacks will be said.
     named_there = name in {folder.name for folder in folders}
-    return folders, [] if named_there else [f"warning: {pointer} names no checkpoint ({name!r})"]
+    return folders, [], [] if named_there else [f"warning: {pointer} names no checkpoint ({name!r})"]
 
 
-def _move_aside(damaged: list[Path], chosen: Path) -> list[Path]:
-    """Let `latest` name the chosen checkpoint, then give the damaged ones names that nothing looks for."""
+def _move_aside(moves: list[tuple[Path, str]], chosen: Path) -> list[Path]:
+    """Let `latest` name the chosen checkpoint, then give others names that nothing looks for, with a word before."""
     if read_latest(chosen.parent)[1] != chosen:
         write_text(chosen.parent / LATEST_FILE, chosen.name + "\n")
     names = []
-    for folder in damaged:
-        number, aside = 1, folder.with_name(f"damaged-{folder.name}")
+    for folder, word in moves:
+        number, aside = 1, folder.with_name(f"{word}-{folder.name}")
         while aside.exists():
             number += 1
-            aside = folder.with_name(f"damaged-{folder.name}-{number}")
+            aside = folder.with_name(f"{word}-{folder.name}-{number}")
         folder.rename(aside)
         names.append(aside)
-    if damaged:
+    if moves:
         fsync(chosen.parent)
     return names

@@ -31,6 +31,8 @@ class Events:
     def __init__(self, folder: Path, *, writes: bool) -> None:
         """Warn if the clock stands before the last event: times in the file are then out of order, nothing else is."""
         self._path, self._writes = folder / EVENTS_FILE, writes
+        self._left: list[bytes] = []
+        """Lines that the disk did not take yet."""
         before = read_events(folder)[-1:] if writes else []
         if before and before[0].get("time", 0) > time.time():
             print(
@@ -40,14 +42,21 @@ class Events:
             )
 
     def add(self, event: str, step: int, **details: Any) -> None:
-        """Append one object: what happened, after which step, the time in seconds since 1970, and details of it."""
+        """Append one object: what happened, after which step, the time in seconds since 1970, and details of it.
+
+        Raises:
+            OSError: it could not be written; the next call that can will do it.
+        """
         if not self._writes:
             return
-        make_folder(self._path.parent)
         line = json.dumps({"time": round(time.time(), 3), "event": event, "step": step} | details)
+        self._left.append(line.encode() + b"\n")
+        make_folder(self._path.parent)
         with naming(self._path), self._path.open("a+b") as file:
-            # A line that a crash cut off must not swallow this one.
-            end = file.seek(0, os.SEEK_END)
-            if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                line = "\n" + line
-            file.write(line.encode() + b"\n")
+            while self._left:
+                # A line that a crash or a full disk cut off must not swallow this one.
+                end = file.seek(0, os.SEEK_END)
+                start = b"\n" if end and (file.seek(end - 1), file.read(1))[1] != b"\n" else b""
+                file.write(start + self._left[0])
+                file.flush()
+                self._left.pop(0)

@@ -1,10 +1,13 @@
 """What a run says while it goes on, by its first rank: metrics.jsonl, events.jsonl, TensorBoard, the terminal."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from moonlight.errors import message_of
 from moonlight.train.events import Events
 from moonlight.train.metrics import LiveLine, Metrics
 
@@ -23,6 +26,7 @@ class Journal:
         self._metrics = Metrics(folder, step) if writes else None
         self._line = LiveLine(total_steps, step) if writes else None
         self._started, self._first_step = time.monotonic(), step
+        self._warned = False
 
     def __enter__(self) -> Self:
         return self
@@ -41,12 +45,14 @@ class Journal:
 
     def event(self, event: str, step: int, **details: Any) -> None:
         """Append to events.jsonl."""
-        self._events.add(event, step, **details)
+        with self._warning():
+            self._events.add(event, step, **details)
 
     def step(self, entry: dict[str, Any]) -> None:
         """Append a step's metrics, and show them."""
         if self._metrics and self._line:
-            self._metrics.write(entry)
+            with self._warning():
+                self._metrics.write(entry)
             seconds = (time.monotonic() - self._started) / (entry["step"] - self._first_step)
             self._line.update(entry, seconds * (self._last_step - entry["step"]))
 
@@ -62,4 +68,17 @@ class Journal:
     def sync(self) -> None:
         """Bring the metrics to the disk; called before a checkpoint that makes these steps final."""
         if self._metrics:
-            self._metrics.sync()
+            with self._warning():
+                self._metrics.sync()
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """A disk that takes no more does not end a run: lines are kept until it does, and that is said once."""
+        try:
+            yield
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                reason = message_of(error) or error
+                self.note(f"warning: {reason}; training goes on, and keeps its metrics in memory until then")
+            self._warned = True

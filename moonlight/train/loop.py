@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import socket
 import time
@@ -72,7 +71,7 @@ def train(run: Run, *, force: bool = False) -> None:
         optimizer = make_optimizer(models, run)
         newest, warnings = newest_sound(folder / "checkpoints")
         if newest is not None:
-            state = checkpoint.load(newest, run, optimizer, check_files=False)
+            state = checkpoint.load(newest, run, optimizer)
         else:
             state = TrainState(consumed_sequences=timeline.first_sequence)
             if initial is not None:
@@ -103,19 +102,19 @@ def train(run: Run, *, force: bool = False) -> None:
             mine = data_parallel_share(range(first, first + moment.global_batch_size))
             batches = to_batches([samples[number] for number in mine], run, tokenizer["eos_id"])
             limit = spikes.limit(state.recent_losses, run.train)
-            acts_above = math.inf if run.train.spike_policy == "none" else limit
-            result = train_step(models, optimizer, run, batches, moment, acts_above, saver.before_update)
+            result = train_step(models, optimizer, run, batches, moment, limit, saver.before_update)
             seconds = time.monotonic() - started
             watchdog.finished(step)
 
             spike_score = spikes.score(result.loss, state.recent_losses, run.train.spike_window)
-            if result.loss > limit:
+            if result.is_spike:
                 journal.event("spike", step, loss=result.loss, score=spike_score)
                 journal.note(f"step {step}: loss spike, {result.loss:.4f} has score {spike_score:.1f}")
                 if run.train.spike_policy == "rollback":
                     saver.wait()
-                    if (back := spikes.checkpoint_before(folder, run, step)) is not None:
-                        state = spikes.go_back(back, run, optimizer, state, moment)
+                    back = spikes.go_back(folder / "checkpoints", run, timeline, optimizer, state, moment)
+                    if back is not None:
+                        state = back
                         watchdog.alive()
                         journal.go_back(state.step, spike=step, passed_over_sequences=state.passed_over_sequences)
                         continue
@@ -240,5 +239,5 @@ def check_skipped(folder: Path, run: Run, state: TrainState) -> None:
             f"{folder}: every step up to {state.step} was skipped, {state.skipped_in_a_row} in a row "
             f"(train.max_skipped_steps_in_a_row), because loss or gradient was not finite or the loss was a "
             f"spike, so training stops; see loss/train, loss/spike_score and optim/grad_norm in metrics.jsonl, "
-            f"and try another schedule.lr under another name"
+            "and try a lower learning rate (schedule.lr, or stages.<name>.lr) under another name"
         )

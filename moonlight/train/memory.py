@@ -28,7 +28,8 @@ def explaining_memory(run: Run) -> Iterator[None]:
             f"({parallel.expert_parallel_size}), parallel.tensor_parallel_size ({parallel.tensor_parallel_size}) or "
             f"parallel.pipeline_parallel_size ({parallel.pipeline_parallel_size}), train.dtype ({run.train.dtype}) "
             f"bfloat16, optimizer.momentum_dtype ({optimizer.momentum_dtype}) bfloat16 or optimizer.master_weights "
-            f"({optimizer.master_weights}) split less for the model"
+            f"({optimizer.master_weights}) split less for the model, and "
+            f"train.async_save ({run.train.async_save}) false less of the host's"
         ) from error
 
 

@@ -47,30 +47,52 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on after `step`: what a killed run wrote beyond it is dropped, because those steps are done again."""
-        from torch.utils.tensorboard import SummaryWriter
-
         kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
         self._path = folder / METRICS_FILE
         write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._file = self._path.open("ab", buffering=0)
+        self._left = b""
+        """What the disk did not take yet."""
+        self._board = self._open_board(step + 1)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one step's object."""
-        with naming(self._path):
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-        for key, value in entry.items():
-            if key not in ("step", "stage"):
-                self._board.add_scalar(key, value, entry["step"])
+        """Append one step's object.
+
+        Raises:
+            OSError: not all could be written; what is left is written by the next call that can. TensorBoard lacks it.
+        """
+        self._left += (json.dumps(entry) + "\n").encode()
+        self._write_left()
+        try:
+            for key, value in entry.items():
+                if key not in ("step", "stage"):
+                    self._board.add_scalar(key, value, entry["step"])
+        except OSError:  # its thread has ended
+            self._board = self._open_board(entry["step"] + 1)
+            raise
 
     def sync(self) -> None:
-        """Flush to the disk; called before a checkpoint that makes these steps final."""
-        os.fsync(self._file.fileno())
+        """Flush to the disk; called before a checkpoint that makes these steps final. Raises OSError as `write`."""
+        self._write_left()
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._write_left()
+            self._board.close()
+        finally:
+            self._file.close()
+
+    def _open_board(self, step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step)
+
+    def _write_left(self) -> None:
+        with naming(self._path):
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
 
 
 class LiveLine:

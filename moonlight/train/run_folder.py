@@ -1,5 +1,6 @@
 """The folder of a run: what it may be used for, the checks before a run starts, the summary after it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,15 @@ from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import write_text
 from moonlight.timeline import Timeline
-from moonlight.train.checkpoint_files import check_model, complete_checkpoints, find, read_latest, read_state
+from moonlight.train.checkpoint_files import (
+    DamagedError,
+    check_model,
+    check_optimizer,
+    complete_checkpoints,
+    find,
+    read_latest,
+    read_state,
+)
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
@@ -170,6 +179,12 @@ def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
                 f"{folder} holds a run with other settings: {'; '.join(changed)}; give this one another name with "
                 "name=..., go on with the new settings by --force, or remove that folder"
             )
+        _, newest = read_latest(folder / "checkpoints")
+        if changed and newest is not None:
+            with contextlib.suppress(DamagedError):  # training will say so, and go on from another
+                content = read_state(newest, check_files=False)
+                check_model(newest, content, run)
+                check_optimizer(newest, content, run)
         return changed
     elif folder.is_dir():
         # Tokenizer and data may have been made inside the folder before the run.
@@ -208,7 +223,10 @@ def is_finished(run: Run) -> bool:
     _, newest = read_latest(path(run) / "checkpoints")
     if newest is None or not (path(run) / CURVE_FILE).exists():
         return False
-    return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps
+    try:
+        return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps
+    except DamagedError:
+        return False  # training will say so, and go on from another
 
 
 def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ collective call, which would mix with those of training: each leaves a small rep
 checkpoint, a warning, and the next save as if nothing had been.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -195,6 +196,8 @@ class Saver:
         self._thread.join()
         self._thread = None
         dist.barrier()
+        if self._rank == 0 and self._failure:
+            remove_leftovers(self._checkpoints)  # what other ranks still wrote when it was removed
         return time.monotonic() - started
 
     def _made_part(self, save: _Save) -> bool:
@@ -267,7 +270,7 @@ class Saver:
         with self._lock:
             self._figures[DURATION] = seconds
         try:
-            remove_old(save.final, self._run.train.keep_checkpoints, self._run.train.keep_every_steps)
+            remove_old(save.final, self._run.train)
         except OSError as error:
             text = f"warning: old checkpoints beside {save.final} could not be removed: {error}"
             self._say("warning", save.state.step, text)
@@ -293,10 +296,11 @@ class Saver:
 
     def _failed(self, save: _Save, error: Exception) -> None:
         """Leave nothing of a save, and say why."""
-        free = shutil.disk_usage(next(place for place in save.part.parents if place.is_dir())).free
-        self._failure = (
-            f"checkpoint {save.final} could not be written, {free} bytes are free on its disk: {_reason(error)}"
-        )
+        room = ""
+        with contextlib.suppress(OSError):  # the disk may have gone altogether
+            free = shutil.disk_usage(next(place for place in save.part.parents if place.is_dir())).free
+            room = f", {free} bytes are free on its disk"
+        self._failure = f"checkpoint {save.final} could not be written{room}: {_reason(error)}"
         shutil.rmtree(save.part, ignore_errors=True)
         text = f"warning: {self._failure}; training goes on, and the next save is tried as usual"
         self._say("save failed", save.state.step, text)

@@ -51,8 +51,14 @@ def check_shared(folder: Path, seconds: float = SECONDS_TO_APPEAR) -> None:
 
 
 def _appears(file: Path, seconds: float) -> bool:
+    def is_there() -> bool:
+        try:
+            return file.exists()
+        except OSError:  # no permission, or a mount that has gone: not to be raised, the others wait for the answer
+            return False
+
     deadline = time.monotonic() + seconds
-    while not file.exists():
+    while not is_there():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -9,9 +9,10 @@ from pathlib import Path
 from moonlight.config import Run, Train
 from moonlight.errors import UserError
 from moonlight.optim.sharded import ShardedOptimizer
-from moonlight.timeline import Moment
+from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint
-from moonlight.train.checkpoint_files import TrainState, complete_checkpoints
+from moonlight.train.checkpoint_files import TrainState
+from moonlight.train.checkpoint_recovery import sound_until
 
 FLOOR = 0.01
 """Nats. Added to the spread, so that a loss which hardly moves does not make every ripple a spike."""
@@ -19,9 +20,13 @@ MAD_TO_SIGMA = 1.4826
 """Times the median absolute deviation, the standard deviation of normally distributed values."""
 
 
-def _center_and_spread(recent: Sequence[float]) -> tuple[float, float]:
-    center = statistics.median(recent)
-    return center, MAD_TO_SIGMA * statistics.median(abs(loss - center) for loss in recent) + FLOOR
+def _center_and_spread(recent: Sequence[float], window: int) -> tuple[float, float] | None:
+    """Of the last `window` losses; None until there are so many."""
+    if len(recent) < window:
+        return None
+    last = recent[-window:]
+    center = statistics.median(last)
+    return center, MAD_TO_SIGMA * statistics.median(abs(loss - center) for loss in last) + FLOOR
 
 
 def score(loss: float, recent: Sequence[float], window: int) -> float | None:
@@ -29,18 +34,14 @@ def score(loss: float, recent: Sequence[float], window: int) -> float | None:
 
     None until there are so many, and for a loss that is not finite.
     """
-    if len(recent) < window or not math.isfinite(loss):
-        return None
-    center, spread = _center_and_spread(recent)
-    return (loss - center) / spread
+    found = _center_and_spread(recent, window)
+    return (loss - found[0]) / found[1] if found and math.isfinite(loss) else None
 
 
 def limit(recent: Sequence[float], train: Train) -> float:
     """The loss above which a step is a spike; infinite until the window is full."""
-    if len(recent) < train.spike_window:
-        return math.inf
-    center, spread = _center_and_spread(recent)
-    return center + train.spike_threshold * spread
+    found = _center_and_spread(recent, train.spike_window)
+    return found[0] + train.spike_threshold * found[1] if found else math.inf
 
 
 def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, ...]:
@@ -48,32 +49,36 @@ def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, 
     return (*recent, loss)[-window:]
 
 
-def checkpoint_before(folder: Path, run: Run, step: int) -> Path | None:
-    """The newest checkpoint that is at least `rollback_steps` before `step`, or None."""
-    name = f"step-{step - run.train.rollback_steps:08d}"
-    return next((there for there in reversed(complete_checkpoints(folder)) if there.name <= name), None)
-
-
-def go_back(folder: Path, run: Run, optimizer: ShardedOptimizer, state: TrainState, spike: Moment) -> TrainState:
-    """Load the checkpoint `folder`, and pass over the data of all steps after it up to and including `spike`.
+def go_back(
+    checkpoints: Path, run: Run, timeline: Timeline, optimizer: ShardedOptimizer, state: TrainState, spike: Moment
+) -> TrainState | None:
+    """Load the newest sound checkpoint at least `rollback_steps` before a spike, and pass over the data from there on.
 
     Later checkpoints are removed: their steps will be done again with other data. All ranks must call it.
+
+    Returns:
+        The state to go on from; None if there is no such checkpoint, and nothing was changed.
 
     Raises:
         UserError: the run has gone back too often without getting past a spike.
     """
+    folder = sound_until(checkpoints, spike.step - run.train.rollback_steps)
+    if folder is None:
+        return None
     if state.rollbacks_in_a_row >= run.train.max_rollbacks_in_a_row:
         raise UserError(
-            f"{folder.parent.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
-            f"rollbacks in a row (train.max_rollbacks_in_a_row), so training stops; see loss/train and "
-            f"loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
-            f"under another name"
+            f"{checkpoints.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
+            "rollbacks in a row (train.max_rollbacks_in_a_row), so training stops; see loss/train and "
+            "loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
+            "under another name"
         )
-    checkpoint.forget_after(folder.parent, folder)
+    checkpoint.forget_after(folder)
     back = checkpoint.load(folder, run, optimizer)
+    # By the timeline: a run forced to other batches counted the steps before in another way.
+    first_sequence = timeline.at(back.step + 1).first_sequence
     return dataclasses.replace(
         back,
-        passed_over_sequences=spike.end + state.passed_over_sequences - back.consumed_sequences,
+        passed_over_sequences=spike.end + state.passed_over_sequences - first_sequence,
         rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
         last_spike_step=max(spike.step, state.last_spike_step),
     )

@@ -116,7 +116,9 @@ class StepResult:
     """Mean over sequences of the auxiliary loss, summed over layers, without its coefficient."""
     gradient_norm: float
     skipped: bool
-    """Loss or gradient was not finite, or the loss above its limit: nothing was changed."""
+    """Loss or gradient was not finite, or a spike was not to count: nothing was changed."""
+    is_spike: bool
+    """The loss was finite, and above what it may be."""
     update_rms: dict[str, float]
     """Per algorithm, the RMS of the update before the learning rate; empty when skipped."""
     max_load: float
@@ -134,19 +136,23 @@ def train_step(
     run: Run,
     batches: Sequence[Batch],
     moment: Moment,
-    loss_limit: float = math.inf,
+    spike_above: float = math.inf,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step: gradients, clipping, update, query-key clip, router biases.
 
-    A loss or gradient that is not finite on any rank, or a loss above `loss_limit`, skips the step everywhere; router
-    biases and their counts, which must not move in a skipped step, are therefore updated only after both are known.
+    A loss or gradient that is not finite on any rank skips the step everywhere, and so does a loss above `spike_above`
+    if the run has a policy for spikes; router biases and their counts, which must not move in a skipped step, are
+    therefore updated only after both are known.
     `before_update` is called before anything moves.
     """
     optimizer.data_parallel.zero_gradients()
     loss, _ = forward_backward(models, run, batches)
     norm = optimizer.gradient_norm()
-    skipped = _any_rank(not (math.isfinite(norm) and math.isfinite(loss.item())) or loss.item() > loss_limit)
+    broken = not (math.isfinite(norm) and math.isfinite(loss.item()))
+    broken, is_above = _any_rank(broken, loss.item() > spike_above)
+    is_spike = is_above and not broken
+    skipped = broken or (is_spike and run.train.spike_policy != "none")
     before_update()
     update_sums = {}
     recorded = attentions(models)
@@ -188,6 +194,7 @@ def train_step(
         aux_loss=aux_loss.item(),
         gradient_norm=norm,
         skipped=skipped,
+        is_spike=is_spike,
         update_rms=update_rms,
         max_load=max_load.item(),
         max_logit=max_logit.item(),
@@ -195,11 +202,11 @@ def train_step(
     )
 
 
-def _any_rank(here: bool) -> bool:
-    """Whether it holds on any rank of the world: ranks that judged differently would wait for each other forever."""
-    flag = torch.tensor(int(here), dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+def _any_rank(*here: bool) -> tuple[bool, ...]:
+    """Whether each holds on any rank of the world: ranks that judged differently would wait for each other forever."""
+    flags = torch.tensor(here, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in flags.tolist())
 
 
 def forward_backward(

@@ -24,8 +24,8 @@ read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NODES=$SLURM_JOB_NUM_NODES HEAD=$first_node:$PORT RUN_ID=$SLURM_JOB_ID
 
 time_is_up=no
-# srun passes the signal on to the agents on all nodes, and they to their processes, which save and stop.
-trap 'time_is_up=yes; kill -TERM "$step"' USR1
+# To all processes of all nodes, which save and stop; srun itself would answer SIGTERM by killing them.
+trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 pretrain/launch/torchrun.sh "$@" &
 step=$!
 code=0
