@@ -67,6 +67,12 @@ class ShardedOptimizer:
             for name, momentum in zip(MOMENTA[owned.parameter.rule.algorithm], owned.momenta, strict=True)
         )
 
+    def state_parts(self) -> Iterator[dict[str, Pieces]]:
+        """`master_state` and `momentum_state` in parts: float32 of split masters is there for one part at a time."""
+        for owned in self.owned:
+            yield _pieces([(owned.parameter.key, owned, owned.master.values())])
+        yield self._buffer_pieces() | self.momentum_state()
+
     def gradient_state(self) -> dict[str, Pieces]:
         """This rank's rows of the world's gradient sums, under the names of the parameters."""
         return _pieces((owned.parameter.key, owned, owned.gradient) for owned in self.owned)
@@ -170,7 +176,10 @@ class ShardedOptimizer:
 
     def _master_pieces(self, values: Sequence[torch.Tensor]) -> dict[str, Pieces]:
         masters = _pieces((o.parameter.key, o, value) for o, value in zip(self.owned, values, strict=True))
-        return masters | {key: pieces_of(buffer) for key, buffer in self.data_parallel.buffers.items()}
+        return masters | self._buffer_pieces()
+
+    def _buffer_pieces(self) -> dict[str, Pieces]:
+        return {key: pieces_of(buffer) for key, buffer in self.data_parallel.buffers.items()}
 
     def _directions(self, members: Sequence[Owned], scale: float) -> list[torch.Tensor]:
         gradients, momenta = [owned.gradient for owned in members], [owned.momenta[0] for owned in members]

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
 
 from moonlight.config import Run
 from moonlight.errors import UserError, message_of
@@ -29,7 +28,8 @@ from moonlight.model.pieces import Pieces
 from moonlight.optim.sharded import ShardedOptimizer
 from moonlight.train.checkpoint import part_of, publish, remove_leftovers, remove_old
 from moonlight.train.checkpoint_files import TrainState, step_folder
-from moonlight.train.checkpoint_tensors import ALIGNMENT, WrittenFile, plan_save, write_file, write_index
+from moonlight.train.checkpoint_tensors import WrittenFile, plan_save, write_file, write_index
+from moonlight.train.host_copies import HostCopies
 
 SECONDS_BETWEEN_LOOKS = 0.02
 WORTH_SAYING_SECONDS = 0.5
@@ -86,7 +86,7 @@ class Saver:
             remove_leftovers(checkpoints)
         tensors = self._tensors()
         self._plan = plan_save(tensors)
-        self._copies = _HostCopies(self._plan.mine, tensors) if run.train.async_save else None
+        self._copies = HostCopies(self._plan.mine, tensors) if run.train.async_save else None
         self._thread: threading.Thread | None = None
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._may_change = threading.Event()
@@ -237,11 +237,11 @@ class Saver:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # each thread has its own
+            if self._copies:
+                self._copies.fill(self._optimizer.state_parts())
+                return self._copies.at
             tensors = self._tensors()
-            if not self._copies:
-                return lambda index: tensors[index.fqn].__get_tensor_shard__(index)
-            self._copies.fill(tensors)
-            return self._copies.at
+            return lambda index: tensors[index.fqn].__get_tensor_shard__(index)
         finally:
             self._may_change.set()
 
@@ -318,34 +318,3 @@ def _reason(error: Exception | None) -> str:
         # The file that it names is gone, and had another name than the user knows.
         return message_of(OSError(error.errno, error.strerror)) or error.strerror or repr(error)
     return str(error) if isinstance(error, _Failed) else repr(error)
-
-
-class _HostCopies:
-    """Host memory for the rectangles that a rank writes, kept from save to save.
-
-    Fresh memory would cost more time than the copy does, and so would turning what lies transposed, which is therefore
-    left to the writing thread. With CUDA the memory is page-locked, and copies overlap.
-    """
-
-    def __init__(self, plan: SavePlan, tensors: dict[str, Pieces]) -> None:
-        sources = {item.index: tensors[item.index.fqn].__get_tensor_shard__(item.index) for item in plan.items}
-        room = [-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources.values()]
-        memory = torch.zeros(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        self._at: dict[MetadataIndex, torch.Tensor] = {}
-        begin = 0
-        for (index, source), nbytes in zip(sources.items(), room, strict=True):
-            strides = torch.empty_like(source, device="meta").stride()  # of the same order, without gaps
-            values = memory[begin : begin + source.nbytes].view(source.dtype)
-            self._at[index] = values.as_strided(source.shape, strides)
-            begin += nbytes
-
-    def fill(self, tensors: dict[str, Pieces]) -> None:
-        """Copy all rectangles; they are there when this returns."""
-        for index, copy in self._at.items():
-            copy.copy_(tensors[index.fqn].__get_tensor_shard__(index), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    def at(self, index: MetadataIndex) -> torch.Tensor:
-        """One rectangle."""
-        return self._at[index]
