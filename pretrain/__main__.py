@@ -1,6 +1,6 @@
 """One process of a training run: `torchrun --nproc-per-node 8 -m pretrain recipe.yaml train.seed=7`.
 
-Where processes may start again, `python -m pretrain.agent 600` takes the place of `torchrun`. Without torchrun,
+Where processes may start again, `python -m pretrain.agent 690` takes the place of `torchrun`. Without torchrun,
 `moonlight pretrain` starts as many of these as the recipe's `parallel.num_processes`.
 """
 
@@ -46,7 +46,7 @@ def main() -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that has nothing to save yet
     parser = Parser(prog="python -m pretrain", description=__doc__)
     parser.epilog = (
-        "Example: python -m pretrain.agent 600 --nproc-per-node 8 --max-restarts 3 -m pretrain recipe.yaml train.seed=7"
+        "Example: python -m pretrain.agent 690 --nproc-per-node 8 --max-restarts 3 -m pretrain recipe.yaml train.seed=7"
     )
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")

@@ -12,6 +12,7 @@ What torch 2.13 gets wrong:
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,23 +24,39 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 def main() -> None:
     """Run torchrun's command line; SECONDS must be longer than an agent may wait for the others to join."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     try:
         seconds = float(sys.argv.pop(1))
     except (IndexError, ValueError):
-        sys.exit(_usage())
+        seconds = 0.0
+    if not seconds > 0:
+        usage = "python -m pretrain.agent SECONDS --nnodes 4 --nproc-per-node 8 ... -m pretrain RECIPE"
+        sys.exit(_ended(f"error: SECONDS, after which an agent without processes ends, is not above 0: {usage}", 2))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     threading.Thread(target=_end_when_idle, args=(seconds,), daemon=True).start()
     signal.signal(signal.SIGUSR1, lambda *_: _pass_on(signal.SIGUSR1))
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun()
+    try:
+        torchrun()
+    except SignalException as stopped:
+        sys.exit(_ended(f"{socket.gethostname()}: stopped by {stopped.sigval.name}", 1))
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        text = (
+            f"error: {socket.gethostname()}: process {rank} ended with code {failure.exitcode}: see what it said above"
+        )
+        sys.exit(_ended(text, 1))
 
 
-def _usage() -> int:
-    usage = "python -m pretrain.agent SECONDS --nnodes 4 --nproc-per-node 8 ... -m pretrain RECIPE"
-    print(f"error: SECONDS is missing, after which an agent without processes ends: {usage}", file=sys.stderr)
-    return 2
+def _ended(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
 
 
 def _end_when_idle(seconds: float) -> None:

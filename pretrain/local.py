@@ -83,8 +83,9 @@ class _World:
                 for rank in range(self._size):
                     self._start(rank, Path(folder), restart)
                 if self.is_stopping:  # told before all were there
-                    return _Failure("", CODE_STOPPED)
+                    return _stopped_early()
                 failed = _wait(self._workers)
+                ended = [rank for rank, worker in enumerate(self._workers) if worker.poll() is not None]
                 deadline = time.monotonic() + SECONDS_TO_REPORT
                 while failed is not None and time.monotonic() < deadline and _any_runs(self._workers):
                     time.sleep(0.1)
@@ -102,6 +103,9 @@ class _World:
         # When a user's error ends one process, the others fail in their next exchange with it; and a process that
         # hung, or had no time left to save, has said so itself.
         causes = [report for report in reports if report["message"] is not None] or reports
+        killed = next((rank for rank in ended if workers[rank].returncode < 0), None)
+        if killed is not None and all(report["message"] is None for report in reports):
+            failed, code, causes = killed, workers[killed].returncode, []  # the others only lost it
         if causes and code not in (CODE_HUNG, CODE_KILLED):
             message = causes[0]["message"]
             if message is None or DEBUG in os.environ:
@@ -110,7 +114,7 @@ class _World:
                 raise UserError(message)
         reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         if self.is_stopping and code == -signal.SIGTERM:  # it had not begun
-            return _Failure("", CODE_STOPPED)
+            return _stopped_early()
         return _Failure(f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1)
 
     def _start(self, rank: int, folder: Path, restart: int) -> None:
@@ -124,6 +128,11 @@ class _World:
             ERROR_FILE: str(folder / f"error-{rank}"),
         }
         self._workers.append(subprocess.Popen(self._command, env=environment, preexec_fn=_prepare))
+
+
+def _stopped_early() -> _Failure:
+    print("stopped before the first step: there was nothing to save", file=sys.stderr)
+    return _Failure("", CODE_STOPPED)
 
 
 def _prepare() -> None:

@@ -243,7 +243,10 @@ def test_latest_that_somebody_set_back_is_followed(alone, stopped, tmp_path):
     chosen, warnings = recover(checkpoints)
     assert chosen == checkpoints / "step-00000002"
     for name, warning in zip((NEWEST, BEFORE), warnings, strict=False):
-        assert f"{checkpoints / name} is passed by; it was moved to {checkpoints / 'later-'}{name}" in warning
+        words = (
+            f"{checkpoints / name} is newer than what latest names; it was moved to {checkpoints / 'later-'}{name}: "
+        )
+        assert words in warning
     there = sorted(path.name for path in checkpoints.iterdir())
     assert there == [f"later-{BEFORE}", f"later-{NEWEST}", "latest", "step-00000002"]
 

@@ -97,9 +97,11 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
             damaged.append((folder, str(error)))
             continue
         moves = [(place, "damaged") for place, _ in damaged] + [(place, "later") for place in passed_by]
-        faults = [fault for _, fault in damaged] + [f"{place} is passed by" for place in passed_by]
+        faults = [fault for _, fault in damaged] + [
+            f"{place} is newer than what {LATEST_FILE} names" for place in passed_by
+        ]
         for fault, name in zip(faults, _from_first_rank(partial(_move_aside, moves, folder)), strict=True):
-            warnings.append(f"warning: {fault}; it was moved to {name}")
+            warnings.append(f"warning: {fault}; it was moved to {name}: remove it when you do not need it")
         if damaged or warnings:
             warnings.append(f"warning: going on from {folder}")
         return folder, warnings

@@ -87,12 +87,14 @@ def train(run: Run, *, force: bool = False) -> None:
         total_steps, last_step = timeline.num_steps, run.train.stop_at_step or timeline.num_steps
         journal = stack.enter_context(Journal(folder, state.step, total_steps, last_step, writes=first_rank))
         for warning in warnings:
+            journal.event("warning", state.step, text=warning)
             journal.note(warning)
         if newest is not None:
             journal.note(f"{folder}: going on after step {state.step} of {total_steps}")
         journal.event("resumed" if newest else "started", state.step, **_surroundings(run))
         if changed:
             journal.event("forced", state.step, changed=changed)
+            journal.note(f"{folder}: going on with other settings: {'; '.join(changed)}")
 
         while state.step < last_step:
             moment = timeline.at(state.step + 1)
@@ -136,7 +138,9 @@ def train(run: Run, *, force: bool = False) -> None:
                 journal.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")
             if result.skipped:
                 journal.event("skipped", step, loss=str(result.loss), gradient_norm=str(result.gradient_norm))
-                journal.note(f"step {step}: skipped, loss {result.loss}, gradient norm {result.gradient_norm}")
+                reason = "a spike" if result.is_spike else "not finite"
+                norm = result.gradient_norm
+                journal.note(f"step {step}: skipped ({reason}), loss {result.loss:.4f}, gradient norm {norm:.4f}")
             check_skipped(folder, run, state)
 
             wish = triggers.agree()
@@ -159,6 +163,8 @@ def train(run: Run, *, force: bool = False) -> None:
                 raise SystemExit(CODE_STOPPED)
         saver.finish()
         _tell(saver, journal)
+        if state.step < total_steps:
+            journal.note(f"{folder}: stopped after step {state.step} (train.stop_at_step); without it the run goes on")
         journal.event("finished" if state.step >= total_steps else "stopped", state.step)
         if first_rank:
             run_folder.summarize(folder, run, manifests)

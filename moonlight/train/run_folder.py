@@ -131,7 +131,13 @@ def check_initial_checkpoint(run: Run) -> Path | None:
         UserError: there are none, they are of another model, or were trained with another tokenizer than the data was
             made with.
     """
-    if not run.train.initial_checkpoint or complete_checkpoints(path(run)):
+    train = run.train
+    if train.only_stage not in ("", *list(run.stages)[:1]) and not train.initial_checkpoint:
+        raise UserError(
+            f"train.only_stage is {train.only_stage!r}, which is not the first stage: give the weights to begin with "
+            "as train.initial_checkpoint"
+        )
+    if not train.initial_checkpoint or complete_checkpoints(path(run)):
         return None
     try:
         folder = find(Path(run.train.initial_checkpoint))

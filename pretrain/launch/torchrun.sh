@@ -22,9 +22,15 @@ SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-300}      # between SIGTERM and SIGKILL, fo
 INTERFACE=${INTERFACE:-}                       # network interface of gloo and NCCL; empty lets them choose
 HEALTH=${HEALTH:-yes}                          # no leaves the health check out
 HEALTH_OPTIONS=${HEALTH_OPTIONS:-}             # see python -m pretrain.health --help
-LOG_FOLDER=${LOG_FOLDER:-runs/logs}            # output of every process, by restart and rank
+LOG_FOLDER=${LOG_FOLDER:-runs/logs/$(hostname)} # output of every process of this node, by restart and rank
 PYTHON=${PYTHON:-python}
 
+[[ $HEAD =~ :[0-9]+$ ]] || {
+    echo "HEAD is $HEAD: a host and a port are expected, such as node1:29500" >&2
+    exit 2
+}
+
+trap '' USR1 # until there is a run that can save
 if [ -n "$INTERFACE" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
@@ -38,10 +44,15 @@ if [ "$HEALTH" = yes ]; then
     read -ra options <<< "$HEALTH_OPTIONS"
     # A port of its own: a node that is done already must not meet the health check of one that is not.
     "${agent[@]}" --rdzv-endpoint "${HEAD%:*}:$((${HEAD##*:} + 1))" --rdzv-id "$RUN_ID-health" --max-restarts 0 \
-        -m pretrain.health "$@" "${options[@]}" || {
-        echo "$(hostname): the health check did not pass, so training does not start; HEALTH=no leaves it out" >&2
+        -m pretrain.health "$@" "${options[@]}" &
+    check=$!
+    trap 'kill -TERM "$check"; wait "$check"; exit 1' TERM INT
+    wait "$check" || {
+        echo "$(hostname): the health check did not pass (see the lines that begin with wrong:, or the error above)," \
+            "so training does not start; HEALTH=no leaves it out" >&2
         exit 1
     }
+    trap - TERM INT
 fi
 
 recipe=$1
