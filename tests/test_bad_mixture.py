@@ -112,6 +112,18 @@ def test_a_run_continued_without_one_of_its_sources(refuses, mixed, tmp_path, ti
     refuses(["pretrain", recipe], f"{folder} holds a run with other settings: data.sources.b.path (")
 
 
+def test_a_later_stage_needs_weights_to_begin_with(refuses, tiny_run, tmp_path):
+    recipe = tmp_path / "stages.yaml"
+    recipe.write_text(
+        f"base: {tiny_run.recipe}\nname: lone\nschedule: null\nstages:\n"
+        "  first: {from_tokens: 0, to_tokens: 1000, lr: 1.0e-3, decay: constant}\n"
+        "  second: {from_tokens: 1000, to_tokens: 2000, lr: 1.0e-3, decay: linear}\n"
+        "train: {train_steps: 0}\n"
+    )
+    words = "train.only_stage is 'second', which is not the first stage: give the weights to begin with"
+    refuses(["pretrain", recipe, "train.only_stage=second"], words)
+
+
 def test_a_cache_folder_that_is_a_file(tmp_path, mixed):
     (tmp_path / "file").write_text("")
     code, _, err = run_command("pretrain", mixed(), f"data.cache_folder={tmp_path / 'file'}")

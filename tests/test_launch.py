@@ -170,6 +170,19 @@ def test_training_does_not_start_where_the_health_check_fails(environment, tiny_
     assert not list(tmp_path.glob("runs/*"))
 
 
+def test_what_scripts_are_given_must_make_sense(environment):
+    script = str(LAUNCH / "torchrun.sh")
+    agent = [sys.executable, "-m", "pretrain.agent"]
+    for command, words in (
+        ([script], "usage: NODES=4 HEAD=node1:29500"),
+        ([script, "recipe.yaml"], "HEAD is node1: a host and a port are expected"),
+        ([*agent, "--nnodes", "1"], "error: SECONDS, after which an agent without processes ends, is not above 0"),
+        ([*agent, "-5"], "is not above 0: python -m pretrain.agent SECONDS"),
+    ):
+        ((said, code),) = finish([start(command, environment | {"HEAD": "node1"})])
+        assert code == 2 and words in said and said.count("\n") == 1, said
+
+
 def test_the_command_of_kubernetes(environment, tiny_run, tmp_path):
     """As in the container, with the names of this machine in place of the cluster's and a recipe of its size."""
     container = job_set()[3]["containers"][0]
