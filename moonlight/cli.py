@@ -165,6 +165,7 @@ def pretrain(
     """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
     from moonlight.config_io import load_recipe
     from moonlight.train import run_folder
+    from moonlight.train.tracking import check_installed
     from pretrain.local import launch, under_launcher
 
     run = load_recipe(recipe, overrides or [])
@@ -174,6 +175,7 @@ def pretrain(
         work(run, force=force)
         return
     run.check_batches(run.parallel.num_processes)
+    check_installed(run)
     run_folder.check_data(run)
     run_folder.check_initial_checkpoint(run)
     run_folder.check_folder(run_folder.path(run), run, force=force)

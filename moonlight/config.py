@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from moonlight.config_checks import one_of, positive, require
 from moonlight.config_model import Model
+from moonlight.config_monitor import Monitor
 from moonlight.config_optim import Optimizer
 from moonlight.config_stages import BatchGrowth, Schedule, Stage, check_growth, check_stages, check_weights
 
@@ -250,6 +251,7 @@ class Run:
     """Stages in their order, under names of your own."""
     parallel: Parallel = field(default_factory=Parallel)
     train: Train
+    monitor: Monitor = field(default_factory=Monitor)
 
     def __post_init__(self) -> None:
         model, parallel, train = self.model, self.parallel, self.train

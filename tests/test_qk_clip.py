@@ -94,7 +94,8 @@ def trained(run, steps=1, recording=True):
     results = []
     for step in range(1, steps + 1):
         slow.clear()
-        results.append(dataclasses.asdict(one_step(models, optimizer, run, step)))
+        result = one_step(models, optimizer, run, step)
+        results.append(dataclasses.asdict(result) | {"max_logit": result.max_logit})
     optimizer.data_parallel.finish_weights()
     layers = sorted({layer for layer, _ in slow})
     maxima = np.stack([[maxima for number, maxima in slow if number == layer] for layer in layers], axis=1)
@@ -159,6 +160,7 @@ def test_clipped_step_is_the_plain_step_and_then_the_twin(pool, variant):
     on = one_process(pool, wide_recipe(qk_clip=threshold, **options))
     assert on["results"][0]["clipped_heads"] == maxima.size // 2 == (maxima > threshold).sum()
     assert on["results"][0]["max_logit"] == pytest.approx(maxima.max(), rel=1e-6)
+    assert on["results"][0]["max_logits"] == pytest.approx(maxima.max(-1), rel=1e-6)
     expected = scaled(off["masters"], maxima, threshold, wide_recipe(**options).model)
     assert largest_error(on["masters"], off["masters"]) > 0.01
     assert largest_error(on["masters"], expected) < 1e-6

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from moonlight.model.shards import Sharded, pieces, turned, turned_view
+from moonlight.optim.groups import group_of
 from moonlight.optim.partition import Block
 from moonlight.optim.routing import Rule, matrix_heights, route
 
@@ -33,6 +34,11 @@ class Parameter:
     cut: every rank has a slice of each; replicated: every rank has all."""
     cut_axis: int
     """-2 or -1 if `slicing` is cut."""
+
+    @property
+    def group(self) -> str:
+        """Of those whose norms are watched."""
+        return group_of(self.key)
 
     @property
     def is_expert(self) -> bool:

@@ -6,6 +6,7 @@ mean share, is brought together by one rank (see exchange.py). docs/distributed_
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
@@ -20,6 +21,7 @@ from moonlight.model.pieces import Pieces
 from moonlight.model.shards import pieces, pieces_of, turned
 from moonlight.optim.data_parallel import DataParallel
 from moonlight.optim.gathered import Gathered
+from moonlight.optim.groups import GROUPS
 from moonlight.optim.master import Master
 from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.owned import Owned
@@ -94,13 +96,24 @@ class ShardedOptimizer:
         return momenta + sum(owned.master.state_bytes() for owned in self.owned)
 
     @torch.no_grad()
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the world's gradient in each group of parameters: every element counted on exactly one rank."""
+        sums = _group_sums()
+        _add(sums, self.owned, [owned.gradient for owned in self.owned], torch.float64)
+        dist.all_reduce(sums)
+        return {name: square**0.5 for name, (square, count) in zip(GROUPS, sums.tolist(), strict=True) if count}
+
     def gradient_norm(self) -> float:
-        """Norm of the world's gradient: every element counted on exactly one rank."""
-        total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-        if counted := [owned.gradient for owned in self.owned if owned.counts]:
-            total += torch.stack(torch._foreach_norm(counted, dtype=torch.float64)).square().sum()
-        dist.all_reduce(total)
-        return total.sqrt().item()
+        """Norm of the world's whole gradient."""
+        return math.hypot(*self.gradient_norms().values())
+
+    @torch.no_grad()
+    def weight_sums(self) -> torch.Tensor:
+        """Of this rank's master weights, what `step` returns of the update."""
+        sums = _group_sums()
+        for owned in self.owned:
+            _add(sums, [owned], [owned.master.values()])
+        return sums
 
     @torch.no_grad()
     def step(
@@ -111,7 +124,7 @@ class ShardedOptimizer:
         step: int,
         gradient_norm: float,
         row_factors: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> torch.Tensor:
         """Update this rank's rows from their gradients, clipped to `clip_grad_norm`; weights are then on their way.
 
         Args:
@@ -120,15 +133,14 @@ class ShardedOptimizer:
                 the parameter, and float32 [rows]. Equal on all owners of a parameter's rows.
 
         Returns:
-            Per algorithm, the sum of squares and the count of the update's elements, for its RMS: [2] float64, every
-            element counted on one rank.
+            For each of GROUPS, the sum of squares and the count of the update's elements, for its RMS: [groups, 2]
+            float64, every element counted on one rank.
         """
         config = self.config
         scale = config.clip_grad_norm / (gradient_norm + 1e-6) if 0 < config.clip_grad_norm < gradient_norm else 1.0
-        device = torch.cuda.current_device()
-        sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in MOMENTA}
+        sums = _group_sums()
 
-        def apply(members: Sequence[Owned], updates: Sequence[torch.Tensor], algorithm: str) -> None:
+        def apply(members: Sequence[Owned], updates: Sequence[torch.Tensor]) -> None:
             for decays in (True, False):
                 chosen = [(o, u) for o, u in zip(members, updates, strict=True) if o.parameter.rule.decay == decays]
                 masters = [owned.master.values() for owned, _ in chosen]
@@ -136,19 +148,17 @@ class ShardedOptimizer:
                 apply_updates(masters, [update for _, update in chosen], **rates)
                 for (owned, _), values in zip(chosen, masters, strict=True):
                     owned.master.store(values)
-            if counted := [update for owned, update in zip(members, updates, strict=True) if owned.counts]:
-                sums[algorithm][0] += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-                sums[algorithm][1] += sum(update.numel() for update in counted)
+            _add(sums, members, updates)
 
         for batch in self._muon_batches:
             matrices = [
                 direction.view(-1, *owned.whole_shape)
                 for owned, direction in zip(batch, self._directions(batch, scale), strict=True)
             ]
-            apply(batch, self._scaled(batch, self._orthogonalize(matrices)), "muon")
+            apply(batch, self._scaled(batch, self._orthogonalize(matrices)))
         for gathered in self._gathered:
             results = gathered.run(self._directions(gathered.members, scale), self._orthogonalize)
-            apply(gathered.members, self._scaled(gathered.members, results), "muon")
+            apply(gathered.members, self._scaled(gathered.members, results))
         for batch in self._adamw_batches:
             updates = adamw_updates(
                 [owned.gradient for owned in batch],
@@ -160,7 +170,7 @@ class ShardedOptimizer:
                 step=step,
                 scale=scale,
             )
-            apply(batch, updates, "adamw")
+            apply(batch, updates)
         self._scale_rows(row_factors or {})
         self.data_parallel.start_weights()
         return sums
@@ -196,6 +206,24 @@ class ShardedOptimizer:
             result.reshape(owned.gradient.shape).float() * muon_scale(*owned.whole_shape, self.config.rms_match)
             for owned, result in zip(members, results, strict=True)
         ]
+
+
+def _group_sums() -> torch.Tensor:
+    """Sum of squares and count of elements of each of GROUPS, still 0."""
+    return torch.zeros(len(GROUPS), 2, dtype=torch.float64, device=torch.cuda.current_device())
+
+
+def _add(
+    sums: torch.Tensor, members: Sequence[Owned], values: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Add the values of owned rows to the sums of their groups, every element of the world once. `dtype` of norms."""
+    of_group: dict[int, list[torch.Tensor]] = {}
+    for owned, value in zip(members, values, strict=True):
+        if owned.counts:
+            of_group.setdefault(GROUPS.index(owned.parameter.group), []).append(value)
+    for group, counted in of_group.items():
+        sums[group, 0] += torch.stack(torch._foreach_norm(counted, dtype=dtype)).double().square().sum()
+        sums[group, 1] += sum(value.numel() for value in counted)
 
 
 def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Pieces]:

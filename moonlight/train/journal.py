@@ -7,15 +7,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from moonlight.config import Run
 from moonlight.errors import message_of
 from moonlight.train.events import Events
-from moonlight.train.metrics import LiveLine, Metrics
+from moonlight.train.metrics import LiveLine, Metrics, scalars
+from moonlight.train.tracking import Tracking
 
 
 class Journal:
     """Every rank has one, and calls it alike; only that of the first rank writes. Closed when its block is left."""
 
-    def __init__(self, folder: Path, step: int, total_steps: int, last_step: int, *, writes: bool) -> None:
+    def __init__(self, folder: Path, run: Run, step: int, total_steps: int, last_step: int, *, writes: bool) -> None:
         """Args:
         folder: of the run.
         step: after which it goes on. What a killed run wrote beyond it is dropped, because those steps are done again.
@@ -25,6 +27,7 @@ class Journal:
         self._events = Events(folder, writes=writes)
         self._metrics = Metrics(folder, step) if writes else None
         self._line = LiveLine(total_steps, step) if writes else None
+        self._tracking = Tracking(folder, run, self.note) if writes and run.monitor.wandb_project else None
         self._started, self._first_step = time.monotonic(), step
         self._warned = False
 
@@ -34,6 +37,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._tracking:
+            self._tracking.close()
         if self._metrics and self._line:
             self._metrics.close()
             self._line.close()
@@ -53,6 +58,8 @@ class Journal:
         if self._metrics and self._line:
             with self._warning():
                 self._metrics.write(entry)
+            if self._tracking:
+                self._tracking.write(scalars(entry), entry["step"])
             seconds = (time.monotonic() - self._started) / (entry["step"] - self._first_step)
             self._line.update(entry, seconds * (self._last_step - entry["step"]))
 

@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from moonlight import parallel
@@ -25,12 +24,14 @@ from moonlight.timeline import Moment, Timeline
 from moonlight.train import checkpoint, run_folder, spikes
 from moonlight.train.checkpoint_files import TrainState
 from moonlight.train.checkpoint_recovery import check, newest_sound
+from moonlight.train.describe import describe, environment, judge
 from moonlight.train.journal import Journal
 from moonlight.train.saver import Saver
 from moonlight.train.shared_folder import check_shared
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
+from moonlight.train.tracking import check_installed
 from moonlight.train.triggers import Triggers
-from moonlight.train.validate import bits_per_byte, validate
+from moonlight.train.validate import validate
 from moonlight.train.watchdog import GROUPS, Watchdog
 
 
@@ -51,6 +52,7 @@ def train(run: Run, *, force: bool = False) -> None:
     """
     run.check_batches(dist.get_world_size())
     timeline = Timeline(run)
+    check_installed(run)
     folder = run_folder.path(run)
     manifests = run_folder.check_data(run)
     tokenizer = next(iter(manifests.values()))["tokenizer"]  # all have the same
@@ -85,7 +87,7 @@ def train(run: Run, *, force: bool = False) -> None:
         held_out = open_validation(run, manifests)
 
         total_steps, last_step = timeline.num_steps, run.train.stop_at_step or timeline.num_steps
-        journal = stack.enter_context(Journal(folder, state.step, total_steps, last_step, writes=first_rank))
+        journal = stack.enter_context(Journal(folder, run, state.step, total_steps, last_step, writes=first_rank))
         for warning in warnings:
             journal.event("warning", state.step, text=warning)
             journal.note(warning)
@@ -185,6 +187,7 @@ def _surroundings(run: Run) -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "layout": {key: value for key, value in dataclasses.asdict(run.parallel).items() if key.endswith("_size")},
         "restart": int(os.environ.get(parallel.RESTART_COUNT, "0")),
+        "environment": environment(),
     }
 
 
@@ -202,40 +205,6 @@ def advance(state: TrainState, run: Run, moment: Moment, result: StepResult) -> 
         if result.skipped
         else spikes.remember(state.recent_losses, result.loss, run.train.spike_window),
     )
-
-
-def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, seconds: float) -> dict[str, Any]:
-    """One step's object in metrics.jsonl."""
-    tokens = moment.global_batch_size * run.data.sequence_length
-    entry: dict[str, Any] = {
-        "step": state.step,
-        "consumed_tokens": state.consumed_tokens,
-        "loss/train": result.loss,
-        "loss/aux": result.aux_loss,
-        "optim/grad_norm": result.gradient_norm,
-        "optim/lr": moment.learning_rate,
-        "optim/global_batch_size": moment.global_batch_size,
-        "optim/router_bias_update_rate": moment.router_bias_update_rate,
-        "optim/skipped_steps": state.skipped_steps,
-        "moe/max_load": result.max_load,
-        "attention/max_logit": result.max_logit,
-        "speed/tokens_per_second": tokens / seconds,
-        "time/step_seconds": seconds,
-    }
-    if moment.stage:
-        entry["stage"] = moment.stage
-    if run.optimizer.qk_clip > 0:
-        entry["attention/clipped_heads"] = result.clipped_heads
-    entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}
-    if torch.cuda.is_available():
-        entry["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
-    return entry
-
-
-def judge(loss: float, counts: dict[str, int]) -> dict[str, float]:
-    """The loss over all held-out documents, every byte of them predicted, and the bits per byte it means."""
-    bits = bits_per_byte(loss, counts["tokens"], counts["bytes"])
-    return {"loss/held_out": loss, "bits_per_byte/held_out": bits}
 
 
 def check_skipped(folder: Path, run: Run, state: TrainState) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard, the terminal, the loss curve."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ SMOOTHING = 0.1
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    """The objects of a run's metrics.jsonl; a last line cut off by a crash is left out, and null is NaN."""
     path = folder / METRICS_FILE
     if not path.exists():
         return []
@@ -37,9 +38,27 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):
             try:
-                yield json.loads(line)
+                entry = json.loads(line)
             except ValueError:
                 raise UserError(f"{path} is damaged: line {number} is not JSON; remove that line") from None
+            yield {key: math.nan if value is None else value for key, value in entry.items()}
+
+
+def to_line(entry: dict[str, Any]) -> bytes:
+    """One line of metrics.jsonl. What is not finite is null there, because JSON has no word for it."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    clean = {key: finite(value) for key, value in entry.items()}
+    return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """What of a step's object is a curve: its numbers, without lists and text."""
+    return {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
 class Metrics:
@@ -49,7 +68,7 @@ class Metrics:
         """Go on after `step`: what a killed run wrote beyond it is dropped, because those steps are done again."""
         kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
         self._path = folder / METRICS_FILE
-        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_text(self._path, b"".join(map(to_line, kept)).decode())
         self._file = self._path.open("ab", buffering=0)
         self._left = b""
         """What the disk did not take yet."""
@@ -61,12 +80,13 @@ class Metrics:
         Raises:
             OSError: not all could be written; what is left is written by the next call that can. TensorBoard lacks it.
         """
-        self._left += (json.dumps(entry) + "\n").encode()
+        self._left += to_line(entry)
         self._write_left()
         try:
-            for key, value in entry.items():
-                if key not in ("step", "stage"):
-                    self._board.add_scalar(key, value, entry["step"])
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars(entry).items()]
+            self._board.file_writer.add_summary(Summary(value=values), entry["step"])
         except OSError:  # its thread has ended
             self._board = self._open_board(entry["step"] + 1)
             raise

@@ -34,6 +34,7 @@ FREE_TO_CHANGE = frozenset(
         "runs_folder",
         "data.cache_folder",
         "parallel",
+        "monitor",
         "train.micro_batch_size",
         "train.threads_per_process",
         "train.validate_every_steps",

@@ -27,7 +27,16 @@ from moonlight.model.router import Router, update_expert_bias
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
 from moonlight.optim.sharded import ShardedOptimizer
+from moonlight.optim.spectrum import svd_entropies
 from moonlight.timeline import Moment
+from moonlight.train.monitors import (
+    Watched,
+    is_due,
+    loads_by_layer,
+    logits_by_layer,
+    peak_memory_bytes,
+    root_mean_squares,
+)
 
 
 @dataclass(frozen=True)
@@ -119,15 +128,25 @@ class StepResult:
     """Loss or gradient was not finite, or a spike was not to count: nothing was changed."""
     is_spike: bool
     """The loss was finite, and above what it may be."""
+    gradient_norms: dict[str, float]
+    """By group of parameters."""
     update_rms: dict[str, float]
-    """Per algorithm, the RMS of the update before the learning rate; empty when skipped."""
+    """By group, the RMS of the update before the learning rate; empty when skipped."""
     max_load: float
     """Largest share of tokens an expert got, over all layers, in units of the even share."""
-    max_logit: float
-    """Largest attention logit, over all heads and layers; infinite if one was not a number. With `qk_clip` that of the
-    whole batch, else that of the first micro-batch of every data-parallel rank."""
+    dead_experts: int
+    """Experts, over all layers, that got no token."""
     clipped_heads: int
     """Heads, over all layers, whose query and key weights `qk_clip` scaled down."""
+    max_logits: tuple[float, ...]
+    """Largest attention logit of each layer; infinite where one was not a number. With `qk_clip` that of the whole
+    batch, else, in watched steps, that of the first micro-batch of every data-parallel rank; empty in others."""
+    watched: Watched | None = None
+
+    @property
+    def max_logit(self) -> float:
+        """Largest over all layers."""
+        return max(self.max_logits, default=-math.inf)
 
 
 def train_step(
@@ -146,21 +165,28 @@ def train_step(
     therefore updated only after both are known.
     `before_update` is called before anything moves.
     """
+    is_watched = is_due(moment.step, run.monitor.every_steps)
+    clips = run.optimizer.qk_clip > 0
     optimizer.data_parallel.zero_gradients()
-    loss, _ = forward_backward(models, run, batches)
-    norm = optimizer.gradient_norm()
+    loss, _ = forward_backward(models, run, batches, recorded_batches=len(batches) if clips else int(is_watched))
+    gradient_norms = optimizer.gradient_norms()
+    norm = math.hypot(*gradient_norms.values())
     broken = not (math.isfinite(norm) and math.isfinite(loss.item()))
     broken, is_above = _any_rank(broken, loss.item() > spike_above)
     is_spike = is_above and not broken
     skipped = broken or (is_spike and run.train.spike_policy != "none")
     before_update()
-    update_sums = {}
-    recorded = attentions(models)
-    maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
-    max_logit, clipped_heads = maxima.max(), torch.zeros((), dtype=torch.int64, device=loss.device)
+    head_group = parallel_state.get_model_parallel_group()  # tensor and pipeline: together they have every head once
+    max_logits: tuple[float, ...] = ()
+    if clips or is_watched:
+        recorded = attentions(models)
+        maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
+        max_logits = logits_by_layer(maxima, recorded, run.model, head_group)
+    update_rms: dict[str, float] = {}
+    clipped_heads = torch.zeros((), dtype=torch.int64, device=loss.device)
     if not skipped:
         factors = None
-        if run.optimizer.qk_clip > 0:
+        if clips:
             gammas = logit_factors(maxima, run.optimizer.qk_clip)
             clipped_heads = (gammas < 1).sum()
             factors = row_factors(recorded, gammas, run.model)
@@ -171,34 +197,46 @@ def train_step(
             gradient_norm=norm,
             row_factors=factors,
         )
-    head_group = parallel_state.get_model_parallel_group()  # tensor and pipeline: together they have every head once
-    dist.all_reduce(max_logit, op=dist.ReduceOp.MAX, group=head_group)
-    dist.all_reduce(clipped_heads, group=head_group)
+        update_rms = root_mean_squares(update_sums)
+    if clips:
+        dist.all_reduce(clipped_heads, group=head_group)
     model_group = parallel_state.get_tensor_and_data_parallel_group()
-    max_load, aux_loss = torch.zeros((), device=loss.device), torch.zeros((), device=loss.device)
+    max_load, aux_loss, dead_experts, counts = torch.zeros(4, device=loss.device).unbind()
     if local := routers(models):
         counts = update_expert_bias(local, 0.0 if skipped else moment.router_bias_update_rate, model_group)
         max_load = (counts.max(-1).values / counts.mean(-1)).max()
+        dead_experts = (counts == 0).sum().float()
         aux_loss = torch.stack([router.aux_loss for router in local]).sum() / moment.global_batch_size
         dist.all_reduce(aux_loss, group=model_group)
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    dist.all_reduce(aux_loss, group=pipeline_group)
+    over_layers = torch.stack([aux_loss, dead_experts])
+    dist.all_reduce(over_layers, group=pipeline_group)
     dist.all_reduce(max_load, op=dist.ReduceOp.MAX, group=pipeline_group)
-    update_rms = {}
-    for name, sums in update_sums.items():
-        dist.all_reduce(sums)
-        if sums[1] > 0:
-            update_rms[name] = (sums[0] / sums[1]).sqrt().item()
+    watched = None
+    if is_watched:
+        entropies = {}
+        if is_due(moment.step, run.monitor.svd_entropy_every_steps):
+            optimizer.data_parallel.finish_weights()
+            entropies = svd_entropies(optimizer.data_parallel.parameters, run.model.num_experts)
+        watched = Watched(
+            loads=loads_by_layer(counts, local, run.model, pipeline_group),
+            weight_rms=root_mean_squares(optimizer.weight_sums()),
+            peak_memory_bytes=peak_memory_bytes(),
+            svd_entropies=entropies,
+        )
     return StepResult(
         loss=loss.item(),
-        aux_loss=aux_loss.item(),
+        aux_loss=over_layers[0].item(),
         gradient_norm=norm,
         skipped=skipped,
         is_spike=is_spike,
+        gradient_norms=gradient_norms,
         update_rms=update_rms,
         max_load=max_load.item(),
-        max_logit=max_logit.item(),
+        dead_experts=int(over_layers[1].item()),
         clipped_heads=int(clipped_heads.item()),
+        max_logits=max_logits,
+        watched=watched,
     )
 
 
@@ -215,10 +253,13 @@ def forward_backward(
     batches: Sequence[Batch],
     *,
     forward_only: bool = False,
+    recorded_batches: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a global batch forward and, unless `forward_only`, backward, which adds to gradient sums and exchanges them.
 
-    `batches` are this data-parallel rank's micro-batches; all ranks must give the same number.
+    Args:
+        batches: this data-parallel rank's micro-batches; all ranks must give the same number.
+        recorded_batches: of how many of them, the first ones, attention keeps its largest logits.
 
     Returns:
         The mean language-model loss of the global batch and the number of tokens it is the mean of: float32 scalars
@@ -234,7 +275,7 @@ def forward_backward(
             router.aux_loss_weight = run.model.aux_loss_alpha / num_sequences
             router.aux_loss.zero_()
         for attention in attentions(models):
-            attention.record(len(batches) if run.optimizer.qk_clip > 0 else 1)
+            attention.record(recorded_batches)
     schedule = get_forward_backward_func()
     losses = schedule(
         forward_step_func=partial(_forward, global_count),
