@@ -140,6 +140,18 @@ def bench_loader(
         raise typer.Exit(1)
 
 
+@bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
+def bench_monitors(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """What monitors cost at their default cadence, as a share of a step. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.monitors import bench_monitors as measure
+
+    if not measure(rounds, json):
+        raise typer.Exit(1)
+
+
 @bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
 def bench_checkpoint(
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,

@@ -5,6 +5,7 @@ Everything is counted on the rows of `mapping.table`, so a model that has no ten
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from moonlight import mapping
 from moonlight.config_model import Model
@@ -40,6 +41,7 @@ def count_parameters(model: Model) -> ParameterCounts:
     )
 
 
+@cache
 def train_flops_per_token(model: Model, sequence_length: int) -> float:
     """Floating-point operations of forward and backward pass for one token, on average over a causal sequence.
 

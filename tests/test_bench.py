@@ -1,12 +1,13 @@
 """The benchmarks' own arithmetic, gates and refusals; their figures are measured by `moonlight bench`."""
 
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from layouts import build, recipe
 
-from moonlight.bench import checkpoint, loader, optimizer
+from moonlight.bench import checkpoint, loader, monitors, optimizer
 from moonlight.bench.report import speed
 from moonlight.errors import UserError
 from moonlight.train.checkpoint_files import TrainState, step_folder
@@ -50,6 +51,25 @@ def gate_of_saves(folder):
 
 def test_a_save_of_other_bits_fails_the_gate(pool, tmp_path):
     assert pool.run(1, gate_of_saves, tmp_path) == [[True, False]]
+
+
+def monitors_timed(learning_rate):
+    run = recipe()
+    return monitors._measure(replace(run, schedule=replace(run.schedule, lr=learning_rate, warmup_steps=0)), 2)
+
+
+def test_monitors_that_change_a_step_would_fail_the_gate(pool):
+    ((times, passed),) = pool.run(1, monitors_timed, 1e-30)
+    assert passed and all(len(times[part]) == 2 and min(times[part]) > 0 for part in monitors.PARTS)
+    ((_, passed),) = pool.run(1, monitors_timed, 1e-2)  # now losses differ from step to step
+    assert not passed
+
+
+def test_the_cost_of_monitors_follows_from_their_cadence():
+    times = {"step": 1.0, "told": 1e-3, "told watched": 3e-3, "logits": 1e-2, "watched": 2e-2, "entropies": 0.12}
+    figure = monitors._figure("case", {part: [seconds] for part, seconds in times.items()}, True)
+    assert figure.ours == pytest.approx(1.0 + 3.2 + 1.0) and figure.ratio == pytest.approx(0.52) and figure.passed
+    assert not monitors._figure("case", {part: [1.0] for part in times}, True).passed
 
 
 def test_bad_arguments_of_the_checkpoint_benchmark():

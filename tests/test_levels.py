@@ -45,6 +45,7 @@ KNOW_MEGATRON = {
     "moonlight/parallel.py",
     "moonlight/bench/checkpoint.py",
     "moonlight/bench/loader.py",
+    "moonlight/bench/monitors.py",
     "moonlight/data/loader.py",
     "moonlight/data/prepare.py",
     "moonlight/model/build.py",

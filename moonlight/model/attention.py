@@ -25,19 +25,18 @@ def max_logits(
     A logit that is not a number makes its head's maximum one.
     """
     length, batch, heads, _ = query.shape
-    rows = max(1, logits_at_once // (heads * length))
+    rows = max(1, logits_at_once // (batch * heads * length))
     largest = torch.full((heads,), -math.inf, device=query.device)
-    for sequence in range(batch):
-        q, k = (x[:, sequence].transpose(0, 1).float() for x in (query, key))  # [heads, sequence, dim]
-        for start in range(0, length, rows):
-            stop = min(start + rows, length)
-            logits = q[:, start:stop] @ k[:, :stop].mT  # [heads, rows, stop]
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
-            logits[:, :, start:].masked_fill_(future, -math.inf)
-            if documents is not None:
-                own = documents[sequence]
-                logits.masked_fill_(own[start:stop, None] != own[None, :stop], -math.inf)
-            largest = torch.maximum(largest, logits.amax((1, 2)))
+    q, k = (x.permute(1, 2, 0, 3).float() for x in (query, key))  # [batch, heads, sequence, dim]
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        logits = q[:, :, start:stop] @ k[:, :, :stop].mT  # [batch, heads, rows, stop]
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., start:].masked_fill_(future, -math.inf)
+        if documents is not None:
+            apart = documents[:, start:stop, None] != documents[:, None, :stop]
+            logits.masked_fill_(apart.unsqueeze(1), -math.inf)
+        largest = torch.maximum(largest, logits.flatten(2).amax(2).amax(0))
     return largest * softmax_scale
 
 

@@ -11,10 +11,13 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 
+from moonlight.config import Run
 from moonlight.config_model import Model
 from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router
 from moonlight.optim.groups import GROUPS
+from moonlight.optim.sharded import ShardedOptimizer
+from moonlight.optim.spectrum import svd_entropies
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,27 @@ def loads_by_layer(
         loads[[router.layer_number - 1 - first for router in routers]] = counts / counts.mean(-1, keepdim=True)
     dist.all_reduce(loads, group=group)
     return tuple(map(tuple, loads.tolist()))
+
+
+def watch(
+    optimizer: ShardedOptimizer,
+    run: Run,
+    step: int,
+    routers: Sequence[Router],
+    counts: torch.Tensor,
+    pipeline_group: dist.ProcessGroup,
+) -> Watched:
+    """What a watched step looks at; `routers` and `counts` as in `loads_by_layer`. Every rank calls it."""
+    entropies = {}
+    if is_due(step, run.monitor.svd_entropy_every_steps):
+        optimizer.data_parallel.finish_weights()
+        entropies = svd_entropies(optimizer.data_parallel.parameters, run.model.num_experts)
+    return Watched(
+        loads=loads_by_layer(counts, routers, run.model, pipeline_group),
+        weight_rms=root_mean_squares(optimizer.weight_sums()),
+        peak_memory_bytes=peak_memory_bytes(),
+        svd_entropies=entropies,
+    )
 
 
 def peak_memory_bytes() -> int:

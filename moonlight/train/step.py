@@ -27,16 +27,8 @@ from moonlight.model.router import Router, update_expert_bias
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
 from moonlight.optim.sharded import ShardedOptimizer
-from moonlight.optim.spectrum import svd_entropies
 from moonlight.timeline import Moment
-from moonlight.train.monitors import (
-    Watched,
-    is_due,
-    loads_by_layer,
-    logits_by_layer,
-    peak_memory_bytes,
-    root_mean_squares,
-)
+from moonlight.train.monitors import Watched, is_due, logits_by_layer, root_mean_squares, watch
 
 
 @dataclass(frozen=True)
@@ -212,18 +204,7 @@ def train_step(
     over_layers = torch.stack([aux_loss, dead_experts])
     dist.all_reduce(over_layers, group=pipeline_group)
     dist.all_reduce(max_load, op=dist.ReduceOp.MAX, group=pipeline_group)
-    watched = None
-    if is_watched:
-        entropies = {}
-        if is_due(moment.step, run.monitor.svd_entropy_every_steps):
-            optimizer.data_parallel.finish_weights()
-            entropies = svd_entropies(optimizer.data_parallel.parameters, run.model.num_experts)
-        watched = Watched(
-            loads=loads_by_layer(counts, local, run.model, pipeline_group),
-            weight_rms=root_mean_squares(optimizer.weight_sums()),
-            peak_memory_bytes=peak_memory_bytes(),
-            svd_entropies=entropies,
-        )
+    watched = watch(optimizer, run, moment.step, local, counts, pipeline_group) if is_watched else None
     return StepResult(
         loss=loss.item(),
         aux_loss=over_layers[0].item(),

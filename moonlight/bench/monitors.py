@@ -1,0 +1,185 @@
+"""`moonlight bench monitors`: what the monitors cost at their default cadence, as a share of a training step.
+
+One process trains recipes of this repository on random tokens at a learning rate too small to move a weight. In turns,
+a step without monitors is timed, and everything that is done besides in a step with them: writing metrics, the
+attention logits of one micro-batch, norms and loads, SVD entropies. The cost of a step on average follows from their
+cadence. The gate: losses with and without monitors are the same bits, and entropies are numpy's.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from moonlight import parallel
+from moonlight.bench.report import Figure, hardware, report
+from moonlight.config import Parallel, Run
+from moonlight.config_io import load_recipe
+from moonlight.config_monitor import Monitor
+from moonlight.config_stages import Schedule
+from moonlight.errors import UserError
+from moonlight.model.attention import max_logits
+from moonlight.model.build import build_model
+from moonlight.model.shards import initialize
+from moonlight.optim.sharded import make_optimizer
+from moonlight.optim.spectrum import entropy
+from moonlight.timeline import Timeline
+from moonlight.train.checkpoint_files import TrainState
+from moonlight.train.describe import describe
+from moonlight.train.metrics import Metrics
+from moonlight.train.monitors import watch
+from moonlight.train.step import Batch, StepResult, attentions, routers, train_step
+
+BAR_PERCENT = 1.0
+NEVER = Monitor(every_steps=0, svd_entropy_every_steps=0)
+OFTEN = Monitor(every_steps=1, svd_entropy_every_steps=0)
+ALWAYS = Monitor(every_steps=1, svd_entropy_every_steps=1)
+RECIPES = {
+    "quickstart": ("configs/quickstart.yaml", {}),
+    # On a CPU a step of its 262,144 tokens would take an hour. Monitors cost the same beside more tokens, so this is
+    # the harder case.
+    "0.1B, 3 of its 9 layers, 2,048 tokens": (
+        "configs/moonlight_family/a0.1b.yaml",
+        {"model.num_hidden_layers": 3, "data.sequence_length": 1024, "train.global_batch_size": 2},
+    ),
+}
+STEP = 2
+"""A step after the first, which is watched always."""
+ENTROPY_TOLERANCE = 1e-5
+PARTS = ("step", "told", "told watched", "logits", "watched", "entropies")
+
+
+def bench_monitors(rounds: int, json_path: Path | None = None) -> bool:
+    """Measure, print the table, and return whether every gate and bar has passed."""
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}: at least 1 is accepted")
+    figures, notes = [], []
+    for name, (path, overrides) in RECIPES.items():
+        run = load_recipe(Path(path), [f"{key}={value}" for key, value in overrides.items()])
+        run = replace(run, parallel=Parallel(), schedule=Schedule(lr=1e-30, router_bias_update_rate=0.0))
+        parallel.join_alone()
+        try:
+            times, passed = _measure(run, rounds)
+        finally:
+            parallel.leave_world()
+        figures.append(_figure(name, times, passed))
+        ms = {part: 1e3 * statistics.median(found) for part, found in times.items()}
+        notes.append(
+            f"{name}: a step {ms['step']:.0f} ms, its metrics {ms['told']:.2f} ms; when watched, attention logits "
+            f"{ms['logits']:.1f} ms, the rest {ms['watched']:.1f} ms, metrics {ms['told watched']:.2f} ms; SVD "
+            f"entropies {ms['entropies']:.0f} ms; gate {'passed' if passed else 'FAILED'}"
+        )
+    notes.append("ours: added to a step on average; peer: the step; ratio: per cent")
+    return report("Monitors at their default cadence", figures, hardware("cpu"), notes, json_path)
+
+
+def _measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], bool]:
+    """Seconds of each of PARTS in every round, and whether the gate was passed."""
+    parallel.build_groups(run.parallel, run.train.seed)
+    models = build_model(run)
+    optimizer = make_optimizer(models, run)
+    with optimizer.fill_masters() as masters:
+        initialize(masters, run.model, run.train.seed)
+    moment = Timeline(run).at(STEP)
+    state = TrainState(step=STEP, consumed_sequences=moment.end)
+    batches = _random_batches(run)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for attention in attentions(models):
+        attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
+    group = parallel_state.get_pipeline_model_parallel_group()
+    quiet, often, always = (replace(run, monitor=monitor) for monitor in (NEVER, OFTEN, ALWAYS))
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    losses = set()
+    with tempfile.TemporaryDirectory() as place:
+        metrics = Metrics(Path(place), 0)
+
+        def tell(of: Run, result: StepResult) -> None:
+            metrics.write(describe(state, of, moment, result, 1.0))
+
+        for number in range(rounds + 1):
+            clock = _Clock()
+            seen.clear()
+            result = clock.time("step", partial(train_step, models, optimizer, quiet, batches, moment))
+            clock.time("told", partial(tell, quiet, result))
+            inputs = seen[: len(attentions(models))]  # of the first micro-batch
+            clock.time("logits", partial(_logits, inputs))
+            counts = torch.ones(len(routers(models)), run.model.num_experts)
+            look = partial(watch, optimizer, step=STEP, routers=routers(models), counts=counts, pipeline_group=group)
+            clock.time("watched", partial(look, often))
+            clock.time("entropies", partial(look, always))
+            whole = train_step(models, optimizer, often, batches, moment)
+            clock.time("told watched", partial(tell, often, whole))
+            losses |= {result.loss, whole.loss}
+            if number:  # the first round warms up
+                for part in PARTS:
+                    times[part].append(clock.seconds[part])
+        metrics.close()
+    matrices = [
+        parameter.weights
+        for parameter in optimizer.data_parallel.parameters
+        if parameter.key.endswith(("router.weight", "linear_kv_down_proj.weight"))
+    ]
+    exact = all(abs(entropy(matrix) - _numpy_entropy(matrix)) < ENTROPY_TOLERANCE for matrix in matrices)
+    return times, exact and len(losses) == 1
+
+
+def _logits(inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for query, key in inputs:
+        max_logits(query, key, 1.0)
+
+
+class _Clock:
+    """Seconds of calls, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str, call: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = call()
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+def _random_batches(run: Run) -> list[Batch]:
+    generator = torch.Generator().manual_seed(run.train.seed)
+    shape = (run.train.global_batch_size, run.data.sequence_length + 1)
+    tokens = torch.randint(0, run.model.vocab_size, shape, generator=generator)
+    return [
+        Batch(part[:, :-1], part[:, 1:], torch.ones_like(part[:, 1:], dtype=torch.float32))
+        for part in tokens.split(run.train.micro_batch_size)
+    ]
+
+
+def _numpy_entropy(matrix: torch.Tensor) -> float:
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    shares = values**2 / (values**2).sum()
+    return float(-(shares * np.log(shares)).sum() / np.log(len(shares)))
+
+
+def _figure(name: str, times: dict[str, list[float]], passed: bool) -> Figure:
+    """The mean cost of a step as a share of a step without monitors, from medians; its spread from single rounds."""
+    cadence = Monitor()
+
+    def cost(step: float, told: float, told_watched: float, logits: float, watched: float, entropies: float) -> float:
+        """Seconds a step: metrics are told in every one, the rest in some."""
+        often = logits + watched + told_watched - told
+        return told + often / cadence.every_steps + (entropies - watched) / cadence.svd_entropy_every_steps
+
+    rounds = [cost(*values) / values[0] for values in zip(*(times[part] for part in PARTS), strict=True)]
+    middle = [statistics.median(times[part]) for part in PARTS]
+    percent = 100 * cost(*middle) / middle[0]
+    spread = f"{100 * min(rounds):.2f}..{100 * max(rounds):.2f}"
+    bar = f"<= {BAR_PERCENT:.0f} %"
+    added = 1e3 * cost(*middle)
+    return Figure(name, "ms", added, 1e3 * middle[0], percent, spread, bar, passed and percent <= BAR_PERCENT)
