@@ -9,6 +9,7 @@ from layouts import build, recipe
 
 from moonlight.bench import checkpoint, loader, monitors, optimizer
 from moonlight.bench.report import speed
+from moonlight.config import Schedule
 from moonlight.errors import UserError
 from moonlight.train.checkpoint_files import TrainState, step_folder
 from moonlight.train.saver import Saver
@@ -55,7 +56,7 @@ def test_a_save_of_other_bits_fails_the_gate(pool, tmp_path):
 
 def monitors_timed(learning_rate):
     run = recipe()
-    return monitors._measure(replace(run, schedule=replace(run.schedule, lr=learning_rate, warmup_steps=0)), 2)
+    return monitors._measure(replace(run, schedule=Schedule(lr=learning_rate, router_bias_update_rate=0.0)), 2)
 
 
 def test_monitors_that_change_a_step_would_fail_the_gate(pool):
