@@ -335,6 +335,20 @@ def generate(
     print(complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed))
 
 
+@app.command(epilog="Example: moonlight report runs/quickstart runs/adamw --out compared.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default report.html in the run's folder, or for several runs in this one."),
+    ] = None,
+) -> None:
+    """Write one page about a run, or several compared: charts, what happened, recipe. It needs no network."""
+    from moonlight.report.write import report as write
+
+    print(f"{write(runs, out)}: written")
+
+
 @app.command(epilog="Example: moonlight quickstart --corpus ~/texts")
 def quickstart(
     corpus: Annotated[
