@@ -58,10 +58,12 @@ def recipe(name, steps, shape):
     """A resolved recipe that `moonlight.config` accepts."""
     return f"""name: {name}
 model: {{vocab_size: 163840, hidden_size: 2048, num_hidden_layers: {shape.layers + 1}, num_attention_heads: 16,
-  intermediate_size: 11264, moe_intermediate_size: 1408, num_experts: {shape.experts}, num_experts_per_tok: 2}}
+  first_k_dense_replace: 1, intermediate_size: 11264, 
+  moe_intermediate_size: 1408, num_experts: {shape.experts}, num_experts_per_tok: 2}}
 data: {{path: data, tokenizer: tokenizer, sequence_length: {TOKENS_PER_SEQUENCE}}}
 schedule: {{lr: {shape.lr:.6f}, warmup_steps: {max(1, steps // 50)}}}
-train: {{train_steps: {steps}, global_batch_size: 64, seed: {shape.seed}}}
+train: {{train_steps: {steps}, global_batch_size: 64, micro_batch_size: 1, validate_every_steps: 100,
+  validation_sequences: 64, save_every_steps: 200, seed: {shape.seed}}}
 """
 
 

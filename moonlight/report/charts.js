@@ -33,12 +33,14 @@ class Panel {
     const [a, b] = domain();
     ctx.fillStyle = css("--muted");
     ctx.textBaseline = "middle";
-    const found = ticks(a, b, Math.max(2, Math.floor(this.width / 90)));
-    found.forEach(([value, text], i) => {
+    const found = ticks(a, b, Math.max(2, Math.floor(this.width / 75)));
+    found.forEach(([value, text]) => {
       const px = this.px(value), half = ctx.measureText(text).width / 2;
-      ctx.textAlign = px + half > this.width ? "right" : px - half < 0 ? "left" : "center";
+      ctx.textAlign = px + half > this.width ? "right" : "center";
       ctx.fillText(text, Math.min(px, this.width), this.height - 8);
     });
+    ctx.textAlign = "right";
+    ctx.fillText(view.x, this.left - 6, this.height - 8);
     this.canvas.setAttribute("aria-label", `${this.title}, ${view.x} ${whole(a)} to ${whole(b)}`);
     this.draw(ctx);
     if (!this.pointed) this.rest();
@@ -72,23 +74,18 @@ class Panel {
     };
     this.plot.addEventListener("pointerup", (event) => end(event, true));
     this.plot.addEventListener("pointercancel", (event) => end(event, false)); // the page scrolls
-    this.plot.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") this.leave(); });
+    this.plot.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") unpoint(); });
     this.plot.addEventListener("dblclick", () => zoom(null));
   }
   point(px, py) {
     if (!this.width) return;
-    for (const other of panels) if (other !== this && other.pointed) other.leave();
-    this.pointed = true;
     const x = this.x(px);
-    for (const other of panels) if (other.visible && other.width) {
+    for (const other of panels) {
+      other.pointed = other.visible && other.width > 0;
+      if (!other.pointed) continue;
       other.cross.style.cssText = `display:block;left:${other.px(x)}px`;
+      if (other === this || other instanceof Lines) other.read(x, py); else other.rest();
     }
-    this.read(x, py);
-  }
-  leave() {
-    this.pointed = false;
-    for (const other of panels) other.cross.style.display = "none";
-    this.rest();
   }
   where(run, x) { // what the crosshair stands on, in the bucket of one run
     const i = nearest(view.x === "steps" ? run.steps : run.tokens, x);
@@ -96,35 +93,45 @@ class Panel {
     const tokens = run.tokens ? ` · ${short(run.tokens[i])} tokens` : "";
     return (first === last ? `step ${whole(first)}` : `steps ${whole(first)}–${whole(last)}`) + tokens;
   }
-  marks(ctx) {
+  marks(ctx, strip = null) { // in a strip of their own where they would cover what is drawn
     const bottom = this.height - this.bottom;
     const [a, b] = domain();
-    ctx.textAlign = "center";
-    RUNS.forEach((run) => {
+    for (const run of this.run ? [this.run] : RUNS) {
       for (const [kind, [glyph]] of Object.entries(MARKS)) {
         if (view.hidden.has(kind)) continue;
-        const color = SEVERAL ? css(`--c${run.color}`) : css(kind === "stage" || kind === "restart" ? "--muted" : "--alarm");
-        let free = this.left;
-        for (const mark of run.marks[kind]) {
-          const [step, label] = Array.isArray(mark) ? mark : [mark, ""], x = toX(run, step);
-          if (x < a || x > b) continue;
-          const px = this.px(x);
-          ctx.fillStyle = ctx.strokeStyle = color;
-          if (kind === "stage") {
-            ctx.setLineDash([2, 3]);
-            line(ctx, px, this.top, px, bottom);
-            ctx.setLineDash([]);
-            const wide = ctx.measureText(label).width;
-            if (!SEVERAL && px >= free && px + wide + 6 < this.width) {
-              ctx.textAlign = "left";
-              ctx.fillText(label, px + 3, this.top - 5);
-              ctx.textAlign = "center";
-              free = px + wide + 10;
-            }
-          } else ctx.fillText(glyph, px, kind === "spike" || kind === "rollback" ? this.top + 6 : bottom - 6);
-        }
+        const quiet = kind === "stage" || kind === "restart";
+        ctx.fillStyle = ctx.strokeStyle = SEVERAL && !this.run ? css(`--c${run.color}`) : css(quiet ? "--muted" : "--alarm");
+        ctx.textAlign = "center";
+        const above = kind === "spike" || kind === "rollback";
+        run.marks[kind].forEach((mark, i, all) => {
+          const x = toX(run, kind === "stage" ? mark[0] : mark), px = this.px(x);
+          if (kind === "stage") this.stage(ctx, run, mark[1], x, i + 1 < all.length ? toX(run, all[i + 1][0]) : b, strip);
+          else if (x >= a && x <= b) ctx.fillText(glyph, px, strip ?? (above ? this.top + 6 : bottom - 6));
+        });
       }
-    });
+    }
+  }
+  stage(ctx, run, name, x, next, strip) { // a line where it begins, and its name if that fits above its span
+    const [a, b] = domain(), bottom = this.height - this.bottom;
+    if (x > b || next < a) return;
+    const from = Math.max(this.left, this.px(x)), to = Math.min(this.width - this.right, this.px(next));
+    if (x >= a) {
+      ctx.setLineDash([2, 3]);
+      line(ctx, from, this.top, from, bottom);
+      ctx.setLineDash([]);
+    }
+    if (strip === null && !SEVERAL && ctx.measureText(name).width + 6 < to - from) {
+      ctx.textAlign = "left";
+      ctx.fillText(name, from + 3, this.top - 5);
+      ctx.textAlign = "center";
+    }
+  }
+}
+function unpoint() {
+  for (const p of panels) {
+    p.pointed = false;
+    p.cross.style.display = "none";
+    p.rest();
   }
 }
 function line(ctx, x0, y0, x1, y1) {
@@ -197,13 +204,13 @@ class Lines extends Panel {
       const pick = (list, share) => list.sort((p, q) => p - q)[Math.round(share * (list.length - 1))];
       const near = [Math.min(pick(means.map((m) => m[0]), 0.02), pick(means.map((m) => m[2]), 0)),
         Math.max(pick(means.map((m) => m[1]), 0.98), pick(means.map((m) => m[2]), 0.99))];
-      const room = 0.06 * (near[1] - near[0] || Math.abs(near[1]) || 1);
+      const room = 0.3 * (near[1] - near[0] || Math.abs(near[1]) || 1); // what is little more than that stays
       this.outside = low < near[0] - room || high > near[1] + room;
-      if (!this.all) [low, high] = [Math.max(low, near[0]), Math.min(high, near[1])];
+      if (this.outside && !this.all) [low, high] = [Math.max(low, near[0]), Math.min(high, near[1])];
     }
     [low, high] = [this.scale(low), this.scale(high)];
     if (this.log) return [Math.log10(low) - 0.03, Math.log10(high) + 0.03];
-    if (this.spec.zero) low = Math.min(0, low);
+    if (this.spec.zero) [low, high] = [Math.min(0, low), high || 1];
     const room = 0.07 * (high - low || Math.abs(high) || 1);
     return [this.spec.zero && low === 0 ? 0 : low - room, high + room];
   }
@@ -215,7 +222,7 @@ class Lines extends Panel {
     const [low, high] = range || [0, 1];
     const py = (v) => bottom - (((this.log ? Math.log10(v) : v) - low) / (high - low)) * (bottom - this.top);
     ctx.textAlign = "right";
-    for (const [at, text] of this.log ? logTicks(low, high) : ticks(low, high, 5)) {
+    for (const [at, text] of this.log ? logTicks(low, high) : ticks(low, high, 6)) {
       const y = bottom - ((at - low) / (high - low)) * (bottom - this.top);
       ctx.strokeStyle = css("--grid");
       line(ctx, this.left, y, right, y);
@@ -228,11 +235,12 @@ class Lines extends Panel {
     ctx.beginPath();
     ctx.rect(this.left, this.top, right - this.left, bottom - this.top);
     ctx.clip();
-    for (const [group, s] of this.shown) this.curve(ctx, group, s, py);
+    const those = this.shown;
+    for (const [group, s] of those) this.curve(ctx, group, s, py, those.length > 3 ? 0.1 : 0.22);
     ctx.restore();
     this.marks(ctx);
   }
-  curve(ctx, group, s, py) {
+  curve(ctx, group, s, py, bandAlpha) {
     const x = xs(s), parts = [[]];
     const [a, b] = domain();
     for (let i = 0; i < x.length; i++) {
@@ -249,7 +257,7 @@ class Lines extends Panel {
     for (const part of parts) {
       if (!part.length) continue;
       if (s.band) {
-        ctx.globalAlpha = 0.22;
+        ctx.globalAlpha = bandAlpha;
         ctx.beginPath();
         for (const [px, , i] of part) ctx.lineTo(px, py(this.scale(s.high[i])));
         for (const [px, , i] of part.slice().reverse()) ctx.lineTo(px, py(this.scale(s.low[i])));
@@ -280,7 +288,8 @@ class Lines extends Panel {
     }
   }
   read(x) {
-    this.at.textContent = SEVERAL ? `${view.x === "steps" ? "step" : "tokens"} ${view.x === "steps" ? whole(x) : short(x)}` : this.where(RUNS[0], x);
+    const several = view.x === "steps" ? `step ${whole(x)}` : `${short(x)} tokens`;
+    this.at.textContent = SEVERAL ? several : this.where(RUNS[0], x);
     this.values((s) => {
       const i = nearest(xs(s), x), at = convertBack(s.run, x);
       return Math.abs(s.steps[i] - at) > Math.max(s.gap, 2 * s.run.width) ? null : i;
@@ -296,8 +305,9 @@ const convertBack = (run, x) => (view.x === "steps" ? x : convert(run.tokens, ru
 // ---- Heat maps: one column for each bucket of steps, one row for each layer or expert
 class Heat extends Panel {
   constructor(parent, run, map, options) {
-    super(parent, options.title, options.unit, options.height + 34);
-    Object.assign(this, { run, map, ...options });
+    const { height, ...rest } = options;
+    super(parent, options.title, options.unit, height + 34);
+    Object.assign(this, { run, map, ...rest });
     this.at = make(this.legend, "span", "where");
     const starts = map.at.map((i) => map.first + i * map.width);
     const gaps = starts.slice(1).map((s, i) => s - starts[i]).sort((p, q) => p - q);
@@ -345,7 +355,7 @@ class Heat extends Panel {
     for (let r = 0; r < this.rows; r += step) {
       ctx.fillText(String(this.firstRow + r), this.left - 5, this.top + ((r + 0.5) * inner) / this.rows);
     }
-    this.marks(ctx);
+    this.marks(ctx, this.top - 6);
   }
   read(x, py) {
     const at = convertBack(this.run, x);
@@ -383,8 +393,9 @@ function refresh(which) { for (const p of which) p.dirty = true; schedule(); }
 function zoom(range) {
   if (range && range[1] - range[0] < 1) return;
   view.range = range;
-  panels.forEach((p) => { p.pointed = false; p.cross.style.display = "none"; });
+  unpoint();
   reset.disabled = !range;
-  shown.textContent = range ? `${view.x} ${short(range[0])}–${short(range[1])}` : `all ${view.x}`;
+  const text = view.x === "steps" ? whole : short;
+  shown.textContent = range ? `${view.x} ${text(range[0])}–${text(range[1])}` : `all ${view.x}`;
   refresh(panels);
 }

@@ -105,7 +105,8 @@ def _troubles(history: History, metrics: Metrics) -> Fact:
         return sum(event["event"] == name for event in history.events)
 
     skipped = int(finite(metrics.last.get("optim/skipped_steps")) or 0)
-    parts = [f"{count('rolled back'):,} rollbacks, {count('spike'):,} spikes, {skipped:,} skipped steps"]
+    numbers = {"rollback": count("rolled back"), "spike": count("spike"), "skipped step": skipped}
+    parts = [f"{number:,} {name}{'s' * (number != 1)}" for name, number in numbers.items() if number]
     if metrics.num_not_finite:
         parts.append(f"{metrics.num_not_finite:,} not finite")
     return Fact("restarts", f"{count('resumed'):,}", ", ".join(parts))

@@ -52,7 +52,9 @@ class History:
     def first_expert_layer(self) -> int:
         """Number of the first layer with experts, counted from 0; 0 if that is not known."""
         layer = self.setting("model", "first_k_dense_replace")
-        return layer if type(layer) is int else 0
+        if type(layer) is not int:
+            layer = self.run.model.first_k_dense_replace if self.run else 0
+        return layer
 
     def setting(self, section: str, key: str) -> Any:
         """One value of the recipe; None if it is not there."""

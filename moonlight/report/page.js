@@ -78,7 +78,8 @@ function layerMap(parent, run, [key, title, unit, ofExperts]) {
   const map = run.maps[key];
   if (!map || map.shape.length !== 1) return;
   const values = floats(map.mean), rows = map.shape[0];
-  const sorted = Array.from(values).filter(Number.isFinite).sort((p, q) => p - q);
+  const all = RUNS.flatMap((other) => (other.maps[key] ? Array.from(floats(other.maps[key].mean)) : [])); // one scale
+  const sorted = all.filter(Number.isFinite).sort((p, q) => p - q);
   const scaleOf = [0.01, 0.99].map((share) => sorted[Math.round(share * (sorted.length - 1))]);
   const value = (c, r) => values[c * rows + r];
   new Heat(parent, run, map, {
@@ -140,7 +141,7 @@ const reset = button(bar, "reset zoom", false, () => zoom(null));
 reset.removeAttribute("aria-pressed");
 reset.disabled = true;
 const shown = make(bar, "span", "shown", "all steps");
-const kinds = make(bar, "span", "kinds");
+const kinds = make(place, "div", "kinds");
 for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   if (!RUNS.some((run) => run.marks[kind].length)) continue;
   const entry = button(kinds, "", true, (b) => {
@@ -152,9 +153,9 @@ for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   make(entry, "i", `glyph ${kind}`, glyph);
   make(entry, "span", "", label);
 }
-make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all charts; a double " +
+place.insertBefore(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all charts; a double " +
   "click shows everything again. A line is the mean of the steps in a bucket, the band around it their smallest and " +
-  "largest value. Entries of a legend switch on and off.");
+  "largest value; zooming in shows no smaller buckets. Entries of a legend switch on and off."), kinds);
 
 // ---- All charts, each drawn when it comes into view
 for (const [title, specs] of Object.entries(LINES)) {
@@ -166,10 +167,14 @@ for (const [title, specs] of Object.entries(LINES)) {
   make(section, "h2", "", title);
   const grid = make(section, "div", "grid");
   for (const [spec, variants] of charts) {
-    const panel = new Lines(grid, spec, variants);
+    // Several runs have one entry each: its values are those of the series in their order.
+    const order = SEVERAL && Object.keys(spec.keys || {}).length > 1 && !spec.family;
+    const panel = new Lines(grid, order ? { ...spec, unit: `${spec.unit}: ${Object.keys(spec.keys).join(" · ")}` } : spec, variants);
     if (spec.wide) panel.figure.classList.add("wide");
   }
   for (const [run, map] of maps) layerMap(grid, run, map);
+  const narrow = grid.querySelectorAll(".panel:not(.wide)");
+  if (narrow.length % 2) narrow[narrow.length - 1].classList.add("wide");
   if (experts.length) {
     make(section, "h3", "", "Load of every expert");
     loadLegend(section);

@@ -10,10 +10,12 @@ from importlib.resources import files
 from string import Template
 
 from moonlight.report.facts import Fact, Table, data_read, differences, environment, evaluation, facts, state
-from moonlight.report.happened import marks, what_happened
+from moonlight.report.happened import Line, marks, what_happened
 from moonlight.report.history import History
 
 SCRIPTS = ("data.js", "charts.js", "page.js")
+MOST_OPEN = 8
+"""Newest lines of what happened that need no click."""
 MOST_RECIPE = 200_000
 """Characters of a recipe that the page shows."""
 
@@ -137,15 +139,22 @@ def _happened(history: History, *, several: bool) -> str:
     name = f": {escape(history.name)}" if several else ""
     if not lines:
         return "" if several else _section("What happened", "<p>events.jsonl is missing or empty.</p>")
+    content = _list(lines)
+    if several:
+        return f"<details><summary>What happened{name}</summary>{content}</details>"
+    if len(lines) > MOST_OPEN + 2:
+        earlier, lines = lines[:-MOST_OPEN], lines[-MOST_OPEN:]
+        content = f"<details><summary>{len(earlier)} earlier lines</summary>{_list(earlier)}</details>{_list(lines)}"
+    return _section("What happened", content)
+
+
+def _list(lines: Sequence[Line]) -> str:
     items = "".join(
         f'<li class="{escape(line.kind.replace(" ", "-"))}"><span class="when">{line.when}</span>'
         f'<span class="step">{line.steps}</span><span>{escape(line.text)}</span></li>'
         for line in lines
     )
-    content = f'<ol class="happened">{items}</ol>'
-    if several:
-        return f"<details><summary>What happened{name}</summary>{content}</details>"
-    return _section("What happened", content)
+    return f'<ol class="happened">{items}</ol>'
 
 
 def _recipe(history: History, *, several: bool) -> str:
