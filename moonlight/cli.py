@@ -340,7 +340,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write; by default report.html in the run's folder, or for several runs in this one."),
+        typer.Option(help="File to write; by default report.html in the run's folder, or here for several."),
     ] = None,
 ) -> None:
     """Write one page about a run, or several compared: charts, what happened, recipe. It needs no network."""

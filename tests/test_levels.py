@@ -9,7 +9,7 @@ MAX_LINES = 400
 
 LEVELS = (
     ("moonlight.cli",),
-    ("moonlight.quickstart", "moonlight.bench"),
+    ("moonlight.quickstart", "moonlight.bench", "moonlight.report"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.train", "moonlight.plan", "moonlight.dry_run"),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),

@@ -1,5 +1,5 @@
 "use strict";
-// What the page holds, and numbers as text. data.js, charts.js and page.js are one script.
+// What the page holds, and numbers as text. These files are one script: data, panel, charts, page.
 
 const RUNS = JSON.parse(document.getElementById("data").textContent).runs;
 const SEVERAL = RUNS.length > 1;
@@ -96,7 +96,8 @@ function logTicks(low, high) {
       if (at >= low && at <= high) found.push([at, short(value, 3)]);
     }
   }
-  return found.length > 2 ? found : ticks(10 ** low, 10 ** high, 4).filter(([v]) => v > 0).map(([v, t]) => [Math.log10(v), t]);
+  if (found.length > 2) return found;
+  return ticks(10 ** low, 10 ** high, 4).filter(([v]) => v > 0).map(([v, text]) => [Math.log10(v), text]);
 }
 
 // ---- Small helpers for elements and colours

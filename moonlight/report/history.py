@@ -69,9 +69,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"run {folder} is a file: give the folder of a run, such as runs/quickstart")
     if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
-        raise UserError(
-            f"{folder} is no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; give a folder such as runs/quickstart"
-        )
+        raise UserError(f"{folder} is no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}: give runs/<name>")
 
 
 def load(folder: Path, num_runs: int) -> History:
@@ -106,14 +104,12 @@ def _load_recipe(history: History) -> None:
             raise ValueError("it is no mapping of keys")
     except OSError as error:
         history.warnings.append(
-            f"{path} cannot be read ({error.strerror}): the recipe is missing here, and layers with experts count from 0"
+            f"{path} cannot be read ({error.strerror}): no recipe here, and layers with experts count from 0"
         )
         return
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:150]
-        history.warnings.append(
-            f"{path} is damaged ({reason}): the recipe is missing here, and layers with experts count from 0"
-        )
+        history.warnings.append(f"{path} is damaged ({reason}): no recipe here, and layers with experts count from 0")
         return
     history.recipe_text, history.recipe = text, recipe
     try:
@@ -160,7 +156,7 @@ def _warn_of_metrics(history: History) -> None:
         history.warnings.append(f"{path}: {what} {listed}{more} damaged (no JSON object with a step), left out")
     if metrics.scan.cut:
         history.warnings.append(
-            f"{path}: the last line is not complete and is left out; the page goes up to step {metrics.scan.last_step:,}"
+            f"{path}: the last line is not complete, and left out; the page goes up to step {metrics.scan.last_step:,}"
         )
     if metrics.scan.repeated:
         history.warnings.append(
@@ -168,6 +164,6 @@ def _warn_of_metrics(history: History) -> None:
             "the last line of a step counts"
         )
     if strange := [key for key, it in metrics.maps.items() if it.strange]:
-        history.warnings.append(f"{path}: some lists of {', '.join(strange)} have another shape than the first, left out")
+        history.warnings.append(f"{path}: lists of {', '.join(strange)} with another shape than the first are left out")
     if metrics.dropped:
         history.warnings.append(f"{path}: {len(metrics.dropped):,} figures beyond the first of their kind are left out")

@@ -137,7 +137,8 @@ class Metrics:
                 self._columns[key] = None
             return None
         known[key] = new
-        self._columns[key] = column = ([], [])
+        column: tuple[list[int], list[Any]] = ([], [])
+        self._columns[key] = column
         return column
 
     def _look_for_marks(self, step: int, entry: dict[str, Any]) -> None:

@@ -153,14 +153,15 @@ for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   make(entry, "i", `glyph ${kind}`, glyph);
   make(entry, "span", "", label);
 }
-place.insertBefore(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all charts; a double " +
-  "click shows everything again. A line is the mean of the steps in a bucket, the band around it their smallest and " +
-  "largest value; zooming in shows no smaller buckets. Entries of a legend switch on and off."), kinds);
+kinds.before(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all " +
+  "charts; a double click shows everything again. A line is the mean of the steps in a bucket, the band around it " +
+  "their smallest and largest value; zooming in shows no smaller buckets. Entries of a legend switch on and off."));
 
 // ---- All charts, each drawn when it comes into view
 for (const [title, specs] of Object.entries(LINES)) {
   const charts = specs.map((spec) => [spec, variantsOf(spec)]).filter(([, variants]) => variants);
-  const maps = (LAYER_MAPS[title] || []).flatMap((map) => RUNS.filter((run) => run.maps[map[0]]).map((run) => [run, map]));
+  const maps = (LAYER_MAPS[title] || []).flatMap((map) => RUNS.map((run) => [run, map]))
+    .filter(([run, map]) => run.maps[map[0]]);
   const experts = title === EXPERTS ? RUNS.filter((run) => run.maps["moe/load_by_expert"]) : [];
   if (!charts.length && !maps.length && !experts.length) continue;
   const section = make(place, "section");
@@ -168,8 +169,9 @@ for (const [title, specs] of Object.entries(LINES)) {
   const grid = make(section, "div", "grid");
   for (const [spec, variants] of charts) {
     // Several runs have one entry each: its values are those of the series in their order.
-    const order = SEVERAL && Object.keys(spec.keys || {}).length > 1 && !spec.family;
-    const panel = new Lines(grid, order ? { ...spec, unit: `${spec.unit}: ${Object.keys(spec.keys).join(" · ")}` } : spec, variants);
+    const names = SEVERAL && !spec.family ? Object.keys(spec.keys) : [];
+    const unit = names.length > 1 ? `${spec.unit}: ${names.join(" · ")}` : spec.unit;
+    const panel = new Lines(grid, { ...spec, unit }, variants);
     if (spec.wide) panel.figure.classList.add("wide");
   }
   for (const [run, map] of maps) layerMap(grid, run, map);

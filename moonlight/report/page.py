@@ -13,7 +13,7 @@ from moonlight.report.facts import Fact, Table, data_read, differences, environm
 from moonlight.report.happened import Line, marks, what_happened
 from moonlight.report.history import History
 
-SCRIPTS = ("data.js", "charts.js", "page.js")
+SCRIPTS = ("data.js", "panel.js", "charts.js", "page.js")
 MOST_OPEN = 8
 """Newest lines of what happened that need no click."""
 MOST_RECIPE = 200_000
@@ -161,6 +161,4 @@ def _recipe(history: History, *, several: bool) -> str:
     name = f" of {escape(history.name)}" if several else ""
     text = history.recipe_text
     more = "\n…" if len(text) > MOST_RECIPE else ""
-    return (
-        f"<details><summary>Resolved recipe{name}</summary><pre>{escape(text[:MOST_RECIPE])}{more}</pre></details>"
-    )
+    return f"<details><summary>Resolved recipe{name}</summary><pre>{escape(text[:MOST_RECIPE])}{more}</pre></details>"

@@ -149,7 +149,7 @@ class Map:
         self._count = np.zeros((self.grid.size, *shape), dtype=np.int32)
 
     def thinned(self) -> tuple[np.ndarray, np.ndarray]:
-        """The filled buckets, and their values: float64 (buckets, layers) or (buckets, layers, experts), NaN if none."""
+        """The filled buckets, and their values: float64 (buckets, layers) or (buckets, layers, experts), or NaN."""
         assert self.shape is not None
         values = self._values
         if not self._largest:

@@ -43,6 +43,4 @@ def flat(tree: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested mappings as dotted keys and the text of their values; a list is one value."""
     if not isinstance(tree, dict) or not tree:
         return [(prefix, "none" if tree is None or tree == {} else str(tree))]
-    return [
-        pair for key, value in tree.items() for pair in flat(value, f"{prefix}.{key}" if prefix else str(key))
-    ]
+    return [pair for key, value in tree.items() for pair in flat(value, f"{prefix}.{key}" if prefix else str(key))]
