@@ -266,7 +266,7 @@ def test_nothing_in_a_run_becomes_markup(tmp_path):
     (folder / "config.yaml").write_text(json.dumps({"name": evil, "data": {"sources": {evil: "</pre>"}}}))
     lines = [json.dumps(json.loads(line) | {"stage": evil, f"loss/validation/{evil}": 1}) for line in lines_of(folder)]
     write_lines(folder, [line + "\n" for line in lines])
-    event = {"time": 1, "event": evil, "step": 3, "text": evil}
+    event = {"time": 1, "event": evil, "step": 3, "text": evil + "\ud800"}
     start = {"time": 1, "event": "started", "step": 0, "host": evil, "environment": {evil: evil}}
     (folder / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(start) + "\n")
     (folder / "evaluation.json").write_text(json.dumps({evil: {"score": evil}}))

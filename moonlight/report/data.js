@@ -80,7 +80,8 @@ function ticks(low, high, most) {
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(i * step);
   const largest = Math.max(Math.abs(low), Math.abs(high));
-  let [unit, letter] = UNITS.find(([least]) => largest >= least) || [1, ""];
+  if (largest >= 1e3) return found.map((v) => [v, short(v, 6)]);
+  let [unit, letter] = [1, ""];
   if (largest < 1e-2) {
     const exponent = Math.floor(Math.log10(largest));
     [unit, letter] = [10 ** exponent, `e−${-exponent}`];

@@ -156,7 +156,7 @@ def _warn_of_metrics(history: History) -> None:
         history.warnings.append(f"{path}: {what} {listed}{more} damaged (no JSON object with a step), left out")
     if metrics.scan.cut:
         history.warnings.append(
-            f"{path}: the last line is not complete, and left out; the page goes up to step {metrics.scan.last_step:,}"
+            f"{path}: the last line is not complete, and left out; the page goes up to step {metrics.last['step']:,}"
         )
     if metrics.scan.repeated:
         history.warnings.append(

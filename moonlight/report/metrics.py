@@ -1,6 +1,7 @@
 """What a run's metrics.jsonl tells, read once as a stream and thinned to what a page can show."""
 
 import math
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -217,14 +218,14 @@ def read_metrics(path: Path, num_runs: int) -> Metrics | None:
     """
     # The trainer replaces the file when it goes back: what is open here stays one and the same.
     with path.open("rb") as file:
-        size = path.stat().st_size
-        with byte_progress(f"reading {path}", 2 * size) as tell:
-            found = scan(file, tell)
+        size = os.fstat(file.fileno()).st_size
+        with byte_progress(f"reading {path}", size) as tell:  # read twice: each pass is half of the way
+            found = scan(file, lambda done: tell(done // 2))
             if found is None:
                 return None
             metrics = Metrics(found, num_runs)
-            for entry in entries(file, found, lambda done: tell(size + done)):
+            for entry in entries(file, found, lambda done: tell((size + done) // 2)):
                 metrics.add(entry)
             metrics.flush()
-            tell(2 * size)
+            tell(size)
     return metrics if metrics.num_steps else None

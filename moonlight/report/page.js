@@ -17,7 +17,7 @@ const LINES = {
   "Gradients, updates, weights": [
     { title: "Gradient norm", unit: "before clipping", robust: true, log: true, keys: { all: "optim/grad_norm" } },
     { title: "Gradient norm by group", unit: "before clipping", robust: true, log: true, family: "optim/grad_norm/" },
-    { title: "Update RMS by group", unit: "per unit of learning rate", robust: true, log: true,
+    { title: "Update RMS by group", unit: "before the learning rate", robust: true, log: true,
       family: "optim/update_rms/" },
     { title: "Weight RMS by group", robust: true, log: true, family: "optim/weight_rms/" },
     { title: "SVD entropy by group", unit: "1 = all singular values equal", robust: true,

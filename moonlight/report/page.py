@@ -27,7 +27,7 @@ def build(histories: Sequence[History]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Nothing may be fetched, and no script run but ours, whatever the files of a run hold.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    return Template(_part("page.html")).substitute(
+    page = Template(_part("page.html")).substitute(
         policy=policy,
         title=f"{escape(names)} – Moonlight",
         style=_part("page.css"),
@@ -35,6 +35,7 @@ def build(histories: Sequence[History]) -> str:
         data=_data(histories),
         script=script,
     )
+    return page.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no text
 
 
 def _part(name: str) -> str:

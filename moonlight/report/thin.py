@@ -51,7 +51,8 @@ class Series:
         finite = np.isfinite(numbers)
         index, numbers = self.grid.index(steps[finite]), numbers[finite]
         self._count += np.bincount(index, minlength=self.grid.size)
-        self._total += np.bincount(index, weights=numbers, minlength=self.grid.size)
+        with np.errstate(over="ignore"):
+            self._total += np.bincount(index, weights=numbers, minlength=self.grid.size)
         np.minimum.at(self._lowest, index, numbers)
         np.maximum.at(self._highest, index, numbers)
 
