@@ -279,6 +279,24 @@ def test_a_run_of_one_step_and_of_few_figures(browser, tmp_path):
         assert "not recorded" in chart(page, "Layer 0").inner_text()
 
 
+@pytest.mark.parametrize("values", [[0.0], [-1.0, 1.0], [1e-30, 1e30], [1e300, -1e308], [None], [1e-9], [7]])
+def test_any_values_can_be_drawn(values, browser, tmp_path):
+    keys = ("loss/train", "optim/lr", "optim/grad_norm/norms", "moe/dead_experts", "time/step_seconds", "memory/x")
+    rows = []
+    for step in (*range(1, 40), *range(9000, 9050), 20_000):
+        row = {"step": step, "consumed_tokens": step * 10} | dict.fromkeys(keys, values[step % len(values)])
+        rows.append(row | {"moe/load_by_expert": [values * 3], "moe/max_load_by_layer": values})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with opened(browser, report([tmp_path], None)) as page:
+        page.evaluate("document.querySelectorAll('.controls button:not([hidden])').forEach((it) => it.click())")
+        page.get_by_role("button", name="tokens", exact=True).click()
+        for figure in page.locator("figure").all():
+            figure.evaluate("(element) => element.scrollIntoView({block: 'center'})")
+            page.wait_for_timeout(60)
+            point(page, figure, 0.4)
+        assert page.locator("figure").count() or values == [None]
+
+
 @pytest.mark.full
 def test_a_hundred_thousand_steps_open_at_once(browser, tmp_path):
     """64 experts in 26 layers, 300 MB of metrics: about 25 seconds, most of them to write and read those."""

@@ -6,10 +6,11 @@ const LINES = {
       keys: { training: "loss/train", validation: "loss/validation" } },
     { title: "Validation loss by source", unit: "nats per token", robust: true, log: true, family: "loss/validation/" },
     { title: "Auxiliary loss", unit: "before its coefficient", robust: true, keys: { auxiliary: "loss/aux" } },
-    { title: "Spike score", unit: "deviations from recent losses", robust: true, keys: { score: "loss/spike_score" } },
+    { title: "Spike score", unit: "deviations above recent losses", robust: true,
+      keys: { score: "loss/spike_score" } },
   ],
   Schedule: [
-    { title: "Learning rate", unit: "per step", zero: true, keys: { "learning rate": "optim/lr" } },
+    { title: "Learning rate", zero: true, keys: { "learning rate": "optim/lr" } },
     { title: "Global batch", unit: "sequences a step", zero: true, keys: { batch: "optim/global_batch_size" } },
     { title: "Router bias update rate", unit: "per step", zero: true,
       keys: { rate: "optim/router_bias_update_rate" } },
@@ -154,8 +155,8 @@ for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   make(entry, "span", "", label);
 }
 kinds.before(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all " +
-  "charts; a double click shows everything again. A line is the mean of the steps in a bucket, the band around it " +
-  "their smallest and largest value; zooming in shows no smaller buckets. Entries of a legend switch on and off."));
+  "charts; a double click or tap shows everything again. A line is the mean of the steps in a bucket, the band around " +
+  "it their smallest and largest value; zooming in shows no smaller ones. Legend entries turn on and off."));
 
 // ---- All charts, each drawn when it comes into view
 for (const [title, specs] of Object.entries(LINES)) {
@@ -191,6 +192,10 @@ for (const [title, specs] of Object.entries(LINES)) {
   });
 }
 
+if (!panels.length) {
+  make(place, "p", "", "There are no figures to draw in metrics.jsonl.");
+  root.dataset.drawn = "yes";
+}
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   colors = {};
   refresh(panels);

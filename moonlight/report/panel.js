@@ -144,7 +144,9 @@ function line(ctx, x0, y0, x1, y1) {
 }
 
 // ---- Zooming and drawing
+let seenOnce = false;
 const watcher = new IntersectionObserver((seen) => {
+  seenOnce = true;
   for (const entry of seen) for (const p of panels) if (p.plot === entry.target) p.visible = entry.isIntersecting;
   schedule();
 }, { rootMargin: "150px" });
@@ -158,7 +160,7 @@ function schedule() {
     waiting = false;
     const due = panels.filter((p) => p.dirty && p.visible && p.plot.clientWidth);
     for (const p of due) { p.dirty = false; p.paint(); }
-    root.dataset.drawn = "yes"; // all that is in view
+    if (seenOnce) root.dataset.drawn = "yes"; // all that is in view
   });
   waiting = true;
 }
