@@ -215,6 +215,19 @@ def test_toggles(browser, troubled):
         assert page.evaluate("domain()[1]") == pytest.approx(1500 * 128 * 8192, rel=0.1)
 
 
+def test_charts_follow_the_window_and_the_theme(browser, troubled):
+    picture = "panels[0].canvas.toDataURL()"
+    with opened(browser, troubled[1], color_scheme="light") as page:
+        chart(page, "Loss")
+        light = page.evaluate(picture)
+        page.emulate_media(color_scheme="dark")
+        settle(page)
+        assert page.evaluate(picture) != light
+        page.set_viewport_size({"width": 700, "height": 860})
+        chart(page, "Loss")
+        assert page.evaluate("[panels[0].canvas.width, panels[0].plot.clientWidth]") == [658, 658]
+
+
 def test_on_a_phone_nothing_overflows_and_the_page_scrolls(browser, troubled, compared):
     for path in (troubled[1], compared):
         with opened(browser, path, width=390, touch=True, is_mobile=True, device_scale_factor=2) as page:

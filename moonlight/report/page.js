@@ -155,8 +155,8 @@ for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   make(entry, "span", "", label);
 }
 kinds.before(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all " +
-  "charts; a double click or tap shows everything again. A line is the mean of the steps in a bucket, the band around " +
-  "it their smallest and largest value; zooming in shows no smaller ones. Legend entries turn on and off."));
+  "charts; a double click or tap shows everything again. A line is the mean of the steps in a bucket, the band " +
+  "around it their smallest and largest value; zooming in shows no smaller ones. Legend entries turn on and off."));
 
 // ---- All charts, each drawn when it comes into view
 for (const [title, specs] of Object.entries(LINES)) {
