@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
+from moonlight.cli_bench import bench_app
 from moonlight.errors import CODE_INTERRUPTED, UserError, report_errors
 
 app = typer.Typer(
@@ -21,7 +22,6 @@ tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True, rich
 data_app = typer.Typer(help="Prepare training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(help="Measure against other implementations.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
@@ -91,79 +91,6 @@ def data_prepare(
         )
     if manifest["bad_records"]:
         print(f"{manifest['bad_records']:,} bad records are listed in {out / 'quarantine.jsonl'}")
-
-
-@bench_app.callback()
-def bench() -> None:
-    """Measure against other implementations."""
-
-
-@bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
-def bench_optimizer(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
-) -> None:
-    """Muon's accuracy, then its speed against other Muons. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.optimizer import bench_optimizer as measure
-
-    if not measure(rounds, device, json):
-        raise typer.Exit(1)
-
-
-@bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
-def bench_export(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
-    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 4,
-    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
-        "configs/moonlight_16b_a3b/pretrain.yaml"
-    ),
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
-) -> None:
-    """CPU time and memory of export and import beside save_pretrained. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.export import bench_export as measure
-
-    if not measure(rounds, layers, recipe, json):
-        raise typer.Exit(1)
-
-
-@bench_app.command("loader", epilog="Example: moonlight bench loader --rounds 7 --json loader.json")
-def bench_loader(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
-    tokens: Annotated[int, typer.Option(help="Tokens of each of three sources, 4 bytes each on disk.")] = 50_000_000,
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
-) -> None:
-    """Tokens per second of one core beside Megatron's GPTDataset. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.loader import bench_loader as measure
-
-    if not measure(rounds, tokens, json):
-        raise typer.Exit(1)
-
-
-@bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
-def bench_monitors(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
-) -> None:
-    """What monitors cost at their default cadence, as a share of a step. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.monitors import bench_monitors as measure
-
-    if not measure(rounds, json):
-        raise typer.Exit(1)
-
-
-@bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
-def bench_checkpoint(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
-    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 3,
-    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
-) -> None:
-    """How long a save stops training, and how fast it writes. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.checkpoint import bench_checkpoint as measure
-
-    if not measure(rounds, layers, recipe, json):
-        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")
@@ -347,6 +274,20 @@ def generate(
     from eval.generate import generate as complete
 
     print(complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed))
+
+
+@app.command(epilog="Example: moonlight report runs/quickstart runs/adamw --out compared.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default report.html in the run's folder, or here for several."),
+    ] = None,
+) -> None:
+    """Write one page about a run, or several compared: charts, what happened, recipe. It needs no network."""
+    from moonlight.report.write import report as write
+
+    print(f"{write(runs, out)}: written")
 
 
 @app.command(epilog="Example: moonlight quickstart --corpus ~/texts")

@@ -8,8 +8,8 @@ PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
 MAX_LINES = 400
 
 LEVELS = (
-    ("moonlight.cli",),
-    ("moonlight.quickstart", "moonlight.bench"),
+    ("moonlight.cli", "moonlight.cli_bench"),
+    ("moonlight.quickstart", "moonlight.bench", "moonlight.report"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.train", "moonlight.plan", "moonlight.dry_run"),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),

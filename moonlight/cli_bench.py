@@ -1,0 +1,81 @@
+"""The commands of `moonlight bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench_app = typer.Typer(help="Measure against other implementations.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure against other implementations."""
+
+
+@bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
+def bench_optimizer(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Muon's accuracy, then its speed against other Muons. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.optimizer import bench_optimizer as measure
+
+    if not measure(rounds, device, json):
+        raise typer.Exit(1)
+
+
+@bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
+def bench_export(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
+    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 4,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
+        "configs/moonlight_16b_a3b/pretrain.yaml"
+    ),
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """CPU time and memory of export and import beside save_pretrained. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.export import bench_export as measure
+
+    if not measure(rounds, layers, recipe, json):
+        raise typer.Exit(1)
+
+
+@bench_app.command("loader", epilog="Example: moonlight bench loader --rounds 7 --json loader.json")
+def bench_loader(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    tokens: Annotated[int, typer.Option(help="Tokens of each of three sources, 4 bytes each on disk.")] = 50_000_000,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Tokens per second of one core beside Megatron's GPTDataset. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.loader import bench_loader as measure
+
+    if not measure(rounds, tokens, json):
+        raise typer.Exit(1)
+
+
+@bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
+def bench_monitors(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """What monitors cost at their default cadence, as a share of a step. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.monitors import bench_monitors as measure
+
+    if not measure(rounds, json):
+        raise typer.Exit(1)
+
+
+@bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
+def bench_checkpoint(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 3,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """How long a save stops training, and how fast it writes. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.checkpoint import bench_checkpoint as measure
+
+    if not measure(rounds, layers, recipe, json):
+        raise typer.Exit(1)

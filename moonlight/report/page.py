@@ -1,0 +1,165 @@
+"""The page itself: one HTML file that needs nothing else, neither files nor network."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from moonlight.report.facts import Fact, Table, data_read, differences, environment, evaluation, facts, state
+from moonlight.report.happened import Line, marks, what_happened
+from moonlight.report.history import History
+
+SCRIPTS = ("data.js", "panel.js", "charts.js", "page.js")
+MOST_OPEN = 8
+"""Newest lines of what happened that need no click."""
+MOST_RECIPE = 200_000
+"""Characters of a recipe that the page shows."""
+
+
+def build(histories: Sequence[History]) -> str:
+    """The page as text."""
+    names = ", ".join(history.name for history in histories)
+    script = "".join(_part(name) for name in SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Nothing may be fetched, and no script run but ours, whatever the files of a run hold.
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    page = Template(_part("page.html")).substitute(
+        policy=policy,
+        title=f"{escape(names)} – Moonlight",
+        style=_part("page.css"),
+        body=_body(histories),
+        data=_data(histories),
+        script=script,
+    )
+    return page.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no text
+
+
+def _part(name: str) -> str:
+    return (files("moonlight.report") / name).read_text(encoding="utf-8")
+
+
+def _data(histories: Sequence[History]) -> str:
+    """What page.js draws, safe inside a script element."""
+    runs = [
+        {
+            "name": history.name,
+            "color": number,
+            "firstExpertLayer": history.first_expert_layer,
+            "marks": marks(history),
+            **history.metrics.for_page(),
+        }
+        for number, history in enumerate(histories)
+        if history.metrics is not None
+    ]
+    text = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _body(histories: Sequence[History]) -> str:
+    several = len(histories) > 1
+    title = f"{len(histories)} runs compared" if several else escape(histories[0].name)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    parts = [f'<header class="top"><p class="over">Moonlight training run{"s" * several}</p><h1>{title}</h1>']
+    for number, history in enumerate(histories):
+        word, sentence = state(history)
+        name = f"<b>{escape(history.name)}</b>: " if several else ""
+        swatch = f'<i class="swatch c{number}"></i>' if several else ""
+        kind = "done" if word == "finished" else "open"
+        parts.append(f'<p class="state">{swatch}{name}<span class="pill {kind}">{word}</span> {escape(sentence)}</p>')
+    parts.append("</header><main>")
+    if found := [warning for history in histories for warning in history.warnings]:
+        items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
+        parts.append(f'<section class="warnings" aria-label="warnings"><ul>{items}</ul></section>')
+    if several:
+        parts.append(_section("Figures", _facts_table(histories)))
+        same = "<p>The recipes that can be read are the same.</p>"
+        parts.append(_section("Differences between the recipes", _table(differences(histories), same)))
+    else:
+        parts.append(_tiles(facts(histories[0])))
+    parts += [_happened(history, several=several) for history in histories]
+    parts.append('<div id="charts"><noscript><p>The charts need JavaScript, which is off.</p></noscript></div>')
+    parts.append(_section("Evaluation", _table(evaluation(histories), "<p>No validation has taken place yet.</p>")))
+    if (table := data_read(histories)) is not None:
+        parts.append(_section("Data", _table(table)))
+    nothing = "<p>events.jsonl tells of no start.</p>"
+    parts.append(_section("Environment", _table(environment(histories), nothing)))
+    parts += [_recipe(history, several=several) for history in histories if history.recipe_text]
+    parts.append(f"</main><footer>Made by <code>moonlight report</code> on {made}. Times are UTC.</footer>")
+    return "\n".join(parts)
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _tiles(found: Sequence[Fact]) -> str:
+    tiles = "".join(
+        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd class=note>{escape(fact.note)}</dd></div>"
+        for fact in found
+        if fact.label != "state"
+    )
+    return f'<section aria-label="figures"><dl class="tiles">{tiles}</dl></section>'
+
+
+def _facts_table(histories: Sequence[History]) -> str:
+    """Figures of several runs; their notes as text below them."""
+    columns = [{fact.label: fact for fact in facts(history)} for history in histories]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    head = "".join(
+        f'<th scope="col"><i class="swatch c{number}"></i>{escape(history.name)}</th>'
+        for number, history in enumerate(histories)
+    )
+    rows = []
+    for label in labels:
+        cells = "".join(
+            f"<td>{escape(fact.value)}<small>{escape(fact.note)}</small></td>"
+            for column in columns
+            for fact in (column.get(label, Fact(label, "–")),)
+        )
+        rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
+    return f'<div class="scroll"><table class="facts"><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _table(table: Table | None, nothing: str = "") -> str:
+    if table is None:
+        return nothing
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _happened(history: History, *, several: bool) -> str:
+    lines = what_happened(history)
+    name = f": {escape(history.name)}" if several else ""
+    if not lines:
+        return "" if several else _section("What happened", "<p>events.jsonl is missing or empty.</p>")
+    content = _list(lines)
+    if several:
+        return f"<details><summary>What happened{name}</summary>{content}</details>"
+    if len(lines) > MOST_OPEN + 2:
+        earlier, lines = lines[:-MOST_OPEN], lines[-MOST_OPEN:]
+        content = f"<details><summary>{len(earlier)} earlier lines</summary>{_list(earlier)}</details>{_list(lines)}"
+    return _section("What happened", content)
+
+
+def _list(lines: Sequence[Line]) -> str:
+    items = "".join(
+        f'<li class="{escape(line.kind.replace(" ", "-"))}"><span class="when">{line.when}</span>'
+        f'<span class="step">{line.steps}</span><span>{escape(line.text)}</span></li>'
+        for line in lines
+    )
+    return f'<ol class="happened">{items}</ol>'
+
+
+def _recipe(history: History, *, several: bool) -> str:
+    name = f" of {escape(history.name)}" if several else ""
+    text = history.recipe_text
+    more = "\n…" if len(text) > MOST_RECIPE else ""
+    return f"<details><summary>Resolved recipe{name}</summary><pre>{escape(text[:MOST_RECIPE])}{more}</pre></details>"

@@ -1,0 +1,75 @@
+"""`moonlight report`: from run folders to a page in a file."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from moonlight.errors import UserError
+from moonlight.files import make_folder, write_text
+from moonlight.report.history import check_folder, load
+from moonlight.report.page import build
+
+PAGE_FILE = "report.html"
+MOST_RUNS = 8
+"""Runs whose colours can still be told apart."""
+
+
+def report(folders: Sequence[Path], out: Path | None) -> Path:
+    """Write the page about the runs of `folders` to `out`, or else into the folder of the only one.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        UserError: a folder is that of no run, no step was finished, or `out` cannot be a file.
+    """
+    folders, warnings = _different(folders)
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs were given: at most {MOST_RUNS} can be told apart in one chart")
+    for folder in folders:
+        check_folder(folder)
+    if out is None:
+        out = folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE)
+    _check_out(out)
+    histories = [load(folder, len(folders)) for folder in folders]
+    empty = [history for history in histories if history.metrics is None]
+    if len(empty) == len(histories):
+        which = f"{histories[0].folder}: " if len(histories) == 1 else ""
+        raise UserError(f"{which}no step was finished yet, so there is nothing to report: run it first")
+    counts = Counter(history.name for history in histories)
+    for history in histories:
+        if counts[history.name] > 1:
+            history.name = str(history.folder)
+        if history.metrics is None:
+            history.warnings.append(f"{history.folder}: no step was finished yet, so it has no charts")
+    histories[0].warnings[:0] = warnings
+    make_folder(out.parent)
+    for history in histories:
+        for warning in history.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    write_text(out, build(histories))
+    return out
+
+
+def _check_out(out: Path) -> None:
+    """Raise UserError, before long reading, unless `out` can be written."""
+    if out.is_dir():
+        raise UserError(f"--out is {out}, a folder: give the name of a file, such as {out / PAGE_FILE}")
+    there = next(place for place in out.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise UserError(f"--out is {out}: {there} is a file; give a path in a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"folder {there} cannot be written: give another place for the page with --out")
+
+
+def _different(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Each folder once, and what is said of those given twice."""
+    found: dict[Path, Path] = {}
+    warnings = []
+    for folder in folders:
+        if folder.resolve() in found:
+            warnings.append(f"{folder} was given twice, and is shown once")
+        found.setdefault(folder.resolve(), folder)
+    return list(found.values()), warnings
