@@ -16,6 +16,8 @@ from moonlight.report.history import History
 SCRIPTS = ("data.js", "panel.js", "charts.js", "page.js")
 MOST_OPEN = 8
 """Newest lines of what happened that need no click."""
+MOST_ROWS = 10
+"""Settings in which recipes differ that need no click."""
 MOST_RECIPE = 200_000
 """Characters of a recipe that the page shows."""
 
@@ -77,7 +79,7 @@ def _body(histories: Sequence[History]) -> str:
     if several:
         parts.append(_section("Figures", _facts_table(histories)))
         same = "<p>The recipes that can be read are the same.</p>"
-        parts.append(_section("Differences between the recipes", _table(differences(histories), same)))
+        parts.append(_differences(differences(histories), same))
     else:
         parts.append(_tiles(facts(histories[0])))
     parts += [_happened(history, several=several) for history in histories]
@@ -94,6 +96,14 @@ def _body(histories: Sequence[History]) -> str:
 
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _differences(table: Table | None, nothing: str) -> str:
+    """Many take a click, so that they do not stand before the charts."""
+    title = "Differences between the recipes"
+    if table is None or len(table.rows) <= MOST_ROWS:
+        return _section(title, _table(table, nothing))
+    return f"<details><summary>{title}: {len(table.rows)} settings</summary>{_table(table)}</details>"
 
 
 def _tiles(found: Sequence[Fact]) -> str:
