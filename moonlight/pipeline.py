@@ -17,8 +17,8 @@ def check_pipeline(num_layers: int, pipeline_parallel_size: int, virtual_pipelin
     chunks = pipeline_parallel_size * virtual_pipeline_parallel_size
     require(
         num_layers % chunks == 0 or (num_layers + 1) % chunks == 0,
-        f"model.num_hidden_layers is {num_layers}: it, or one more (the head counted as a layer), must be a multiple of "
-        f"pipeline_parallel_size x virtual_pipeline_parallel_size ({chunks})",
+        f"model.num_hidden_layers is {num_layers}: it, or one more (the head counted as a layer), must be a multiple "
+        f"of pipeline_parallel_size x virtual_pipeline_parallel_size ({chunks})",
     )
 
 

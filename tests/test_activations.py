@@ -6,8 +6,13 @@ import pytest
 import torch
 from layouts import LAYOUTS, build, local_batches, recipe
 
-from moonlight.plan.activations import head_activations, layer_activations, logits_bytes, micro_batches_in_flight
-from moonlight.plan.activations import tokens_of
+from moonlight.plan.activations import (
+    head_activations,
+    layer_activations,
+    logits_bytes,
+    micro_batches_in_flight,
+    tokens_of,
+)
 
 CASES = {
     "float32": {},
@@ -97,7 +102,15 @@ def test_logits():
 
 @pytest.mark.parametrize(
     ("stages", "virtual", "stage", "micro_batches", "expected"),
-    [(1, 1, 0, 8, 1), (4, 1, 0, 8, 4), (4, 1, 3, 8, 1), (4, 1, 0, 2, 2), (2, 2, 0, 8, 5), (2, 2, 1, 8, 3), (4, 2, 0, 4, 8)],
+    [
+        (1, 1, 0, 8, 1),
+        (4, 1, 0, 8, 4),
+        (4, 1, 3, 8, 1),
+        (4, 1, 0, 2, 2),
+        (2, 2, 0, 8, 5),
+        (2, 2, 1, 8, 3),
+        (4, 2, 0, 4, 8),
+    ],
 )
 def test_micro_batches_in_flight(stages, virtual, stage, micro_batches, expected):
     assert micro_batches_in_flight(stages, virtual, stage, micro_batches) == expected

@@ -88,6 +88,4 @@ def place(
 def rounds(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     """A bucket whose owners' regions have these sizes, as rounds: where each starts in the regions, and its sizes."""
     limit = -(-ROUND_FACTOR * sum(sizes) // len(sizes))
-    return [
-        (start, [max(0, min(limit, size - start)) for size in sizes]) for start in range(0, max(sizes), limit)
-    ]
+    return [(start, [max(0, min(limit, size - start)) for size in sizes]) for start in range(0, max(sizes), limit)]

@@ -107,9 +107,7 @@ def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0
     weight, ring = weight_bytes(run), numel * (num_ranks - 1) / num_ranks
     gradients = ring * GRADIENT_BYTES + num_on_two_stages * GRADIENT_BYTES / num_ranks
     masters = 0 if weight == 4 else 4 * numel / num_ranks
-    return Share(
-        Flow(gradients, gradients), Flow(), Flow(ring * weight, ring * weight), masters, numel * 8 / num_ranks
-    )
+    return Share(Flow(gradients, gradients), Flow(), Flow(ring * weight, ring * weight), masters, numel * 8 / num_ranks)
 
 
 def weight_bytes(run: Run) -> int:

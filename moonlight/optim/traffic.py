@@ -27,9 +27,7 @@ class Traffic:
 
     def minus(self, other: "Traffic") -> "Traffic":
         """What this has besides the other."""
-        return Traffic(
-            self.sent - other.sent, self.received - other.received, self.collectives - other.collectives
-        )
+        return Traffic(self.sent - other.sent, self.received - other.received, self.collectives - other.collectives)
 
     @property
     def worse(self) -> float:

@@ -1,7 +1,7 @@
 """Activations: what autograd keeps of one micro-batch until its backward pass, operation by operation.
 
-`tests/test_activations.py` holds every line to what a real forward pass keeps. Kernels of CUDA keep less than a CPU's in
-one place: a CPU composes RMSNorm of parts and keeps the normalised input besides.
+`tests/test_activations.py` compares with what a real forward pass keeps. CUDA's kernels keep less than a CPU's in one
+place: a CPU composes RMSNorm of parts and keeps the normalised input besides.
 """
 
 from collections.abc import Iterator

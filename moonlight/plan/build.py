@@ -198,7 +198,9 @@ def sketch_plan(run: Run, world_size: int, machine: Machine) -> Plan:
     means = []
     for stage in stages:
         dense, expert = (
-            mean_lane([p for p in stage.parameters if p.is_expert == is_expert], sizes[is_expert], slices[is_expert], run)
+            mean_lane(
+                [p for p in stage.parameters if p.is_expert == is_expert], sizes[is_expert], slices[is_expert], run
+            )
             for is_expert in (False, True)
         )
         means.append(Rank(dense, expert))

@@ -1,7 +1,7 @@
 """Bytes on the wire of a step besides the exchange of gradients and weights: what the model's own layers send.
 
 Per rank and step, payload of each direction, forward and backward pass together. Left out are all-reduces of a few
-numbers: router counts, sums and maxima for the metrics, sizes of the dispatch (less than 0.1% of a step of the 16B run).
+numbers: router counts, sums and maxima for the metrics, sizes of the dispatch (less than 0.1% of the 16B run's).
 `tests/test_collectives.py` compares with what real processes send.
 """
 
@@ -56,7 +56,7 @@ def tensor_layer_flow(run: Run, *, with_experts: bool) -> Flow:
     """Of one micro-batch and layer, in the tensor-parallel group, under sequence parallelism.
 
     A column-parallel layer gathers its input forward, and again backward, where it also scatters the input's gradient
-    summed. A row-parallel layer scatters its output summed, and gathers its gradient. The rope key is gathered by itself.
+    summed. A row-parallel layer scatters its output summed, and gathers its gradient. The rope key goes by itself.
     """
     model = run.model
     query_input = model.q_lora_rank if model.q_lora_rank is not None else model.hidden_size

@@ -260,4 +260,3 @@ def _matrices(
                 received[rank] += part * element
     ring = 2 * others / num_slices * replicated * GRADIENT_BYTES
     return [(Flow(sent[t] + ring, received[t] + ring), work[t]) for t in range(num_slices)]
-

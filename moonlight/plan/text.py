@@ -1,181 +1,241 @@
-"""What a recipe would do on N processes: which rule and which rank each parameter gets, state per rank, bytes per step.
+"""A plan as text: tables for a terminal of 100 columns."""
 
-Nothing is trained and no memory is taken: the model is built dry, one pipeline stage after the other.
-"""
-
-import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from moonlight import mapping
-from moonlight.config import Run
-from moonlight.dry_run import dry_run
 from moonlight.flops import count_parameters, train_flops_per_token
-from moonlight.model.shards import pieces, sharded_state
-from moonlight.optim.data_parallel import place
-from moonlight.optim.parameters import Parameter, data_parallel_group, find_parameters
-from moonlight.optim.partition import Fragment
-from moonlight.optim.routing import matrix_heights, rules_of
-from moonlight.optim.shares import Share, adamw_share, shares
-from moonlight.timeline import Timeline
+from moonlight.plan.build import Plan, mean_memory
+from moonlight.plan.figures import RESERVE, exchange_of, layout, worst_flow
+from moonlight.plan.speed import bubble_share
 
 WIDE = 200
-"""Columns where there is no terminal to fit: one line for each parameter."""
+"""Columns for the list of parameters where there is no terminal to fit: one line for each."""
+
+NARROW = 100
+"""Columns of all else."""
 
 LONGEST_LIST = 14
 """Characters of a list of ranks."""
 
+MEMORY_PARTS = {
+    "weights": "of the model, in its dtype",
+    "gradient_sums": "float32, of every parameter",
+    "gradient_shards": "the world's sums of its own rows, float32",
+    "masters": "master weights of its own rows",
+    "momenta": "of its own rows",
+    "buffers": "router biases and counts",
+    "activations": "{micro_batches} in flight on stage {stage}",
+    "logits": "beside their float32 copy, an activation",
+    "exchange": "gradients or weights sent and received",
+    "update": "Newton-Schulz and matrices brought together",
+}
 
-@dataclass(frozen=True)
-class Line:
-    """One parameter of the whole model."""
+WIRE_PARTS = {
+    "gradients": "to their owners, float32",
+    "weights": "from their owners",
+    "matrices": "parts of matrices brought together, and back",
+    "slices": "tensor parallelism",
+    "dispatch": "tokens to experts and back, uniform routing",
+    "expert slices": "tensor parallelism of experts",
+    "pipeline": "hidden states and their gradients",
+}
 
-    key: str
-    """Name in checkpoints."""
-    shape: tuple[int, ...]
-    algorithm: str
-    decay: bool
-    matrices: dict[tuple[int, int], int]
-    """Shape -> count of what is orthogonalised; empty for AdamW."""
-    owners: tuple[int, ...]
-    """Ranks of its data-parallel group (for experts, of their own) that own rows of it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The whole recipe."""
-
-    run: Run
-    lines: list[Line]
-    ranks: list[Share]
-    """Of every rank of the world."""
-    adamw: list[Share]
-    """The same under AdamW with sharded state (ZeRO-1)."""
-    num_router_biases: int
-
-    def num_parameters(self, algorithm: str) -> int:
-        """Elements that one algorithm updates."""
-        return sum(math.prod(line.shape) for line in self.lines if line.algorithm == algorithm)
-
-    @property
-    def num_matrices(self) -> int:
-        """Matrices that Muon orthogonalises in a step."""
-        return sum(sum(line.matrices.values()) for line in self.lines)
-
-
-def make_plan(run: Run, world_size: int) -> Plan:
-    """Plan a recipe for `world_size` processes.
-
-    Raises:
-        UserError: the layout or the batch does not divide the processes.
-    """
-    run.check_batches(world_size)
-    stages = run.parallel.pipeline_parallel_size
-    lines: list[Line] = []
-    ranks: list[Share] = []
-    adamw: list[Share] = []
-    for stage in range(stages):
-        with dry_run(run, world_size, stage * world_size // stages) as models:
-            parameters = find_parameters(sharded_state(models), rules_of(run.optimizer, run.model))
-            lanes, baselines = [], []
-            owners: dict[int, set[int]] = {}
-            for expert in (False, True):
-                own = [parameter for parameter in parameters if parameter.is_expert == expert]
-                size = data_parallel_group(expert).size()
-                buckets = place(own, size, run.parallel.bucket_size)
-                fragments = [fragment for _, found in buckets for fragment in found]
-                _add_owners(owners, fragments)
-                twice = {parameter.index: parameter.model.numel() for parameter in own if parameter.on_two_stages}
-                lanes.append(shares(fragments, size, run, twice))
-                numel = sum(parameter.model.numel() for parameter in own)
-                baselines.append([adamw_share(numel, size, run, sum(twice.values()))] * size)
-            lines += [_line(parameter, owners[parameter.index]) for parameter in parameters if not parameter.is_copy]
-        ranks += of_world(run, world_size, lanes)
-        adamw += of_world(run, world_size, baselines)
-    biases = sum(math.prod(row.shape) for row in mapping.table(run.model) if row.parts[0].kind == "bias")
-    return Plan(run, lines, ranks, adamw, biases)
-
-
-def _add_owners(owners: dict[int, set[int]], fragments: Iterable[Fragment]) -> None:
-    for fragment in fragments:
-        owners.setdefault(fragment.parameter, set()).add(fragment.owner)
-
-
-def _line(parameter: Parameter, owners: set[int]) -> Line:
-    shape, rule = tuple(pieces(parameter.sharded)[0].global_shape), parameter.rule
-    heights = matrix_heights(rule, shape) if rule.algorithm == "muon" else []
-    matrices = Counter((height, shape[-1]) for height in heights)
-    return Line(parameter.key, shape, rule.algorithm, rule.decay, dict(matrices), tuple(sorted(owners)))
-
-
-def of_world(run: Run, world_size: int, lanes: Sequence[Sequence[Share]]) -> list[Share]:
-    """Of every rank of one pipeline stage: its dense and its expert share together, in Megatron's order of ranks."""
-    parallel = run.parallel
-    dense, expert = lanes
-    inner = parallel.expert_tensor_parallel_size * parallel.expert_parallel_size
-    found = []
-    for rank in range(world_size // parallel.pipeline_parallel_size):
-        d, e = dense[rank // parallel.tensor_parallel_size], expert[rank // inner]
-        found.append(Share(d.sent + e.sent, d.received + e.received, d.state + e.state))
-    return found
+SECONDS_PARTS = {
+    "arithmetic": "forward and backward pass at {efficiency:g} of the peak",
+    "slices": "tensor parallelism, not hidden",
+    "dispatch": "tokens to experts and back, not hidden",
+    "bubble": "waiting for other stages, {bubble:.1%} of their time",
+    "pipeline": "between stages, not hidden",
+    "gradients": "beyond the last micro-batch's backward pass",
+    "newton_schulz": "of the rank with most",
+    "matrices": "brought together and back, not hidden",
+    "weights": "beyond the first micro-batch's forward pass",
+}
 
 
 def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) -> None:
-    """The summary and, if asked for, before it a table of every parameter.
+    """Summary and tables and, if asked for, before them a table of every parameter.
 
     Into a file or a pipe goes one line for each parameter; on a terminal, layers are headings, so that names fit.
     """
     console = console or Console()
+    if parameters:
+        _print_parameters(plan, console)
+    if not console.is_terminal:
+        console.width = NARROW
+    soft_wrap = not console.is_terminal  # a fact a line for whoever filters
+    for text in summary(plan):
+        console.print(text, soft_wrap=soft_wrap, highlight=False)
+    for table in (_memory_table(plan), _wire_table(plan), _seconds_table(plan)):
+        console.print()
+        console.print(table, highlight=False)
+    console.print()
+    for text in conclusions(plan):
+        console.print(text, soft_wrap=soft_wrap, highlight=False)
+
+
+def _print_parameters(plan: Plan, console: Console) -> None:
     wide = not console.is_terminal
     if wide:
         console.width = WIDE
-    if parameters:
-        table = Table("parameter", "shape", "rule", "decay", "matrices", "owner", box=None, padding=(0, 1, 0, 0))
-        table.columns[0].overflow = "fold"
-        layer = ""
-        for line in plan.lines:
-            name = line.key
-            if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
-                if found[0] != layer:
-                    layer = found[0]
-                    table.add_row(layer)
-                name = "  " + name.removeprefix(layer)
-            matrices = (", " if wide else "\n").join(f"{n} of {_shape(shape)}" for shape, n in line.matrices.items())
-            decay = "yes" if line.decay else "no"
-            table.add_row(name, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
-        console.print(table)
-        console.print("owner: among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
-    for text in summary(plan):
-        console.print(text, soft_wrap=True, highlight=False)
+    table = Table("parameter", "shape", "rule", "decay", "matrices", "owner", box=None, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
+    layer = ""
+    for line in plan.lines:
+        name = line.key
+        if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
+            if found[0] != layer:
+                layer = found[0]
+                table.add_row(layer)
+            name = "  " + name.removeprefix(layer)
+        matrices = (", " if wide else "\n").join(f"{n} of {_shape(shape)}" for shape, n in line.matrices.items())
+        decay = "yes" if line.decay else "no"
+        table.add_row(name, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
+    console.print(table)
+    console.print("owner: among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
 
 
 def summary(plan: Plan) -> list[str]:
-    """Parameters, arithmetic, optimizer state and bytes of a step, one line each."""
+    """Layout, parameters, arithmetic, and the optimizer beside AdamW's, one line each."""
     run, counts, length = plan.run, count_parameters(plan.run.model), plan.run.data.sequence_length
     flops = train_flops_per_token(run.model, length)
-    timeline = Timeline(run)
-    tokens = timeline.num_sequences * length
     muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
     state, base_state = [r.state for r in plan.ranks], max(a.state for a in plan.adamw)
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
     mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
     return [
-        f"on {len(plan.ranks)} processes",
+        f"{run.name} on {plan.world_size:,} {plan.machine.name} GPUs: {layout(plan)}",
         f"parameters: {muon + adamw + plan.num_router_biases:,}: Muon {muon:,} in {plan.num_matrices:,} matrices, "
         f"AdamW {adamw:,}, router biases {plan.num_router_biases:,}",
         f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
-        f"training: {flops:.4g} FLOPs per token at sequence length {length:,}; {tokens:,} tokens and "
-        f"{flops * tokens:.3g} FLOPs in {timeline.num_steps:,} steps",
-        f"optimizer state of a rank: {_gb(max(state))} at most, {_gb(mean_state)} on average; "
-        f"AdamW (ZeRO-1): {_gb(base_state)}{_ratio(max(state), base_state)}",
-        f"sent or received (the larger) by a rank in a step: {_gb(max(wire))} at most, {_gb(mean_wire)} on average; "
-        f"AdamW (ZeRO-1): {_gb(base_wire)}{_ratio(max(wire), base_wire)}",
+        f"training: {flops:.4g} FLOPs per token at sequence length {length:,}; {plan.num_tokens:,} tokens and "
+        f"{flops * plan.num_tokens:.3g} FLOPs in {plan.timeline.num_steps:,} steps",
+        f"optimizer state of a rank: {gb(max(state))} at most, {gb(mean_state)} on average; "
+        f"AdamW (ZeRO-1): {gb(base_state)}{_ratio(max(state), base_state)}",
+        f"sent or received (the larger) for the optimizer by a rank in a step: {gb(max(wire))} at most, "
+        f"{gb(mean_wire)} on average; AdamW (ZeRO-1): {gb(base_wire)}{_ratio(max(wire), base_wire)}",
     ]
+
+
+def _memory_table(plan: Plan) -> Table:
+    fullest, mean = plan.memories[plan.fullest], mean_memory(plan.memories)
+    stage = plan.stage_of(plan.fullest)
+    words = {
+        "micro_batches": _count(
+            stage.micro_batches_in_flight,
+            "micro-batch" if plan.run.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
+        ),
+        "stage": stage.number,
+    }
+    table = _table("memory of a rank", f"fullest: {plan.fullest:,}", "mean", "")
+    for name, what in MEMORY_PARTS.items():
+        if getattr(mean, name):
+            table.add_row(
+                name.replace("_", " "), gb(getattr(fullest, name)), gb(getattr(mean, name)), what.format(**words)
+            )
+    peaks = sum(memory.peak for memory in plan.memories) / len(plan.memories)
+    table.add_row("peak", gb(fullest.peak), gb(peaks), _parts_of_peak(plan))
+    return table
+
+
+def _parts_of_peak(plan: Plan) -> str:
+    memory = plan.memories[plan.fullest]
+    if memory.update > memory.passes:
+        return "during the update, without activations"
+    larger, smaller = ("exchange", "logits") if memory.exchange >= memory.logits else ("logits", "exchange")
+    return f"in the passes: not {smaller} with {larger}, not update"
+
+
+def _wire_table(plan: Plan) -> Table:
+    table = _table("wire, rank and step", "busiest", "mean", "sent or received, the larger")
+    for name, what in WIRE_PARTS.items():
+        flow_of = worst_flow(plan, name)
+        flows = [flow_of(rank).worse for rank in range(len(plan.members))]
+        if max(flows):
+            table.add_row(name, gb(max(flows)), gb(sum(flows) / len(flows)), what)
+        if name == "weights" and max(flows):
+            dense, expert = exchange_of(plan)
+            table.add_row("  of dense parameters", gb(dense), "", "gradients and weights together")
+            table.add_row("  of experts", gb(expert), "", "gradients and weights together")
+    return table
+
+
+def _seconds_table(plan: Plan) -> Table:
+    seconds = plan.seconds
+    table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "share", "")
+    waiting = bubble_share(plan.run, plan.stages[0].num_micro_batches)
+    words = {"bubble": waiting, "efficiency": plan.machine.efficiency}
+    for name, what in SECONDS_PARTS.items():
+        value = getattr(seconds, name)
+        if value or name in ("gradients", "weights"):
+            share = f"{value / seconds.total:.2%}"
+            table.add_row(
+                name.replace("_", "-" if name.startswith("n") else " "), _s(value), share, what.format(**words)
+            )
+    table.add_row("step", _s(seconds.total), "", _speed(plan))
+    return table
+
+
+def _speed(plan: Plan) -> str:
+    rate = plan.tokens_per_step / plan.seconds.total
+    return f"{rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a GPU"
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """Newton-Schulz, days, checkpoint, and whether it fits; one line each."""
+    machine, gpu, run = plan.machine, plan.machine.gpu, plan.run
+    works = [member.newton_schulz_flops for member in plan.members]
+    busiest, mean = max(works), sum(works) / len(works)
+    stage = plan.stage_of(works.index(busiest))
+    batches = plan.timeline.steps_by_batch_size()
+    steps = ", ".join(f"{count:,} steps of {size:,}" for size, count in batches.items())
+    lines = [
+        f"Newton-Schulz: {busiest:.3g} FLOPs on the busiest rank, {busiest / (stage.flops + busiest):.3%} of its step; "
+        + (f"its share is {busiest / mean:.2f} of the mean" if mean else "no matrices"),
+        f"the whole recipe: {plan.total_seconds / 86400:,.2f} days ({steps} sequences)",
+        f"checkpoint: {gb(plan.checkpoint_bytes)} of float32 masters and momenta, "
+        f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
+        f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
+        + (", while training goes on" if run.train.async_save else ""),
+        f"a model, not a measurement: arithmetic at {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} "
+        f"TFLOP/s, links at their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8 and "
+        f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
+        fit(plan),
+    ]
+    return lines
+
+
+def fit(plan: Plan) -> str:
+    """Whether the fullest rank fits its GPU, in one line."""
+    peak, room = plan.memories[plan.fullest].peak, plan.machine.memory_bytes
+    if peak > room:
+        return f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU"
+    if peak > room * (1 - RESERVE):
+        return (
+            f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}, which leaves {gb(room - peak)}, less "
+            f"than the {RESERVE:.0%} that kernels, libraries and fragments of memory are likely to need"
+        )
+    return f"fits: the fullest rank needs {gb(peak)} of {gb(room)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+        column.no_wrap = True
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what.replace('micro-batch', 'micro-batches')}"
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def ranges(ranks: Sequence[int]) -> str:
@@ -194,9 +254,11 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _gb(count: float) -> str:
-    """Bytes each way, or kept, in units of 10^9 or 10^6."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def gb(count: float) -> str:
+    """Bytes in units of 10^9, 10^6 or 10^3."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
 
 
 def _ratio(count: float, base: float) -> str:
