@@ -7,7 +7,7 @@ dtypes and views, but no values. So a cluster's rank can be counted on a laptop.
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,9 @@ def count(run: Run, world_size: int, rank: int) -> Counted:
         optimizer = make_optimizer(models, run)
         state = memory.live
         data_parallel = optimizer.data_parallel
+        twice = any(parameter.on_two_stages for parameter in data_parallel.parameters)
         data_parallel.zero_gradients()
-        gradients_on_wire, _ = _counted(memory, data_parallel.finish_gradients)
+        gradients_on_wire, _ = _counted(memory, twice, data_parallel.finish_gradients)
 
         def update() -> None:
             optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
@@ -148,8 +149,8 @@ def count(run: Run, world_size: int, rank: int) -> Counted:
             data_parallel.start_weights()
             data_parallel.finish_weights()
 
-        updated, peak = _counted(memory, update, data_parallel.finish_weights)
-        weights_on_wire, _ = _counted(memory, return_weights)
+        updated, peak = _counted(memory, twice, update, data_parallel.finish_weights)
+        weights_on_wire, _ = _counted(memory, twice, return_weights)
         return Counted(
             num_parameters=sum(parameter.numel() for parameter in weights),
             weights=_bytes(weights),
@@ -171,7 +172,9 @@ def count(run: Run, world_size: int, rank: int) -> Counted:
         )
 
 
-def _counted(memory: MetaMemory, first: Any, then: Any = lambda: None) -> tuple[dict[str, Traffic], int]:
+def _counted(
+    memory: MetaMemory, on_two_stages: bool, first: Callable[[], None], then: Callable[[], None] = lambda: None
+) -> tuple[dict[str, Traffic], int]:
     """Traffic of both calls, and the memory that the first needed for a time."""
     with TrafficCounter() as counter:
         with memory.above() as peak:
@@ -189,9 +192,7 @@ def _counted(memory: MetaMemory, first: Any, then: Any = lambda: None) -> tuple[
         # Megatron has one group for two purposes where their ranks are the same.
         found[name] = Traffic() if group.group_name in seen else counter.of(group)
         seen.add(group.group_name)
-    embedding = embedding_group()
-    is_member = embedding is not None and embedding is not dist.GroupMember.NON_GROUP_MEMBER
-    found["embedding"] = counter.of(embedding) if is_member else Traffic()
+    found["embedding"] = counter.of(embedding_group()) if on_two_stages else Traffic()
     return found, peak[0]
 
 

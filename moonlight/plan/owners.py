@@ -22,7 +22,7 @@ from moonlight.optim.shares import (
     weight_bytes,
 )
 from moonlight.plan.cut import PlannedParameter
-from moonlight.plan.update import Matrices, update_bytes
+from moonlight.plan.update import AT_ONCE, Matrices, update_bytes
 
 
 @dataclass
@@ -36,8 +36,12 @@ class Held:
     gradient_buffers: float = 0
     """Most of gradients under way at once."""
     weight_buffers: float = 0
+    first_weights: float = 0
+    """Of weights that leave as soon as they are new."""
     update: float = 0
     """Most that the update of its rows needs besides the state."""
+    directions: float = 0
+    """float32 of the matrices that are whole here."""
     newton_schulz_flops: float = 0
 
 
@@ -71,8 +75,10 @@ class Rank:
 
     @property
     def update(self) -> float:
-        """Most that the update needs: one lane after the other, and at its end the first weights leave."""
-        return max(self.dense.update, self.expert.update, self.dense.weight_buffers + self.expert.weight_buffers)
+        """Most that the update needs: one part after the other, and at its end the first weights leave. The directions
+        of the last batch of whole matrices are still there in all of these."""
+        parts = (self.dense.update, self.expert.update, self.dense.first_weights + self.expert.first_weights)
+        return max(parts) + min(self.dense.directions + self.expert.directions, 4 * AT_ONCE)
 
 
 def largest(held: Sequence[Held]) -> Held:
@@ -116,16 +122,26 @@ def exact_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slice
     two_stages = [p.outline.index for p in parameters if p.outline.on_two_stages]
     found = shares(fragments, num_ranks, run, two_stages)
     if num_ranks > 1:
-        gradients, weights = _buffers([_sizes(part, num_ranks) for _, part in placed], run)
+        gradients, weights, first = _buffers([_sizes(part, num_ranks) for _, part in placed], run)
     else:
-        gradients, weights = [0.0], [0.0]
+        gradients, weights, first = [0.0], [0.0], [0.0]
     ranks = []
     for rank, share in enumerate(found):
         shards = sum(f.numel for f in of_rank[rank]) * GRADIENT_BYTES if num_ranks > 1 else 0
         matrices = _matrices(of_rank[rank], homes[rank], by_index, num_slices, run)
         ranks.append(
             [
-                Held(share, flow, shards, gradients[rank], weights[rank], update_bytes(work, run), work.flops(run))
+                Held(
+                    share,
+                    flow,
+                    shards,
+                    gradients[rank],
+                    weights[rank],
+                    first[rank],
+                    update_bytes(work, run),
+                    4 * work.whole_elements,
+                    work.flops(run),
+                )
                 for flow, work in matrices
             ]
         )
@@ -159,7 +175,9 @@ def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices
         numel * GRADIENT_BYTES / num_ranks if num_ranks > 1 else 0,
         2 * under_way * GRADIENT_BYTES,
         2 * under_way * weight_bytes(run),
+        2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(run) if num_ranks > 1 else 0,
         update_bytes(work, run),
+        4 * work.whole_elements,
         work.flops(run),
     )
 
@@ -179,8 +197,9 @@ def _sizes(fragments: Iterable[Fragment], num_ranks: int) -> list[int]:
     return sizes
 
 
-def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> tuple[list[float], list[float]]:
-    """Of every rank, the most that gradients, and that weights, need while so many rounds as may be are under way.
+def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float]]:
+    """Of every rank, the most that gradients, and that weights, need while so many rounds as may be are under way; and
+    what the first rounds of weights need.
 
     A round of gradients needs what is sent (all rows) and what is received (own rows from every rank); one of weights
     own rows for every other rank, and all others' rows.
@@ -189,7 +208,7 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> tuple[list[floa
     by_bucket = [[sizes for _, sizes in rounds(bucket)] for bucket in bucket_sizes]
     down = [sizes for bucket in by_bucket for sizes in bucket]
     up = [sizes for bucket in reversed(by_bucket) for sizes in bucket]
-    gradients, weights = [0.0] * num_ranks, [0.0] * num_ranks
+    gradients, weights, first = ([0.0] * num_ranks for _ in range(3))
     for order, most in ((down, gradients), (up, weights)):
         totals = [sum(sizes) for sizes in order]
         for rank in range(num_ranks):
@@ -198,7 +217,8 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> tuple[list[floa
             else:
                 of_round = [weight * (t + (num_ranks - 2) * s[rank]) for t, s in zip(totals, order, strict=True)]
             most[rank] = max(sum(of_round[i : i + MAX_IN_FLIGHT]) for i in range(len(of_round)))
-    return gradients, weights
+            first[rank] = sum(of_round[:MAX_IN_FLIGHT])
+    return [gradients, weights, first]
 
 
 def _matrices(

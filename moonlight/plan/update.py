@@ -29,6 +29,11 @@ class Matrices:
         kind = self.local if is_local else self.gathered
         kind[shape] = kind.get(shape, 0) + count
 
+    @property
+    def whole_elements(self) -> float:
+        """Elements of the matrices that are whole here."""
+        return sum(shape[0] * shape[1] * count for shape, count in self.local.items())
+
     def flops(self, run: Run) -> float:
         """Floating-point operations of Newton-Schulz in a step: two products of n^2 m and one of n^3 in each of its
         steps, without the symmetry that a CPU's blocks use."""
@@ -44,7 +49,7 @@ def update_bytes(matrices: Matrices, run: Run) -> float:
     Those that are brought together are all there at once, with their slices and their results.
     """
     element = direction_bytes(run)
-    whole = sum(shape[0] * shape[1] * count for shape, count in matrices.local.items())
+    whole = matrices.whole_elements
     batch = min(whole, max([AT_ONCE, *(shape[0] * shape[1] for shape in matrices.local)]))
     local = (4 + 4) * batch + _newton_schulz(matrices.local, element)
     brought = sum(shape[0] * shape[1] * count for shape, count in matrices.gathered.items())
