@@ -155,7 +155,7 @@ def test_the_command_prints_a_line_for_each_parameter():
     assert table["decoder.layers.2.mlp.experts.up_proj"][1:7] == ["8x128x96", "muon", "yes", "8", "of", "128x96"]
     first = lines.index(next(line for line in lines if line.startswith("quickstart on 4")))
     assert max(map(len, lines[:first])) <= 100
-    assert lines[first + 1].startswith("parameters: ") and "AdamW" in lines[first + 5]
+    assert lines[first + 2].startswith("parameters: ") and "AdamW" in lines[first + 7]
 
 
 def test_without_parameters_only_the_tables():

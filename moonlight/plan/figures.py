@@ -28,8 +28,8 @@ def layout(plan: Plan) -> str:
     }
     sizes = " ".join(f"{name}{size}" for name, size in names.items())
     return (
-        f"{sizes}, data parallel {parallel.data_parallel_size(plan.world_size)}, micro-batches of "
-        f"{plan.run.train.micro_batch_size}, {plan.stages[0].num_micro_batches} a step"
+        f"{sizes}, data parallel {parallel.data_parallel_size(plan.world_size)}, "
+        f"{plan.stages[0].num_micro_batches} micro-batches of {plan.run.train.micro_batch_size} a step"
     )
 
 

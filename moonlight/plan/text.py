@@ -107,16 +107,17 @@ def summary(plan: Plan) -> list[str]:
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
     mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
     return [
-        f"{run.name} on {plan.world_size:,} {plan.machine.name} GPUs: {layout(plan)}",
-        f"parameters: {muon + adamw + plan.num_router_biases:,}: Muon {muon:,} in {plan.num_matrices:,} matrices, "
-        f"AdamW {adamw:,}, router biases {plan.num_router_biases:,}",
+        f"{run.name} on {plan.world_size:,} {plan.machine.name} GPUs",
+        f"layout: {layout(plan)}",
+        f"parameters: {muon + adamw + plan.num_router_biases:,}, of them router biases {plan.num_router_biases:,}",
+        f"optimizer: Muon for {muon:,} in {plan.num_matrices:,} matrices, AdamW for {adamw:,}",
         f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
-        f"training: {flops:.4g} FLOPs per token at sequence length {length:,}; {plan.num_tokens:,} tokens and "
-        f"{flops * plan.num_tokens:.3g} FLOPs in {plan.timeline.num_steps:,} steps",
-        f"optimizer state of a rank: {gb(max(state))} at most, {gb(mean_state)} on average; "
-        f"AdamW (ZeRO-1): {gb(base_state)}{_ratio(max(state), base_state)}",
-        f"sent or received (the larger) for the optimizer by a rank in a step: {gb(max(wire))} at most, "
-        f"{gb(mean_wire)} on average; AdamW (ZeRO-1): {gb(base_wire)}{_ratio(max(wire), base_wire)}",
+        f"training: {plan.num_tokens:,} tokens in {plan.timeline.num_steps:,} steps; {flops:.4g} FLOPs per token at "
+        f"sequence length {length:,}",
+        f"optimizer state of a rank: {gb(max(state))} at most, mean {gb(mean_state)}; "
+        f"AdamW (ZeRO-1) {gb(base_state)}{_ratio(max(state), base_state)}",
+        f"sent or received for it in a step: {gb(max(wire))} at most, mean {gb(mean_wire)}; "
+        f"AdamW (ZeRO-1) {gb(base_wire)}{_ratio(max(wire), base_wire)}",
     ]
 
 
@@ -200,8 +201,8 @@ def conclusions(plan: Plan) -> list[str]:
         f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
         f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
         + (", while training goes on" if run.train.async_save else ""),
-        f"a model, not a measurement: arithmetic at {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} "
-        f"TFLOP/s, links at their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8 and "
+        f"a model, not a measurement: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; links at "
+        f"their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8,",
         f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
         fit(plan),
     ]
@@ -215,8 +216,8 @@ def fit(plan: Plan) -> str:
         return f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU"
     if peak > room * (1 - RESERVE):
         return (
-            f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}, which leaves {gb(room - peak)}, less "
-            f"than the {RESERVE:.0%} that kernels, libraries and fragments of memory are likely to need"
+            f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}; {RESERVE:.0%} should be left for what "
+            "is not planned"
         )
     return f"fits: the fullest rank needs {gb(peak)} of {gb(room)}"
 
@@ -262,4 +263,4 @@ def gb(count: float) -> str:
 
 
 def _ratio(count: float, base: float) -> str:
-    return f", a ratio of {count / base:.3f}" if base else ""
+    return f", ratio {count / base:.3f}" if base else ""
