@@ -1,16 +1,19 @@
 """The planned activations against what autograd keeps of a real forward pass."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from layouts import LAYOUTS, build, local_batches, recipe
 
+from moonlight.config import Parallel
 from moonlight.plan.activations import (
     head_activations,
     layer_activations,
     logits_bytes,
     micro_batches_in_flight,
+    stage_activations,
     tokens_of,
 )
 
@@ -93,6 +96,54 @@ def test_what_autograd_keeps(pool, layout, case):
             assert total == pytest.approx(sizes[number], rel=0.02), (number, planned)
         planned = sum(saved.bytes for saved in head_activations(run, tokens_of(run), on_cpu=True))
         assert planned == pytest.approx(sizes[3], rel=0.02)
+
+
+def peak_kept(run):
+    """Most bytes that autograd keeps at once on this rank, over a whole forward and backward pass."""
+    from moonlight.train.step import forward_backward
+
+    models, optimizer = build(run)
+    batches = local_batches(run, 0)
+    optimizer.data_parallel.zero_gradients()
+    skip = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    skip |= {t.untyped_storage().data_ptr() for batch in batches for t in (batch.tokens, batch.labels, batch.loss_mask)}
+    live, peak, known = 0, 0, weakref.WeakSet()
+
+    def drop(size):
+        nonlocal live
+        live -= size
+
+    def pack(tensor):
+        nonlocal live, peak
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip and storage not in known:
+            known.add(storage)
+            weakref.finalize(storage, drop, storage.nbytes())
+            live += storage.nbytes()
+            peak = max(peak, live)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward_backward(models, run, batches)
+    return peak
+
+
+@pytest.mark.parametrize("layout", ["1", "PP2", "PP4", "PP2-interleaved", "EP2xPP2"])
+def test_what_a_whole_pass_keeps(pool, layout):
+    """All experts are chosen, so every micro-batch keeps the same; the schedule decides how many are there."""
+    world_size, parallel = LAYOUTS.get(layout) or (4, Parallel(pipeline_parallel_size=4))
+    run = run_of(parallel, "all experts chosen, wide")
+    run = replace(
+        run,
+        model=replace(run.model, num_hidden_layers=4),
+        train=replace(run.train, global_batch_size=16, micro_batch_size=2),
+    )
+    count = 16 // 2 // parallel.data_parallel_size(world_size)
+    for rank, peak in enumerate(pool.run(world_size, peak_kept, run)):
+        stage = rank * parallel.pipeline_parallel_size // world_size
+        planned, in_flight = stage_activations(run, stage, count, on_cpu=True)
+        print(layout, rank, in_flight, peak, planned / peak)
+        assert planned == pytest.approx(peak, rel=0.03)
 
 
 def test_logits():

@@ -100,13 +100,13 @@ def logits_bytes(run: Run, tokens: Tokens) -> float:
     return tokens.whole * w * run.model.vocab_size / run.parallel.tensor_parallel_size if w == 2 else 0
 
 
-def stage_activations(run: Run, stage: int, num_micro_batches: int) -> tuple[float, int]:
+def stage_activations(run: Run, stage: int, num_micro_batches: int, *, on_cpu: bool = False) -> tuple[float, int]:
     """Bytes that a pipeline stage keeps at most, and of how many micro-batches of a chunk (1F1B, or interleaved)."""
     parallel, tokens = run.parallel, tokens_of(run)
     stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     chunks = layers_of_stages(run.model.num_hidden_layers, stages, virtual)[stage]
-    dense = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=False))
-    mixture = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=True))
+    dense = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=False, on_cpu=on_cpu))
+    mixture = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=True, on_cpu=on_cpu))
     first_mixture = run.model.first_k_dense_replace
     of_chunk = [sum(dense if layer < first_mixture else mixture for layer in chunk) for chunk in chunks]
     if weight_bytes(run) == 2 and not run.train.fp32_residual_connection:
@@ -115,7 +115,7 @@ def stage_activations(run: Run, stage: int, num_micro_batches: int) -> tuple[flo
             if stage > 0 or number > 0:
                 of_chunk[number] += tokens.own * 2 * run.model.hidden_size
     if stage == stages - 1:
-        of_chunk[-1] += sum(saved.bytes for saved in head_activations(run, tokens))
+        of_chunk[-1] += sum(saved.bytes for saved in head_activations(run, tokens, on_cpu=on_cpu))
     in_flight = micro_batches_in_flight(stages, virtual, stage, num_micro_batches)
     # Interleaved stages take as many micro-batches as there are stages through one chunk, then the next chunk.
     return sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight)), in_flight

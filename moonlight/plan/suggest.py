@@ -17,8 +17,10 @@ from moonlight.plan.hardware import GPUS_OF_A_NODE, Machine
 from moonlight.plan.text import gb
 
 NUM_SHOWN = 10
-MOST_EXACT = 14
-"""Layouts planned exactly: a few more than are shown, because some need more memory than their sketch."""
+MORE = 3
+"""Layouts planned exactly beyond those, because exact times differ a little from those of sketches."""
+MOST_EXACT = 30
+"""At most so many, because some need more memory than their sketch."""
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 VIRTUAL_SIZES = (1, 2, 3, 4)
@@ -81,8 +83,13 @@ def suggest(run: Run, world_size: int, machine: Machine) -> Suggestions:
         plan = make_plan(sketch.run, world_size, machine)
         if _peak(plan) <= room:
             best.append(plan)
+        if len(best) == NUM_SHOWN + MORE:
+            break
     if not best:
-        raise UserError(_nothing_fits(run, world_size, machine, min(sketches, key=_peak)))
+        smallest = make_plan(min(sketches, key=_peak).run, world_size, machine)
+        if _peak(smallest) > room:
+            raise UserError(_nothing_fits(run, world_size, machine, smallest))
+        best.append(smallest)
     best.sort(key=lambda plan: plan.seconds.total)
     too_large = [sketch for sketch in sketches if _peak(sketch) > room]
     found = [(count, reason) for reason, count in reasons.items() if count]

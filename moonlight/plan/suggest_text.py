@@ -9,7 +9,7 @@ from moonlight.plan.build import Plan
 from moonlight.plan.figures import RESERVE
 from moonlight.plan.speed import bubble_share
 from moonlight.plan.suggest import Suggestions
-from moonlight.plan.text import NARROW, gb
+from moonlight.plan.text import NARROW, gb, in_seconds
 
 
 def print_suggestions(found: Suggestions, console: Console | None = None) -> None:
@@ -19,9 +19,9 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
         console.width = NARROW
     machine = found.machine
     console.print(
-        f"{found.run.name} on {found.world_size:,} {machine.name} GPUs, at most {1 - RESERVE:.0%} of "
-        f"{gb(machine.memory_bytes)} each, arithmetic at {machine.efficiency:g} of its peak: {found.num_fitting:,} of "
-        f"{found.num_layouts:,} layouts fit",
+        f"{found.run.name} on {found.world_size:,} {machine.name} GPUs: {found.num_fitting:,} of {found.num_layouts:,} "
+        f"layouts fit\nmemory: at most {1 - RESERVE:.0%} of {gb(machine.memory_bytes)}; time: a model, arithmetic at "
+        f"{machine.efficiency:g} of its peak",
         highlight=False,
     )
     columns = ("TP", "PP", "VPP", "EP", "ETP", "micro-batch", "step", "tokens/s", "days", "bubble", "memory")
@@ -34,8 +34,11 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
     console.print(table, highlight=False)
     console.print(f"\nthe first of them: {' '.join(overrides(found.best[0]))}", highlight=False)
     console.print("\nwhy the others are not possible:", highlight=False)
+    reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    reasons.add_column(justify="right")
     for count, reason in found.reasons:
-        console.print(f"{count:>7,}  {reason}", highlight=False)
+        reasons.add_row(f"{count:,}", reason)
+    console.print(reasons, highlight=False)
 
 
 def overrides(plan: Plan) -> list[str]:
@@ -89,7 +92,7 @@ def _cells(plan: Plan) -> list[str]:
     )
     return [
         *map(str, sizes),
-        f"{seconds:.3f} s",
+        in_seconds(seconds),
         f"{plan.tokens_per_step / seconds:,.0f}",
         f"{plan.total_seconds / 86400:,.2f}",
         f"{bubble_share(plan.run, plan.stages[0].num_micro_batches):.1%}",

@@ -174,9 +174,9 @@ def _seconds_table(plan: Plan) -> Table:
         if value or name in ("gradients", "weights"):
             share = f"{value / seconds.total:.2%}"
             table.add_row(
-                name.replace("_", "-" if name.startswith("n") else " "), _s(value), share, what.format(**words)
+                name.replace("_", "-" if name.startswith("n") else " "), in_seconds(value), share, what.format(**words)
             )
-    table.add_row("step", _s(seconds.total), "", _speed(plan))
+    table.add_row("step", in_seconds(seconds.total), "", _speed(plan))
     return table
 
 
@@ -235,10 +235,6 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what.replace('micro-batch', 'micro-batches')}"
 
 
-def _s(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:.1f} s"
-
-
 def ranges(ranks: Sequence[int]) -> str:
     """Rising numbers in short: 0-3,7; or, were that long, how many lie from the first to the last: 20 in 0-63."""
     runs: list[list[int]] = []
@@ -260,6 +256,13 @@ def gb(count: float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+
+
+def in_seconds(seconds: float) -> str:
+    """With four digits or so."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1e3:.2f} ms"
+    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:,.1f} s"
 
 
 def _ratio(count: float, base: float) -> str:
