@@ -262,7 +262,7 @@ def in_seconds(seconds: float) -> str:
     """With four digits or so."""
     if 0 < seconds < 0.1:
         return f"{seconds * 1e3:.2f} ms"
-    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:,.1f} s"
+    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:,.2f} s"
 
 
 def _ratio(count: float, base: float) -> str:
