@@ -87,24 +87,31 @@ def check(counted, flow):
     assert flow.received == pytest.approx(received, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "TP2",
-        "TP2-ETP2",
-        "TP4",
-        "EP2",
-        "EP4",
-        "EP2xTP2-4",
-        "EP2xTP2-ETP2-4",
-        "PP2",
-        "PP4",
-        "PP2-interleaved",
-        "TP2xPP2",
-        "EP2xPP2",
-    ],
+LAYOUT_NAMES = (
+    "TP2",
+    "TP2-ETP2",
+    "TP4",
+    "EP2",
+    "EP4",
+    "EP2xTP2-4",
+    "EP2xTP2-ETP2-4",
+    "PP2",
+    "PP4",
+    "PP2-interleaved",
+    "TP2xPP2",
+    "EP2xPP2",
 )
+QUICK = ("TP2", "EP2xTP2-ETP2-4", "PP2")
+"""Layouts that every recipe is tried in; the others with the two plain ones."""
+
+CASES = [
+    pytest.param(layout, name, marks=[] if name in ("float32", "bfloat16") or layout in QUICK else pytest.mark.full)
+    for layout in LAYOUT_NAMES
+    for name in RECIPES
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
 def test_what_real_processes_send(pool, layout, name):
     world_size, parallel = LAYOUTS.get(layout) or MORE[layout]
     run = run_of(name, parallel)

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 from moonlight import mapping
 from moonlight.config import Run
+from moonlight.config_model import Model
+from moonlight.config_optim import Optimizer
 from moonlight.mapping import Row
 from moonlight.optim.placement import Outline
 from moonlight.optim.routing import Rule, matrix_heights, route, rules_of
@@ -75,7 +77,7 @@ def stage_parameters(run: Run, stage: int) -> list[PlannedParameter]:
         model.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     )[stage]
     is_last = stage == parallel.pipeline_parallel_size - 1
-    rows, rules = _rows(run)
+    rows, rules = _rows(model, run.optimizer)
     keys = [EMBEDDING] if stage == 0 else []
     for layer in (layer for chunk in chunks for layer in chunk):
         keys += rows.by_layer[layer]
@@ -95,9 +97,9 @@ class _Rows:
 
 
 @lru_cache(maxsize=4)
-def _table(run_model: object, run_optimizer: object) -> tuple[_Rows, dict[str, Rule]]:
+def _rows(model: Model, optimizer: Optimizer) -> tuple[_Rows, dict[str, Rule]]:
     """Of a model and an optimizer; the layouts that a search tries have them in common."""
-    trained = [row for row in mapping.table(run_model) if row.parts[0].kind != "bias"]  # type: ignore[arg-type]
+    trained = [row for row in mapping.table(model) if row.parts[0].kind != "bias"]
     by_layer: dict[int, list[str]] = {}
     for row in trained:
         if row.key.startswith("decoder.layers."):
@@ -105,12 +107,8 @@ def _table(run_model: object, run_optimizer: object) -> tuple[_Rows, dict[str, R
     for keys in by_layer.values():
         keys.sort(key=lambda key: _ORDER.index(_module(key)))
     keys = [row.key for row in trained]
-    rules = route(keys, rules_of(run_optimizer, run_model))  # type: ignore[arg-type]
+    rules = route(keys, rules_of(optimizer, model))
     return _Rows({row.key: row for row in trained}, by_layer), rules
-
-
-def _rows(run: Run) -> tuple[_Rows, dict[str, Rule]]:
-    return _table(run.model, run.optimizer)
 
 
 def _module(key: str) -> str:

@@ -9,7 +9,7 @@ from moonlight.plan.build import Plan
 from moonlight.plan.figures import RESERVE
 from moonlight.plan.speed import bubble_share
 from moonlight.plan.suggest import Suggestions
-from moonlight.plan.text import NARROW, gb, in_seconds
+from moonlight.plan.text import NARROW, gb, in_seconds, num_gpus
 
 
 def print_suggestions(found: Suggestions, console: Console | None = None) -> None:
@@ -19,9 +19,9 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
         console.width = NARROW
     machine = found.machine
     console.print(
-        f"{found.run.name} on {found.world_size:,} {machine.name} GPUs: {found.num_fitting:,} of {found.num_layouts:,} "
-        f"layouts fit\nmemory: at most {1 - RESERVE:.0%} of {gb(machine.memory_bytes)}; time: a model, arithmetic at "
-        f"{machine.efficiency:g} of its peak",
+        f"{found.run.name} on {num_gpus(found.world_size, machine.name)}: {found.num_fitting:,} of "
+        f"{found.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of {gb(machine.memory_bytes)}; time: a "
+        f"model, arithmetic at {machine.efficiency:g} of its peak",
         highlight=False,
     )
     columns = ("TP", "PP", "VPP", "EP", "ETP", "micro-batch", "step", "tokens/s", "days", "bubble", "memory")

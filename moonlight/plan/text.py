@@ -107,7 +107,7 @@ def summary(plan: Plan) -> list[str]:
     wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
     mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
     return [
-        f"{run.name} on {plan.world_size:,} {plan.machine.name} GPUs",
+        f"{run.name} on {num_gpus(plan.world_size, plan.machine.name)}",
         f"layout: {layout(plan)}",
         f"parameters: {muon + adamw + plan.num_router_biases:,}, of them router biases {plan.num_router_biases:,}",
         f"optimizer: Muon for {muon:,} in {plan.num_matrices:,} matrices, AdamW for {adamw:,}",
@@ -256,6 +256,11 @@ def gb(count: float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+
+
+def num_gpus(count: int, name: str) -> str:
+    """So many of a kind."""
+    return f"{count:,} {name} {'GPU' if count == 1 else 'GPUs'}"
 
 
 def in_seconds(seconds: float) -> str:
