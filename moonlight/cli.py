@@ -125,27 +125,44 @@ def pretrain(
     launch(run.parallel.num_processes, arguments, run.train.threads_per_process, run.train.max_restarts)
 
 
-@app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --parameters --gpus 64")
+@app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --gpus 64 --gpu h200")
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value; moonlight/config.py has all keys.")
     ] = None,
+    gpus: Annotated[int | None, typer.Option(help="Processes; by default the recipe's parallel.num_processes.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h800, h200, a100 or b200.")] = "h100",
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of a GPU in GB, if not that kind's.")] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of peak FLOP/s that arithmetic reaches.")] = 0.35,
+    storage_gb_per_second: Annotated[float, typer.Option(help="Rate of checkpoints, for the whole job.")] = 2.0,
     parameters: Annotated[
         bool, typer.Option("--parameters", help="List every parameter: its rule, its matrices, who owns it.")
     ] = False,
-    gpus: Annotated[int | None, typer.Option(help="Processes; by default the recipe's parallel.num_processes.")] = None,
+    suggest: Annotated[bool, typer.Option("--suggest", help="Search the layouts that fit, fastest first.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print numbers by name instead of tables.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count one rank of the real model and optimizer besides, and compare.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="Rank of the dry run; by default 0.")] = None,
 ) -> None:
-    """Show what a recipe's optimizer would own, keep and send on N processes, without starting them."""
-    from moonlight.config_io import load_recipe
+    """Memory, bytes on the wire and seconds of a recipe on N GPUs, from formulas. Exits 1 if a dry run differs."""
+    from moonlight.plan.command import PlanOptions, run_plan
 
-    run = load_recipe(recipe, overrides or [])
-    if gpus is not None and gpus < 1:
-        raise UserError(f"--gpus is {gpus}: it must be at least 1")
-
-    from moonlight.plan import make_plan, print_plan
-
-    print_plan(make_plan(run, run.parallel.num_processes if gpus is None else gpus), parameters=parameters)
+    options = PlanOptions(
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory_gb=gpu_memory,
+        efficiency=efficiency,
+        storage_gb_per_second=storage_gb_per_second,
+        parameters=parameters,
+        suggest=suggest,
+        json=json,
+        dry_run=dry_run,
+        rank=rank,
+    )
+    if not run_plan(recipe, overrides or [], options):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: moonlight export runs/quickstart --out hf --dtype bfloat16 --license apache-2.0")

@@ -12,6 +12,7 @@ from moonlight.config_model import Model
 from moonlight.config_monitor import Monitor
 from moonlight.config_optim import Optimizer
 from moonlight.config_stages import BatchGrowth, Schedule, Stage, check_growth, check_stages, check_weights
+from moonlight.pipeline import check_pipeline
 
 MAX_STEPS = 99_999_999
 """Checkpoint folders are named by steps of eight digits, so that their names sort."""
@@ -287,17 +288,12 @@ class Run:
                 "parallel.expert_parallel_size",
                 parallel.expert_parallel_size,
             ),
-            (
-                "model.num_hidden_layers",
-                model.num_hidden_layers,
-                "pipeline_parallel_size x virtual_pipeline_parallel_size",
-                pp * vpp,
-            ),
         ):
             require(
                 value % divisor == 0,
                 f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})",
             )
+        check_pipeline(model.num_hidden_layers, pp, vpp)
         require(
             self.data.sequence_length <= model.max_position_embeddings,
             f"data.sequence_length is {self.data.sequence_length}: at most model.max_position_embeddings "

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ def _install_device_functions() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = replacements["get_rng_state"]
     torch.cuda.random.set_rng_state = replacements["set_rng_state"]
+
+
+@contextlib.contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Let Megatron, and all that asks like it, build on this device; with CUDA too."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before
 
 
 class _TorchOnCpu(types.ModuleType):

@@ -5,7 +5,7 @@ Everything is counted on the rows of `mapping.table`, so a model that has no ten
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from moonlight import mapping
 from moonlight.config_model import Model
@@ -41,7 +41,7 @@ def count_parameters(model: Model) -> ParameterCounts:
     )
 
 
-@cache
+@lru_cache
 def train_flops_per_token(model: Model, sequence_length: int) -> float:
     """Floating-point operations of forward and backward pass for one token, on average over a causal sequence.
 
@@ -49,6 +49,22 @@ def train_flops_per_token(model: Model, sequence_length: int) -> float:
     backward), and six for each multiplication of queries with keys and of weights with values, of which a causal mask
     leaves half. The optimizer, norms and activations are not counted, nor is anything computed twice to save memory.
     """
+    return sum(train_flops_of_parts(model, sequence_length))
+
+
+@lru_cache(maxsize=8)
+def train_flops_of_parts(model: Model, sequence_length: int) -> tuple[float, ...]:
+    """The same of every layer by itself, and last of the head with its norm."""
     widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
-    attention = model.num_hidden_layers * sequence_length * model.num_attention_heads * widths / 2
-    return 6 * (count_parameters(model).activated_with_head + attention)
+    attention = sequence_length * model.num_attention_heads * widths / 2
+    parts = [6 * attention] * model.num_hidden_layers + [0.0]
+    sizes = {row.key: math.prod(row.shape) for row in mapping.table(model)}
+    for key, size in sizes.items():
+        active = size * model.num_experts_per_tok // model.num_experts if ".mlp.experts." in key else size
+        if key.startswith("decoder.layers."):
+            parts[int(key.split(".")[2])] += 6 * active
+        elif key != _EMBEDDING:
+            parts[-1] += 6 * active
+    if _HEAD not in sizes:
+        parts[-1] += 6 * sizes[_EMBEDDING]
+    return tuple(parts)

@@ -108,6 +108,13 @@ class Timeline:
         last = self._spans[-1]
         return last.first_sequence + last.num_steps * last.global_batch_size - self.first_sequence
 
+    def steps_by_batch_size(self) -> dict[int, int]:
+        """How many steps there are of each batch size."""
+        counts = dict.fromkeys(self.batch_sizes, 0)
+        for span in self._spans:
+            counts[span.global_batch_size] += span.num_steps
+        return counts
+
     def at(self, step: int) -> Moment:
         """What holds in `step`, counted from 1."""
         assert 1 <= step <= self.num_steps, (step, self.num_steps)

@@ -1,6 +1,7 @@
 """`moonlight plan`: which rule and which owner each parameter gets, and the recipe of Moonlight-16B-A3B."""
 
 import io
+import json
 import math
 import subprocess
 import sys
@@ -13,9 +14,14 @@ from rich.console import Console
 from moonlight import mapping
 from moonlight.config_io import load_recipe
 from moonlight.dry_run import dry_run
+from moonlight.flops import train_flops_per_token
 from moonlight.optim.routing import matrix_heights, route, rules_of
 from moonlight.optim.shares import Share
-from moonlight.plan import make_plan, of_world, print_plan, ranges, summary
+from moonlight.plan.build import make_plan, of_world
+from moonlight.plan.hardware import machine
+from moonlight.plan.owners import Held, Lane
+from moonlight.plan.speed import bubble_share
+from moonlight.plan.text import print_plan, ranges, summary
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -98,11 +104,16 @@ def test_every_rank_gets_the_share_of_its_groups(rank):
             "parallel.expert_tensor_parallel_size=2",
         ],
     )
-    dense, expert = [Share(d, 0, 0) for d in range(4)], [Share(0, e, 0) for e in range(1)]
+    # Each rank's place stands in its masters, among tensor-parallel peers in its momenta.
+    dense, expert = (
+        Lane([[Held(Share(masters=d, momenta=t)) for t in range(2)] for d in range(size)], {}) for size in (4, 1)
+    )
     with dry_run(run, 24, rank):
-        place = of_world(run, 24, (dense, expert))[rank % 8]
-        assert place.sent == parallel_state.get_data_parallel_rank()
-        assert place.received == parallel_state.get_expert_data_parallel_rank()
+        place = of_world(run, 24, dense, expert)[rank % 8]
+        assert place.dense.share.masters == parallel_state.get_data_parallel_rank()
+        assert place.expert.share.masters == parallel_state.get_expert_data_parallel_rank()
+        assert place.dense.share.momenta == parallel_state.get_tensor_model_parallel_rank()
+        assert place.expert.share.momenta == parallel_state.get_expert_tensor_parallel_rank()
 
 
 def test_ranges():
@@ -142,16 +153,89 @@ def test_the_command_prints_a_line_for_each_parameter():
     assert table.keys() == keys
     assert table["embedding.word_embeddings.weight"][1:] == ["4096x128", "adamw", "yes", "0-3"]
     assert table["decoder.layers.2.mlp.experts.up_proj"][1:7] == ["8x128x96", "muon", "yes", "8", "of", "128x96"]
-    assert max(map(len, lines[:-6])) <= 100
-    assert lines[-5].startswith("parameters: ") and "AdamW" in lines[-1]
+    first = lines.index(next(line for line in lines if line.startswith("quickstart on 4")))
+    assert max(map(len, lines[:first])) <= 100
+    assert lines[first + 2].startswith("parameters: ") and "AdamW" in lines[first + 7]
 
 
-def test_without_parameters_only_the_summary():
+def test_without_parameters_only_the_tables():
     done = run_plan(QUICKSTART)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6
+    assert done.returncode == 0 and "decoder.layers" not in done.stdout
+    for heading in ("memory of a rank", "wire, rank and step", "seconds of a step"):
+        assert heading in done.stdout
+
+
+def test_the_command_imports_no_torch():
+    code = (
+        "import sys; from moonlight.cli import main; sys.argv = ['moonlight', 'plan', sys.argv[1], '--gpus', '512']\n"
+        "try: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(BIG)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "False\n"
+
+
+def test_json_is_what_the_tables_say():
+    done = run_plan(BIG, "--gpus", "64", "--json")
+    content = json.loads(done.stdout)
+    plan = make_plan(load_recipe(BIG), 64)
+    assert content["parameters"]["total"] == 15_960_110_208
+    assert content["memory"]["fullest"]["peak_bytes"] == plan.memories[plan.fullest].peak
+    assert content["step_seconds"]["total"] == pytest.approx(plan.seconds.total)
+    assert content["checkpoint"]["bytes"] == plan.checkpoint_bytes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "gpus"),
+    [(path, (), None) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+    + [(BIG, (), gpus) for gpus in (8, 64, 512, 2048)]
+    + [(BIG, ("parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=1"), 256)],
+)
+def test_every_recipe_can_be_planned(recipe, settings, gpus):
+    run = load_recipe(recipe, settings)
+    plan = make_plan(run, gpus or run.parallel.num_processes)
+    out = io.StringIO()
+    print_plan(plan, parameters=False, console=Console(file=out, width=100, force_terminal=True, color_system=None))
+    assert max(map(len, out.getvalue().splitlines())) <= 100
+    assert plan.seconds.total > 0 and plan.total_seconds > 0
+    assert sum(stage.flops for stage in plan.stages) * plan.world_size / len(plan.stages) == pytest.approx(
+        train_flops_per_token(run.model, run.data.sequence_length) * plan.tokens_per_step
+    )
+
+
+def test_a_layout_that_does_not_fit_is_planned_and_says_so():
+    done = run_plan(BIG, "--gpus", "8", "--gpu", "a100")
+    assert done.returncode == 0
+    assert "DOES NOT FIT: the fullest rank needs " in done.stdout and "more than the 84.93 GB of a GPU" in done.stdout
+    done = run_plan(BIG, "--gpus", "8", "--gpu-memory", "2000")
+    assert "\nfits: the fullest rank needs " in done.stdout and " of 2,000.00 GB" in done.stdout
+
+
+def test_time_is_what_it_says():
+    run = load_recipe(BIG, ["parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=2"])
+    half, whole = (make_plan(run, 64, machine(efficiency=efficiency)) for efficiency in (0.25, 0.5))
+    assert half.seconds.arithmetic == pytest.approx(2 * whole.seconds.arithmetic)
+    slowest = max(stage.flops for stage in whole.stages)
+    assert whole.seconds.arithmetic == pytest.approx(slowest / (0.5 * 989e12))
+    # 16 data-parallel ranks take 256 micro-batches each of 4,096 sequences.
+    assert bubble_share(run, 256) == 3 / (256 + 3)
+    busy = whole.seconds.arithmetic + whole.seconds.dispatch + whole.seconds.slices
+    assert whole.seconds.bubble / (busy + whole.seconds.bubble) == pytest.approx(3 / 259)
+    counts = whole.timeline.steps_by_batch_size()
+    assert counts == {2048: 11_921, 4096: 163_913} and whole.global_batch_size == 4096
 
 
 def test_what_cannot_be_planned(refuses):
+    refuses(["plan", QUICKSTART, "--rank", "1"], "--rank is 1", "--dry-run")
+    refuses(["plan", QUICKSTART, "--dry-run", "--rank", "2"], "--rank is 2", "0 to 1")
+    refuses(["plan", QUICKSTART, "--dry-run", "--rank", "-1"], "--rank is -1", "0 to 1")
+    refuses(["plan", QUICKSTART, "--gpu", "tpu"], "--gpu is 'tpu'", "h100, h800, h200, a100, b200")
+    for value in ("0", "1.01", "-1", "nan"):
+        refuses(["plan", QUICKSTART, "--efficiency", value], "--efficiency is", "greater than 0 and at most 1")
+    refuses(["plan", QUICKSTART, "--gpu-memory", "0"], "--gpu-memory is 0.0", "greater than 0")
+    refuses(["plan", QUICKSTART, "--storage-gb-per-second", "-1"], "--storage-gb-per-second is -1.0", "greater than 0")
+    refuses(["plan", QUICKSTART, "--suggest", "--dry-run"], "--suggest and --dry-run")
+    refuses(["plan", QUICKSTART, "--suggest", "--parameters"], "--suggest and --parameters")
+    refuses(["plan", QUICKSTART, "--json", "--parameters"], "--json and --parameters")
     refuses(["plan", QUICKSTART, "--gpus", "3"], "3 processes", "does not divide")
     refuses(["plan", QUICKSTART, "--gpus", "0"], "--gpus", "at least 1")
     refuses(["plan", QUICKSTART, "--gpus", "32"], "train.global_batch_size", "multiple of")

@@ -41,7 +41,7 @@ from moonlight.errors import UserError
 from moonlight.optim.parameters import data_parallel_group, embedding_group
 from moonlight.optim.sharded import make_optimizer
 from moonlight.optim.traffic import TrafficCounter
-from moonlight.plan import make_plan
+from moonlight.plan.build import make_plan
 from moonlight.train.checkpoint_files import check_model, find
 from moonlight.train.checkpoint_tensors import ALIGNMENT
 from moonlight.train.index import read_index

@@ -29,6 +29,7 @@ from moonlight.model.experts import Experts
 from moonlight.model.latent_attention import LatentAttention
 from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
 from moonlight.model.router import Router
+from moonlight.pipeline import head_counts_as_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,6 +74,9 @@ def transformer_config(run: Run) -> MLATransformerConfig:
         sequence_parallel=parallel.tensor_parallel_size > 1,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if interleaved else None,
+        account_for_loss_in_pipeline_split=head_counts_as_layer(
+            layers, parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
+        ),
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         params_dtype=dtype,

@@ -23,13 +23,10 @@ from moonlight.optim.parameters import (
     find_parameters,
     tensor_parallel_group,
 )
-from moonlight.optim.partition import Fragment, partition
+from moonlight.optim.partition import Fragment
+from moonlight.optim.placement import place
 from moonlight.optim.routing import Rule
 from moonlight.optim.wire import Bucket, Lane
-
-SMALLEST_BUCKET = 40_000_000
-ELEMENTS_PER_RANK = 8_000_000
-"""Of a bucket of automatic size."""
 
 
 class DataParallel:
@@ -60,7 +57,10 @@ class DataParallel:
         for expert in (False, True):
             group = data_parallel_group(expert)
             own = [parameter for parameter in self.parameters if parameter.is_expert == expert]
-            lane = Lane([Bucket(run, fragments, group) for run, fragments in place(own, group.size(), bucket_size)])
+            placed = place([parameter.outline for parameter in own], group.size(), bucket_size)
+            lane = Lane(
+                [Bucket([self.parameters[o.index] for o in run], fragments, group) for run, fragments in placed]
+            )
             self.lanes.append(lane)
             self._lane_of |= {parameter.model: lane for parameter in own}
         self._last_micro_batch = True
@@ -148,33 +148,3 @@ class DataParallel:
         """Called by Megatron's schedules after the last backward pass. Losses are divided by the token count
         already."""
         self.finish_gradients()
-
-
-def place(
-    parameters: Sequence[Parameter], num_ranks: int, bucket_size: int = 0
-) -> list[tuple[list[Parameter], list[Fragment]]]:
-    """Parameters from the last to the first, as a backward pass completes them, in buckets, and who owns their rows.
-
-    What two pipeline stages hold has a bucket and a partition of its own: their other parameters differ, and both must
-    give its rows to the same data-parallel ranks.
-
-    Args:
-        bucket_size: elements that close a bucket; 0 takes enough for a matrix or two of each rank, so that owners'
-            regions of one bucket are not too uneven, but a quarter of all at most.
-    """
-    total = sum(parameter.model.numel() for parameter in parameters)
-    size = bucket_size or max(SMALLEST_BUCKET, min(ELEMENTS_PER_RANK * num_ranks, total // 4))
-    runs: list[list[Parameter]] = [[]]
-    for parameter in reversed(parameters):
-        full = sum(p.model.numel() for p in runs[-1]) >= size
-        if full or (runs[-1] and runs[-1][-1].on_two_stages != parameter.on_two_stages):
-            runs.append([])
-        runs[-1].append(parameter)
-    bucket_of = {parameter.index: number for number, run in enumerate(runs) for parameter in run}
-    of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
-    for on_two_stages in (False, True):
-        own = [parameter for parameter in parameters if parameter.on_two_stages == on_two_stages]
-        blocks = [block for parameter in own for block in parameter.blocks(bucket_of[parameter.index])]
-        for fragment in partition(blocks, num_ranks):
-            of_parameter[fragment.parameter].append(fragment)
-    return [(run, [fragment for p in run for fragment in of_parameter[p.index]]) for run in runs if run]

@@ -26,7 +26,7 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
 }
 """Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
 
-WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26, "meta": 2**26}
 """Most elements of small matrices orthogonalised at once; a step needs about four times this in its dtype."""
 
 BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from moonlight.model.shards import Sharded, pieces, turned, turned_view
 from moonlight.optim.groups import group_of
-from moonlight.optim.partition import Block
+from moonlight.optim.placement import Outline
 from moonlight.optim.routing import Rule, matrix_heights, route
 
 Rectangle = tuple[tuple[int, ...], torch.Tensor]
@@ -79,18 +79,16 @@ class Parameter:
         """This rank's own gradient sum, float32 [rows, columns], before the exchange with other ranks."""
         return self.model.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
 
-    def blocks(self, bucket: int = 0) -> Iterator[Block]:
-        """Its rows, in a bucket of that number, divided into matrices for Muon, or where the pieces of a checkpoint
-        meet for AdamW."""
+    @property
+    def outline(self) -> Outline:
+        """What `place` needs to know of it: its rows divided into matrices for Muon, or where the pieces of a
+        checkpoint meet for AdamW."""
         if is_matrix := self.rule.algorithm == "muon":
             heights = matrix_heights(self.rule, tuple(self.model.shape))
         else:
             heights = [piece.data.numel() // self.columns for piece in pieces(self.sharded)]
-        start = 0
-        for height in heights:
-            yield Block(self.index, start, start + height, self.columns, is_matrix, bucket)
-            start += height
-        assert start == self.rows, self.key
+        assert sum(heights) == self.rows, self.key
+        return Outline(self.index, self.columns, tuple(heights), is_matrix, self.on_two_stages)
 
     def rectangles(self, start: int, stop: int, values: torch.Tensor) -> Iterator[Rectangle]:
         """Where the rows [start, stop) of this rank, whose `values` [stop - start, columns] are given, lie in the

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moonlight.config import Run
 from moonlight.optim.partition import Fragment
@@ -12,13 +12,55 @@ from moonlight.optim.partition import Fragment
 GRADIENT_BYTES = 4
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Bytes of one rank on the wire."""
+
+    sent: float = 0
+    received: float = 0
+
+    def __add__(self, other: "Flow") -> "Flow":
+        return Flow(self.sent + other.sent, self.received + other.received)
+
+    @property
+    def worse(self) -> float:
+        """The larger direction."""
+        return max(self.sent, self.received)
+
+
 @dataclass
 class Share:
     """Bytes of one rank for one data-parallel group: on the wire in one step, and of optimizer state."""
 
-    sent: int = 0
-    received: int = 0
-    state: int = 0
+    gradients: Flow = field(default_factory=Flow)
+    """To their owners."""
+    matrices: Flow = field(default_factory=Flow)
+    """Rows of matrices with several owners to the one that orthogonalises them, and back."""
+    weights: Flow = field(default_factory=Flow)
+    """From their owners to all."""
+    masters: float = 0
+    momenta: float = 0
+
+    @property
+    def sent(self) -> float:
+        return self.gradients.sent + self.matrices.sent + self.weights.sent
+
+    @property
+    def received(self) -> float:
+        return self.gradients.received + self.matrices.received + self.weights.received
+
+    @property
+    def state(self) -> float:
+        return self.masters + self.momenta
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(
+            self.gradients + other.gradients,
+            self.matrices + other.matrices,
+            self.weights + other.weights,
+            self.masters + other.masters,
+            self.momenta + other.momenta,
+        )
 
 
 def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stages: Collection[int] = ()) -> list[Share]:
@@ -28,27 +70,32 @@ def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stage
         on_two_stages: parameters of which two pipeline stages hold a copy, and whose gradients their owners add up.
     """
     total = sum(fragment.numel for fragment in fragments)
-    weight = weight_bytes(run)
-    master = 0 if weight == 4 else {"float32": 4, "split": 2}[run.optimizer.master_weights]
-    muon = 2 if run.optimizer.momentum_dtype == "bfloat16" else 4
-    direction = 2 if run.optimizer.newton_schulz_dtype == "bfloat16" else 4
-    owned = [0] * num_ranks
-    found = [Share() for _ in range(num_ranks)]
+    weight, direction = weight_bytes(run), direction_bytes(run)
+    owned, twice, masters, momenta, rows_moved = ([0] * num_ranks for _ in range(5))
     for fragment in fragments:
-        owned[fragment.owner] += fragment.numel
-        momenta = muon if fragment.matrix_rows else 8
-        found[fragment.owner].state += fragment.numel * (master + momenta)
+        owner, numel = fragment.owner, fragment.numel
+        owned[owner] += numel
+        masters[owner] += numel * master_bytes(run)
+        momenta[owner] += numel * (momentum_bytes(run) if fragment.matrix_rows else 8)
         if fragment.parameter in on_two_stages:
-            found[fragment.owner].sent += fragment.numel * GRADIENT_BYTES
-            found[fragment.owner].received += fragment.numel * GRADIENT_BYTES
-        if fragment.is_cut and fragment.owner != fragment.home:
-            for rank in (fragment.owner, fragment.home):
-                found[rank].sent += fragment.numel * direction
-                found[rank].received += fragment.numel * direction
-    for share, mine in zip(found, owned, strict=True):
-        share.sent += (total - mine) * GRADIENT_BYTES + (num_ranks - 1) * mine * weight
-        share.received += (num_ranks - 1) * mine * GRADIENT_BYTES + (total - mine) * weight
-    return found
+            twice[owner] += numel * GRADIENT_BYTES
+        if fragment.is_cut and owner != fragment.home:
+            rows_moved[owner] += numel * direction
+            rows_moved[fragment.home] += numel * direction
+    others = num_ranks - 1
+    return [
+        Share(
+            Flow(
+                (total - mine) * GRADIENT_BYTES + twice[rank],
+                others * mine * GRADIENT_BYTES + twice[rank],
+            ),
+            Flow(rows_moved[rank], rows_moved[rank]),
+            Flow(others * mine * weight, (total - mine) * weight),
+            masters[rank],
+            momenta[rank],
+        )
+        for rank, mine in enumerate(owned)
+    ]
 
 
 def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0) -> Share:
@@ -57,12 +104,27 @@ def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0
     Args:
         num_on_two_stages: elements among `numel` of which two pipeline stages hold a copy.
     """
-    weight = weight_bytes(run)
-    wire = numel * (GRADIENT_BYTES + weight) * (num_ranks - 1) // num_ranks
-    wire += num_on_two_stages * GRADIENT_BYTES // num_ranks
-    return Share(wire, wire, numel * (8 if weight == 4 else 12) // num_ranks)
+    weight, ring = weight_bytes(run), numel * (num_ranks - 1) / num_ranks
+    gradients = ring * GRADIENT_BYTES + num_on_two_stages * GRADIENT_BYTES / num_ranks
+    masters = 0 if weight == 4 else 4 * numel / num_ranks
+    return Share(Flow(gradients, gradients), Flow(), Flow(ring * weight, ring * weight), masters, numel * 8 / num_ranks)
 
 
 def weight_bytes(run: Run) -> int:
     """Of one element of the model."""
     return 2 if run.train.dtype == "bfloat16" else 4
+
+
+def master_bytes(run: Run) -> int:
+    """Of one element's master weight, beyond the model's own."""
+    return 0 if weight_bytes(run) == 4 else {"float32": 4, "split": 2}[run.optimizer.master_weights]
+
+
+def momentum_bytes(run: Run) -> int:
+    """Of one element's momentum under Muon."""
+    return 2 if run.optimizer.momentum_dtype == "bfloat16" else 4
+
+
+def direction_bytes(run: Run) -> int:
+    """Of one element of what is orthogonalised."""
+    return 2 if run.optimizer.newton_schulz_dtype == "bfloat16" else 4

@@ -25,6 +25,10 @@ class Traffic:
     received: float = 0.0
     collectives: int = 0
 
+    def minus(self, other: "Traffic") -> "Traffic":
+        """What this has besides the other."""
+        return Traffic(self.sent - other.sent, self.received - other.received, self.collectives - other.collectives)
+
     @property
     def worse(self) -> float:
         """The larger direction."""

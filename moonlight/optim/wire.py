@@ -16,12 +16,7 @@ import torch.distributed as dist
 
 from moonlight.optim.parameters import Parameter
 from moonlight.optim.partition import Fragment
-
-MAX_IN_FLIGHT = 2
-"""Rounds under way at once: one on the wire while the next is packed. Bounds the memory of buffers."""
-
-ROUND_FACTOR = 2
-"""A round carries at most this many times the mean region of each rank."""
+from moonlight.optim.placement import MAX_IN_FLIGHT, rounds
 
 Finish = Callable[[], None]
 
@@ -57,14 +52,16 @@ class Bucket:
             self.gradients = [by_index[f.parameter].gradients[f.start : f.stop] for f in self.own]
             return
         sizes = [sum(fragment.numel for fragment in region) for region in regions]
-        limit = -(-ROUND_FACTOR * sum(sizes) // group.size())
-        for start in range(0, max(sizes), limit):
-            slices = [list(_flat_slices(region, by_index, start, start + limit)) for region in regions]
+        for start, in_round in rounds(sizes):
+            slices = [
+                list(_flat_slices(region, by_index, start, start + size))
+                for region, size in zip(regions, in_round, strict=True)
+            ]
             self.rounds.append(
                 Round(
                     gradients=[gradient for owner in slices for gradient, _ in owner],
                     weights=[[weight for _, weight in owner] for owner in slices],
-                    sizes=[max(0, min(limit, size - start)) for size in sizes],
+                    sizes=in_round,
                     start=min(start, sizes[group.rank()]),
                 )
             )

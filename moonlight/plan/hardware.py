@@ -1,0 +1,124 @@
+"""GPUs as their makers describe them: what a plan divides its bytes and FLOPs by. All figures can be overridden or are
+scaled by a stated efficiency."""
+
+from dataclasses import dataclass
+
+from moonlight.errors import UserError
+from moonlight.optim.shares import Flow
+
+GPUS_OF_A_NODE = 8
+"""Joined by NVLink; beyond it every GPU has a network card of its own."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One kind of GPU in a node of eight."""
+
+    memory_bytes: float
+    """As CUDA reports it."""
+    peak_flops_per_second: float
+    """bfloat16 matrix products, dense."""
+    node_bytes_per_second: float
+    """To other GPUs of the node, each direction."""
+    network_bytes_per_second: float
+    """To GPUs of other nodes, each direction."""
+
+
+GPUS = {
+    # H100 SXM data sheet: 80 GB, 989 TFLOP/s, NVLink 900 GB/s both ways together; DGX H100: ConnectX-7, 400 Gb/s a GPU.
+    "h100": Gpu(
+        memory_bytes=79.1 * GIB,
+        peak_flops_per_second=989e12,
+        node_bytes_per_second=450e9,
+        network_bytes_per_second=50e9,
+    ),
+    # H800: an H100 whose NVLink has 400 GB/s both ways together (DeepSeek-V3, arXiv 2412.19437, 3.1).
+    "h800": Gpu(
+        memory_bytes=79.1 * GIB,
+        peak_flops_per_second=989e12,
+        node_bytes_per_second=200e9,
+        network_bytes_per_second=50e9,
+    ),
+    # H200 SXM data sheet: an H100 with 141 GB.
+    "h200": Gpu(
+        memory_bytes=139.8 * GIB,
+        peak_flops_per_second=989e12,
+        node_bytes_per_second=450e9,
+        network_bytes_per_second=50e9,
+    ),
+    # A100 SXM data sheet: 80 GB, 312 TFLOP/s, NVLink 600 GB/s both ways together; DGX A100: ConnectX-6, 200 Gb/s a GPU.
+    "a100": Gpu(
+        memory_bytes=79.1 * GIB,
+        peak_flops_per_second=312e12,
+        node_bytes_per_second=300e9,
+        network_bytes_per_second=25e9,
+    ),
+    # DGX B200 data sheet: 1,440 GB of eight, 18 PFLOP/s dense of eight, NVLink 1.8 TB/s; ConnectX-7, 400 Gb/s a GPU.
+    "b200": Gpu(
+        memory_bytes=178.0 * GIB,
+        peak_flops_per_second=2250e12,
+        node_bytes_per_second=900e9,
+        network_bytes_per_second=50e9,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The GPU, what of it can be used, and the storage for checkpoints."""
+
+    name: str = "h100"
+    memory_bytes: float = GPUS["h100"].memory_bytes
+    efficiency: float = 0.35
+    """Share of the peak that arithmetic reaches while it runs."""
+    storage_bytes_per_second: float = 2e9
+    """Of the whole job."""
+
+    @property
+    def gpu(self) -> Gpu:
+        return GPUS[self.name]
+
+    def arithmetic_seconds(self, flops: float) -> float:
+        """At the stated efficiency."""
+        return flops / (self.efficiency * self.gpu.peak_flops_per_second)
+
+    def wire_seconds(self, flow: Flow, num_ranks: int, stride: int) -> float:
+        """Of an exchange in which all ranks of a group send to all, at the full rate of the links.
+
+        Ranks of the group are `stride` apart; those of one node and those beyond are reached at the same time.
+        """
+        if num_ranks == 1:
+            return 0.0
+        in_node = min(num_ranks, max(1, GPUS_OF_A_NODE // stride))
+        beyond = (num_ranks - in_node) / (num_ranks - 1)
+        return flow.worse * max(
+            (1 - beyond) / self.gpu.node_bytes_per_second, beyond / self.gpu.network_bytes_per_second
+        )
+
+
+def machine(
+    name: str = "h100",
+    memory_gb: float | None = None,
+    efficiency: float = 0.35,
+    storage_gb_per_second: float = 2.0,
+) -> Machine:
+    """From the options of the command; gigabytes are 10^9 bytes.
+
+    Raises:
+        UserError: an unknown GPU, or a number out of range.
+    """
+    if name not in GPUS:
+        raise UserError(f"--gpu is {name!r}: accepted are {', '.join(GPUS)}")
+    if not 0 < efficiency <= 1:
+        raise UserError(f"--efficiency is {efficiency}: it must be greater than 0 and at most 1")
+    for option, value in (("--gpu-memory", memory_gb), ("--storage-gb-per-second", storage_gb_per_second)):
+        if value is not None and not 0 < value < 1e9:
+            raise UserError(f"{option} is {value}: it must be greater than 0 (gigabytes)")
+    return Machine(
+        name=name,
+        memory_bytes=GPUS[name].memory_bytes if memory_gb is None else memory_gb * 1e9,
+        efficiency=efficiency,
+        storage_bytes_per_second=storage_gb_per_second * 1e9,
+    )

@@ -1,0 +1,282 @@
+"""What owning rows costs each rank: state, bytes of the exchange and of its buffers, Newton-Schulz.
+
+The owners are the optimizer's own (`optim/placement.py`). `moonlight plan --dry-run` counts the same on the real thing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moonlight.config import Run
+from moonlight.optim.partition import Fragment, newton_schulz_cost, newton_schulz_owners
+from moonlight.optim.placement import MAX_IN_FLIGHT, buckets, place, rounds
+from moonlight.optim.shares import (
+    GRADIENT_BYTES,
+    Flow,
+    Share,
+    adamw_share,
+    direction_bytes,
+    master_bytes,
+    momentum_bytes,
+    shares,
+    weight_bytes,
+)
+from moonlight.plan.cut import PlannedParameter
+from moonlight.plan.update import AT_ONCE, Matrices, update_bytes
+
+
+@dataclass
+class Held:
+    """What one rank holds and sends of one lane (dense or expert parameters), or of both; in bytes unless said."""
+
+    share: Share = field(default_factory=Share)
+    slices: Flow = field(default_factory=Flow)
+    """Slices of matrices to tensor-parallel peers and back, and gradients that those add up."""
+    gradient_shards: float = 0
+    gradient_buffers: float = 0
+    """Most of gradients under way at once."""
+    weight_buffers: float = 0
+    first_weights: float = 0
+    """Of weights that leave as soon as they are new."""
+    update: float = 0
+    """Most that the update of its rows needs besides the state."""
+    directions: float = 0
+    """float32 of the matrices that are whole here."""
+    newton_schulz_flops: float = 0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank: its dense and its expert lane."""
+
+    dense: Held
+    expert: Held
+
+    @property
+    def share(self) -> Share:
+        """Of both lanes, slices with tensor-parallel peers apart."""
+        return self.dense.share + self.expert.share
+
+    @property
+    def newton_schulz_flops(self) -> float:
+        return self.dense.newton_schulz_flops + self.expert.newton_schulz_flops
+
+    @property
+    def gradient_shards(self) -> float:
+        return self.dense.gradient_shards + self.expert.gradient_shards
+
+    @property
+    def exchange_buffers(self) -> float:
+        """Gradients of both lanes in the backward pass, or weights of both in the forward pass."""
+        return max(
+            self.dense.gradient_buffers + self.expert.gradient_buffers,
+            self.dense.weight_buffers + self.expert.weight_buffers,
+        )
+
+    @property
+    def update(self) -> float:
+        """Most that the update needs: one part after the other, and at its end the first weights leave. The directions
+        of the last batch of whole matrices are still there in all of these."""
+        parts = (self.dense.update, self.expert.update, self.dense.first_weights + self.expert.first_weights)
+        return max(parts) + min(self.dense.directions + self.expert.directions, 4 * AT_ONCE)
+
+
+def largest(held: Sequence[Held]) -> Held:
+    """The largest of each figure of the exchange, and of Newton-Schulz, over some ranks."""
+
+    def flow(flows: Iterable[Flow]) -> Flow:
+        both = list(flows)
+        return Flow(max(f.sent for f in both), max(f.received for f in both))
+
+    share = Share(
+        flow(h.share.gradients for h in held), flow(h.share.matrices for h in held), flow(h.share.weights for h in held)
+    )
+    return Held(share, flow(h.slices for h in held), newton_schulz_flops=max(h.newton_schulz_flops for h in held))
+
+
+@dataclass
+class Lane:
+    """One group of data-parallel ranks, and the tensor-parallel peers of each."""
+
+    ranks: list[list[Held]]
+    """`[data-parallel rank][tensor-parallel rank]`."""
+    owners: dict[int, set[int]]
+    """Data-parallel ranks that own rows of each parameter, by its index."""
+
+
+def exact_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices: int, run: Run) -> Lane:
+    """Every rank of a lane by its real owners. `num_slices` tensor-parallel ranks cut each matrix."""
+    if not parameters:
+        return Lane([[Held() for _ in range(num_slices)] for _ in range(num_ranks)], {})
+    by_index = {parameter.outline.index: parameter for parameter in parameters}
+    placed = place([parameter.outline for parameter in parameters], num_ranks, run.parallel.bucket_size)
+    fragments = [fragment for _, found in placed for fragment in found]
+    owners: dict[int, set[int]] = {}
+    of_rank: list[list[Fragment]] = [[] for _ in range(num_ranks)]
+    homes: list[list[Fragment]] = [[] for _ in range(num_ranks)]
+    for fragment in fragments:
+        owners.setdefault(fragment.parameter, set()).add(fragment.owner)
+        of_rank[fragment.owner].append(fragment)
+        if fragment.is_cut and fragment.start == fragment.matrix_start:
+            homes[fragment.home].append(fragment)
+    two_stages = [p.outline.index for p in parameters if p.outline.on_two_stages]
+    found = shares(fragments, num_ranks, run, two_stages)
+    if num_ranks > 1:
+        gradients, weights, first = _buffers([_sizes(part, num_ranks) for _, part in placed], run)
+    else:
+        gradients, weights, first = [0.0], [0.0], [0.0]
+    ranks = []
+    for rank, share in enumerate(found):
+        shards = sum(f.numel for f in of_rank[rank]) * GRADIENT_BYTES if num_ranks > 1 else 0
+        matrices = _matrices(of_rank[rank], homes[rank], by_index, num_slices, run)
+        ranks.append(
+            [
+                Held(
+                    share,
+                    flow,
+                    shards,
+                    gradients[rank],
+                    weights[rank],
+                    first[rank],
+                    update_bytes(work, run),
+                    4 * work.whole_elements,
+                    work.flops(run),
+                )
+                for flow, work in matrices
+            ]
+        )
+    return Lane(ranks, owners)
+
+
+def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices: int, run: Run) -> Held:
+    """As if every rank owned its mean share: close, and much faster than asking for the owners."""
+    outlines = [parameter.outline for parameter in parameters]
+    numel, muon = sum(o.numel for o in outlines), sum(o.numel for o in outlines if o.is_matrix)
+    twice = sum(o.numel for o in outlines if o.on_two_stages)
+    state = adamw_share(numel, num_ranks, run, twice)
+    state.masters = numel * master_bytes(run) / num_ranks
+    state.momenta = (muon * momentum_bytes(run) + (numel - muon) * 8) / num_ranks
+    sliced = sum(p.numel for p in parameters if p.slicing != "alone" and p.outline.is_matrix) / num_ranks
+    wire = 2 * sliced * direction_bytes(run) * (num_slices - 1) / num_slices
+    work = Matrices()
+    for parameter in parameters:
+        if parameter.outline.is_matrix:
+            for height, count in Counter(parameter.outline.heights).items():
+                shape = _whole(parameter, height, num_slices)
+                share_of_rank = count / num_ranks / (num_slices if parameter.slicing != "alone" else 1)
+                work.add(shape, share_of_rank, is_local=parameter.slicing == "alone")
+    sizes = [sum(o.numel for o in bucket) for bucket in buckets(outlines, num_ranks, run.parallel.bucket_size)]
+    under_way = max((sum(sizes[i : i + MAX_IN_FLIGHT]) for i in range(len(sizes))), default=0) if num_ranks > 1 else 0
+    work.elements_of_members = sliced
+    work.elements_of_adamw = (numel - muon) / num_ranks
+    return Held(
+        state,
+        Flow(wire, wire),
+        numel * GRADIENT_BYTES / num_ranks if num_ranks > 1 else 0,
+        2 * under_way * GRADIENT_BYTES,
+        2 * under_way * weight_bytes(run),
+        2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(run) if num_ranks > 1 else 0,
+        update_bytes(work, run),
+        4 * work.whole_elements,
+        work.flops(run),
+    )
+
+
+def _whole(parameter: PlannedParameter, rows: int, num_slices: int) -> tuple[int, int]:
+    """Shape of one of its matrices of so many rows here, with tensor parallelism undone."""
+    shape = [rows, parameter.outline.columns]
+    if parameter.slicing == "cut":
+        shape[parameter.cut_axis] *= num_slices
+    return shape[0], shape[1]
+
+
+def _sizes(fragments: Iterable[Fragment], num_ranks: int) -> list[int]:
+    sizes = [0] * num_ranks
+    for fragment in fragments:
+        sizes[fragment.owner] += fragment.numel
+    return sizes
+
+
+def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float]]:
+    """Of every rank, the most that gradients, and that weights, need while so many rounds as may be are under way; and
+    what the first rounds of weights need.
+
+    A round of gradients needs what is sent (all rows) and what is received (own rows from every rank); one of weights
+    own rows for every other rank, and all others' rows.
+    """
+    num_ranks, weight = len(bucket_sizes[0]), weight_bytes(run)
+    by_bucket = [[sizes for _, sizes in rounds(bucket)] for bucket in bucket_sizes]
+    down = [sizes for bucket in by_bucket for sizes in bucket]
+    up = [sizes for bucket in reversed(by_bucket) for sizes in bucket]
+    gradients, weights, first = ([0.0] * num_ranks for _ in range(3))
+    for order, most in ((down, gradients), (up, weights)):
+        totals = [sum(sizes) for sizes in order]
+        for rank in range(num_ranks):
+            if order is down:
+                of_round = [GRADIENT_BYTES * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)]
+            else:
+                of_round = [weight * (t + (num_ranks - 2) * s[rank]) for t, s in zip(totals, order, strict=True)]
+            most[rank] = max(sum(of_round[i : i + MAX_IN_FLIGHT]) for i in range(len(of_round)))
+            first[rank] = sum(of_round[:MAX_IN_FLIGHT])
+    return [gradients, weights, first]
+
+
+def _matrices(
+    mine: Sequence[Fragment],
+    homes: Sequence[Fragment],
+    by_index: dict[int, PlannedParameter],
+    num_slices: int,
+    run: Run,
+) -> list[tuple[Flow, Matrices]]:
+    """Of a data-parallel rank's tensor-parallel peers: what they exchange, and what each orthogonalises.
+
+    `homes`: first rows of the cut matrices that are brought together here. Peers share out their matrices in the order
+    of `optim/gathered.py`.
+    """
+    work = [Matrices() for _ in range(num_slices)]
+    sliced: list[tuple[PlannedParameter, tuple[int, int]]] = []
+
+    def add(parameter: PlannedParameter, rows: int, count: int, *, is_local: bool) -> None:
+        shape = _whole(parameter, rows, num_slices)
+        if parameter.slicing != "alone":
+            sliced.extend([(parameter, shape)] * count)
+            return
+        for of_peer in work:
+            of_peer.add(shape, count, is_local=is_local)
+
+    in_order = sorted(homes, key=lambda fragment: (fragment.parameter, fragment.start))
+    for fragment in in_order:
+        add(by_index[fragment.parameter], fragment.matrix_rows, 1, is_local=False)
+    replicated = 0
+    for fragment in sorted(mine, key=lambda fragment: (fragment.parameter, fragment.start)):
+        parameter = by_index[fragment.parameter]
+        if parameter.slicing == "replicated":
+            replicated += fragment.numel
+        if not fragment.matrix_rows:
+            for of_peer in work:
+                of_peer.elements_of_adamw += fragment.numel
+            continue
+        if fragment.is_cut or parameter.slicing != "alone":
+            for of_peer in work:
+                of_peer.elements_of_members += fragment.numel
+        if not fragment.is_cut:
+            rows = fragment.stop - fragment.start
+            add(parameter, fragment.matrix_rows, rows // fragment.matrix_rows, is_local=True)
+    others = num_slices - 1
+    sent, received = [[0.0] * num_slices for _ in range(2)]
+    element = direction_bytes(run)
+    owners = newton_schulz_owners([newton_schulz_cost(*shape) for _, shape in sliced], num_slices)
+    for (parameter, shape), owner in zip(sliced, owners, strict=True):
+        numel = shape[0] * shape[1]
+        work[owner].add(shape, 1, is_local=False)
+        is_cut = parameter.slicing == "cut"
+        part = numel / num_slices if is_cut else numel
+        for rank in range(num_slices):
+            if rank == owner:  # collects the slices, hands back the results
+                sent[rank] += others * part * element
+                received[rank] += others * part * element if is_cut else 0
+            else:
+                sent[rank] += part * element if is_cut else 0
+                received[rank] += part * element
+    ring = 2 * others / num_slices * replicated * GRADIENT_BYTES
+    return [(Flow(sent[t] + ring, received[t] + ring), work[t]) for t in range(num_slices)]

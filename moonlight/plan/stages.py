@@ -1,0 +1,75 @@
+"""What all ranks of a pipeline stage have in common: parameters, activations, arithmetic, the layers' own exchange."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moonlight.config import Run
+from moonlight.flops import train_flops_of_parts
+from moonlight.optim.shares import GRADIENT_BYTES, Flow, weight_bytes
+from moonlight.pipeline import layers_of_stages
+from moonlight.plan.activations import logits_bytes, stage_activations, tokens_of
+from moonlight.plan.collectives import stage_flows
+from moonlight.plan.cut import PlannedParameter, stage_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One pipeline stage. All figures are of one of its ranks, in bytes unless said; those of a step, of all its
+    micro-batches."""
+
+    number: int
+    num_layers: int
+    parameters: Sequence[PlannedParameter]
+    num_elements: int
+    weights: int
+    gradient_sums: int
+    """float32, of every parameter."""
+    buffers: int
+    """Of the routers: bias and count of each expert, and the auxiliary loss."""
+    num_micro_batches: int
+    micro_batches_in_flight: int
+    """Counted by chunk, where the pipeline is interleaved."""
+    activations: float
+    """Of the micro-batches in flight."""
+    logits: float
+    """Beside the loss."""
+    flows: dict[str, Flow]
+    """Of a step: slices, dispatch, expert slices, pipeline."""
+    flops: float
+    """Of a step, forward and backward pass."""
+
+
+def make_stages(run: Run, world_size: int, global_batch_size: int) -> list[Stage]:
+    """Every stage, in a step of this batch."""
+    parallel, model, train = run.parallel, run.model, run.train
+    stages, tp = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    cut = layers_of_stages(model.num_hidden_layers, stages, parallel.virtual_pipeline_parallel_size)
+    count = global_batch_size // (train.micro_batch_size * parallel.data_parallel_size(world_size))
+    num_tokens = count * train.micro_batch_size * run.data.sequence_length
+    *flops_of_layers, flops_of_head = train_flops_of_parts(model, run.data.sequence_length)
+    found = []
+    for number, chunks in enumerate(cut):
+        layers = [layer for chunk in chunks for layer in chunk]
+        parameters = stage_parameters(run, number)
+        elements = sum(parameter.numel for parameter in parameters)
+        is_last = number == stages - 1
+        activations, in_flight = stage_activations(run, number, count)
+        flops = sum(flops_of_layers[layer] for layer in layers) + (flops_of_head if is_last else 0)
+        found.append(
+            Stage(
+                number=number,
+                num_layers=len(layers),
+                parameters=parameters,
+                num_elements=elements,
+                weights=elements * weight_bytes(run),
+                gradient_sums=elements * GRADIENT_BYTES,
+                buffers=sum(p.key.endswith("router.weight") for p in parameters) * (2 * model.num_experts + 1) * 4,
+                num_micro_batches=count,
+                micro_batches_in_flight=in_flight,
+                activations=activations,
+                logits=logits_bytes(run, tokens_of(run)) if is_last else 0.0,
+                flows=stage_flows(run, number, count),
+                flops=num_tokens * flops / tp,
+            )
+        )
+    return found

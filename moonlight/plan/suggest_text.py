@@ -1,0 +1,100 @@
+"""What `moonlight plan --suggest` prints."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moonlight.plan.build import Plan
+from moonlight.plan.figures import RESERVE
+from moonlight.plan.speed import bubble_share
+from moonlight.plan.suggest import Suggestions
+from moonlight.plan.text import NARROW, gb, in_seconds, num_gpus
+
+
+def print_suggestions(found: Suggestions, console: Console | None = None) -> None:
+    """A table of the best layouts, how to ask for the first, and why others are not in it."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = NARROW
+    machine = found.machine
+    console.print(
+        f"{found.run.name} on {num_gpus(found.world_size, machine.name)}: {found.num_fitting:,} of "
+        f"{found.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of {gb(machine.memory_bytes)}; time: a "
+        f"model, arithmetic at {machine.efficiency:g} of its peak",
+        highlight=False,
+    )
+    columns = ("TP", "PP", "VPP", "EP", "ETP", "micro-batch", "step", "tokens/s", "days", "bubble", "memory")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns:
+        column.justify = "right"
+    for plan in found.best:
+        table.add_row(*_cells(plan))
+    console.print()
+    console.print(table, highlight=False)
+    console.print(f"\nthe first of them: {' '.join(overrides(found.best[0]))}", highlight=False)
+    console.print("\nwhy the others are not possible:", highlight=False)
+    reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    reasons.add_column(justify="right")
+    for count, reason in found.reasons:
+        reasons.add_row(f"{count:,}", reason)
+    console.print(reasons, highlight=False)
+
+
+def overrides(plan: Plan) -> list[str]:
+    """What to write after a recipe to get this layout."""
+    parallel = plan.run.parallel
+    names = (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "virtual_pipeline_parallel_size",
+        "expert_parallel_size",
+        "expert_tensor_parallel_size",
+    )
+    return [f"parallel.{name}={getattr(parallel, name)}" for name in names] + [
+        f"train.micro_batch_size={plan.run.train.micro_batch_size}"
+    ]
+
+
+def suggestions_as_figures(found: Suggestions) -> dict[str, Any]:
+    """The same as numbers by name."""
+    return {
+        "recipe": found.run.name,
+        "gpus": found.world_size,
+        "gpu": found.machine.name,
+        "usable_memory_bytes": found.machine.memory_bytes * (1 - RESERVE),
+        "layouts": found.num_layouts,
+        "fitting_layouts": found.num_fitting,
+        "best": [
+            {
+                "overrides": overrides(plan),
+                "step_seconds": plan.seconds.total,
+                "tokens_per_second": plan.tokens_per_step / plan.seconds.total,
+                "total_seconds": plan.total_seconds,
+                "bubble_share": bubble_share(plan.run, plan.stages[0].num_micro_batches),
+                "fullest_rank_bytes": plan.memories[plan.fullest].peak,
+            }
+            for plan in found.best
+        ],
+        "reasons": [{"layouts": count, "reason": reason} for count, reason in found.reasons],
+    }
+
+
+def _cells(plan: Plan) -> list[str]:
+    parallel, seconds = plan.run.parallel, plan.seconds.total
+    sizes = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.virtual_pipeline_parallel_size,
+        parallel.expert_parallel_size,
+        parallel.expert_tensor_parallel_size,
+        plan.run.train.micro_batch_size,
+    )
+    return [
+        *map(str, sizes),
+        in_seconds(seconds),
+        f"{plan.tokens_per_step / seconds:,.0f}",
+        f"{plan.total_seconds / 86400:,.2f}",
+        f"{bubble_share(plan.run, plan.stages[0].num_micro_batches):.1%}",
+        gb(plan.memories[plan.fullest].peak),
+    ]

@@ -1,0 +1,274 @@
+"""A plan as text: tables for a terminal of 100 columns."""
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from moonlight.flops import count_parameters, train_flops_per_token
+from moonlight.plan.build import Plan, mean_memory
+from moonlight.plan.figures import RESERVE, exchange_of, layout, worst_flow
+from moonlight.plan.speed import bubble_share
+
+WIDE = 200
+"""Columns for the list of parameters where there is no terminal to fit: one line for each."""
+
+NARROW = 100
+"""Columns of all else."""
+
+LONGEST_LIST = 14
+"""Characters of a list of ranks."""
+
+MEMORY_PARTS = {
+    "weights": "of the model, in its dtype",
+    "gradient_sums": "float32, of every parameter",
+    "gradient_shards": "the world's sums of its own rows, float32",
+    "masters": "master weights of its own rows",
+    "momenta": "of its own rows",
+    "buffers": "router biases and counts",
+    "activations": "{micro_batches} in flight on stage {stage}",
+    "logits": "beside their float32 copy, an activation",
+    "exchange": "gradients or weights sent and received",
+    "update": "Newton-Schulz and matrices brought together",
+}
+
+WIRE_PARTS = {
+    "gradients": "to their owners, float32",
+    "weights": "from their owners",
+    "matrices": "parts of matrices brought together, and back",
+    "slices": "tensor parallelism",
+    "dispatch": "tokens to experts and back, uniform routing",
+    "expert slices": "tensor parallelism of experts",
+    "pipeline": "hidden states and their gradients",
+}
+
+SECONDS_PARTS = {
+    "arithmetic": "forward and backward pass at {efficiency:g} of the peak",
+    "slices": "tensor parallelism, not hidden",
+    "dispatch": "tokens to experts and back, not hidden",
+    "bubble": "waiting for other stages, {bubble:.1%} of their time",
+    "pipeline": "between stages, not hidden",
+    "gradients": "beyond the last micro-batch's backward pass",
+    "newton_schulz": "of the rank with most",
+    "matrices": "brought together and back, not hidden",
+    "weights": "beyond the first micro-batch's forward pass",
+}
+
+
+def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) -> None:
+    """Summary and tables and, if asked for, before them a table of every parameter.
+
+    Into a file or a pipe goes one line for each parameter; on a terminal, layers are headings, so that names fit.
+    """
+    console = console or Console()
+    if parameters:
+        _print_parameters(plan, console)
+    if not console.is_terminal:
+        console.width = NARROW
+    soft_wrap = not console.is_terminal  # a fact a line for whoever filters
+    for text in summary(plan):
+        console.print(text, soft_wrap=soft_wrap, highlight=False)
+    for table in (_memory_table(plan), _wire_table(plan), _seconds_table(plan)):
+        console.print()
+        console.print(table, highlight=False)
+    console.print()
+    for text in conclusions(plan):
+        console.print(text, soft_wrap=soft_wrap, highlight=False)
+
+
+def _print_parameters(plan: Plan, console: Console) -> None:
+    wide = not console.is_terminal
+    if wide:
+        console.width = WIDE
+    table = Table("parameter", "shape", "rule", "decay", "matrices", "owner", box=None, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
+    layer = ""
+    for line in plan.lines:
+        name = line.key
+        if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
+            if found[0] != layer:
+                layer = found[0]
+                table.add_row(layer)
+            name = "  " + name.removeprefix(layer)
+        matrices = (", " if wide else "\n").join(f"{n} of {_shape(shape)}" for shape, n in line.matrices.items())
+        decay = "yes" if line.decay else "no"
+        table.add_row(name, _shape(line.shape), line.algorithm, decay, matrices, ranges(line.owners))
+    console.print(table)
+    console.print("owner: among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
+
+
+def summary(plan: Plan) -> list[str]:
+    """Layout, parameters, arithmetic, and the optimizer beside AdamW's, one line each."""
+    run, counts, length = plan.run, count_parameters(plan.run.model), plan.run.data.sequence_length
+    flops = train_flops_per_token(run.model, length)
+    muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
+    state, base_state = [r.state for r in plan.ranks], max(a.state for a in plan.adamw)
+    wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
+    mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
+    return [
+        f"{run.name} on {num_gpus(plan.world_size, plan.machine.name)}",
+        f"layout: {layout(plan)}",
+        f"parameters: {muon + adamw + plan.num_router_biases:,}, of them router biases {plan.num_router_biases:,}",
+        f"optimizer: Muon for {muon:,} in {plan.num_matrices:,} matrices, AdamW for {adamw:,}",
+        f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
+        f"training: {plan.num_tokens:,} tokens in {plan.timeline.num_steps:,} steps; {flops:.4g} FLOPs per token at "
+        f"sequence length {length:,}",
+        f"optimizer state of a rank: {gb(max(state))} at most, mean {gb(mean_state)}; "
+        f"AdamW (ZeRO-1) {gb(base_state)}{_ratio(max(state), base_state)}",
+        f"sent or received for it in a step: {gb(max(wire))} at most, mean {gb(mean_wire)}; "
+        f"AdamW (ZeRO-1) {gb(base_wire)}{_ratio(max(wire), base_wire)}",
+    ]
+
+
+def _memory_table(plan: Plan) -> Table:
+    fullest, mean = plan.memories[plan.fullest], mean_memory(plan.memories)
+    stage = plan.stage_of(plan.fullest)
+    words = {
+        "micro_batches": _count(
+            stage.micro_batches_in_flight,
+            "micro-batch" if plan.run.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
+        ),
+        "stage": stage.number,
+    }
+    table = _table("memory of a rank", f"fullest: {plan.fullest:,}", "mean", "")
+    for name, what in MEMORY_PARTS.items():
+        if getattr(mean, name):
+            table.add_row(
+                name.replace("_", " "), gb(getattr(fullest, name)), gb(getattr(mean, name)), what.format(**words)
+            )
+    peaks = sum(memory.peak for memory in plan.memories) / len(plan.memories)
+    table.add_row("peak", gb(fullest.peak), gb(peaks), _parts_of_peak(plan))
+    return table
+
+
+def _parts_of_peak(plan: Plan) -> str:
+    memory = plan.memories[plan.fullest]
+    if memory.update > memory.passes:
+        return "during the update, without activations"
+    larger, smaller = ("exchange", "logits") if memory.exchange >= memory.logits else ("logits", "exchange")
+    return f"in the passes: not {smaller} with {larger}, not update"
+
+
+def _wire_table(plan: Plan) -> Table:
+    table = _table("wire, rank and step", "busiest", "mean", "sent or received, the larger")
+    for name, what in WIRE_PARTS.items():
+        flow_of = worst_flow(plan, name)
+        flows = [flow_of(rank).worse for rank in range(len(plan.members))]
+        if max(flows):
+            table.add_row(name, gb(max(flows)), gb(sum(flows) / len(flows)), what)
+        if name == "weights" and max(flows):
+            dense, expert = exchange_of(plan)
+            table.add_row("  of dense parameters", gb(dense), "", "gradients and weights together")
+            table.add_row("  of experts", gb(expert), "", "gradients and weights together")
+    return table
+
+
+def _seconds_table(plan: Plan) -> Table:
+    seconds = plan.seconds
+    table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "share", "")
+    waiting = bubble_share(plan.run, plan.stages[0].num_micro_batches)
+    words = {"bubble": waiting, "efficiency": plan.machine.efficiency}
+    for name, what in SECONDS_PARTS.items():
+        value = getattr(seconds, name)
+        if value or name in ("gradients", "weights"):
+            share = f"{value / seconds.total:.2%}"
+            table.add_row(
+                name.replace("_", "-" if name.startswith("n") else " "), in_seconds(value), share, what.format(**words)
+            )
+    table.add_row("step", in_seconds(seconds.total), "", _speed(plan))
+    return table
+
+
+def _speed(plan: Plan) -> str:
+    rate = plan.tokens_per_step / plan.seconds.total
+    return f"{rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a GPU"
+
+
+def conclusions(plan: Plan) -> list[str]:
+    """Newton-Schulz, days, checkpoint, and whether it fits; one line each."""
+    machine, gpu, run = plan.machine, plan.machine.gpu, plan.run
+    works = [member.newton_schulz_flops for member in plan.members]
+    busiest, mean = max(works), sum(works) / len(works)
+    stage = plan.stage_of(works.index(busiest))
+    batches = plan.timeline.steps_by_batch_size()
+    steps = ", ".join(f"{count:,} steps of {size:,}" for size, count in batches.items())
+    lines = [
+        f"Newton-Schulz: {busiest:.3g} FLOPs on the busiest rank, {busiest / (stage.flops + busiest):.3%} of its step; "
+        + (f"its share is {busiest / mean:.2f} of the mean" if mean else "no matrices"),
+        f"the whole recipe: {plan.total_seconds / 86400:,.2f} days ({steps} sequences)",
+        f"checkpoint: {gb(plan.checkpoint_bytes)} of float32 masters and momenta, "
+        f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
+        f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
+        + (", while training goes on" if run.train.async_save else ""),
+        f"a model, not a measurement: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; links at "
+        f"their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8,",
+        f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
+        fit(plan),
+    ]
+    return lines
+
+
+def fit(plan: Plan) -> str:
+    """Whether the fullest rank fits its GPU, in one line."""
+    peak, room = plan.memories[plan.fullest].peak, plan.machine.memory_bytes
+    if peak > room:
+        return f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU"
+    if peak > room * (1 - RESERVE):
+        return (
+            f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}; {RESERVE:.0%} should be left for what "
+            "is not planned"
+        )
+    return f"fits: the fullest rank needs {gb(peak)} of {gb(room)}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+        column.no_wrap = True
+    table.columns[0].no_wrap = True
+    return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what.replace('micro-batch', 'micro-batches')}"
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """Rising numbers in short: 0-3,7; or, were that long, how many lie from the first to the last: 20 in 0-63."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return text if len(text) <= LONGEST_LIST else f"{len(ranks)} in {ranks[0]}-{ranks[-1]}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def gb(count: float) -> str:
+    """Bytes in units of 10^9, 10^6 or 10^3."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+
+
+def num_gpus(count: int, name: str) -> str:
+    """So many of a kind."""
+    return f"{count:,} {name} {'GPU' if count == 1 else 'GPUs'}"
+
+
+def in_seconds(seconds: float) -> str:
+    """With four digits or so."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1e3:.2f} ms"
+    return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:,.2f} s"
+
+
+def _ratio(count: float, base: float) -> str:
+    return f", ratio {count / base:.3f}" if base else ""

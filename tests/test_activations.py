@@ -1,0 +1,167 @@
+"""The planned activations against what autograd keeps of a real forward pass."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import LAYOUTS, build, local_batches, recipe
+
+from moonlight.config import Parallel
+from moonlight.plan.activations import (
+    head_activations,
+    layer_activations,
+    logits_bytes,
+    micro_batches_in_flight,
+    stage_activations,
+    tokens_of,
+)
+
+CASES = {
+    "float32": {},
+    "bfloat16": {"train": {"dtype": "bfloat16"}},
+    "bfloat16, float32 residual": {"train": {"dtype": "bfloat16", "fp32_residual_connection": True}},
+    "q_lora": {"model": {"q_lora_rank": 24}},
+    "bfloat16, q_lora": {"model": {"q_lora_rank": 24}, "train": {"dtype": "bfloat16"}},
+    "all experts chosen, wide": {"model": {"num_experts_per_tok": 8, "moe_intermediate_size": 96}},
+    "mask of documents": {"data": {"mask_documents": True}},
+    "positions of documents": {"data": {"mask_documents": True, "reset_positions": True}},
+}
+
+
+def run_of(parallel, case):
+    """A model whose keys are as wide as its values, for which a CPU has an attention kernel like CUDA's."""
+    changes = CASES[case]
+    run = recipe(parallel, **changes.get("train", {}))
+    model = {"num_hidden_layers": 3, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "vocab_size": 192}
+    model["moe_intermediate_size"] = 32  # torch wants rows of experts in multiples of 16 bytes, also of half an expert
+    return replace(
+        run,
+        model=replace(run.model, **model | changes.get("model", {})),
+        data=replace(run.data, **changes.get("data", {})),
+    )
+
+
+def kept(run):
+    """Bytes of distinct storages that autograd keeps after one forward pass, by layer (3 is the head), and the pairs
+    of tokens and experts that came to each layer's experts."""
+    from moonlight.train.step import routers
+
+    models, _ = build(run)
+    (model,) = models
+    batch = local_batches(run, 0)[0]
+    for router in routers(models):
+        router.aux_loss_weight = 1e-3
+    given = [batch.tokens, batch.labels, batch.loss_mask, *([] if batch.documents is None else [batch.documents])]
+    skip = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *given]}
+    seen, sizes, pairs = {}, [0] * 4, []
+    layer = 0
+
+    def enter(number):
+        def hook(*_):
+            nonlocal layer
+            layer = number
+
+        return hook
+
+    for number, module in enumerate([*model.decoder.layers, model.decoder.final_layernorm]):
+        module.register_forward_pre_hook(enter(number))
+    for module in model.decoder.layers[1:]:
+        module.mlp.experts.register_forward_pre_hook(lambda _, args: pairs.append(len(args[0])))
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage
+            sizes[layer] += storage.nbytes()
+        return tensor
+
+    positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batch.tokens, positions, batch.documents, labels=batch.labels)
+    return sizes, pairs
+
+
+@pytest.mark.parametrize("layout", ["1", "TP2", "TP2-ETP2", "EP2", "EP2xTP2-4", "EP2xTP2-ETP2-4"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_autograd_keeps(pool, layout, case):
+    world_size, parallel = LAYOUTS[layout]
+    run = run_of(parallel, case)
+    for sizes, pairs in pool.run(world_size, kept, run):
+        for number in range(3):
+            tokens = tokens_of(run, pairs=pairs[number - 1] if number else 0)
+            planned = list(layer_activations(run, tokens, with_experts=number > 0, on_cpu=True))
+            total = sum(saved.bytes for saved in planned)
+            print(layout, case, number, sizes[number], total, total / sizes[number])
+            assert total == pytest.approx(sizes[number], rel=0.02), (number, planned)
+        planned = sum(saved.bytes for saved in head_activations(run, tokens_of(run), on_cpu=True))
+        assert planned == pytest.approx(sizes[3], rel=0.02)
+
+
+def peak_kept(run):
+    """Most bytes that autograd keeps at once on this rank, over a whole forward and backward pass."""
+    from moonlight.train.step import forward_backward
+
+    models, optimizer = build(run)
+    batches = local_batches(run, 0)
+    optimizer.data_parallel.zero_gradients()
+    skip = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    skip |= {t.untyped_storage().data_ptr() for batch in batches for t in (batch.tokens, batch.labels, batch.loss_mask)}
+    live, peak, known = 0, 0, weakref.WeakSet()
+
+    def drop(size):
+        nonlocal live
+        live -= size
+
+    def pack(tensor):
+        nonlocal live, peak
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip and storage not in known:
+            known.add(storage)
+            weakref.finalize(storage, drop, storage.nbytes())
+            live += storage.nbytes()
+            peak = max(peak, live)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward_backward(models, run, batches)
+    return peak
+
+
+@pytest.mark.parametrize("layout", ["1", "PP2", "PP4", "PP2-interleaved", "EP2xPP2"])
+def test_what_a_whole_pass_keeps(pool, layout):
+    """All experts are chosen, so every micro-batch keeps the same; the schedule decides how many are there."""
+    world_size, parallel = LAYOUTS.get(layout) or (4, Parallel(pipeline_parallel_size=4))
+    run = run_of(parallel, "all experts chosen, wide")
+    run = replace(
+        run,
+        model=replace(run.model, num_hidden_layers=4),
+        train=replace(run.train, global_batch_size=16, micro_batch_size=2),
+    )
+    count = 16 // 2 // parallel.data_parallel_size(world_size)
+    for rank, peak in enumerate(pool.run(world_size, peak_kept, run)):
+        stage = rank * parallel.pipeline_parallel_size // world_size
+        planned, in_flight = stage_activations(run, stage, count, on_cpu=True)
+        print(layout, rank, in_flight, peak, planned / peak)
+        assert planned == pytest.approx(peak, rel=0.03)
+
+
+def test_logits():
+    run = run_of(LAYOUTS["TP2"][1], "bfloat16")
+    assert logits_bytes(run, tokens_of(run)) == 2 * 32 * 192 / 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "virtual", "stage", "micro_batches", "expected"),
+    [
+        (1, 1, 0, 8, 1),
+        (4, 1, 0, 8, 4),
+        (4, 1, 3, 8, 1),
+        (4, 1, 0, 2, 2),
+        (2, 2, 0, 8, 5),
+        (2, 2, 1, 8, 3),
+        (4, 2, 0, 4, 8),
+    ],
+)
+def test_micro_batches_in_flight(stages, virtual, stage, micro_batches, expected):
+    assert micro_batches_in_flight(stages, virtual, stage, micro_batches) == expected
