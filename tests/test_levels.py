@@ -24,6 +24,7 @@ LEVELS = (
         "moonlight.config_stages",
         "moonlight.direct",
         "moonlight.flops",
+        "moonlight.hardware",
         "moonlight.mapping",
         "moonlight.pipeline",
         "moonlight.plan",

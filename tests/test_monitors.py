@@ -14,6 +14,8 @@ from moonlight import mapping
 from moonlight.config import Parallel
 from moonlight.config_monitor import Monitor
 from moonlight.errors import UserError
+from moonlight.flops import train_flops_per_token
+from moonlight.hardware import peak_flops_per_second
 from moonlight.optim.groups import GROUPS, MATRIX_GROUPS, group_of
 from moonlight.optim.spectrum import entropy
 from moonlight.timeline import Timeline
@@ -218,6 +220,20 @@ def test_the_entropy_of_any_matrix_equals_numpys(shape):
         assert entropy(torch.from_numpy(matrix)) == pytest.approx(slow_entropy(matrix.astype(np.float64)), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_of_a_gpu(name, tflops):
+    assert peak_flops_per_second(name) == (tflops and tflops * 1e12)
+
+
 def test_every_parameter_has_a_group():
     model = replace(recipe().model, q_lora_rank=12)
     for row in mapping.table(model):
@@ -235,14 +251,16 @@ def test_how_often():
 
 def test_the_metrics_have_what_is_due(pool, data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, train_steps=6)
-    run = replace(run, monitor=Monitor(every_steps=2, svd_entropy_every_steps=4))
+    run = replace(run, monitor=Monitor(every_steps=2, svd_entropy_every_steps=4, peak_tflops=0.5))
     pool.run(1, train_run, run)
     entries = read_metrics(tmp_path / "1")
     model = run.model
     for entry in entries:
         assert {f"optim/grad_norm/{group}" for group in GROUPS} <= entry.keys()
         assert {f"optim/update_rms/{group}" for group in GROUPS} <= entry.keys()
-        assert entry["speed/model_tflops"] > 0 and entry["moe/dead_experts"] >= 0
+        flops = train_flops_per_token(model, run.data.sequence_length) * entry["speed/tokens_per_second"]
+        assert entry["speed/model_tflops"] == pytest.approx(flops / 1e12)
+        assert entry["speed/mfu"] == pytest.approx(flops / 0.5e12) and entry["moe/dead_experts"] >= 0
         watched, entropies = entry["step"] in (1, 2, 4, 6), entry["step"] in (1, 4)
         assert ("attention/max_logit" in entry) == ("optim/weight_rms/router" in entry) == watched
         assert ("optim/svd_entropy/experts" in entry) == entropies

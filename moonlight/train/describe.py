@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from moonlight.config import Run
 from moonlight.flops import train_flops_per_token
+from moonlight.hardware import peak_flops_per_second
 from moonlight.timeline import Moment
 from moonlight.train.checkpoint_files import TrainState
 from moonlight.train.monitors import Watched
@@ -42,6 +43,8 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
         "speed/model_tflops": flops / 1e12,
         "time/step_seconds": seconds,
     }
+    if peak := peak_tflops(run):
+        entry["speed/mfu"] = flops / 1e12 / peak
     if moment.stage:
         entry["stage"] = moment.stage
     if run.optimizer.qk_clip > 0:
@@ -54,6 +57,14 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
         entry |= _describe_watched(result.watched)
         entry["attention/max_logit_by_layer"] = [_short(value) for value in result.max_logits]
     return entry
+
+
+def peak_tflops(run: Run) -> float | None:
+    """Of one process's device, in 10^12 FLOP/s: what the recipe says, or what the name of the GPU does."""
+    if run.monitor.peak_tflops:
+        return run.monitor.peak_tflops
+    known = peak_flops_per_second(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return known / 1e12 if known else None
 
 
 def _describe_watched(watched: Watched) -> dict[str, Any]:
