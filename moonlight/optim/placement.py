@@ -17,6 +17,8 @@ MAX_IN_FLIGHT = 2
 
 ROUND_FACTOR = 2
 """A round carries at most this many times the mean region of each rank."""
+ROUND_ELEMENTS = 2**27
+"""And of all ranks together at most this many: half a GiB of float32 gradients, 256 KiB for each of 2,048 ranks."""
 
 
 @dataclass(frozen=True)
@@ -87,5 +89,5 @@ def place(
 
 def rounds(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     """A bucket whose owners' regions have these sizes, as rounds: where each starts in the regions, and its sizes."""
-    limit = -(-ROUND_FACTOR * sum(sizes) // len(sizes))
+    limit = min(-(-ROUND_FACTOR * sum(sizes) // len(sizes)), max(1, ROUND_ELEMENTS // len(sizes)))
     return [(start, [max(0, min(limit, size - start)) for size in sizes]) for start in range(0, max(sizes), limit)]

@@ -3,8 +3,8 @@
 A bucket is a run of parameters. What travels is laid out by owner: the rows that rank 0 owns, then rank 1's, and so
 on, regions of unequal size without padding. Gradients go by an uneven all-to-all and are summed by the owner, in
 float32 and in the order of the ranks: the payload of a ring reduce-scatter. Weights return the same way: that of an
-all-gather. A bucket whose largest region is far above the mean goes in several rounds, so that buffers stay near the
-bucket's size.
+all-gather. A large bucket, or one whose largest region is far above the mean, goes in several rounds, so that buffers
+stay small.
 """
 
 from collections import deque
