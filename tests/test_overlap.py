@@ -14,7 +14,7 @@ def watch(run: Recipe) -> dict[str, Any]:
     lanes = optimizer.data_parallel.lanes
     sent: list[list[int]] = [[] for _ in lanes]
     left: list[int] = []
-    one_step(models, optimizer, run, 1)
+    one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for
 
     for lane, log in zip(lanes, sent, strict=True):
 
@@ -28,7 +28,7 @@ def watch(run: Recipe) -> dict[str, Any]:
         left.append(sum(len(lane._to_gather) + len(lane._in_flight) for lane in lanes))
 
     handles = [module.register_forward_pre_hook(look) for model in models for module in model.modules()]
-    one_step(models, optimizer, run, 2)
+    one_step(models, optimizer, run, 3)
     for handle in handles:
         handle.remove()
     rounds = sum(len(bucket.rounds) for lane in lanes for bucket in lane.buckets)
