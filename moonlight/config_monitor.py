@@ -16,7 +16,7 @@ class Monitor:
     """How often the SVD entropy of the weights by group is: a multiple of every_steps; 0: never."""
     peak_tflops: float = 0.0
     """Dense peak of one process's device in 10^12 FLOP/s, of which speed/mfu is the share in use; 0 takes it from the
-    name of the GPU, and leaves speed/mfu out where that is not known."""
+    name of the GPU if train.dtype is bfloat16, and leaves speed/mfu out where that is not known."""
     wandb_project: str = ""
     """Send the metrics to this project of Weights & Biases too (`pip install wandb`), which takes its own settings from
     the environment: WANDB_API_KEY, WANDB_MODE=offline. Empty: do not."""

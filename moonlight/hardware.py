@@ -59,6 +59,11 @@ GPUS = {
 
 
 def peak_flops_per_second(device_name: str) -> float | None:
-    """Of dense bfloat16 matrix products on a GPU, by the name that CUDA gives it; None if it is not known here."""
+    """Of dense bfloat16 matrix products on a GPU, by the name that CUDA gives it; None if it is not known here.
+
+    PCIe and NVL cards are slower than those of GPUS, and a part of a GPU (MIG) is, too.
+    """
     words = device_name.lower().replace("-", " ").split()
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None
     return next((gpu.peak_flops_per_second for name, gpu in GPUS.items() if name in words), None)

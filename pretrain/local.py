@@ -127,7 +127,9 @@ class _World:
             "TORCHELASTIC_RESTART_COUNT": str(restart),
             ERROR_FILE: str(folder / f"error-{rank}"),
         }
-        self._workers.append(subprocess.Popen(self._command, env=environment, preexec_fn=_prepare))
+        self._workers.append(
+            subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_prepare)
+        )
 
 
 def _stopped_early() -> _Failure:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def state_after(run: Recipe, steps: int) -> dict[str, Any]:
     models, optimizer = build(run)
     for number in range(1, steps + 1):
         feed(optimizer, normal_gradient, number)
-        norm = optimizer.gradient_norm()
+        norm = math.hypot(*optimizer.gradient_norms().values())
         optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=number, gradient_norm=norm)
         optimizer.data_parallel.finish_weights()
     return {
@@ -82,7 +83,7 @@ def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient)
         for number in range(1, steps + 1):
             count = 0
             feed(optimizer, gradient, number)
-            norms.append(optimizer.gradient_norm())
+            norms.append(math.hypot(*optimizer.gradient_norms().values()))
             optimizer.step(learning_rate=1.0, weight_decay=0.1, step=number, gradient_norm=norms[-1])
             optimizer.data_parallel.finish_weights()
             history.append(collect(models))

@@ -120,10 +120,17 @@ def watched_steps(run):
     }
 
 
+PP4 = {"PP4": (4, Parallel(pipeline_parallel_size=4))}
 CASES = {
     **{name: {"layout": name} for name in LAYOUTS},
     "adamw": {"layout": "DP2", "optimizer": {"name": "adamw"}},
     "per_head": {"layout": "TP2", "optimizer": {"matrices": "per_head"}},
+    "stage without layers": {"layout": "PP4", "model": {"num_hidden_layers": 3}},
+    "stage without layers, clipped": {
+        "layout": "PP4",
+        "model": {"num_hidden_layers": 3},
+        "optimizer": {"qk_clip": 1e3},
+    },
     "tied": {"layout": "PP2", "model": {"tie_word_embeddings": True}},
     "q_lora": {"layout": "TP2", "model": {"q_lora_rank": 12}},
     "split": {"layout": "DP2", "optimizer": {"master_weights": "split"}, "train": {"dtype": "bfloat16"}},
@@ -133,9 +140,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_monitors_equal_numpy(pool, case):
     settings = CASES[case]
-    processes, parallel = LAYOUTS[settings["layout"]]
-    run = replace(recipe(parallel, **settings.get("train", {})), monitor=ALWAYS)
+    processes, parallel = (LAYOUTS | PP4)[settings["layout"]]
+    run = recipe(**settings.get("train", {}))
     run = replace(run, model=replace(run.model, **settings.get("model", {})))
+    run = replace(run, parallel=replace(parallel, bucket_size=run.parallel.bucket_size), monitor=ALWAYS)
     run = replace(run, optimizer=replace(run.optimizer, **settings.get("optimizer", {})))
     answers = pool.run(processes, watched_steps, run)
     before, after, gradients, weights = (
@@ -228,6 +236,9 @@ def test_the_entropy_of_any_matrix_equals_numpys(shape):
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA B200", 2250),
         ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_the_peak_of_a_gpu(name, tflops):
@@ -253,7 +264,11 @@ def test_the_metrics_have_what_is_due(pool, data_folder, tokenizer_folder, tmp_p
     run = make_run(tmp_path, data_folder, tokenizer_folder, train_steps=6)
     run = replace(run, monitor=Monitor(every_steps=2, svd_entropy_every_steps=4, peak_tflops=0.5))
     pool.run(1, train_run, run)
-    entries = read_metrics(tmp_path / "1")
+    lines = (tmp_path / "1" / METRICS_FILE).read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [list(entry) for entry in read_metrics(tmp_path / "1")] == [
+        [key for key, value in entry.items() if not isinstance(value, list)] for entry in entries
+    ]
     model = run.model
     for entry in entries:
         assert {f"optim/grad_norm/{group}" for group in GROUPS} <= entry.keys()

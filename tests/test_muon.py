@@ -40,7 +40,7 @@ def two_updates(run):
     for step in (1, 2):
         optimizer.data_parallel.zero_gradients()
         forward_backward(models, run, local_batches(run, step))
-        norm = optimizer.gradient_norm()
+        norm = math.hypot(*optimizer.gradient_norms().values())
         gradients = flatten(optimizer.gradient_state())
         optimizer.step(learning_rate=1e-2, weight_decay=0.1, step=step, gradient_norm=norm)
         optimizer.data_parallel.finish_weights()

@@ -6,6 +6,8 @@ from itertools import accumulate, chain, islice, repeat
 
 import torch
 
+from moonlight.optim.placement import AT_ONCE
+
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[float, float, float]]] = {
     "moonlight": ((), _MOONLIGHT),
@@ -26,7 +28,7 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
 }
 """Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
 
-WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26, "meta": 2**26}
+WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": AT_ONCE, "meta": AT_ONCE}
 """Most elements of small matrices orthogonalised at once; a step needs about four times this in its dtype."""
 
 BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000

@@ -12,6 +12,9 @@ SMALLEST_BUCKET = 40_000_000
 ELEMENTS_PER_RANK = 8_000_000
 """Of a bucket of automatic size."""
 
+AT_ONCE = 2**26
+"""Elements whose updates a GPU makes at once, or those of one matrix. Bounds the memory of an update."""
+
 MAX_IN_FLIGHT = 2
 """Rounds of an exchange under way at once: one on the wire while the next is packed. Bounds the memory of buffers."""
 
@@ -87,7 +90,12 @@ def place(
     return [(run, [fragment for p in run for fragment in of_parameter[p.index]]) for run in runs]
 
 
+def round_limit(numel: int, num_ranks: int) -> int:
+    """Most elements of one rank's region that a round carries, of a bucket of `numel` elements."""
+    return min(-(-ROUND_FACTOR * numel // num_ranks), max(1, ROUND_ELEMENTS // num_ranks))
+
+
 def rounds(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     """A bucket whose owners' regions have these sizes, as rounds: where each starts in the regions, and its sizes."""
-    limit = min(-(-ROUND_FACTOR * sum(sizes) // len(sizes)), max(1, ROUND_ELEMENTS // len(sizes)))
+    limit = round_limit(sum(sizes), len(sizes))
     return [(start, [max(0, min(limit, size - start)) for size in sizes]) for start in range(0, max(sizes), limit)]

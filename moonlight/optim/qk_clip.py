@@ -18,8 +18,11 @@ from moonlight.model.attention import CausalAttention
 def collect_max_logits(attentions: Sequence[CausalAttention], group: dist.ProcessGroup) -> torch.Tensor:
     """What was recorded, float32 [layers, heads]; infinite where a logit was not a number.
 
-    `group` joins the ranks that saw other data with the same heads (data- and context-parallel).
+    `group` joins the ranks that saw other data with the same heads (data- and context-parallel). A pipeline stage
+    without layers has none, and nothing to exchange.
     """
+    if not attentions:
+        return torch.empty(0, 1, device=torch.cuda.current_device())
     maxima = torch.stack([attention.max_logits for attention in attentions])
     maxima = maxima.masked_fill(maxima.isnan(), math.inf)  # backends disagree on the maximum with a NaN
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)

@@ -6,7 +6,6 @@ mean share, is brought together by one rank (see exchange.py). docs/distributed_
 """
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
@@ -102,10 +101,6 @@ class ShardedOptimizer:
         _add(sums, self.owned, [owned.gradient for owned in self.owned], torch.float64)
         dist.all_reduce(sums)
         return {name: square**0.5 for name, (square, count) in zip(GROUPS, sums.tolist(), strict=True) if count}
-
-    def gradient_norm(self) -> float:
-        """Norm of the world's whole gradient."""
-        return math.hypot(*self.gradient_norms().values())
 
     @torch.no_grad()
     def weight_sums(self) -> torch.Tensor:

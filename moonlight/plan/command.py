@@ -11,6 +11,7 @@ from rich.console import Console
 from moonlight.config import Run
 from moonlight.config_checks import require
 from moonlight.config_io import load_recipe
+from moonlight.errors import UserError
 from moonlight.plan.build import make_plan
 from moonlight.plan.figures import figures
 from moonlight.plan.hardware import Machine, machine
@@ -68,7 +69,10 @@ def run_plan(recipe: Path, overrides: Sequence[str], options: PlanOptions) -> bo
 
 
 def _plan_one(run: Run, world_size: int, hardware: Machine, options: PlanOptions) -> bool:
-    plan = make_plan(run, world_size, hardware)
+    try:
+        plan = make_plan(run, world_size, hardware)
+    except UserError as error:
+        raise UserError(f"{error}; --suggest searches layouts for {world_size}") from None
     rank = options.rank or 0
     require(0 <= rank < world_size, f"--rank is {rank}: the world has {world_size} processes, 0 to {world_size - 1}")
     content: dict[str, Any] = {}
@@ -93,4 +97,13 @@ def _plan_one(run: Run, world_size: int, hardware: Machine, options: PlanOptions
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2))
+    print(json.dumps(_whole_bytes(content), indent=2))
+
+
+def _whole_bytes(value: Any, name: str = "") -> Any:
+    """Bytes as whole numbers, whatever mean or share they come from."""
+    if isinstance(value, dict):
+        return {key: _whole_bytes(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole_bytes(inner, name) for inner in value]
+    return round(value) if isinstance(value, float) and name.endswith("bytes") else value

@@ -72,7 +72,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "recipe": run.name,
         "gpus": plan.world_size,
         "gpu": machine.name,
-        "parallel": asdict(run.parallel),
+        "parallel": asdict(run.parallel) | {"num_processes": plan.world_size},
         "data_parallel_size": run.parallel.data_parallel_size(plan.world_size),
         "micro_batch_size": run.train.micro_batch_size,
         "micro_batches_per_step": plan.stages[0].num_micro_batches,
@@ -90,7 +90,9 @@ def figures(plan: Plan) -> dict[str, Any]:
             "fullest": memory_of(fullest),
             "mean": mean,
             "gpu_bytes": machine.memory_bytes,
+            "usable_memory_bytes": machine.memory_bytes * (1 - RESERVE),
             "fits": fullest.peak <= machine.memory_bytes,
+            "fits_with_reserve": fullest.peak <= machine.memory_bytes * (1 - RESERVE),
         },
         "optimizer": {
             "state_bytes": max(share.state for share in plan.ranks),

@@ -60,7 +60,7 @@ def machine(
         raise UserError(f"--efficiency is {efficiency}: it must be greater than 0 and at most 1")
     for option, value in (("--gpu-memory", memory_gb), ("--storage-gb-per-second", storage_gb_per_second)):
         if value is not None and not 0 < value < 1e9:
-            raise UserError(f"{option} is {value}: it must be greater than 0 (gigabytes)")
+            raise UserError(f"{option} is {value}: it must be greater than 0 and less than 1e9 (gigabytes)")
     return Machine(
         name=name,
         memory_bytes=GPUS[name].memory_bytes if memory_gb is None else memory_gb * 1e9,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moonlight.config import Run
 from moonlight.optim.partition import Fragment, newton_schulz_cost, newton_schulz_owners
-from moonlight.optim.placement import MAX_IN_FLIGHT, buckets, place, rounds
+from moonlight.optim.placement import AT_ONCE, MAX_IN_FLIGHT, buckets, place, round_limit, rounds
 from moonlight.optim.shares import (
     GRADIENT_BYTES,
     Flow,
@@ -22,7 +22,7 @@ from moonlight.optim.shares import (
     weight_bytes,
 )
 from moonlight.plan.cut import PlannedParameter
-from moonlight.plan.update import AT_ONCE, Matrices, update_bytes
+from moonlight.plan.update import Matrices, update_bytes
 
 
 @dataclass
@@ -165,7 +165,11 @@ def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices
                 shape = _whole(parameter, height, num_slices)
                 share_of_rank = count / num_ranks / (num_slices if parameter.slicing != "alone" else 1)
                 work.add(shape, share_of_rank, is_local=parameter.slicing == "alone")
-    sizes = [sum(o.numel for o in bucket) for bucket in buckets(outlines, num_ranks, run.parallel.bucket_size)]
+    sizes = []
+    for bucket in buckets(outlines, num_ranks, run.parallel.bucket_size):
+        total = sum(o.numel for o in bucket)
+        limit = round_limit(total, num_ranks) * num_ranks
+        sizes += [min(limit, total - start) for start in range(0, total, limit)]
     under_way = max((sum(sizes[i : i + MAX_IN_FLIGHT]) for i in range(len(sizes))), default=0) if num_ranks > 1 else 0
     work.elements_of_members = sliced
     work.elements_of_adamw = (numel - muon) / num_ranks

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from moonlight.config import Run
 from moonlight.optim.shares import Flow
-from moonlight.plan.hardware import Machine
+from moonlight.plan.hardware import GPUS_OF_A_NODE, Machine
 from moonlight.plan.owners import Rank
 from moonlight.plan.stages import Stage
 
@@ -75,6 +75,8 @@ def step_seconds(
     waiting = bubble_share(run, stages[0].num_micro_batches)
     busy = arithmetic + slices + dispatch
     between = parallel.pipeline_parallel_size
+    # In more than one node some neighbouring stages lie in two, and the slowest pair counts.
+    apart = of_stage if world_size <= GPUS_OF_A_NODE else GPUS_OF_A_NODE
     count = stages[0].num_micro_batches
     forward, backward = busy / count / 3, busy / count * 2 / 3
 
@@ -89,7 +91,7 @@ def step_seconds(
         slices=slices,
         dispatch=dispatch,
         bubble=busy * waiting / (1 - waiting),
-        pipeline=max(machine.wire_seconds(stage.flows["pipeline"], min(between, 2), of_stage) for stage in stages),
+        pipeline=max(machine.wire_seconds(stage.flows["pipeline"], min(between, 2), apart) for stage in stages),
         gradients=max(
             max(0.0, data_parallel(rank.dense.share.gradients, rank.expert.share.gradients) - backward)
             for rank in worst

@@ -79,7 +79,9 @@ def suggest(run: Run, world_size: int, machine: Machine) -> Suggestions:
     room = machine.memory_bytes * (1 - RESERVE)
     fitting = sorted((s for s in sketches if _peak(s) <= room), key=lambda sketch: sketch.seconds.total)
     best: list[Plan] = []
-    for sketch in fitting[:MOST_EXACT]:
+    for number, sketch in enumerate(fitting):
+        if number >= MOST_EXACT and best:
+            break
         plan = make_plan(sketch.run, world_size, machine)
         if _peak(plan) <= room:
             best.append(plan)
@@ -96,7 +98,7 @@ def suggest(run: Run, world_size: int, machine: Machine) -> Suggestions:
     if too_large:
         found.append((len(too_large), _memory_reason(too_large, room)))
     num_layouts = sum(reasons.values()) + len(sketches)
-    return Suggestions(run, world_size, machine, best[:NUM_SHOWN], num_layouts, len(fitting), found)
+    return Suggestions(run, world_size, machine, best[:NUM_SHOWN], num_layouts, max(len(fitting), len(best)), found)
 
 
 def largest_part(memory: Memory) -> str:

@@ -5,11 +5,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.plan.build import Plan
-from moonlight.plan.figures import RESERVE
+from moonlight.config import Run
+from moonlight.errors import UserError
+from moonlight.plan.build import Plan, make_plan
+from moonlight.plan.figures import RESERVE, layout
 from moonlight.plan.speed import bubble_share
 from moonlight.plan.suggest import Suggestions
-from moonlight.plan.text import NARROW, gb, in_seconds, num_gpus
+from moonlight.plan.text import NARROW, fit, gb, in_seconds, num_gpus
 
 
 def print_suggestions(found: Suggestions, console: Console | None = None) -> None:
@@ -32,7 +34,13 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
         table.add_row(*_cells(plan))
     console.print()
     console.print(table, highlight=False)
-    console.print(f"\nthe first of them: {' '.join(overrides(found.best[0]))}", highlight=False)
+    console.print()
+    if own := recipes_own(found):
+        console.print(own, highlight=False, soft_wrap=True)
+    asked = " ".join(changes(found.best[0], found.run))
+    # In one line, however long, to be copied.
+    console.print(f"the first of them: {asked or 'the recipe as it is'}", highlight=False, soft_wrap=True)
+    console.print("TP, PP, VPP, EP, ETP: tensor, pipeline, virtual pipeline, expert, expert-tensor parallel size")
     console.print("\nwhy the others are not possible:", highlight=False)
     reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     reasons.add_column(justify="right")
@@ -41,9 +49,9 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
     console.print(reasons, highlight=False)
 
 
-def overrides(plan: Plan) -> list[str]:
+def overrides(run: Run) -> list[str]:
     """What to write after a recipe to get this layout."""
-    parallel = plan.run.parallel
+    parallel = run.parallel
     names = (
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -52,8 +60,22 @@ def overrides(plan: Plan) -> list[str]:
         "expert_tensor_parallel_size",
     )
     return [f"parallel.{name}={getattr(parallel, name)}" for name in names] + [
-        f"train.micro_batch_size={plan.run.train.micro_batch_size}"
+        f"train.micro_batch_size={run.train.micro_batch_size}"
     ]
+
+
+def changes(plan: Plan, run: Run) -> list[str]:
+    """Those of `overrides` that differ from the recipe."""
+    return [override for override in overrides(plan.run) if override not in overrides(run)]
+
+
+def recipes_own(found: Suggestions) -> str:
+    """The recipe's own layout, in one line; empty if it does not divide the GPUs."""
+    try:
+        plan = make_plan(found.run, found.world_size, found.machine)
+    except UserError:
+        return ""
+    return f"the recipe as it is: {layout(plan)}: {in_seconds(plan.seconds.total)}; {fit(plan)}"
 
 
 def suggestions_as_figures(found: Suggestions) -> dict[str, Any]:
@@ -67,7 +89,7 @@ def suggestions_as_figures(found: Suggestions) -> dict[str, Any]:
         "fitting_layouts": found.num_fitting,
         "best": [
             {
-                "overrides": overrides(plan),
+                "overrides": overrides(plan.run),
                 "step_seconds": plan.seconds.total,
                 "tokens_per_second": plan.tokens_per_step / plan.seconds.total,
                 "total_seconds": plan.total_seconds,

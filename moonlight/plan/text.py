@@ -67,7 +67,7 @@ def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) 
     if not console.is_terminal:
         console.width = NARROW
     soft_wrap = not console.is_terminal  # a fact a line for whoever filters
-    for text in summary(plan):
+    for text in [*summary(plan), fit(plan)]:
         console.print(text, soft_wrap=soft_wrap, highlight=False)
     for table in (_memory_table(plan), _wire_table(plan), _seconds_table(plan)):
         console.print()
@@ -131,7 +131,7 @@ def _memory_table(plan: Plan) -> Table:
         ),
         "stage": stage.number,
     }
-    table = _table("memory of a rank", f"fullest: {plan.fullest:,}", "mean", "")
+    table = _table("memory of a rank", f"fullest, rank {plan.fullest:,}", "mean", "")
     for name, what in MEMORY_PARTS.items():
         if getattr(mean, name):
             table.add_row(
@@ -145,9 +145,9 @@ def _memory_table(plan: Plan) -> Table:
 def _parts_of_peak(plan: Plan) -> str:
     memory = plan.memories[plan.fullest]
     if memory.update > memory.passes:
-        return "during the update, without activations"
-    larger, smaller = ("exchange", "logits") if memory.exchange >= memory.logits else ("logits", "exchange")
-    return f"in the passes: not {smaller} with {larger}, not update"
+        return "the most at once: during the update, without activations"
+    smaller = "logits" if memory.exchange >= memory.logits else "exchange"
+    return f"the most at once: without {smaller} and update"
 
 
 def _wire_table(plan: Plan) -> Table:
@@ -186,7 +186,7 @@ def _speed(plan: Plan) -> str:
 
 
 def conclusions(plan: Plan) -> list[str]:
-    """Newton-Schulz, days, checkpoint, and whether it fits; one line each."""
+    """Newton-Schulz, days and checkpoint, one line each."""
     machine, gpu, run = plan.machine, plan.machine.gpu, plan.run
     works = [member.newton_schulz_flops for member in plan.members]
     busiest, mean = max(works), sum(works) / len(works)
@@ -196,7 +196,7 @@ def conclusions(plan: Plan) -> list[str]:
     lines = [
         f"Newton-Schulz: {busiest:.3g} FLOPs on the busiest rank, {busiest / (stage.flops + busiest):.3%} of its step; "
         + (f"its share is {busiest / mean:.2f} of the mean" if mean else "no matrices"),
-        f"the whole recipe: {plan.total_seconds / 86400:,.2f} days ({steps} sequences)",
+        f"the whole recipe: {in_days(plan.total_seconds)} ({steps} sequences)",
         f"checkpoint: {gb(plan.checkpoint_bytes)} of float32 masters and momenta, "
         f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
         f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
@@ -204,7 +204,6 @@ def conclusions(plan: Plan) -> list[str]:
         f"a model, not a measurement: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; links at "
         f"their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8,",
         f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
-        fit(plan),
     ]
     return lines
 
@@ -213,7 +212,10 @@ def fit(plan: Plan) -> str:
     """Whether the fullest rank fits its GPU, in one line."""
     peak, room = plan.memories[plan.fullest].peak, plan.machine.memory_bytes
     if peak > room:
-        return f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU"
+        return (
+            f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU; "
+            "--suggest searches layouts that do"
+        )
     if peak > room * (1 - RESERVE):
         return (
             f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}; {RESERVE:.0%} should be left for what "
@@ -256,6 +258,15 @@ def gb(count: float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+
+
+def in_days(seconds: float) -> str:
+    """Days; hours, minutes or seconds if there is less than one."""
+    if seconds >= 86400:
+        return f"{seconds / 86400:,.2f} days"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} hours"
+    return f"{seconds / 60:.2f} minutes" if seconds >= 60 else in_seconds(seconds)
 
 
 def num_gpus(count: int, name: str) -> str:

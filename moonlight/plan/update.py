@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 
 from moonlight.config import Run
 from moonlight.optim.partition import newton_schulz_cost
+from moonlight.optim.placement import AT_ONCE
 from moonlight.optim.shares import direction_bytes
-
-AT_ONCE = 2**26
-"""Elements updated together on a GPU: `WORKSPACE_ELEMENTS` of `optim/newton_schulz.py`, which needs torch."""
 
 Shape = tuple[int, int]
 

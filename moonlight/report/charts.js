@@ -135,11 +135,11 @@ class Lines extends Panel {
     ctx.setLineDash([]);
     ctx.lineWidth = 1;
   }
-  values(pick) {
+  values(pick, newest = false) {
     for (const group of this.groups) {
       const found = group.series.map((s) => {
         const i = pick(s);
-        return i === null ? "–" : short(this.scale(s.mean[i]));
+        return i === null ? "–" : short(this.scale(newest && s.newest !== undefined ? s.newest : s.mean[i]));
       });
       group.value.textContent = found.join(" · ");
     }
@@ -153,8 +153,12 @@ class Lines extends Panel {
     });
   }
   rest() {
+    if (view.range) { // where what is shown ends
+      this.read(view.range[1]);
+      return;
+    }
     this.at.textContent = "last values";
-    this.values((s) => (s.mean.length ? s.mean.length - 1 : null));
+    this.values((s) => (s.mean.length ? s.mean.length - 1 : null), true);
   }
 }
 const convertBack = (run, x) => (view.x === "steps" ? x : convert(run.tokens, run.steps, x));
@@ -169,8 +173,12 @@ class Heat extends Panel {
     const starts = map.at.map((i) => map.first + i * map.width);
     const gaps = starts.slice(1).map((s, i) => s - starts[i]).sort((p, q) => p - q);
     const usual = Math.max(map.width, gaps[gaps.length >> 1] || map.width);
-    this.starts = starts;
-    this.ends = starts.map((s, i) => Math.min(i + 1 < starts.length ? starts[i + 1] : Infinity, s + 1.5 * usual));
+    // A column stands around its steps, half way to its neighbours, unless they are far away.
+    const reach = Math.max(0.75 * usual, 0.5 * usual + map.width), middle = (map.width - 1) / 2;
+    const at = starts.map((s) => s + middle);
+    this.steps = starts;
+    this.starts = at.map((s, i) => Math.max(s - reach, i ? (at[i - 1] + s) / 2 : -Infinity));
+    this.ends = at.map((s, i) => Math.min(s + reach, i + 1 < at.length ? (s + at[i + 1]) / 2 : run.last));
     if (this.bar) this.colorBar();
   }
   colorBar() {
@@ -217,10 +225,10 @@ class Heat extends Panel {
   read(x, py) {
     const at = convertBack(this.run, x);
     let c = this.starts.findIndex((s, i) => at >= s && at < this.ends[i]);
-    if (c < 0) c = nearest(this.starts, at);
+    if (c < 0) c = nearest(this.steps, at);
     const inner = this.height - this.top - this.bottom;
     const r = Math.max(0, Math.min(this.rows - 1, Math.floor(((py - this.top) / inner) * this.rows)));
-    const first = this.starts[c], last = Math.min(first + this.map.width - 1, this.run.last);
+    const first = this.steps[c], last = Math.min(first + this.map.width - 1, this.run.last);
     const steps = first === last ? `step ${whole(first)}` : `steps ${whole(first)}–${whole(last)}`;
     this.at.textContent = `${this.row} ${this.firstRow + r} · ${steps} · ${this.text(c, r)}`;
   }

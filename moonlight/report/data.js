@@ -50,7 +50,7 @@ function series(run, key) {
     const gaps = Array.from(steps.slice(1), (step, i) => step - steps[i]).sort((a, b) => a - b);
     const mean = floats(raw.mean);
     run.decoded[key] = { run, steps, tokens, mean, low: floats(raw.low) || mean, high: floats(raw.high) || mean,
-      band: Boolean(raw.low), points: Boolean(raw.points), buckets: raw.points ? null : at,
+      newest: raw.newest, band: Boolean(raw.low), points: Boolean(raw.points), buckets: raw.points ? null : at,
       gap: 3 * (gaps[gaps.length >> 1] || 1) };
   }
   return run.decoded[key];

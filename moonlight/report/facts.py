@@ -72,13 +72,21 @@ def facts(history: History) -> list[Fact]:
         ("bits_per_byte/held_out", "bits per byte"),
     ):
         if key in metrics.points and (newest := metrics.points[key].last) is not None:
-            found.append(Fact(label, short(newest[1], 4), f"after step {newest[0]:,}"))
+            found.append(Fact(label, short(newest[1], 4), f"after step {newest[0]:,}{_held_out(history, key)}"))
     found.append(_troubles(history, metrics))
     if history.run is not None:
         counts = count_parameters(history.run.model)
         note = f"{short(counts.activated)} active, without embedding and head"
         found.append(Fact("parameters", short(counts.total, 4), note))
     return found
+
+
+def _held_out(history: History, key: str) -> str:
+    """How much of the held-out text a figure is of."""
+    if key != "loss/validation":
+        return ", all held-out text"
+    most = history.run.train.validation_sequences if history.run else 0
+    return f", first {most:,} held-out sequences" if most else ""
 
 
 def _wall_time(history: History) -> str:

@@ -109,7 +109,7 @@ def _text(kind: str, event: dict[str, Any]) -> str:
     changed = get("changed")
     texts = {
         "started": f"started {where}",
-        "resumed": f"went on from a checkpoint {where}, restart {get('restart', '?')} of the launcher",
+        "resumed": f"went on after step {get('step', '?')} {where}{_restart(get('restart'))}",
         "forced": f"with other settings: {'; '.join(map(str, changed)) if isinstance(changed, list) else changed}",
         "spike": f"loss spike, loss {_number(get('loss'))}, score {_number(get('score'))}",
         "rolled back": f"back to here because of the spike in step {get('spike', '?')}; "
@@ -121,6 +121,11 @@ def _text(kind: str, event: dict[str, Any]) -> str:
         "finished": "finished",
     }
     return texts.get(kind) or str(get("text") or kind)
+
+
+def _restart(number: Any) -> str:
+    """Whether the launcher did it by itself."""
+    return f", restart {number} of its launcher" if number else ""
 
 
 def _number(value: Any) -> str:

@@ -14,6 +14,8 @@ from moonlight.config import MAX_STEPS
 _STEP = re.compile(rb'\{"step": ?(\d{1,12}),')
 """How a line of the trainer begins; others are parsed for their step."""
 _LINES_BETWEEN_TOLD = 500
+_FAR = 1000
+"""Steps."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ def scan(file: BinaryIO, tell: Callable[[int], None]) -> Scan | None:
         done += len(line)
         begins = _STEP.match(line)
         step = int(begins[1]) if begins else None
-        if step is None or step <= highest:  # a damaged line must not take the place of a sound one
+        # A damaged line must neither take the place of a sound one nor stretch the page.
+        if step is None or step <= highest or step > highest + _FAR:
             entry = parse(line)
             step = None if entry is None else entry["step"]
         if step is None or step > MAX_STEPS:

@@ -133,9 +133,12 @@ const place = document.getElementById("charts");
 const bar = make(place, "div", "toolbar");
 const choice = make(bar, "span", "choice");
 const modes = ["steps", "tokens"].map((mode) => button(choice, mode, mode === view.x, () => {
+  const from = view.x, run = RUNS[0];
   view.x = mode;
   modes.forEach((other) => other.setAttribute("aria-pressed", other.textContent === mode));
-  zoom(null);
+  const ends = mode === "steps" ? [run.tokens, run.steps] : [run.steps, run.tokens];
+  const kept = from !== mode && view.range && !SEVERAL; // runs of other batches have no common range of both
+  zoom(kept ? view.range.map((at) => convert(...ends, at)) : from === mode ? view.range : null);
 }));
 choice.hidden = !HAS_TOKENS;
 const reset = button(bar, "reset zoom", false, () => zoom(null));

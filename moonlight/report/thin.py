@@ -1,6 +1,7 @@
 """Histories of any length in a bounded number of buckets of steps."""
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,16 @@ class Series:
         self._total = np.zeros(grid.size)
         self._lowest = np.full(grid.size, np.inf)
         self._highest = np.full(grid.size, -np.inf)
+        self._newest = (-1, math.nan)
+        """Step and value."""
 
     def add(self, steps: np.ndarray, values: Sequence[Any]) -> None:
         """Take the values of some steps (int64), in any order."""
         numbers = to_numbers(values)
         finite = np.isfinite(numbers)
         index, numbers = self.grid.index(steps[finite]), numbers[finite]
+        if len(numbers) and (newest := int(np.argmax(steps[finite]))) >= 0:
+            self._newest = max(self._newest, (int(steps[finite][newest]), float(numbers[newest])))
         self._count += np.bincount(index, minlength=self.grid.size)
         with np.errstate(over="ignore"):
             self._total += np.bincount(index, weights=numbers, minlength=self.grid.size)
@@ -76,7 +81,7 @@ class Series:
         if not len(at):
             return None
         lowest, mean, highest = self.thinned()
-        found: dict[str, Any] = {"mean": packed(mean, "<f4")}
+        found: dict[str, Any] = {"mean": packed(mean, "<f4"), "newest": self._newest[1]}
         if len(at) < self.grid.size:
             found["at"] = at.tolist()
         if (lowest < highest).any():

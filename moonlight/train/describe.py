@@ -63,7 +63,8 @@ def peak_tflops(run: Run) -> float | None:
     """Of one process's device, in 10^12 FLOP/s: what the recipe says, or what the name of the GPU does."""
     if run.monitor.peak_tflops:
         return run.monitor.peak_tflops
-    known = peak_flops_per_second(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    by_name = torch.cuda.is_available() and run.train.dtype == "bfloat16"
+    known = peak_flops_per_second(torch.cuda.get_device_name()) if by_name else None
     return known / 1e12 if known else None
 
 

@@ -27,7 +27,8 @@ class Journal:
         self._events = Events(folder, writes=writes)
         self._metrics = Metrics(folder, step) if writes else None
         self._line = LiveLine(total_steps, step) if writes else None
-        self._tracking = Tracking(folder, run, self.note) if writes and run.monitor.wandb_project else None
+        self._step = step
+        self._tracking = Tracking(folder, run, self._warn) if writes and run.monitor.wandb_project else None
         self._started, self._first_step = time.monotonic(), step
         self._warned = False
 
@@ -38,7 +39,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._tracking:
-            self._tracking.close()
+            self._tracking.close(finished=kind is None)
         if self._metrics and self._line:
             self._metrics.close()
             self._line.close()
@@ -48,6 +49,10 @@ class Journal:
         if self._line:
             self._line.note(text)
 
+    def _warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+        self.event("warning", self._step, text=text)
+
     def event(self, event: str, step: int, **details: Any) -> None:
         """Append to events.jsonl."""
         with self._warning():
@@ -55,6 +60,7 @@ class Journal:
 
     def step(self, entry: dict[str, Any]) -> None:
         """Append a step's metrics, and show them."""
+        self._step = entry["step"]
         if self._metrics and self._line:
             with self._warning():
                 self._metrics.write(entry)

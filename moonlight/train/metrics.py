@@ -27,21 +27,29 @@ SMOOTHING = 0.1
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl; a last line cut off by a crash is left out, and null is NaN."""
+    """The objects of a run's metrics.jsonl, without their lists by layer and expert, which may be large.
+
+    A last line cut off by a crash is left out, and null is NaN.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    return list(_whole_lines(path))
+    return [
+        {key: math.nan if value is None else value for key, value in entry.items() if not isinstance(value, list)}
+        for _, entry in _whole_lines(path)
+    ]
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
             try:
                 entry = json.loads(line)
             except ValueError:
                 raise UserError(f"{path} is damaged: line {number} is not JSON; remove that line") from None
-            yield {key: math.nan if value is None else value for key, value in entry.items()}
+            yield line, entry
 
 
 def to_line(entry: dict[str, Any]) -> bytes:
@@ -66,9 +74,10 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Go on after `step`: what a killed run wrote beyond it is dropped, because those steps are done again."""
-        kept = [entry for entry in read_metrics(folder) if entry["step"] <= step]
         self._path = folder / METRICS_FILE
-        write_text(self._path, b"".join(map(to_line, kept)).decode())
+        lines = _whole_lines(self._path) if self._path.exists() else iter(())
+        kept = b"".join(line for line, entry in lines if entry["step"] <= step)
+        write_text(self._path, kept.decode())
         self._file = self._path.open("ab", buffering=0)
         self._left = b""
         """What the disk did not take yet."""

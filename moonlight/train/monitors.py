@@ -57,7 +57,8 @@ def logits_by_layer(
         group: joins the ranks that together have every layer and head (tensor- and pipeline-parallel).
     """
     largest = torch.full((model.num_hidden_layers,), -math.inf, device=maxima.device)
-    largest[[attention.layer_number - 1 for attention in attentions]] = maxima.amax(-1)
+    if attentions:  # else the stage has no layer
+        largest[[attention.layer_number - 1 for attention in attentions]] = maxima.amax(-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return tuple(largest.tolist())
 
