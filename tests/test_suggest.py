@@ -74,6 +74,9 @@ def test_the_command(refuses):
     assert done.returncode == 0 and not done.stderr
     assert "why the others are not possible:" in done.stdout and "the first of them: the recipe as it is" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
+    changed = [*command, "parallel.tensor_parallel_size=4"]
+    done = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "\nthe first of them: parallel.tensor_parallel_size=1\n" in done.stdout
     done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert len(json.loads(done.stdout)["best"]) == 10
     refuses(["plan", BIG, "--gpus", "8", "--gpu-memory", "20", "--suggest"], "fits on no layout of 8 h100 GPUs")

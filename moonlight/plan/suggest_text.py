@@ -70,12 +70,12 @@ def changes(plan: Plan, run: Run) -> list[str]:
 
 
 def recipes_own(found: Suggestions) -> str:
-    """The recipe's own layout, in one line; empty if it does not divide the GPUs."""
+    """The recipe's own layout and whether it fits; empty if it does not divide the GPUs."""
     try:
         plan = make_plan(found.run, found.world_size, found.machine)
     except UserError:
         return ""
-    return f"the recipe as it is: {layout(plan)}: {in_seconds(plan.seconds.total)}; {fit(plan)}"
+    return f"the recipe as it is: {layout(plan)}: {in_seconds(plan.seconds.total)}\n{fit(plan)}"
 
 
 def suggestions_as_figures(found: Suggestions) -> dict[str, Any]:
