@@ -134,3 +134,12 @@ def test_what_real_processes_send(pool, layout, name):
             check(found["dispatch"], dispatch_flow(run, Leaving(sent, received)))
             # What an untrained router chooses is near to uniform.
             assert planned["dispatch"].sent == pytest.approx(found["dispatch"][0], rel=0.35)
+
+
+@pytest.mark.parametrize("layout", ["EP2", "EP4", "EP2xTP2-4"])
+def test_uniform_dispatch_is_exact_where_every_token_goes_to_every_expert(pool, layout):
+    world_size, parallel = LAYOUTS.get(layout) or MORE[layout]
+    run = run_of("float32", parallel)
+    run = replace(run, model=replace(run.model, num_experts_per_tok=run.model.num_experts))
+    for found, _, num_batches, stage in pool.run(world_size, counted, run):
+        check(found["dispatch"], stage_flows(run, stage, num_batches)["dispatch"])
