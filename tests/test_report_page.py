@@ -310,7 +310,6 @@ def test_any_values_can_be_drawn(values, browser, tmp_path):
         assert page.locator("figure").count() or values == [None]
 
 
-@pytest.mark.full
 def test_a_hundred_thousand_steps_open_at_once(browser, tmp_path):
     """64 experts in 26 layers, 300 MB of metrics: about 25 seconds, most of them to write and read those."""
     folder = write_history(tmp_path / "run", Shape(steps=100_000, layers=26, experts=64, trouble=True))
