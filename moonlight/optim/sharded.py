@@ -155,17 +155,7 @@ class ShardedOptimizer:
             results = gathered.run(self._directions(gathered.members, scale), self._orthogonalize)
             apply(gathered.members, self._scaled(gathered.members, results))
         for batch in self._adamw_batches:
-            updates = adamw_updates(
-                [owned.gradient for owned in batch],
-                [owned.momenta[0] for owned in batch],
-                [owned.momenta[1] for owned in batch],
-                beta1=config.adamw_beta1,
-                beta2=config.adamw_beta2,
-                eps=config.adamw_eps,
-                step=step,
-                scale=scale,
-            )
-            apply(batch, updates)
+            apply(batch, self._adamw_updates(batch, step, scale))
         self._scale_rows(row_factors or {})
         self.data_parallel.start_weights()
         return sums
@@ -190,6 +180,19 @@ class ShardedOptimizer:
         gradients, momenta = [owned.gradient for owned in members], [owned.momenta[0] for owned in members]
         config = self.config
         return muon_directions(gradients, momenta, momentum=config.momentum, nesterov=config.nesterov, scale=scale)
+
+    def _adamw_updates(self, members: Sequence[Owned], step: int, scale: float) -> list[torch.Tensor]:
+        config = self.config
+        return adamw_updates(
+            [owned.gradient for owned in members],
+            [owned.momenta[0] for owned in members],
+            [owned.momenta[1] for owned in members],
+            beta1=config.adamw_beta1,
+            beta2=config.adamw_beta2,
+            eps=config.adamw_eps,
+            step=step,
+            scale=scale,
+        )
 
     def _orthogonalize(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         config = self.config
