@@ -45,14 +45,16 @@ NEVER = Monitor(every_steps=0, svd_entropy_every_steps=0)
 OFTEN = Monitor(every_steps=1, svd_entropy_every_steps=0)
 ALWAYS = Monitor(every_steps=1, svd_entropy_every_steps=1)
 RECIPES = {
-    "quickstart": ("configs/quickstart.yaml", {}),
+    "quickstart": ("configs/quickstart.yaml", {}, 10),
     # On a CPU a step of its 262,144 tokens would take an hour. Monitors cost the same beside more tokens, so this is
     # the harder case.
     "0.1B, 3 of its 9 layers, 2,048 tokens": (
         "configs/moonlight_family/a0.1b.yaml",
         {"model.num_hidden_layers": 3, "data.sequence_length": 1024, "train.global_batch_size": 2},
+        1,
     ),
 }
+"""Name -> recipe, overrides, and how many rounds it takes for one of the others: short steps need more."""
 STEP = 2
 """A step after the first, which is watched always."""
 ENTROPY_TOLERANCE = 1e-5
@@ -64,12 +66,12 @@ def bench_monitors(rounds: int, json_path: Path | None = None) -> bool:
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: at least 1 is accepted")
     figures, notes = [], []
-    for name, (path, overrides) in RECIPES.items():
+    for name, (path, overrides, more) in RECIPES.items():
         run = load_recipe(Path(path), [f"{key}={value}" for key, value in overrides.items()])
         run = replace(run, parallel=Parallel(), schedule=Schedule(lr=1e-30, router_bias_update_rate=0.0))
         parallel.join_alone()
         try:
-            times, passed = _measure(run, rounds)
+            times, passed = _measure(run, rounds * more)
         finally:
             parallel.leave_world()
         figures.append(_figure(name, times, passed))
