@@ -1,0 +1,33 @@
+"""Rows at a time, for twins that pass several times over what the caches of a CPU still hold."""
+
+from collections.abc import Iterator
+
+import torch
+
+BLOCK_ELEMENTS = 2**18
+"""Elements of one tensor in a block: 1 MiB in float32. Smaller blocks lose more to the start of operations than they
+save."""
+
+
+def row_blocks(rows: int, width: int, block_elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover `rows` rows of `width` elements."""
+    step = max(1, (block_elements or BLOCK_ELEMENTS) // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def float_block(whole: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Where float32 results for `rows` of `whole` can be written: those rows themselves, or else scratch."""
+    block = whole[rows]
+    return block if block.dtype == torch.float32 else torch.empty(block.shape, device=block.device)
+
+
+def store(whole: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
+    """Round scratch from `float_block` into its place; nothing where the block is that place."""
+    if whole.dtype != torch.float32:
+        whole[rows] = block
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, whose elements of a row must lie side by side; rows may lie apart, as those of half a tensor do."""
+    return x if x.stride(-1) == 1 else x.contiguous()

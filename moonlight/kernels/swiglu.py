@@ -1,0 +1,220 @@
+"""SwiGLU: silu(gate) * up, scaled by the router's probability of each token.
+
+Only gate and up need to be stored for the backward pass, which gives the inner activation again for the weight gradient
+of the down-projection.
+"""
+
+from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+
+import torch
+import torch.nn.functional as F
+
+from moonlight.kernels.blocks import dense_rows, float_block, row_blocks, store
+from moonlight.kernels.jit import jit, tl, triton
+
+ROWS, COLUMNS, NUM_WARPS = 4, 512, 4
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up * probabilities[:, None], rounded once: [tokens, width] in the dtype of `gate`.
+
+    `gate` and `up` [tokens, width] may be halves of one tensor; `probabilities` float32 [tokens], or None for ones.
+    """
+    return (swiglu_triton if gate.is_cuda else swiglu_torch)(gate, up, probabilities)
+
+
+def swiglu_backward(
+    grad_inner: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    probabilities: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Gradients:
+    """Gradients of `swiglu`, and its result once more: (grad_gate, grad_up, grad_probabilities, inner).
+
+    `out` is where grad_gate and grad_up are written, such as the halves of one tensor; new tensors without it.
+    grad_probabilities is float32 [tokens], or None without probabilities; the others have the dtype of `gate`.
+    """
+    function = swiglu_backward_triton if gate.is_cuda else swiglu_backward_torch
+    return function(grad_inner, gate, up, probabilities, out)
+
+
+def _new(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+    """The twin of `swiglu_triton`."""
+    inner = _new(gate)
+    for rows in row_blocks(*gate.shape):
+        block = float_block(inner, rows)
+        torch.ops.aten.silu.out(gate[rows].float(), out=block)
+        block.mul_(up[rows].float())
+        if probabilities is not None:
+            block.mul_(probabilities[rows, None])
+        store(inner, rows, block)
+    return inner
+
+
+def swiglu_backward_torch(
+    grad_inner: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    probabilities: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Gradients:
+    """The twin of `swiglu_backward_triton`."""
+    grad_gate, grad_up = out or (_new(gate), _new(up))
+    inner = _new(gate)
+    grad_probabilities = None if probabilities is None else torch.empty_like(probabilities)
+    for rows in row_blocks(*gate.shape):
+        x, y, grad = gate[rows].float(), up[rows].float(), grad_inner[rows].float()
+        silu = F.silu(x)
+        to_gate, to_up, product = (float_block(whole, rows) for whole in (grad_gate, grad_up, inner))
+        torch.mul(silu, y, out=product)
+        if probabilities is None:
+            torch.mul(grad, silu, out=to_up)
+            torch.mul(grad, y, out=to_gate)
+        else:
+            assert grad_probabilities is not None
+            scale = probabilities[rows, None]
+            torch.sum(torch.mul(grad, product, out=to_up), 1, out=grad_probabilities[rows])
+            product.mul_(scale)
+            torch.mul(grad, scale, out=to_gate)
+            torch.mul(to_gate, silu, out=to_up)
+            to_gate.mul_(y)
+        torch.ops.aten.silu_backward.grad_input(to_gate, x, grad_input=to_gate)
+        for whole, block in ((grad_gate, to_gate), (grad_up, to_up), (inner, product)):
+            store(whole, rows, block)
+    return grad_gate, grad_up, grad_probabilities, inner
+
+
+def swiglu_triton(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+    """One pass: reads gate and up, writes inner."""
+    gate, up, inner = dense_rows(gate), dense_rows(up), _new(gate)
+    tokens, width = gate.shape
+    _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+        gate,
+        up,
+        probabilities,
+        inner,
+        tokens,
+        width,
+        gate.stride(0),
+        up.stride(0),
+        ROWS,
+        COLUMNS,
+        num_warps=NUM_WARPS,
+    )
+    return inner
+
+
+def swiglu_backward_triton(
+    grad_inner: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    probabilities: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Gradients:
+    """One pass: reads grad_inner, gate and up, writes their gradients and inner. A program has whole rows."""
+    grad_inner, gate, up = (dense_rows(x) for x in (grad_inner, gate, up))
+    grad_gate, grad_up = out or (_new(gate), _new(up))
+    assert grad_gate.stride(1) == grad_up.stride(1) == 1, "gradients in columns apart"
+    inner = _new(gate)
+    grad_probabilities = None if probabilities is None else torch.empty_like(probabilities)
+    tokens, width = gate.shape
+    _backward[(triton.cdiv(tokens, ROWS),)](
+        grad_inner,
+        gate,
+        up,
+        probabilities,
+        grad_gate,
+        grad_up,
+        grad_probabilities,
+        inner,
+        tokens,
+        width,
+        grad_inner.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        grad_gate.stride(0),
+        grad_up.stride(0),
+        ROWS,
+        COLUMNS,
+        num_warps=NUM_WARPS,
+    )
+    return grad_gate, grad_up, grad_probabilities, inner
+
+
+@jit
+def _forward(
+    gate,
+    up,
+    probabilities,
+    inner,
+    tokens,
+    width,
+    gate_stride,
+    up_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    here = (row < tokens)[:, None] & (column < width)
+    x = tl.load(gate + row[:, None] * gate_stride + column, here, 0.0).to(tl.float32)
+    y = tl.load(up + row[:, None] * up_stride + column, here, 0.0).to(tl.float32)
+    product = x * tl.sigmoid(x) * y
+    if probabilities is not None:
+        product *= tl.load(probabilities + row, row < tokens, 0.0)[:, None]
+    tl.store(inner + row[:, None] * width + column, product, here)
+
+
+@jit
+def _backward(
+    grad_inner,
+    gate,
+    up,
+    probabilities,
+    grad_gate,
+    grad_up,
+    grad_probabilities,
+    inner,
+    tokens,
+    width,
+    grad_inner_stride,
+    gate_stride,
+    up_stride,
+    grad_gate_stride,
+    grad_up_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    real = row < tokens
+    rows = row[:, None]
+    to_probabilities = tl.zeros([ROWS], tl.float32)
+    if probabilities is not None:
+        scale = tl.load(probabilities + row, real, 0.0)[:, None]
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        here = real[:, None] & (column < width)
+        grad = tl.load(grad_inner + rows * grad_inner_stride + column, here, 0.0).to(tl.float32)
+        x = tl.load(gate + rows * gate_stride + column, here, 0.0).to(tl.float32)
+        y = tl.load(up + rows * up_stride + column, here, 0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(x)
+        silu = x * sigmoid
+        product = silu * y
+        if probabilities is not None:
+            to_probabilities += tl.sum(grad * product, 1)
+            product *= scale
+            grad *= scale
+        # The derivative of x sigmoid(x).
+        slope = sigmoid + silu * (1 - sigmoid)
+        tl.store(grad_gate + rows * grad_gate_stride + column, grad * y * slope, here)
+        tl.store(grad_up + rows * grad_up_stride + column, grad * silu, here)
+        tl.store(inner + rows * width + column, product, here)
+    if probabilities is not None:
+        tl.store(grad_probabilities + row, to_probabilities, real)

@@ -1,0 +1,25 @@
+"""How near kernels and their twins must come to float64."""
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def random(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def assert_near(result, expected, function, size=None):
+    """Compare what `function` gave with float64.
+
+    A result in bfloat16 is rounded once, to half of 2^-8 of its size; Triton's interpreter truncates instead of
+    rounding. Float32 arithmetic leaves a few units of 2^-24 of `size`: what the terms of a sum add up to, where that
+    is more than the result.
+    """
+    assert result.shape == expected.shape
+    rounding = 0.0
+    if result.dtype == torch.bfloat16:
+        rounding = 2**-7 if function.__name__.endswith("_triton") and not torch.cuda.is_available() else 2**-8
+    size = expected.abs() if size is None else torch.maximum(size, expected.abs())
+    error = (result.double() - expected).abs()
+    assert (error <= rounding * expected.abs() + 3e-6 * size + 1e-7).all(), (function.__name__, error.max())
