@@ -1,0 +1,166 @@
+"""Rotary position embedding of latent attention (Su et al., arXiv 2104.09864, equation 34).
+
+Entries 2i and 2i + 1 of a head are one pair, rotated by one angle. The result has the first entries of all pairs, then
+the second ones, as transformers' DeepSeek-V3 (`rope_interleave`) and Megatron-Core's latent attention lay them out:
+queries and keys alike, so that their products are those of pairs in place.
+"""
+
+from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+
+import torch
+
+from moonlight.kernels.blocks import dense_rows, row_blocks
+from moonlight.kernels.jit import jit, tl, triton
+
+TILE_HEADS, NUM_WARPS = 32, 4
+"""Heads of one or several tokens that a program holds."""
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rotate the pairs of `x` [sequence, batch, heads, dim], which may be a part of wider heads.
+
+    `cosine` and `sine` float32 [sequence, 1 or batch, 1, dim] of the angles of the dim / 2 pairs, which they hold twice
+    (only the first half is read). The result has the dtype of `x` and is written into `out`, a part of wider heads
+    perhaps, which must not share memory with `x`, if that is given.
+    """
+    return (rotate_triton if x.is_cuda else rotate_torch)(x, cosine, sine, out)
+
+
+def rotate_backward(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Gradient of `rotate`'s input: the rotation by the negative angle, back in the order of pairs; shapes as there."""
+    return (rotate_backward_triton if grad.is_cuda else rotate_backward_torch)(grad, cosine, sine)
+
+
+def _new(like: torch.Tensor) -> torch.Tensor:
+    assert like.shape[-1] % 2 == 0, f"{like.shape[-1]} entries are no pairs"
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def rotate_torch(
+    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The twin of `rotate_triton`: a pair is a complex number."""
+    result = _new(x) if out is None else out
+    half = x.shape[-1] // 2
+    for rows in row_blocks(len(x), x[:1].numel()):
+        angles = torch.complex(cosine[rows, ..., :half], sine[rows, ..., :half])
+        rotated = torch.view_as_real(_complex(x[rows].float()) * angles)
+        result[rows].unflatten(-1, (2, half)).copy_(rotated.mT)
+    return result
+
+
+def _complex(x: torch.Tensor) -> torch.Tensor:
+    """[..., dim] as complex [..., dim / 2]; a copy where torch does not allow a view."""
+    if x.stride(-1) != 1 or any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])):
+        x = x.contiguous()
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """The twin of `rotate_backward_triton`."""
+    result = _new(grad)
+    half = grad.shape[-1] // 2
+    for rows in row_blocks(len(grad), grad[:1].numel()):
+        angles = torch.complex(cosine[rows, ..., :half], sine[rows, ..., :half].neg())
+        pairs = result[rows].unflatten(-1, (half, 2))
+        rotated = pairs if grad.dtype == torch.float32 else torch.empty(pairs.shape, device=grad.device)
+        rotated.copy_(grad[rows].unflatten(-1, (2, half)).mT)
+        torch.view_as_complex(rotated).mul_(angles)
+        if rotated is not pairs:
+            pairs.copy_(rotated)
+    return result
+
+
+def rotate_triton(
+    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One pass: reads x, writes the result."""
+    result = _new(x) if out is None else out
+    assert result.stride(-1) == 1, "a result whose entries lie apart"
+    _launch(x, cosine, sine, result, backward=False)
+    return result
+
+
+def rotate_backward_triton(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """One pass: reads the gradient, writes the result."""
+    result = _new(grad)
+    _launch(grad, cosine, sine, result, backward=True)
+    return result
+
+
+def _launch(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, backward: bool) -> None:
+    x, cosine, sine = (dense_rows(each) for each in (x, cosine, sine))
+    length, batch, heads, dim = x.shape
+    tile_heads = min(TILE_HEADS, triton.next_power_of_2(heads))
+    tile_tokens = TILE_HEADS // tile_heads
+    # A stride of 0 gives every sequence of the batch the same angles.
+    strides = [angles.stride()[:2] if angles.shape[1] > 1 else (angles.stride(0), 0) for angles in (cosine, sine)]
+    _rotate[(triton.cdiv(length * batch, tile_tokens), triton.cdiv(heads, tile_heads))](
+        x,
+        cosine,
+        sine,
+        out,
+        length * batch,
+        batch,
+        heads,
+        dim // 2,
+        *x.stride()[:3],
+        *strides[0],
+        *strides[1],
+        *out.stride()[:3],
+        backward,
+        tile_tokens,
+        tile_heads,
+        triton.next_power_of_2(dim // 2),
+        num_warps=NUM_WARPS,
+    )
+
+
+@jit
+def _rotate(
+    x,
+    cosine,
+    sine,
+    out,
+    tokens,
+    batch,
+    heads,
+    half,
+    x_sequence_stride,
+    x_batch_stride,
+    x_head_stride,
+    cosine_sequence_stride,
+    cosine_batch_stride,
+    sine_sequence_stride,
+    sine_batch_stride,
+    out_sequence_stride,
+    out_batch_stride,
+    out_head_stride,
+    BACKWARD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    place, sequence = token // batch, token % batch
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
+    pair = tl.arange(0, HALF)[None, None, :]
+    entry = tl.arange(0, 2 * HALF)[None, None, :]
+    angle_here = (token < tokens) & (pair < half)
+    real = (token < tokens) & (head < heads)
+    cos = tl.load(cosine + place * cosine_sequence_stride + sequence * cosine_batch_stride + pair, angle_here, 0.0)
+    sin = tl.load(sine + place * sine_sequence_stride + sequence * sine_batch_stride + pair, angle_here, 0.0)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+    x += place * x_sequence_stride + sequence * x_batch_stride + head * x_head_stride
+    out += place * out_sequence_stride + sequence * out_batch_stride + head * out_head_stride
+    in_pairs, in_halves = real & (entry < 2 * half), real & (pair < half)
+    if BACKWARD:
+        first = tl.load(x + pair, in_halves, 0.0).to(tl.float32)
+        second = tl.load(x + half + pair, in_halves, 0.0).to(tl.float32)
+        result = tl.interleave(first * cos + second * sin, second * cos - first * sin)
+        tl.store(out + entry, result, in_pairs)
+    else:
+        pairs = tl.load(x + entry, in_pairs, 0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(pairs, [TOKENS, HEADS, HALF, 2]))
+        tl.store(out + pair, first * cos - second * sin, in_halves)
+        tl.store(out + half + pair, second * cos + first * sin, in_halves)
