@@ -52,7 +52,7 @@ def rotate_torch(
 def _complex(x: torch.Tensor) -> torch.Tensor:
     """[..., dim] as complex [..., dim / 2]; a copy where torch does not allow a view."""
     if x.stride(-1) != 1 or any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])):
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
