@@ -10,7 +10,6 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from moonlight.config import Parallel
 
@@ -92,10 +91,9 @@ def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(m
 def leave_world() -> None:
     """Drop every group of this process, and the threads that serve them.
 
-    A group lives as long as anything names it: Megatron caches rotary tables per module, modules name groups, and
-    models are cycles that only the garbage collector frees.
+    A group lives as long as anything names it: modules name groups, and models are cycles that only the garbage
+    collector frees.
     """
-    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -109,7 +109,7 @@ def watched_steps(run):
     optimizer.data_parallel.finish_weights()
     counts = {}
     for layer, chosen in routed:
-        counts[layer] = counts.get(layer, 0) + chosen.sum(0).numpy()
+        counts[layer] = counts.get(layer, 0) + chosen.flatten().bincount(minlength=run.model.num_experts).numpy()
     return {
         "results": results,
         "before": before,

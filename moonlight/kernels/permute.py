@@ -30,6 +30,23 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> Order:
     return (sort_by_expert_triton if chosen.is_cuda else sort_by_expert_torch)(chosen, num_experts)
 
 
+def align_runs(order: Order, chosen: torch.Tensor, alignment: int) -> Order:
+    """The same order with every expert's run beginning at a multiple of `alignment`.
+
+    `source` [tokens * k + experts * (alignment - 1)] then has gaps, which name token 0: what is made of them must not
+    count, so they want a weight of 0. Its last places lie past every run.
+    """
+    _, inverse, ends = order
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    gaps = (-counts).remainder(alignment)
+    moved = gaps.cumsum(0)
+    inverse = inverse + (moved - gaps)[chosen]
+    tokens, k = chosen.shape
+    source = inverse.new_zeros(tokens * k + len(ends) * (alignment - 1))
+    of_copies = torch.arange(tokens, device=source.device).repeat_interleave(k)
+    return source.scatter_(0, inverse.flatten(), of_copies), inverse, (ends + moved).to(torch.int32)
+
+
 def gather_rows(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Rows of `x` [tokens, hidden] in the order of `source` int64 [copies]: [copies, hidden]."""
     return (gather_rows_triton if x.is_cuda else gather_rows_torch)(x, source)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moonlight.model.cpu_attention import CpuAttention
+
 LOGITS_AT_ONCE = 2**25
 """Attention logits in memory while their maximum is sought: 128 MiB."""
 
@@ -83,6 +85,8 @@ class CausalAttention(torch.nn.Module):
             self._passes_to_record -= 1
             found = max_logits(query, key, self.softmax_scale, documents=documents)
             self.max_logits = torch.maximum(found, self.max_logits.to(found.device))
+        if not query.is_cuda:
+            return CpuAttention.apply(query, key, value, self.softmax_scale, documents).flatten(2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
         mask = None if documents is None else _visible(documents)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)

@@ -5,29 +5,25 @@ import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from moonlight.config import Data, Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts
+from moonlight.model.language_model import LanguageModel, Layer
 from moonlight.model.latent_attention import LatentAttention
 from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
+from moonlight.model.mlp import DenseMLP, Mixture, SharedExperts
 from moonlight.model.router import Router
 from moonlight.pipeline import head_counts_as_layer
 
@@ -103,15 +99,15 @@ def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if with_experts:
         mlp = ModuleSpec(
-            module=MoELayer,
+            module=Mixture,
             submodules=MoESubmodules(
                 router=Router,
                 experts=ModuleSpec(module=Experts),
-                shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=linears),
+                shared_experts=ModuleSpec(module=SharedExperts, submodules=linears),
             ),
         )
     else:
-        mlp = ModuleSpec(module=MLP, submodules=linears)
+        mlp = ModuleSpec(module=DenseMLP, submodules=linears)
     attention = ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal, "reset_positions": data.reset_positions},
@@ -127,26 +123,19 @@ def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
             kv_layernorm=LatentRMSNorm,
         ),
     )
-
-    # Megatron's residual-and-dropout hook; dropout is zero, so only the sum is left.
-    def add_residual(training: bool, fused: bool):
-        return lambda output_with_bias, residual, probability: residual + output_with_bias[0]
-
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=add_residual,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=add_residual,
         ),
     )
 
 
-def build_model(run: Run) -> list[GPTModel]:
+def build_model(run: Run) -> list[LanguageModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), with uninitialised weights.
 
     Needs `parallel.build_groups` first.
@@ -163,7 +152,7 @@ def build_model(run: Run) -> list[GPTModel]:
         count = get_num_layers_to_build(config, stage)
         dense = run.model.first_k_dense_replace
         specs = [_layer_spec(layer >= dense, run.data) for layer in range(first, first + count)]
-        model = GPTModel(
+        model = LanguageModel(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
             vocab_size=run.model.vocab_size,

@@ -6,6 +6,65 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from moonlight.kernels.permute import Order, align_runs, combine_rows, gather_rows
+from moonlight.kernels.swiglu import swiglu, swiglu_backward
+
+ALIGNMENT = {"cpu": 32, "cuda": 8, "meta": 8}
+"""Tokens of which every expert's run is a multiple. oneDNN compiles a product for every new size, which takes as long
+as ten such products, so there must be few; on a GPU 16 bytes suffice."""
+
+
+class SortedExperts(torch.autograd.Function):
+    """SwiGLU experts: each token's sum over its k experts, weighted by its probabilities.
+
+    `tokens` [tokens, hidden]; `probabilities` float32 [tokens, k]; gate_proj and up_proj [E, hidden, M], down_proj
+    [E, M, hidden]; `source`, `inverse` and `ends` the order of `align_runs`, whose gaps get probability 0.
+
+    Kept for the backward pass besides the inputs: the two projections. Tokens are gathered, and the activation is made,
+    again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: torch.Tensor,
+        probabilities: torch.Tensor,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        source: torch.Tensor,
+        inverse: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = gather_rows(tokens, source)
+        gate, up = (F.grouped_mm(rows, weight, offs=ends) for weight in (gate_proj, up_proj))
+        inner = swiglu(gate, up, _in_order(probabilities, source, inverse))
+        out = combine_rows(F.grouped_mm(inner, down_proj, offs=ends), inverse)
+        ctx.save_for_backward(tokens, probabilities, gate_proj, up_proj, down_proj, source, inverse, ends, gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        tokens, probabilities, gate_proj, up_proj, down_proj, source, inverse, ends, gate, up = ctx.saved_tensors
+        grad = gather_rows(grad, source)
+        grad_inner = F.grouped_mm(grad, down_proj.mT, offs=ends)
+        grad_gate, grad_up, grad_probabilities, inner = swiglu_backward(
+            grad_inner, gate, up, _in_order(probabilities, source, inverse)
+        )
+        assert grad_probabilities is not None
+        grad_down = F.grouped_mm(inner.mT, grad, offs=ends)
+        rows = gather_rows(tokens, source)
+        weights = [F.grouped_mm(rows.mT, each, offs=ends) for each in (grad_gate, grad_up)]
+        grad_rows = F.grouped_mm(grad_gate, gate_proj.mT, offs=ends)
+        grad_rows += F.grouped_mm(grad_up, up_proj.mT, offs=ends)
+        grad_tokens = combine_rows(grad_rows, inverse)
+        return grad_tokens, grad_probabilities[inverse], *weights, grad_down, None, None, None
+
+
+def _in_order(probabilities: torch.Tensor, source: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Probabilities [tokens, k] as those of the sorted copies, 0 in gaps."""
+    return probabilities.new_zeros(len(source)).scatter_(0, inverse.flatten(), probabilities.flatten())
+
 
 class Experts(torch.nn.Module):
     """The SwiGLU experts of this rank.
@@ -37,17 +96,18 @@ class Experts(torch.nn.Module):
         self.down_proj = weight(width, hidden)
 
     def forward(
-        self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probabilities: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Apply each expert to its run of `tokens` [tokens, hidden], sorted by expert, and scale by `probabilities`.
+        self, tokens: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor, order: Order
+    ) -> torch.Tensor:
+        """Sum over each token's k experts of this rank, weighted by `probabilities`.
 
-        `tokens_per_expert` is an integer tensor [E]; `probabilities` [tokens].
+        `tokens` [tokens, hidden]; `probabilities` and `chosen` int64 [tokens, k]; `order` of `chosen` as
+        `sort_by_expert` gives it.
         """
-        ends = tokens_per_expert.to(tokens.device).cumsum(0).to(torch.int32)
-        gate = F.grouped_mm(tokens, self.gate_proj, offs=ends)
-        up = F.grouped_mm(tokens, self.up_proj, offs=ends)
-        inner = F.silu(gate) * up * probabilities.unsqueeze(-1).to(tokens.dtype)
-        return F.grouped_mm(inner, self.down_proj, offs=ends), None
+        alignment = ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps name token 0
+        order = align_runs(order, chosen, alignment)
+        weights = self.gate_proj, self.up_proj, self.down_proj
+        result: torch.Tensor = SortedExperts.apply(tokens, probabilities.float(), *weights, *order)
+        return result
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -1,12 +1,16 @@
-"""Megatron's latent attention, with positions that can begin anew in every document of a sequence."""
+"""Multi-head latent attention on Megatron's layers (DeepSeek-V2, arXiv 2405.04434, 2.1), with positions that can begin
+anew in every document of a sequence."""
 
+from functools import lru_cache
 from typing import Any
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+from moonlight.kernels.rope import rotate, rotate_backward
 
 
 def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
@@ -16,33 +20,74 @@ def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
     return places - torch.where(begins, places, 0).cummax(1).values
 
 
-class _Rotary(torch.nn.Module):
-    """Angles of the rotary embedding, for every sequence of a batch by itself if `documents` is set."""
+@lru_cache(maxsize=2)
+def _angles(length: int, dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary embedding: float32 [sequence, 1, 1, dim]. Kept: all layers ask for the same."""
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, None]
+    return angles.cos(), angles.sin()
 
-    def __init__(self, whole: RotaryEmbedding) -> None:
-        super().__init__()
-        self.whole = whole
-        self.get_rotary_seq_len = whole.get_rotary_seq_len
-        self.documents: torch.Tensor | None = None
 
-    def forward(self, length: int, packed_seq: bool = False) -> torch.Tensor:
-        """[sequence, 1, 1, dim] as Megatron has them, or else [sequence, batch, 1, dim]."""
-        angles = self.whole(length, packed_seq=packed_seq)
-        if self.documents is None:
-            return angles
-        return angles[:, 0, 0][positions_in_documents(self.documents).T].unsqueeze(2)
+@lru_cache(maxsize=1)
+def _angles_in_documents(documents: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for every token's place in its document: float32 [sequence, batch, 1, dim]."""
+    places = positions_in_documents(documents).T.unsqueeze(2)
+    cosine, sine = _angles(documents.shape[1], dim, base, documents.device)
+    return cosine[:, 0, 0][places], sine[:, 0, 0][places]
+
+
+class _Rotated(torch.autograd.Function):
+    """x [sequence, batch, heads, dim] with its last dimensions, as many as the angles have, rotated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        out = x.clone()
+        rotate(x[..., -cosine.shape[-1] :], cosine, sine, out[..., -cosine.shape[-1] :])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        cosine, sine = ctx.saved_tensors
+        out = grad.clone()
+        out[..., -cosine.shape[-1] :] = rotate_backward(grad[..., -cosine.shape[-1] :], cosine, sine)
+        return out, None, None
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's, whose `attention_mask` is the number of each token's document, [batch, sequence], or None."""
-
-    rotary_pos_emb: Any
+    """Megatron's parameters, our pass. `attention_mask` is the number of each token's document, [batch, sequence], or
+    None."""
 
     def __init__(self, *args: Any, reset_positions: bool, **others: Any) -> None:
         super().__init__(*args, **others)
         self.reset_positions = reset_positions
-        self.rotary_pos_emb = _Rotary(self.rotary_pos_emb)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:
-        self.rotary_pos_emb.documents = attention_mask if self.reset_positions else None
-        return super().forward(hidden_states, attention_mask, **others)
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any) -> Any:
+        """[sequence / TP, batch, hidden] to the same."""
+        config = self.config
+        if config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(hidden_states)
+        else:
+            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)[0]))
+        query = query.unflatten(-1, (-1, self.q_head_dim))
+        latent, rope_key = self.linear_kv_down_proj(hidden_states)[0].split(
+            [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
+        )
+        if config.sequence_parallel:
+            rope_key = gather_from_sequence_parallel_region(rope_key, group=self.tp_group)
+        keys_and_values, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
+        key, value = keys_and_values.unflatten(-1, (query.shape[2], -1)).split(
+            [config.qk_head_dim, config.v_head_dim], dim=-1
+        )
+        angles = self._angles(query, attention_mask)
+        query = _Rotated.apply(query, *angles)
+        rope_key = _Rotated.apply(rope_key.unsqueeze(2), *angles)
+        key = torch.cat([key, rope_key.expand(-1, -1, query.shape[2], -1)], dim=-1)
+        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+
+    def _angles(self, query: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        dim, base = self.config.qk_pos_emb_head_dim, float(self.config.rotary_base)
+        if self.reset_positions and documents is not None:
+            return _angles_in_documents(documents, dim, base)
+        return _angles(query.shape[0], dim, base, query.device)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moonlight.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+
 
 class ReplicatedLinear(torch.nn.Module):
     """A linear layer held whole by every tensor-parallel rank, applied to that rank's slice of the sequence.
@@ -25,6 +27,37 @@ class ReplicatedLinear(torch.nn.Module):
         return F.linear(hidden, self.weight), None
 
 
+class _AddedAndNormed(torch.autograd.Function):
+    """residual + update, and its norm: as `_Normed`, of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        total, normed, reciprocal = add_rms_norm(residual, update, weight, eps)
+        ctx.save_for_backward(total, weight, reciprocal)
+        ctx.update_dtype = update.dtype
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor) -> Any:
+        total, weight, reciprocal = ctx.saved_tensors
+        grad, grad_weight = rms_norm_backward(grad_normed, total, weight, reciprocal, grad_total)
+        return grad, grad.to(ctx.update_dtype), grad_weight, None
+
+
+class _Normed(torch.autograd.Function):
+    """x / rms(x) * weight over the last dimension; only x and a number a row are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        normed, reciprocal = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, reciprocal)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return *rms_norm_backward(grad, *ctx.saved_tensors), None
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, with the sequence-parallel mark on its gain.
 
@@ -41,8 +74,13 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps)
-        return normed.to(self.weight.dtype)
+        result: torch.Tensor = _Normed.apply(hidden, self.weight, self.eps)
+        return result
+
+    def add(self, residual: torch.Tensor, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual + update, in the dtype of the residual, and its norm."""
+        total, normed = _AddedAndNormed.apply(residual, update, self.weight, self.eps)
+        return total, normed
 
 
 class LatentRMSNorm(RMSNorm):

@@ -57,10 +57,10 @@ class Router(torch.nn.Module):
         """Called by Megatron's layer with its number, from 1."""
         self.layer_number = layer_number
 
-    def forward(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route `hidden` [sequence, batch, hidden].
 
-        Returns the mixture weights [tokens, experts], zero where not chosen, and the choice as booleans.
+        Returns the mixture weights, float32 [tokens, num_experts_per_tok], and the experts that they are of, int64.
         """
         config = self.config
         logits = F.linear(hidden.float(), self.weight.float())
@@ -74,15 +74,13 @@ class Router(torch.nn.Module):
         )
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.moe_router_topk_scaling_factor
-        probabilities = torch.zeros_like(scores).scatter(1, chosen, weights)
-        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
         if self.training and torch.is_grad_enabled():
-            self.tokens_per_expert += routing_map.sum(0)
+            self.tokens_per_expert.scatter_add_(0, chosen.view(-1), torch.ones_like(weights).view(-1))
             if self.aux_loss_weight > 0:
                 loss = self._sequence_aux_loss(scores.view(logits.shape))
                 self.aux_loss += loss.detach()
-                probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss * self.aux_loss_weight)
-        return probabilities, routing_map
+                weights = MoEAuxLossAutoScaler.apply(weights, loss * self.aux_loss_weight)
+        return weights, chosen
 
     def _sequence_aux_loss(self, scores: torch.Tensor) -> torch.Tensor:
         """Sum over this micro-batch's sequences of sum_i f_i P_i (DeepSeek-V3, eq. 17-20), without the coefficient.

@@ -94,14 +94,14 @@ def _let_go_of_the_graph(models: Sequence[Any]) -> None:
 
 
 def _forward(global_count: torch.Tensor, iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
-    """Megatron's forward step: losses per token [batch, sequence] on the last stage, and how to reduce them."""
+    """Megatron's forward step: this micro-batch's share of the loss on the last stage, and how to report it."""
     batch = next(iterator)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
     # Megatron hands its attention mask to every layer as it is; ours is the documents, which are much smaller.
-    output = model(batch.tokens, positions, batch.documents, labels=batch.labels)
+    scale = batch.loss_mask / global_count
+    output = model(batch.tokens, positions, batch.documents, labels=batch.labels, loss_mask=scale)
 
-    def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss = (losses * batch.loss_mask).sum() / global_count
+    def reduce(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Schedules divide what they are given in place, so the report is a copy.
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()
 

@@ -1,0 +1,157 @@
+"""Attention on a CPU, sorted experts, and the head with its loss: against plain formulas in float64, gradients too."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernels import random
+from layouts import LAYOUTS, build, recipe
+
+from moonlight.kernels.permute import align_runs, sort_by_expert
+from moonlight.model import cpu_attention, loss
+from moonlight.model.cpu_attention import CpuAttention
+from moonlight.model.experts import SortedExperts
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+"""Largest error over the largest value. bfloat16: results, and what the products between them take, are rounded."""
+
+
+def gradients(function, inputs, grad):
+    """The result and the gradients of the inputs, in float64."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    out.backward(grad.to(out.dtype))
+    return [out.detach().double()] + [leaf.grad.double() for leaf in leaves]
+
+
+def check(found, expected, dtype, times=1.0):
+    for own, exact in zip(found, expected, strict=True):
+        assert own.shape == exact.shape
+        size = exact.abs().max().clamp(min=1)  # the gradient through a softmax of one logit is exactly 0
+        assert (own - exact).abs().max() <= times * TOLERANCE[dtype] * size
+
+
+def plain_attention(query, key, value, scale, documents):
+    logits = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
+    length = len(query)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.einsum("bnst,tbnd->sbnd", logits.masked_fill(~visible, -math.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("apart", (False, True))
+@pytest.mark.parametrize(
+    ("length", "batch", "heads", "tile_rows", "tile_elements"),
+    ((1, 1, 1, 128, 2**18), (37, 2, 3, 16, 2**10), (64, 3, 4, 16, 1), (300, 2, 2, 128, 2**18)),
+)
+def test_attention_in_tiles(monkeypatch, dtype, apart, length, batch, heads, tile_rows, tile_elements):
+    """Tiles of some heads, of one, and of the whole; the last rows of a sequence do not fill one."""
+    monkeypatch.setattr(cpu_attention, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(cpu_attention, "TILE_ELEMENTS", tile_elements)
+    documents = torch.arange(length).div(7, rounding_mode="floor").repeat(batch, 1) if apart else None
+    if apart:
+        documents[0] = 0
+    inputs = [random(length, batch, heads, dim, seed=dim, dtype=dtype) for dim in (24, 25, 16)]
+    inputs[1] = inputs[1][..., :24]  # as a part of wider heads
+    grad = random(length, batch, heads, 16, seed=9, dtype=dtype)
+    scale = 24**-0.5
+    found = gradients(lambda q, k, v: CpuAttention.apply(q, k, v, scale, documents), inputs, grad)
+    exact = [x.double() for x in inputs]
+    expected = gradients(lambda q, k, v: plain_attention(q, k, v, scale, documents), exact, grad)
+    check(found, expected, dtype, times=2.0)
+
+
+def test_attention_leaves_its_inputs_alone():
+    inputs = [random(8, 1, 1, 4, seed=seed) for seed in range(3)]
+    before = [x.clone() for x in inputs]
+    gradients(lambda q, k, v: CpuAttention.apply(q, k, v, 3.0, None), inputs, random(8, 1, 1, 4))
+    CpuAttention.apply(*inputs, 3.0, None)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def plain_experts(tokens, probabilities, gate_proj, up_proj, down_proj, chosen):
+    out = torch.zeros_like(tokens)
+    for token in range(len(tokens)):
+        for place, expert in enumerate(chosen[token].tolist()):
+            inner = F.silu(tokens[token] @ gate_proj[expert]) * (tokens[token] @ up_proj[expert])
+            out[token] += probabilities[token, place] * (inner @ down_proj[expert])
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("alignment", (1, 8, 32))
+@pytest.mark.parametrize("which", ("all", "few", "none"))
+def test_sorted_experts(dtype, alignment, which):
+    """Whatever the alignment of runs; with experts that get nothing, and without tokens."""
+    tokens, k, experts, hidden, width = (0 if which == "none" else 20), 2, 5, 8, 16
+    alignment = alignment if tokens else 1
+    chosen = torch.rand(tokens, 2 if which == "few" else experts, generator=torch.Generator().manual_seed(1))
+    chosen = chosen.argsort(1)[:, :k]
+    probabilities = torch.rand(tokens, k, generator=torch.Generator().manual_seed(2))
+    weights = [random(experts, *shape, dtype=dtype) for shape in ((hidden, width), (hidden, width), (width, hidden))]
+    inputs = [random(tokens, hidden, seed=3, dtype=dtype), probabilities, *weights]
+    order = align_runs(sort_by_expert(chosen, experts), chosen, alignment)
+    assert (order[2] % alignment == 0).all()
+    grad = random(tokens, hidden, seed=4, dtype=dtype)
+    found = gradients(lambda *x: SortedExperts.apply(*x, *order), inputs, grad)
+    if tokens:
+        expected = gradients(lambda *x: plain_experts(*x, chosen), [x.double() for x in inputs], grad)
+        check(found, expected, dtype, times=3.0)
+    else:
+        assert all(not own.any() for own in found)
+
+
+class Alone:
+    """What LinearCrossEntropy asks of a group of one process."""
+
+    def size(self):
+        return 1
+
+    def rank(self):
+        return 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "chunk"), ((1, 1024), (50, 1024), (50, 16)))
+def test_head_and_loss(monkeypatch, dtype, tokens, chunk):
+    monkeypatch.setattr(loss, "LEAST_ROWS", chunk)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    labels = torch.randint(0, 33, (tokens,), generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
+    scale[0] = 0.5
+    inputs = [random(tokens, 16, dtype=dtype), random(33, 16, seed=1, dtype=dtype)]
+
+    def plain(hidden, weight):
+        return (F.cross_entropy(hidden @ weight.T, labels, reduction="none") * scale.to(hidden.dtype)).sum()
+
+    found = gradients(
+        lambda hidden, weight: loss.LinearCrossEntropy.apply(hidden, weight, labels, scale, Alone()),
+        inputs,
+        torch.tensor(2.0),
+    )
+    check(found, gradients(plain, [x.double() for x in inputs], torch.tensor(2.0)), dtype, times=2.0)
+
+
+def loss_and_logits(run, tokens, labels):
+    """The model's loss, and that of its logits, which tensor-parallel ranks have a part of each."""
+    (model,), _ = build(run)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    mask = torch.ones_like(labels, dtype=torch.float32)
+    with torch.no_grad():
+        together = model(tokens, positions, None, labels=labels, loss_mask=mask)
+        return together.item(), model(tokens, positions, None).numpy()
+
+
+@pytest.mark.parametrize("layout", ("1", "TP2"))
+def test_loss_of_the_model_is_that_of_its_logits(pool, layout):
+    run = recipe(LAYOUTS[layout][1])
+    tokens, labels = torch.randint(0, run.model.vocab_size, (2, 3, 32), generator=torch.Generator().manual_seed(0))
+    answers = pool.run(LAYOUTS[layout][0], loss_and_logits, run, tokens, labels)
+    logits = torch.cat([torch.from_numpy(part) for _, part in answers], dim=-1).double()
+    assert logits.shape == (*tokens.shape, run.model.vocab_size)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+    for found, _ in answers:
+        assert found == pytest.approx(expected, rel=1e-6)
