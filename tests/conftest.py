@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import hypothesis  # noqa: F401  (early: after the tests of endless nesting CPython 3.11 may fail to compile it)
 import pytest
+import torch
 from bad_input import check_line
 from pool import Pool
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ LEVELS = (
     ("moonlight.plan.command", "moonlight.plan.compare"),
     ("moonlight.train", "moonlight.dry_run"),
     ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),
+    ("moonlight.kernels",),
     (
         "moonlight.config",
         "moonlight.config_checks",

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside the torch code that says what it computes."""
