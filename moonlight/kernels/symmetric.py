@@ -100,6 +100,7 @@ def symmetric_product(
             GROUP=tiling.group,
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
