@@ -14,8 +14,8 @@ import torch
 from bad_input import check_line
 from pool import Pool
 
-if not torch.cuda.is_available():  # before anything imports Triton, whose interpreter then runs the kernels
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
 
 
 @pytest.fixture(scope="session")

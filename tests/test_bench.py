@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from layouts import build, recipe
 
-from moonlight.bench import checkpoint, loader, monitors, optimizer
+from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu
 from moonlight.bench.report import speed
 from moonlight.config import Schedule
 from moonlight.errors import UserError
@@ -18,6 +18,23 @@ from moonlight.train.saver import Saver
 def test_peers_configured_alike_move_the_weights_alike():
     for figure in optimizer._steps(2, "cpu", True, stacks=3, count=4, rows=40, columns=24):
         assert figure.weights_apart is not None and 0 < figure.weights_apart <= optimizer.WEIGHT_TOLERANCE
+
+
+def test_a_gpu_would_time_optimizers_that_move_the_weights_alike():
+    figures = optimizer_gpu.step_figures(2, "cpu", True, stacks=3, count=4, rows=40, columns=24)
+    assert [figure.case.split(", ")[1] for figure in figures] == list(optimizer_gpu.STEP_BARS)
+    cublas, *peers = (figure.weights_apart for figure in figures)
+    assert cublas == 0  # on a CPU both are one thing
+    assert all(0 < apart <= optimizer.WEIGHT_TOLERANCE for apart in peers)
+
+
+def test_the_symmetric_product_is_compared_before_its_rate_counts(monkeypatch):
+    figure, *_ = optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0]
+    assert figure.unit == "TFLOP/s" and not figure.passed  # an interpreter is no GPU
+    monkeypatch.setattr(optimizer_gpu, "PRODUCT_BAR", 0)
+    assert optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0][0].passed
+    monkeypatch.setattr("moonlight.kernels.symmetric.symmetric_product", lambda x, y, out, **tiling: out.fill_(1))
+    assert not optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0][0].passed
 
 
 def test_a_failed_gate_fails_the_figure():

@@ -13,14 +13,8 @@ LEVELS = (
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.plan.command", "moonlight.plan.compare"),
     ("moonlight.train", "moonlight.dry_run"),
-    (
-        "moonlight.model",
-        "moonlight.kernels",
-        "moonlight.data",
-        "moonlight.optim",
-        "moonlight.parallel",
-        "moonlight.cpu",
-    ),
+    ("moonlight.model", "moonlight.data", "moonlight.optim", "moonlight.parallel", "moonlight.cpu"),
+    ("moonlight.kernels",),
     (
         "moonlight.config",
         "moonlight.config_checks",

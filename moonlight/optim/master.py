@@ -4,7 +4,11 @@ A float32 model is its own master. For a bfloat16 model the master is a float32 
 weight and the 16 bits by which the master differs from it: the same values in half the memory.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+from moonlight.optim.rules import apply_updates, can_fuse
 
 _HALF = 0x8000
 
@@ -64,3 +68,28 @@ class Master:
     def state_bytes(self) -> int:
         """Memory beyond the model's own weights."""
         return sum(t.numel() * t.element_size() for t in (self._full, self._remainder) if t is not None)
+
+
+def update_all(
+    masters: Sequence[Master],
+    updates: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+) -> None:
+    """W <- W - lr (factor U + wd W) for each master, rounded into the model; in one pass on a GPU."""
+    if all(master.weights.is_meta for master in masters):
+        return  # that pass makes nothing
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    if can_fuse([*(master.weights for master in masters), *updates]):
+        from moonlight.kernels.muon_update import weights_pass
+
+        for master, update, factor in zip(masters, updates, factors, strict=True):
+            weights_pass(master._full, master.weights, master._remainder, update, factor=factor, **rates)
+        return
+    values = [master.values() for master in masters]
+    scaled = [u if factor == 1 else u.float() * factor for u, factor in zip(updates, factors, strict=True)]
+    apply_updates(values, scaled, **rates)
+    for master, value in zip(masters, values, strict=True):
+        master.store(value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
-from moonlight.optim.rules import adamw_updates, apply_updates, muon_directions, muon_scale
+from moonlight.optim.rules import adamw_updates, apply_updates, can_fuse, directions_and_norms, muon_scale
 
 CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 """Most elements whose updates exist at the same time, but for a single larger matrix; on a CPU, what caches hold."""
@@ -189,15 +189,17 @@ def _matrices(tensor: torch.Tensor) -> torch.Tensor:
 def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
     """The orthogonal updates of parts with one shape of matrices and one setting, in the dtype of the iteration."""
     group = parts[0].group
-    directions = muon_directions(
+    rows, columns = _matrices(parts[0].weight).shape[-2:]
+    directions, norms = directions_and_norms(
         [part.gradient for part in parts],
         [part.state["momentum"] for part in parts],
+        [rows * columns] * len(parts),
         momentum=group["momentum"],
         nesterov=group["nesterov"],
         scale=1.0,
     )
     matrices = [_matrices(direction) for direction in directions]
-    updates = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"])
+    updates = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"], norms)
     return [update.view(part.weight.shape) for update, part in zip(updates, parts, strict=True)]
 
 
@@ -207,17 +209,23 @@ def _apply(parts: list[_Part], updates: list[torch.Tensor], scale: float) -> Non
     for index, part in enumerate(parts):
         by_rate.setdefault((float(part.group["lr"]), part.group["weight_decay"]), []).append(index)
     for (learning_rate, weight_decay), indices in by_rate.items():
-        weights = [parts[index].weight for index in indices]
-        exact = [weight.float() for weight in weights]
+        weights, own = [parts[index].weight for index in indices], [updates[index] for index in indices]
         # Scaling the rate rather than the updates saves a pass over them; the decay is scaled back.
-        apply_updates(
-            exact,
-            [updates[index] for index in indices],
-            learning_rate=learning_rate * scale,
-            weight_decay=weight_decay / scale,
-        )
+        rates = {"learning_rate": learning_rate * scale, "weight_decay": weight_decay / scale}
+        if weights[0].dtype is torch.float32 and can_fuse([*weights, *own]):
+            _apply_fused(weights, own, rates)
+            continue
+        exact = [weight.float() for weight in weights]
+        apply_updates(exact, own, **rates)
         if weights[0].dtype is not torch.float32:
             torch._foreach_copy_(weights, exact)
+
+
+def _apply_fused(weights: list[torch.Tensor], updates: list[torch.Tensor], rates: dict[str, float]) -> None:
+    from moonlight.kernels.muon_update import weights_pass
+
+    for weight, update in zip(weights, updates, strict=True):
+        weights_pass(None, weight, None, update, factor=1.0, **rates)
 
 
 def _chunks(parts: list[_Part]) -> Iterator[list[_Part]]:

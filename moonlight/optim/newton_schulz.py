@@ -6,7 +6,9 @@ from itertools import accumulate, chain, islice, repeat
 
 import torch
 
-from moonlight.optim.placement import AT_ONCE
+from moonlight.optim import gram
+from moonlight.optim.gram import Coefficients
+from moonlight.optim.placement import AT_ONCE, GRAM_FROM_SIDE
 
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[float, float, float]]] = {
@@ -29,7 +31,7 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
 """Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
 
 WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": AT_ONCE, "meta": AT_ONCE}
-"""Most elements of small matrices orthogonalised at once; a step needs about four times this in its dtype."""
+"""Most elements of small matrices orthogonalised at once; a step needs up to four times this in its dtype."""
 
 BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000
 """On a CPU, matrices with at least this short side and this many elements are computed in symmetric blocks."""
@@ -37,19 +39,19 @@ BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000
 BLOCK_ROWS, MAX_BLOCKS = 192, 8
 """A symmetric product is cut into blocks of at least this many rows, and at most so many blocks."""
 
-Coefficients = tuple[float, float, float]
-
 
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dtype: torch.dtype) -> torch.Tensor:
     """The orthogonal factor of each matrix, approximately: singular values are driven towards 1.
 
     X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X. `matrices` [..., rows, columns] in any dtype,
-    computed in `dtype`; a zero matrix stays zero. The result has `dtype`.
+    computed in `dtype`, or in float16 where a GPU is asked for bfloat16 (see gram.py); a zero matrix stays zero. The
+    result has `dtype`.
     """
-    first, then = COEFFICIENTS[coefficients]
-    steps = list(islice(chain(first, repeat(then)), num_steps))
+    steps = _steps(num_steps, coefficients)
     flat = matrices.reshape(-1, *matrices.shape[-2:])
+    if _by_gram(matrices, dtype):
+        return gram.orthogonalize_batch([flat], [None], steps, dtype).reshape(matrices.shape)
     x = flat / (torch.linalg.matrix_norm(flat.float(), keepdim=True) + 1e-7)
     if not _in_blocks(matrices):
         _keep_freed_memory()
@@ -59,6 +61,16 @@ def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dty
     done = [_iterate_in_blocks(matrix, steps) for matrix in (x.mT if tall else x).to(dtype)]
     x = done[0].unsqueeze(0) if len(done) == 1 else torch.stack(done)
     return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _steps(num_steps: int, name: str) -> list[Coefficients]:
+    first, then = COEFFICIENTS[name]
+    return list(islice(chain(first, repeat(then)), num_steps))
+
+
+def _by_gram(matrices: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether gram.py takes them: matrices of some size on a GPU, or on the meta device as if it were one."""
+    return matrices.device.type != "cpu" and dtype is torch.bfloat16 and min(matrices.shape[-2:]) >= GRAM_FROM_SIDE
 
 
 def _in_blocks(matrices: torch.Tensor) -> bool:
@@ -155,9 +167,16 @@ def _add_product(
 
 @torch.no_grad()
 def orthogonalize_all(
-    matrices: Sequence[torch.Tensor], num_steps: int, coefficients: str, dtype: torch.dtype
+    matrices: Sequence[torch.Tensor],
+    num_steps: int,
+    coefficients: str,
+    dtype: torch.dtype,
+    norms: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Orthogonalise many tensors [..., rows, columns] in `dtype`, batching small matrices of one shape."""
+    """Orthogonalise many tensors [..., rows, columns] in `dtype`, batching small matrices of one shape.
+
+    `norms`: Frobenius norms, float32 [number of matrices] for each tensor, where a GPU has them from another pass.
+    """
     done: list[list[torch.Tensor]] = [[] for _ in matrices]
     by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
@@ -165,15 +184,23 @@ def orthogonalize_all(
     for (_, rows, columns), indices in by_shape.items():
         limit = _largest_batch(matrices[indices[0]])
         flat = {index: matrices[index].reshape(-1, rows, columns) for index in indices}
-        parts = [(index, part) for index in indices for part in flat[index].split(limit)]
+        parts: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        for index in indices:
+            own_parts = flat[index].split(limit)
+            own_norms = [None] * len(own_parts) if norms is None else norms[index].split(limit)
+            parts += zip(repeat(index), own_parts, own_norms, strict=False)
         while parts:
-            lengths = accumulate(len(part) for _, part in parts)
+            lengths = accumulate(len(part) for _, part, _ in parts)
             count = max(1, sum(length <= limit for length in lengths))
             batch, parts = parts[:count], parts[count:]
-            sources = [part for _, part in batch]
-            whole = sources[0] if count == 1 else torch.cat(sources)
-            result = orthogonalize(whole, num_steps, coefficients, dtype)
-            for (index, _), own in zip(batch, result.split([len(part) for part in sources]), strict=True):
+            sources = [part for _, part, _ in batch]
+            if _by_gram(sources[0], dtype):
+                known = [norm for *_, norm in batch]
+                result = gram.orthogonalize_batch(sources, known, _steps(num_steps, coefficients), dtype)
+            else:
+                whole = sources[0] if count == 1 else torch.cat(sources)
+                result = orthogonalize(whole, num_steps, coefficients, dtype)
+            for (index, *_), own in zip(batch, result.split([len(part) for part in sources]), strict=True):
                 done[index].append(own)
     return [
         (own[0] if len(own) == 1 else torch.cat(own)).reshape(matrix.shape)

@@ -15,6 +15,10 @@ ELEMENTS_PER_RANK = 8_000_000
 AT_ONCE = 2**26
 """Elements whose updates a GPU makes at once, or those of one matrix. Bounds the memory of an update."""
 
+GRAM_FROM_SIDE = 256
+"""Short side from which a GPU orthogonalises in symmetric tiles of 128 (gram.py): smaller matrices have few above their
+diagonals. Not measured yet."""
+
 MAX_IN_FLIGHT = 2
 """Rounds of an exchange under way at once: one on the wire while the next is packed. Bounds the memory of buffers."""
 

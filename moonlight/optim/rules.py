@@ -3,9 +3,16 @@
 All arithmetic is float32. Gradients are scaled on the way in (clipping), never in place.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 Tensors = list[torch.Tensor]
+
+
+def can_fuse(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether the kernels of `moonlight.kernels.muon_update` take them: contiguous ones on a GPU."""
+    return all(tensor.is_cuda and tensor.is_contiguous() for tensor in tensors)
 
 
 @torch.no_grad()
@@ -28,6 +35,32 @@ def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, ne
         if own is not exact:
             own.copy_(exact)
     return list(torch._foreach_add(scaled, sums, alpha=momentum)) if nesterov else [s.clone() for s in sums]
+
+
+@torch.no_grad()
+def directions_and_norms(
+    gradients: Tensors,
+    momenta: Tensors,
+    matrix_elements: Sequence[int],
+    *,
+    momentum: float,
+    nesterov: bool,
+    scale: float,
+) -> tuple[Tensors, Tensors | None]:
+    """`muon_directions`; on a GPU in one pass, which also gives the Frobenius norms of the matrices in each tensor.
+
+    `matrix_elements`: of one matrix of each tensor. Norms are float32 [number of matrices], or None where the pass does
+    not give them.
+    """
+    if not gradients or not can_fuse([*gradients, *momenta]):
+        return muon_directions(gradients, momenta, momentum=momentum, nesterov=nesterov, scale=scale), None
+    from moonlight.kernels.muon_update import momentum_pass
+
+    passes = [
+        momentum_pass(gradient, own, elements, factor=momentum, nesterov=nesterov, scale=scale)
+        for gradient, own, elements in zip(gradients, momenta, matrix_elements, strict=True)
+    ]
+    return [direction for direction, _ in passes], [norms for _, norms in passes]
 
 
 def muon_scale(rows: int, columns: int, rms_match: float) -> float:

@@ -6,6 +6,7 @@ mean share, is brought together by one rank (see exchange.py). docs/distributed_
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
@@ -21,12 +22,12 @@ from moonlight.model.shards import pieces, pieces_of, turned
 from moonlight.optim.data_parallel import DataParallel
 from moonlight.optim.gathered import Gathered
 from moonlight.optim.groups import GROUPS
-from moonlight.optim.master import Master
+from moonlight.optim.master import Master, update_all
 from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.owned import Owned
 from moonlight.optim.parameters import Rectangle
 from moonlight.optim.routing import rules_of
-from moonlight.optim.rules import adamw_updates, apply_updates, muon_directions, muon_scale
+from moonlight.optim.rules import adamw_updates, directions_and_norms, muon_directions, muon_scale
 
 MOMENTA = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -98,7 +99,7 @@ class ShardedOptimizer:
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the world's gradient in each group of parameters: every element counted on exactly one rank."""
         sums = _group_sums()
-        _add(sums, self.owned, [owned.gradient for owned in self.owned], torch.float64)
+        _add(sums, self.owned, [owned.gradient for owned in self.owned], [1.0] * len(self.owned), torch.float64)
         dist.all_reduce(sums)
         return {name: square**0.5 for name, (square, count) in zip(GROUPS, sums.tolist(), strict=True) if count}
 
@@ -107,7 +108,7 @@ class ShardedOptimizer:
         """Of this rank's master weights, what `step` returns of the update."""
         sums = _group_sums()
         for owned in self.owned:
-            _add(sums, [owned], [owned.master.values()])
+            _add(sums, [owned], [owned.master.values()], [1.0])
         return sums
 
     @torch.no_grad()
@@ -135,27 +136,26 @@ class ShardedOptimizer:
         scale = config.clip_grad_norm / (gradient_norm + 1e-6) if 0 < config.clip_grad_norm < gradient_norm else 1.0
         sums = _group_sums()
 
-        def apply(members: Sequence[Owned], updates: Sequence[torch.Tensor]) -> None:
+        def apply(members: Sequence[Owned], updates: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
             for decays in (True, False):
-                chosen = [(o, u) for o, u in zip(members, updates, strict=True) if o.parameter.rule.decay == decays]
-                masters = [owned.master.values() for owned, _ in chosen]
-                rates = {"learning_rate": learning_rate, "weight_decay": weight_decay if decays else 0.0}
-                apply_updates(masters, [update for _, update in chosen], **rates)
-                for (owned, _), values in zip(chosen, masters, strict=True):
-                    owned.master.store(values)
-            _add(sums, members, updates)
+                chosen = [
+                    (owned.master, update, factor)
+                    for owned, update, factor in zip(members, updates, factors, strict=True)
+                    if owned.parameter.rule.decay == decays
+                ]
+                if chosen:
+                    decay = weight_decay if decays else 0.0
+                    update_all(*zip(*chosen, strict=True), learning_rate=learning_rate, weight_decay=decay)
+            _add(sums, members, updates, factors)
 
         for batch in self._muon_batches:
-            matrices = [
-                direction.view(-1, *owned.whole_shape)
-                for owned, direction in zip(batch, self._directions(batch, scale), strict=True)
-            ]
-            apply(batch, self._scaled(batch, self._orthogonalize(matrices)))
+            apply(batch, *self._scaled(batch, self._orthogonal_directions(batch, scale)))
         for gathered in self._gathered:
             results = gathered.run(self._directions(gathered.members, scale), self._orthogonalize)
-            apply(gathered.members, self._scaled(gathered.members, results))
+            apply(gathered.members, *self._scaled(gathered.members, results))
+            del results
         for batch in self._adamw_batches:
-            apply(batch, self._adamw_updates(batch, step, scale))
+            apply(batch, self._adamw_updates(batch, step, scale), [1.0] * len(batch))
         self._scale_rows(row_factors or {})
         self.data_parallel.start_weights()
         return sums
@@ -181,6 +181,20 @@ class ShardedOptimizer:
         config = self.config
         return muon_directions(gradients, momenta, momentum=config.momentum, nesterov=config.nesterov, scale=scale)
 
+    def _orthogonal_directions(self, members: Sequence[Owned], scale: float) -> list[torch.Tensor]:
+        """Of matrices that are whole here; their directions are gone when it returns."""
+        config = self.config
+        directions, norms = directions_and_norms(
+            [owned.gradient for owned in members],
+            [owned.momenta[0] for owned in members],
+            [math.prod(owned.whole_shape) for owned in members],
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            scale=scale,
+        )
+        whole = [direction.view(-1, *owned.whole_shape) for owned, direction in zip(members, directions, strict=True)]
+        return self._orthogonalize(whole, norms)
+
     def _adamw_updates(self, members: Sequence[Owned], step: int, scale: float) -> list[torch.Tensor]:
         config = self.config
         return adamw_updates(
@@ -194,16 +208,22 @@ class ShardedOptimizer:
             scale=scale,
         )
 
-    def _orthogonalize(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _orthogonalize(
+        self, matrices: Sequence[torch.Tensor], norms: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         config = self.config
-        return orthogonalize_all(matrices, config.num_newton_schulz_steps, config.coefficients, self._dtype)
+        return orthogonalize_all(matrices, config.num_newton_schulz_steps, config.coefficients, self._dtype, norms)
 
-    def _scaled(self, members: Sequence[Owned], results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Orthogonal matrices as updates: float32 [rows, columns], of the RMS that AdamW's would have."""
-        return [
-            result.reshape(owned.gradient.shape).float() * muon_scale(*owned.whole_shape, self.config.rms_match)
-            for owned, result in zip(members, results, strict=True)
-        ]
+    def _scaled(
+        self, members: Sequence[Owned], results: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[float]]:
+        """Orthogonal matrices as updates [rows, columns] and the factors that give them the RMS of AdamW's: still to be
+        multiplied on a GPU, where updates stay in their dtype, and already in float32 on a CPU."""
+        updates = [result.reshape(owned.gradient.shape) for owned, result in zip(members, results, strict=True)]
+        factors = [muon_scale(*owned.whole_shape, self.config.rms_match) for owned in members]
+        if members and members[0].gradient.device.type != "cpu":
+            return updates, factors
+        return [u.float() * factor for u, factor in zip(updates, factors, strict=True)], [1.0] * len(members)
 
 
 def _group_sums() -> torch.Tensor:
@@ -212,16 +232,24 @@ def _group_sums() -> torch.Tensor:
 
 
 def _add(
-    sums: torch.Tensor, members: Sequence[Owned], values: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+    sums: torch.Tensor,
+    members: Sequence[Owned],
+    values: Sequence[torch.Tensor],
+    factors: Sequence[float],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Add the values of owned rows to the sums of their groups, every element of the world once. `dtype` of norms."""
-    of_group: dict[int, list[torch.Tensor]] = {}
-    for owned, value in zip(members, values, strict=True):
+    """Add factor * values of owned rows to the sums of their groups, every element of the world once.
+
+    `dtype`: of the norms."""
+    of_group: dict[int, list[tuple[torch.Tensor, float]]] = {}
+    for owned, value, factor in zip(members, values, factors, strict=True):
         if owned.counts:
-            of_group.setdefault(GROUPS.index(owned.parameter.group), []).append(value)
+            of_group.setdefault(GROUPS.index(owned.parameter.group), []).append((value, factor))
     for group, counted in of_group.items():
-        sums[group, 0] += torch.stack(torch._foreach_norm(counted, dtype=dtype)).double().square().sum()
-        sums[group, 1] += sum(value.numel() for value in counted)
+        norms = torch._foreach_norm([value for value, _ in counted], dtype=dtype)
+        norms = torch._foreach_mul(norms, [factor for _, factor in counted])
+        sums[group, 0] += torch.stack(norms).double().square().sum()
+        sums[group, 1] += sum(value.numel() for value, _ in counted)
 
 
 def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Pieces]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moonlight.config import Run
 from moonlight.optim.partition import Fragment, newton_schulz_cost, newton_schulz_owners
-from moonlight.optim.placement import AT_ONCE, MAX_IN_FLIGHT, buckets, place, round_limit, rounds
+from moonlight.optim.placement import MAX_IN_FLIGHT, buckets, place, round_limit, rounds
 from moonlight.optim.shares import (
     GRADIENT_BYTES,
     Flow,
@@ -40,8 +40,6 @@ class Held:
     """Of weights that leave as soon as they are new."""
     update: float = 0
     """Most that the update of its rows needs besides the state."""
-    directions: float = 0
-    """float32 of the matrices that are whole here."""
     newton_schulz_flops: float = 0
 
 
@@ -75,10 +73,8 @@ class Rank:
 
     @property
     def update(self) -> float:
-        """Most that the update needs: one part after the other, and at its end the first weights leave. The directions
-        of the last batch of whole matrices are still there in all of these."""
-        parts = (self.dense.update, self.expert.update, self.dense.first_weights + self.expert.first_weights)
-        return max(parts) + min(self.dense.directions + self.expert.directions, 4 * AT_ONCE)
+        """Most that the update needs: one part after the other, and at its end the first weights leave."""
+        return max(self.dense.update, self.expert.update, self.dense.first_weights + self.expert.first_weights)
 
 
 def largest(held: Sequence[Held]) -> Held:
@@ -139,7 +135,6 @@ def exact_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slice
                     weights[rank],
                     first[rank],
                     update_bytes(work, run),
-                    4 * work.whole_elements,
                     work.flops(run),
                 )
                 for flow, work in matrices
@@ -181,7 +176,6 @@ def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices
         2 * under_way * weight_bytes(run),
         2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(run) if num_ranks > 1 else 0,
         update_bytes(work, run),
-        4 * work.whole_elements,
         work.flops(run),
     )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from moonlight.config import Run
 from moonlight.optim.partition import newton_schulz_cost
-from moonlight.optim.placement import AT_ONCE
+from moonlight.optim.placement import AT_ONCE, GRAM_FROM_SIDE
 from moonlight.optim.shares import direction_bytes
 
 Shape = tuple[int, int]
@@ -34,7 +34,7 @@ class Matrices:
 
     def flops(self, run: Run) -> float:
         """Floating-point operations of Newton-Schulz in a step: two products of n^2 m and one of n^3 in each of its
-        steps, without the symmetry that a CPU's blocks use."""
+        steps, as they are written: neither symmetry nor shared Gram matrices are counted."""
         both = [*self.local.items(), *self.gathered.items()]
         cost = sum(newton_schulz_cost(*shape) * count for shape, count in both)
         return 2 * cost * run.optimizer.num_newton_schulz_steps
@@ -43,31 +43,40 @@ class Matrices:
 def update_bytes(matrices: Matrices, run: Run) -> float:
     """Most bytes that `ShardedOptimizer.step` needs at once for these matrices, by what it holds in each part.
 
-    Matrices that are whole are updated in batches: directions and a batch of them in float32, then Newton-Schulz.
+    Matrices that are whole are updated in batches: their directions in float32, then Newton-Schulz.
     Those that are brought together are all there at once, with their slices and their results.
     """
     element = direction_bytes(run)
     whole = matrices.whole_elements
     batch = min(whole, max([AT_ONCE, *(shape[0] * shape[1] for shape in matrices.local)]))
-    local = (4 + 4) * batch + _newton_schulz(matrices.local, element)
+    local = 4 * batch + _newton_schulz(matrices.local, element)
     brought = sum(shape[0] * shape[1] * count for shape, count in matrices.gathered.items())
     members = matrices.elements_of_members
     collected = 4 * members + element * brought
     gathered = collected + max(
         element * (members + brought),  # slices on the wire
-        element * brought + 4 * min(brought, AT_ONCE) + _newton_schulz(matrices.gathered, element),
-        element * brought + (element + 4) * members,  # results, and updates of the rows owned here
+        element * brought + _newton_schulz(matrices.gathered, element),
+        element * (brought + members),  # results, and those of the rows owned here
     )
     adamw = (4 + 4 + 4) * min(matrices.elements_of_adamw, AT_ONCE)
     return max(local, gathered if brought + members else 0, adamw)
 
 
 def _newton_schulz(shapes: dict[Shape, float], element: int) -> float:
-    """Of the batch that needs most: the matrices in float32 while they are rounded, then two copies of them and two
-    Gram matrices."""
+    """Of the batch that needs most.
+
+    Large matrices in bfloat16 (float16 inside): the batch and four matrices of its short side for each, two if it is
+    square, then a second copy and one of these. Others: a batch of them and their quotient in float32 while they are
+    rounded, then two copies and two Gram matrices.
+    """
     most = 0.0
     for (rows, columns), count in shapes.items():
         numel = min(rows * columns * count, max(AT_ONCE, rows * columns))
         short, long = sorted((rows, columns))
-        most = max(most, (4 + element) * numel, element * numel * (2 + 2 * short / long))
+        gram = short / long
+        if short >= GRAM_FROM_SIDE and element == 2:
+            needed = 2 * numel * max(1 + (4 if short < long else 2) * gram, 2 + gram)
+        else:
+            needed = 4 * numel + numel * max(4 + element, element * (2 + 2 * gram))
+        most = max(most, needed)
     return most

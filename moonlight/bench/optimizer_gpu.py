@@ -1,0 +1,191 @@
+"""What `moonlight bench optimizer --device cuda` measures: the symmetric product, then whole steps beside peers.
+
+Cases of a product take turns in every round. Optimizers of 768 matrices are too large for that: each is made, timed and
+freed before the next, so that one GPU of 80 GB is enough (six copies of the weights, 53 GB, and their workspaces).
+"""
+
+import contextlib
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from moonlight.bench.optimizer import WEIGHT_TOLERANCE, interleaved, milliseconds, random_matrix
+from moonlight.bench.report import Figure, speed
+from moonlight.optim import newton_schulz
+from moonlight.optim.muon import Muon
+from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
+
+PRODUCT_SHAPE = (32, 1408, 2048)
+PRODUCT_BAR = 480
+"""TFLOP/s on the tiles that are computed."""
+STEP_BARS = {"batched cuBLAS": 1.2, "torch.optim.Muon": 1.5, "muon-optimizer 0.1.0": 1.5}
+GRAM_BAR = 0.9
+TILINGS = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 4, 5), (128, 128, 8, 2), (64, 64, 4, 4))
+"""Side, depth, warps and stages that are tried; the first is what the optimizer uses."""
+LEARNING_RATE, DECAY = 1e-3, 0.1
+
+Parameters = list[torch.nn.Parameter]
+
+
+def gpu_figures(rounds: int, exact: bool) -> tuple[list[Figure], list[str]]:
+    """All figures and what is to be said of them. `exact`: whether accuracy has passed."""
+    figures, notes = product_figures(rounds, "cuda", PRODUCT_SHAPE)
+    if importlib.util.find_spec("gram_newton_schulz"):
+        figures.append(_gram_newton_schulz(rounds, exact))
+    else:
+        notes.append("gram-newton-schulz is not installed and was left out")
+    figures += step_figures(rounds, "cuda", exact, stacks=3, count=256, rows=2048, columns=1408)
+    return figures, [*notes, "steps: one optimizer after the other, not in turns"]
+
+
+def product_figures(rounds: int, device: str, shape: tuple[int, int, int]) -> tuple[list[Figure], list[str]]:
+    """X X^T of X [count, n, k] in float16 beside torch.bmm, and the rates of all TILINGS."""
+    from moonlight.kernels.symmetric import Tiling, symmetric_product
+
+    count, n, k = shape
+    x = torch.randn(shape, device=device).half()
+    out, whole = x.new_empty(2, count, n, n)
+    tilings = [Tiling(side, depth, num_warps=warps, num_stages=stages) for side, depth, warps, stages in TILINGS]
+    cases: list[Callable[[], Any]] = [lambda: torch.bmm(x, x.mT, out=whole)]
+    cases += [partial(symmetric_product, x, x.mT, out, tiling=tiling) for tiling in tilings]
+    cublas, *ours = interleaved(rounds, device, cases)
+    symmetric_product(x, x.mT, out)
+    # Sums in another order: float32 rounding of k terms, and one of float16 on either side.
+    right = torch.allclose(out.float(), whole.float(), rtol=2**-9, atol=2**-9 * k**0.5) and out.equal(out.mT)
+
+    def rate(times: list[float], tiles: float) -> float:
+        return 2 * count * tiles * k / (1e9 * statistics.median(times))
+
+    rates = []
+    for tiling, times in zip(tilings, ours, strict=True):
+        rows = -(-n // tiling.side)
+        rates.append(rate(times, rows * (rows + 1) / 2 * tiling.side**2))
+    shown = f"symmetric product {count}x{n}x{k}, torch.bmm"
+    figure = speed(shown, ours[0], cublas, 1.0, right)
+    figure = replace(figure, unit="TFLOP/s", ours=rates[0], peer=rate(cublas, n * n), bar=f">= {PRODUCT_BAR} TFLOP/s")
+    figure = replace(figure, passed=right and rates[0] >= PRODUCT_BAR)
+    notes = [
+        f"symmetric product, tiles {t.side} x {t.depth}, {t.num_warps} warps, {t.num_stages} stages: {r:.0f} TFLOP/s"
+        for t, r in zip(tilings, rates, strict=True)
+    ]
+    return [figure], notes
+
+
+def _gram_newton_schulz(rounds: int, exact: bool) -> Figure:
+    """Newton-Schulz of a batch beside the package of that name, as its README uses it."""
+    from gram_newton_schulz import GramNewtonSchulz
+
+    whole = torch.stack([random_matrix("gauss", *PRODUCT_SHAPE[1:], "cuda", seed) for seed in range(PRODUCT_SHAPE[0])])
+    steps = [list(COEFFICIENTS["moonlight"][1])] * 5
+    theirs = GramNewtonSchulz(ns_coefficients=steps, gram_newton_schulz_reset_iterations=[2])
+    cases = [lambda: orthogonalize(whole, 5, "moonlight", torch.bfloat16), lambda: theirs(whole)]
+    ours, peer = interleaved(rounds, "cuda", cases)
+    return speed("Newton-Schulz 32x1408x2048, gram-newton-schulz", ours, peer, GRAM_BAR, exact)
+
+
+def step_figures(
+    rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int
+) -> list[Figure]:
+    """Whole steps on `stacks` stacks of expert matrices, two of [rows, columns] to one of its transpose."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(rows, columns) if index % 3 < 2 else (columns, rows) for index in range(stacks)]
+    weights = [0.02 * torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
+    gradients = [torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
+    ours, own = _timed(rounds, device, _make_ours, weights, gradients)
+    moved = _distance(weights, own)
+    figures = []
+    for name, make in (
+        ("batched cuBLAS", _make_ours),
+        ("torch.optim.Muon", _make_torch),
+        ("muon-optimizer 0.1.0", _make_keller),
+    ):
+        with _without_symmetry() if name == "batched cuBLAS" else contextlib.nullcontext():
+            times, theirs = _timed(rounds, device, make, weights, gradients)
+        apart = _distance(own, theirs) / moved
+        case = f"step {stacks * count}x{rows}x{columns}, {name}"
+        figure = speed(case, ours, times, STEP_BARS[name], exact and apart <= WEIGHT_TOLERANCE)
+        figures.append(replace(figure, weights_apart=apart))
+        del theirs
+    return figures
+
+
+@contextlib.contextmanager
+def _without_symmetry() -> Iterator[None]:
+    """Newton-Schulz as it is written, in batches by torch.bmm; the element-wise passes stay ours."""
+    before = newton_schulz.GRAM_FROM_SIDE
+    newton_schulz.GRAM_FROM_SIDE = sys.maxsize
+    try:
+        yield
+    finally:
+        newton_schulz.GRAM_FROM_SIDE = before
+
+
+def _timed(
+    rounds: int,
+    device: str,
+    make: Callable[[list[torch.Tensor]], tuple[torch.optim.Optimizer, list[Parameters]]],
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Milliseconds of every step but the first, and the weights afterwards, by stack; nothing else is kept."""
+    optimizer, parameters = make(weights)
+    times = []
+    for _ in range(rounds + 1):
+        for own, gradient in zip(parameters, gradients, strict=True):
+            for parameter, value in zip(own, gradient.reshape(len(own), *own[0].shape), strict=True):
+                parameter.grad = value.clone()  # the published Muon overwrites its gradients
+        times.append(milliseconds(optimizer.step, device))
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    after = []
+    while parameters:
+        own = parameters.pop(0)
+        after.append(torch.cat([parameter.detach().reshape(-1, *own[0].shape[-2:]) for parameter in own]))
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return times[1:], after
+
+
+def _make_ours(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
+    parameters = [[torch.nn.Parameter(weight.clone())] for weight in weights]
+    return Muon([own[0] for own in parameters], lr=LEARNING_RATE, weight_decay=DECAY), parameters
+
+
+def _make_torch(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
+    parameters = _split(weights)
+    flat = [parameter for own in parameters for parameter in own]
+    return torch.optim.Muon(flat, lr=LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"), parameters
+
+
+def _make_keller(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
+    from muon import SingleDeviceMuon
+
+    parameters = _split(weights)
+    return SingleDeviceMuon(_keller_groups(parameters, LEARNING_RATE, DECAY)), parameters
+
+
+def _split(weights: Sequence[torch.Tensor]) -> list[Parameters]:
+    """Copies of every matrix of every stack as parameters."""
+    return [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
+
+
+def _keller_groups(parameters: list[Parameters], learning_rate: float, decay: float) -> list[dict[str, Any]]:
+    """Groups that give the published Muon our updates: it multiplies by sqrt(max(1, rows / columns)) instead of
+    0.2 sqrt(max(rows, columns))."""
+    groups: list[dict[str, Any]] = []
+    for own in parameters:
+        height, width = own[0].shape
+        factor = 0.2 * max(height, width) ** 0.5 / max(1, height / width) ** 0.5
+        groups.append({"params": own, "lr": learning_rate * factor, "weight_decay": decay / factor})
+    return groups
+
+
+@torch.no_grad()
+def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5
