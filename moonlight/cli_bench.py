@@ -107,3 +107,16 @@ def bench_picture(
     for path in draw(figures, out):
         print(f"from {path}")
     print(f"{out}: written")
+
+
+@bench_app.command("tokenizer", epilog="Example: moonlight bench tokenizer --rounds 3 --json tokenizer.json")
+def bench_tokenizer(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
+    megabytes: Annotated[int, typer.Option(help="Text to encode.")] = 20,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Text to ids beside sentencepiece and transformers. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.tokenizer import bench_tokenizer as measure
+
+    if not measure(rounds, megabytes, json):
+        raise typer.Exit(1)

@@ -12,7 +12,7 @@ import torch
 from layouts import build, recipe
 from matplotlib import image
 
-from moonlight.bench import checkpoint, loader, monitors, optimizer, picture, startup
+from moonlight.bench import checkpoint, loader, monitors, optimizer, picture, startup, tokenizer
 from moonlight.bench.report import Figure, against_bar, hardware, report, speed
 from moonlight.config import Schedule
 from moonlight.errors import UserError
@@ -96,7 +96,7 @@ def test_what_the_picture_shows():
 
 
 def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
-    data, tokenizer = startup._make_data(tmp_path, 4096)
+    data, tokenizer = startup.make_data(tmp_path, 4096)
     arguments = [f"runs_folder={tmp_path}", f"data.path={data}", f"data.tokenizer={tokenizer}", "train.stop_at_step=1"]
     seconds, loss = startup._first_step(tmp_path / "one", ["configs/quickstart.yaml", "name=one", *arguments])
     entries = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
@@ -130,6 +130,16 @@ def test_both_loaders_read_the_same_documents(tmp_path):
     own = sum(int(samples[number][0][1:].sum()) for number in range(samples.samples_per_epoch))
     theirs = sum(int(peer[number]["labels"].sum()) for number in range(len(peer)))
     assert own == pytest.approx(theirs, rel=0.05)
+
+
+def test_all_tokenizers_give_the_same_ids(tokenizer_folder):
+    batches = tokenizer._batches(300_000)
+    assert sum(len(text) for batch in batches for text in batch.raw) >= 300_000
+    cases = tokenizer._cases(tokenizer_folder, batches, 2)
+    expected = [list(ids) for ids in cases["ours, one core"]()]
+    assert len(expected) == sum(len(batch.raw) for batch in batches) and all(expected)
+    for name, call in cases.items():
+        assert [list(ids) for ids in call()] == expected, name
 
 
 def gate_of_saves(folder):

@@ -40,7 +40,7 @@ def bench_startup(rounds: int, recipe: Path, json_path: Path | None = None) -> b
     losses = set()
     with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as place:
         folder = Path(place)
-        data, tokenizer = _make_data(folder, run.model.vocab_size)
+        data, tokenizer = make_data(folder, run.model.vocab_size)
         for number in range(rounds + 1):
             for arguments, times in helps.items():
                 times.append(1e3 * _help_seconds(arguments))
@@ -67,7 +67,7 @@ def bench_startup(rounds: int, recipe: Path, json_path: Path | None = None) -> b
     return report("Startup", figures, hardware("cpu"), notes, json_path)
 
 
-def _make_data(folder: Path, vocab_size: int) -> tuple[Path, Path]:
+def make_data(folder: Path, vocab_size: int) -> tuple[Path, Path]:
     """Prepared data and their tokenizer, of about CORPUS_BYTES of text."""
     corpus, tokenizer, data = folder / "corpus", folder / "tokenizer", folder / "data"
     corpus.mkdir()
