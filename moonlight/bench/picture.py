@@ -104,7 +104,7 @@ def _draw(lines: list[Line], out: Path) -> None:
             axes.plot([line.bar] * 2, [where - 0.42, where + 0.42], color=MARK_COLOR, linewidth=2.2)
         axes.annotate(
             f"{line.ratio:.3g}×",
-            (max(line.high, line.ratio, line.bar or 0), where),
+            (max(line.high, line.ratio, line.bar or 0, 1), where),
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
