@@ -79,3 +79,44 @@ def bench_checkpoint(
 
     if not measure(rounds, layers, recipe, json):
         raise typer.Exit(1)
+
+
+@bench_app.command("startup", epilog="Example: moonlight bench startup --rounds 5 --json startup.json")
+def bench_startup(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    recipe: Annotated[Path, typer.Option(help="Recipe of the run.")] = Path("configs/quickstart.yaml"),
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Seconds until a command answers, and until the first step of a run. Exits 1 if a figure misses its bar."""
+    from moonlight.bench.startup import bench_startup as measure
+
+    if not measure(rounds, recipe, json):
+        raise typer.Exit(1)
+
+
+@bench_app.command("picture", epilog="Example: moonlight bench picture --figures docs/benchmarks --out benchmarks.png")
+def bench_picture(
+    figures: Annotated[Path, typer.Option(help="Folder of <name>-<date>.json, as --json writes them.")] = Path(
+        "docs/benchmarks"
+    ),
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/images/benchmarks.png"),
+) -> None:
+    """Draw the newest figures of every benchmark, each with its spread and its bar."""
+    from moonlight.bench.picture import draw
+
+    for path in draw(figures, out):
+        print(f"from {path}")
+    print(f"{out}: written")
+
+
+@bench_app.command("tokenizer", epilog="Example: moonlight bench tokenizer --rounds 3 --json tokenizer.json")
+def bench_tokenizer(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
+    megabytes: Annotated[int, typer.Option(help="Text to encode.")] = 20,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """Text to ids beside sentencepiece and transformers. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.tokenizer import bench_tokenizer as measure
+
+    if not measure(rounds, megabytes, json):
+        raise typer.Exit(1)

@@ -108,14 +108,28 @@ def _reduce_scatter_uneven(tensor: torch.Tensor, sizes: list[int], group: Any) -
     return received.view(group.size(), mine, *tensor.shape[1:]).sum(0)
 
 
+def _uncompiled(function: Any = None, **options: Any) -> Any:
+    """As torch.compile is called, with options or without; gives the function back."""
+    return _uncompiled if function is None else function
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Whoever takes torch.compile meanwhile has a decorator that does nothing, for good."""
+    before = torch.compile
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
 def _install_in_megatron() -> None:
     """Mend the Megatron modules themselves. Every line names what version 0.16.1 does without it."""
-    import megatron.core.jit
-
-    if not _HAS_CUDA:
-        # jit_fuser is torch.compile, whose Inductor build would cost minutes on a CPU for no gain.
-        megatron.core.jit.jit_fuser = lambda function: function
-
+    # Megatron's jit_fuser is torch.compile. Decorating the first function imports Inductor, which takes longer than all
+    # of Megatron, and its builds would cost minutes on a CPU for no gain.
+    with contextlib.nullcontext() if _HAS_CUDA else _nothing_compiled():
+        import megatron.core.jit
     import megatron.core.tensor_parallel.random
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings

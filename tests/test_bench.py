@@ -1,14 +1,19 @@
 """The benchmarks' own arithmetic, gates and refusals; their figures are measured by `moonlight bench`."""
 
 import importlib.metadata
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from layouts import build, recipe
+from matplotlib import image
 
-from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu
-from moonlight.bench.report import speed
+from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu, picture, startup, tokenizer
+from moonlight.bench.report import Figure, against_bar, hardware, report, speed
 from moonlight.config import Schedule
 from moonlight.errors import UserError
 from moonlight.train.checkpoint_files import TrainState, step_folder
@@ -43,6 +48,95 @@ def test_a_failed_gate_fails_the_figure():
     assert not speed("case", [1.0], [9.0], 10, True).passed
 
 
+def test_what_is_kept_of_a_benchmark(tmp_path):
+    path = tmp_path / "case.json"
+    figures = [
+        speed("case", [2.0, 1.0, 4.0], [6.0, 8.0, 4.0], 1.5, True, aim=4.0),
+        Figure("", "", 1, 2, 2, "", "", True),
+    ]
+    assert report("title", figures, hardware("cpu"), ["a note"], path)
+    content = json.loads(path.read_text())
+    assert content["versions"]["torch"] == torch.__version__ and "megatron-core" in content["versions"]
+    assert content["threads"] == torch.get_num_threads() and content["command"].startswith("moonlight ")
+    kept = content["figures"][0]
+    assert kept["ours"] == {"median": 2.0, "minimum": 1.0, "maximum": 4.0, "rounds": [2.0, 1.0, 4.0]}
+    assert kept["ratio"] == {"median": 3.0, "minimum": 1.0, "maximum": 8.0, "rounds": [3.0, 8.0, 1.0]}
+    assert (kept["bar"], kept["aim"], kept["passed"]) == (">= 1.5", 4.0, True)
+    assert content["figures"][1]["peer"]["rounds"] == [2]
+
+
+def test_a_bar_in_the_place_of_a_peer():
+    figure = against_bar("case", [4.0, 5.0, 9.0], 10.0, True, "s", 2.5)
+    assert (figure.ratio, figure.passed, figure.aim) == (2.0, True, 4.0)
+    assert not against_bar("case", [11.0], 10.0, True, "s", 2.5).passed
+
+
+def test_the_picture_is_made_of_the_newest_files(tmp_path):
+    def keep(name, date, ours, unit="ms"):
+        figures = [speed(f"case of {name}", [ours], [10.0], 2.0, True, unit)]
+        report("title", figures, hardware("cpu"), (), tmp_path / f"{name}-{date}.json")
+
+    with pytest.raises(UserError, match=r"holds no <name>-<date>\.json"):
+        picture.draw(tmp_path, tmp_path / "bench.png")
+    keep("loader", "2026-01-09", 1.0)
+    keep("train-step", "2026-01-08", 2.0)
+    out = tmp_path / "images" / "bench.png"
+    assert [path.name for path in picture.draw(tmp_path, out)] == [
+        "loader-2026-01-09.json",
+        "train-step-2026-01-08.json",
+    ]
+    before = image.imread(out)
+    assert before.shape[1] == 1200
+    keep("loader", "2026-01-08", 3.0)  # older: nothing changes
+    picture.draw(tmp_path, out)
+    assert (image.imread(out) == before).all()
+    keep("loader", "2026-01-10", 8.0)
+    picture.draw(tmp_path, out)
+    after = image.imread(out)
+    assert after.shape != before.shape or (after != before).any()
+    (tmp_path / "odd-2026-01-10.json").write_text("[]")
+    with pytest.raises(UserError, match=r"odd-2026-01-10\.json is not what"):
+        picture.draw(tmp_path, out)
+
+
+def test_what_the_picture_shows():
+    content = {
+        "figures": [
+            speed("faster", [1.0, 2.0, 4.0], [8.0, 8.0, 8.0], 3.0, True).as_json(),
+            Figure("share", "ms", 1, 200, 0.5, "", "<= 1 %", True, ratio_rounds=(0.4, 0.5, 0.8)).as_json(),
+            Figure("accuracy", "", 1.0, 1.0, 1.0, "", ">= 0.98", True).as_json(),
+        ]
+    }
+    faster, share = picture.lines_of("name", content)
+    assert (faster.ratio, faster.low, faster.high, faster.bar) == (4.0, 2.0, 8.0, 3.0)
+    assert (share.ratio, share.low, share.high, share.bar) == (200.0, 125.0, 250.0, 100.0)
+
+
+def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
+    data, tokenizer = startup.make_data(tmp_path, 4096)
+    arguments = [f"runs_folder={tmp_path}", f"data.path={data}", f"data.tokenizer={tokenizer}", "train.stop_at_step=1"]
+    seconds, loss = startup._first_step(tmp_path / "one", ["configs/quickstart.yaml", "name=one", *arguments])
+    entries = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1] and entries[0]["loss/train"] == loss
+    assert seconds > entries[0]["time/step_seconds"]
+    with pytest.raises(RuntimeError, match=r"ended with 2.*schedule.lr"):
+        startup._first_step(tmp_path / "two", ["configs/quickstart.yaml", "name=two", *arguments, "schedule.lr=fast"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="functions are compiled with CUDA")
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        ("moonlight.cli, moonlight.train.run_folder, pretrain.local", "torch"),  # what starts the processes of a run
+        ("moonlight.parallel, moonlight.train.loop", "torch._inductor"),  # and one of them
+    ],
+)
+def test_a_run_imports_nothing_slow_that_it_does_not_need(modules, without):
+    code = f"import sys, {modules}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert without not in loaded and not {"transformers", "matplotlib.pyplot"} & {*loaded}
+
+
 def test_both_loaders_read_the_same_documents(tmp_path):
     folder = tmp_path / "web"
     loader._make_source(folder, 40 * loader.LENGTH, 0)
@@ -53,6 +147,16 @@ def test_both_loaders_read_the_same_documents(tmp_path):
     own = sum(int(samples[number][0][1:].sum()) for number in range(samples.samples_per_epoch))
     theirs = sum(int(peer[number]["labels"].sum()) for number in range(len(peer)))
     assert own == pytest.approx(theirs, rel=0.05)
+
+
+def test_all_tokenizers_give_the_same_ids(tokenizer_folder):
+    batches = tokenizer._batches(300_000)
+    assert sum(len(text) for batch in batches for text in batch.raw) >= 300_000
+    cases = tokenizer._cases(tokenizer_folder, batches, 2)
+    expected = [list(ids) for ids in cases["ours, one core"]()]
+    assert len(expected) == sum(len(batch.raw) for batch in batches) and all(expected)
+    for name, call in cases.items():
+        assert [list(ids) for ids in call()] == expected, name
 
 
 def gate_of_saves(folder):

@@ -23,6 +23,9 @@ from moonlight.errors import UserError
 from moonlight.files import write_sums
 
 CPU_TIME_BAR = 1 / 0.7
+"""Of save_pretrained and the sums of its files, over an export with its sums."""
+ALONE_BAR, ALONE_AIM = 1.4, 2.0
+"""The same without the sums of the peer."""
 MEMORY_ABOVE_SHARD_BYTES = 1.5 * 2**30
 SECONDS_BETWEEN_LOOKS = 0.005
 GIB = 2**30
@@ -65,6 +68,7 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
             same,
             "s",
         ),
+        speed("export, save_pretrained alone", exports, peers, ALONE_BAR, same, "s", ALONE_AIM),
         *(
             Figure(f"{case}, peak memory", "GiB", peak / GIB, limit / GIB, limit / peak, "", ">= 1", peak <= limit)
             for case, peak in peaks.items()

@@ -1,9 +1,12 @@
 """`moonlight bench loader`: tokens per second of one core, beside Megatron's GPTDataset on the same files.
 
+If Hugging Face's datasets is installed, it is a peer too: it reads the windows that ours cuts, packed beforehand.
+
 Documents are of realistic lengths, windows of 8,192 tokens, the page cache warm. A batch is what a training step is
 given: tokens, labels and loss mask as tensors. Both read windows in random order, as an epoch does; the two take turns.
 """
 
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -34,7 +37,7 @@ BATCHES = 32
 """Batches that a round reads."""
 AFTER = 8
 """Batches read by a process that has just opened its data, with an index on disk."""
-TOKENS_PER_SECOND = 50e6
+TOKENS_PER_SECOND, AIMED_PER_SECOND = 50e6, 400e6
 SEED = 1
 EOS = 163585
 WEIGHTS = {"web": 0.6, "code": 0.3, "math": 0.1}
@@ -65,28 +68,30 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         right = _is_right(folder / "web")
         ours, peer = _open(folder / "web"), _open_peer(folder / "web")
         mixed, blended = _open_mixture(folder), _open_blended(folder, BATCH * BATCHES * (rounds + 1))
-        cases: dict[str, tuple[list[float], list[float]]] = {"windows": ([], []), "resume": ([], []), "mix": ([], [])}
+        calls: dict[str, tuple[Callable[[int], Tensors], Callable[[int], Tensors]]] = {
+            "windows": (lambda at: _read(ours, at), lambda at: _read_peer(peer, at)),
+            "resume": (
+                lambda at: _read(_open(folder / "web"), at, AFTER),
+                lambda at: _read_again(folder / "web", at),
+            ),
+            "mix": (lambda at: _read(mixed, at), lambda at: _read_peer(blended, at)),
+        }
+        if importlib.util.find_spec("datasets"):
+            packed, numbers = _open_datasets(folder / "datasets", ours)
+            calls["datasets"] = calls["windows"][0], lambda at: _read_datasets(packed, numbers, at)
+            right = right and all(map(torch.equal, *(call(0) for call in calls["datasets"])))
+        cases: dict[str, tuple[list[float], list[float]]] = {case: ([], []) for case in calls}
         for start in range(0, BATCH * BATCHES * (rounds + 1), BATCH * BATCHES):
-            for case, own, theirs in (
-                ("windows", lambda at: _read(ours, at), lambda at: _read_peer(peer, at)),
-                (
-                    "resume",
-                    lambda at: _read(_open(folder / "web"), at, AFTER),
-                    lambda at: _read_again(folder / "web", at),
-                ),
-                ("mix", lambda at: _read(mixed, at), lambda at: _read_peer(blended, at)),
-            ):
-                for times, call in zip(cases[case], (own, theirs), strict=True):
+            for case, pair in calls.items():
+                for times, call in zip(cases[case], pair, strict=True):
                     times.append(_cpu_seconds(call, start % len(peer)))
     # The first round warms the page cache.
     seconds = {case: (own[1:], theirs[1:]) for case, (own, theirs) in cases.items()}
     rates = [BATCH * BATCHES * LENGTH / second for second in seconds["windows"][0]]
-    rate = statistics.median(rates)
+    statistics.median(rates)
     peer_rate = BATCH * BATCHES * LENGTH / statistics.median(seconds["windows"][1])
-    spread = f"{min(rates) / TOKENS_PER_SECOND:.2f}..{max(rates) / TOKENS_PER_SECOND:.2f}"
-    passed = right and rate >= TOKENS_PER_SECOND
     figures = [
-        Figure("tokens/s", "M", rate / 1e6, TOKENS_PER_SECOND / 1e6, rate / TOKENS_PER_SECOND, spread, ">= 1", passed),
+        _rate(rates, right),
         speed(f"{BATCHES} batches", *_milliseconds(seconds["windows"]), 1.0, right),
         speed(f"resume, {AFTER} batches", *_milliseconds(seconds["resume"]), 1.0, right),
         speed(f"mixture, {BATCHES} batches", *_milliseconds(seconds["mix"]), 1.0, right),
@@ -97,7 +102,30 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         "the peer of a mixture: BlendedDataset of three GPTDatasets, built for just the samples read",
         f"windows against documents joined one by one: {'the same tokens' if right else 'DIFFERENT'}",
     ]
+    if "datasets" in seconds:
+        figures.append(speed(f"{BATCHES} batches, datasets", *_milliseconds(seconds["datasets"]), 1.0, right))
+    else:
+        notes.append("datasets: skipped (python -m pip install datasets)")
     return report("Loader", figures, hardware("cpu"), notes, json_path)
+
+
+def _rate(rates: list[float], right: bool) -> Figure:
+    """Tokens per second of ours in every round, beside the bar."""
+    ratios = tuple(rate / TOKENS_PER_SECOND for rate in rates)
+    ratio = statistics.median(ratios)
+    return Figure(
+        "tokens/s",
+        "M",
+        statistics.median(rates) / 1e6,
+        TOKENS_PER_SECOND / 1e6,
+        ratio,
+        f"{min(ratios):.2f}..{max(ratios):.2f}",
+        ">= 1",
+        right and ratio >= 1,
+        ours_rounds=tuple(rate / 1e6 for rate in rates),
+        ratio_rounds=ratios,
+        aim=AIMED_PER_SECOND / TOKENS_PER_SECOND,
+    )
 
 
 def _make_source(folder: Path, tokens: int, seed: int) -> None:
@@ -142,6 +170,30 @@ def _open_peer(folder: Path, num_samples: int | None = None) -> Any:
 def _open_blended(folder: Path, size: int) -> Any:
     parts = [_open_peer(folder / name, int(size * weight * 1.01) + 2) for name, weight in WEIGHTS.items()]
     return BlendedDataset(parts, list(WEIGHTS.values()), size, parts[0].config)
+
+
+def _open_datasets(folder: Path, ours: TrainingSamples) -> tuple[Any, np.ndarray]:
+    """Every window of the first epoch as a row, mapped from disk, and the row that each sample is."""
+    import datasets
+    import pyarrow
+
+    documents, ends, windows = ours._order(0)
+    rows = np.empty((len(windows), LENGTH + 1), dtype=np.int32)
+    for number, row in enumerate(rows):
+        row[:] = ours.stream.read(documents, ends, number * LENGTH, (number + 1) * LENGTH + 1)
+    bounds = np.arange(0, rows.size + 1, LENGTH + 1, dtype=np.int32)
+    table = pyarrow.table({"input_ids": pyarrow.ListArray.from_arrays(bounds, rows.reshape(-1))})
+    datasets.disable_progress_bars()
+    datasets.Dataset(table).save_to_disk(folder)
+    return datasets.load_from_disk(folder).with_format("torch"), windows
+
+
+def _read_datasets(dataset: Any, numbers: np.ndarray, first: int, batches: int = BATCHES) -> Tensors:
+    for start in range(first, first + BATCH * batches, BATCH):
+        rows = dataset[numbers[np.arange(start, start + BATCH) % len(numbers)]]["input_ids"]
+        mask = torch.ones(BATCH, LENGTH)
+        batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask
+    return batch
 
 
 def _read(samples: TrainingSamples | MixedSamples, first: int, batches: int = BATCHES) -> Tensors:

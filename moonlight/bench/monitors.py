@@ -184,4 +184,17 @@ def _figure(name: str, times: dict[str, list[float]], passed: bool) -> Figure:
     spread = f"{100 * min(rounds):.2f}..{100 * max(rounds):.2f}"
     bar = f"<= {BAR_PERCENT:.0f} %"
     added = 1e3 * cost(*middle)
-    return Figure(name, "ms", added, 1e3 * middle[0], percent, spread, bar, passed and percent <= BAR_PERCENT)
+    steps = times["step"]
+    return Figure(
+        name,
+        "ms",
+        added,
+        1e3 * middle[0],
+        percent,
+        spread,
+        bar,
+        passed and percent <= BAR_PERCENT,
+        ours_rounds=tuple(1e3 * share * step for share, step in zip(rounds, steps, strict=True)),
+        peer_rounds=tuple(1e3 * step for step in steps),
+        ratio_rounds=tuple(100 * share for share in rounds),
+    )

@@ -1,17 +1,33 @@
-"""What every benchmark prints: a table of figures, ours and a peer's, each with its bar."""
+"""What every benchmark prints and keeps: figures, ours and a peer's, each with its rounds and its bar."""
 
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+LIBRARIES = {
+    "megatron-core": "megatron",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "muon-optimizer": "muon",
+    "safetensors": "safetensors",
+    "sentencepiece": "sentencepiece",
+    "tokenizers": "tokenizers",
+}
+"""What a benchmark may call, besides torch, and the module that it is imported as."""
+ALWAYS_NAMED = ("megatron-core", "transformers")
 
 
 @dataclass(frozen=True)
@@ -28,19 +44,73 @@ class Figure:
     passed: bool
     weights_apart: float | None = None
     """Distance of the peer's weights from ours after all rounds, over the distance gone."""
+    ours_rounds: tuple[float, ...] = ()
+    peer_rounds: tuple[float, ...] = ()
+    ratio_rounds: tuple[float, ...] = ()
+    """Of every round; empty where there was one measurement."""
+    aim: float | None = None
+    """What the ratio is hoped to reach; the bar is what it must."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, with median and extremes of the rounds."""
+        content: dict[str, Any] = {"case": self.case, "unit": self.unit}
+        for name in ("ours", "peer", "ratio"):
+            middle = getattr(self, name)
+            rounds = list(getattr(self, f"{name}_rounds")) or [middle]
+            content[name] = {"median": middle, "minimum": min(rounds), "maximum": max(rounds), "rounds": rounds}
+        content |= {"bar": self.bar, "aim": self.aim, "passed": self.passed}
+        return content if self.weights_apart is None else content | {"weights_apart": self.weights_apart}
 
 
-def speed(case: str, ours: list[float], peer: list[float], bar: float, gate: bool, unit: str = "ms") -> Figure:
+@dataclass(frozen=True)
+class Machine:
+    """What a benchmark ran on."""
+
+    hardware: str
+    cores: int
+    threads: int
+    torch: str
+
+    def __str__(self) -> str:
+        on = f"{self.hardware}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{on}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def speed(
+    case: str,
+    ours: list[float],
+    peer: list[float],
+    bar: float,
+    gate: bool,
+    unit: str = "ms",
+    aim: float | None = None,
+) -> Figure:
     """Times of all rounds as one figure: the ratio of the medians, the peer's over ours; more is better."""
-    ratios = [theirs / own for own, theirs in zip(ours, peer, strict=True)]
+    ratios = tuple(theirs / own for own, theirs in zip(ours, peer, strict=True))
     ratio = statistics.median(peer) / statistics.median(ours)
-    spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-    middle = statistics.median(ours), statistics.median(peer)
-    return Figure(case, unit, *middle, ratio, spread, f">= {bar:.3g}", gate and ratio >= bar)
+    return Figure(
+        case,
+        unit,
+        statistics.median(ours),
+        statistics.median(peer),
+        ratio,
+        f"{min(ratios):.2f}..{max(ratios):.2f}",
+        f">= {bar:.3g}",
+        gate and ratio >= bar,
+        ours_rounds=tuple(ours),
+        peer_rounds=tuple(peer),
+        ratio_rounds=ratios,
+        aim=aim,
+    )
 
 
-def hardware(device: str) -> str:
-    """Processor, threads, torch and date, in one line."""
+def against_bar(case: str, ours: list[float], bar: float, gate: bool, unit: str, aim: float) -> Figure:
+    """Times of all rounds beside the most that they may be, which takes the place of a peer."""
+    return speed(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim)
+
+
+def hardware(device: str) -> Machine:
+    """Processor or GPU, the cores and threads that this process has, and its torch."""
     model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -48,16 +118,15 @@ def hardware(device: str) -> str:
         model = names[0] if names else model
     if device == "cuda":
         model = f"{torch.cuda.get_device_name()}, {model}"
-    threads = torch.get_num_threads()
-    on = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
-    return f"{on}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(model, cores, torch.get_num_threads(), torch.__version__)
 
 
 def report(
-    title: str, figures: Sequence[Figure], machine: str, notes: Sequence[str] = (), json_path: Path | None = None
+    title: str, figures: Sequence[Figure], machine: Machine, notes: Sequence[str] = (), json_path: Path | None = None
 ) -> bool:
     """Print the table with `notes` below it, write it as JSON too if asked, and return whether every bar was met."""
-    table = Table(title=title, caption=machine)
+    table = Table(title=title, caption=str(machine))
     for name in ("case", "ours", "peer", "ratio", "spread", "bar", "gate"):
         table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
     for figure in figures:
@@ -70,6 +139,22 @@ def report(
     for note in notes:
         console.print(note, highlight=False)
     if json_path:
-        content = {"hardware": machine, "figures": [asdict(figure) for figure in figures]}
+        content = {
+            "title": title,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "command": shlex.join(["moonlight", *sys.argv[1:]]),
+            "hardware": machine.hardware,
+            "cores": machine.cores,
+            "threads": machine.threads,
+            "versions": {"python": platform.python_version(), "torch": machine.torch} | _versions(),
+            "figures": [figure.as_json() for figure in figures],
+            "notes": list(notes),
+        }
         json_path.write_text(json.dumps(content, indent=2) + "\n")
     return all(figure.passed for figure in figures)
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that are always named, and of those that this process has imported."""
+    used = [name for name, module in LIBRARIES.items() if name in ALWAYS_NAMED or module in sys.modules]
+    return {name: importlib.metadata.version(name) for name in used}

@@ -43,18 +43,14 @@ class _Stream:
     def read(self, order: np.ndarray | None, ends: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the documents in `order` (None: as stored); `ends` are their running totals."""
         # Bounds of another type than `ends` would have numpy convert all of it.
-        first, last = np.searchsorted(ends, np.array([start, stop - 1], dtype=ends.dtype), side="right")
+        first, last = np.searchsorted(ends, np.array([start, stop - 1], dtype=ends.dtype), side="right").tolist()
         places = slice(first, last + 1) if order is None else order[first : last + 1]
         lengths = self.lengths[places].tolist()
         starts = (self.starts[places] // self.tokens.itemsize).tolist()
-        skip = start - (int(ends[first]) - lengths[0])
-        found = np.empty(stop - start, dtype=np.int64)
-        done = 0
-        for begin, length in zip(starts, lengths, strict=True):
-            count = min(length - skip, stop - start - done)
-            found[done : done + count] = self.tokens[begin + skip : begin + skip + count]
-            done, skip = done + count, 0
-        return found
+        pieces = [self.tokens[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
+        pieces[-1] = pieces[-1][: lengths[-1] - (int(ends[last]) - stop)]
+        pieces[0] = pieces[0][start - (int(ends[first]) - lengths[0]) :]
+        return np.concatenate(pieces, dtype=np.int64)
 
 
 class TrainingSamples:
@@ -74,6 +70,8 @@ class TrainingSamples:
                 f"data.sequence_length {sequence_length} and the token after it"
             )
         self._epoch = lru_cache(maxsize=2)(self._order)
+        self._mask = np.ones(sequence_length, dtype=np.float32)
+        self._mask.flags.writeable = False  # all samples have this one
 
     def _order(self, epoch: int) -> Order:
         if self.cache is None:
@@ -97,7 +95,7 @@ class TrainingSamples:
         order = self._epoch(epoch)
         start = int(order.windows[place]) * self.sequence_length
         tokens = self.stream.read(order.documents, order.ends, start, start + self.sequence_length + 1)
-        return tokens, np.ones(self.sequence_length, dtype=np.float32)
+        return tokens, self._mask
 
 
 def _count_up(count: int) -> np.ndarray:
@@ -173,6 +171,9 @@ class ValidationSamples:
 
 def stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens and labels, int64, and loss mask, float32, all [samples, sequence_length]."""
-    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in samples]))
-    mask = torch.from_numpy(np.stack([mask for _, mask in samples]))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask
+    shape = len(samples), len(samples[0][1])
+    tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+    for row, (sample, _) in enumerate(samples):
+        tokens[row], labels[row] = sample[:-1], sample[1:]
+    mask = np.stack([mask for _, mask in samples])
+    return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask)

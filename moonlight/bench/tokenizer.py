@@ -1,0 +1,135 @@
+"""`moonlight bench tokenizer`: text to ids, as `moonlight data prepare` does it, beside other callers of the libraries.
+
+The text is modules of Python's standard library, repeated; the tokenizer is trained on some of them. On one core the
+CPU time counts, on all cores the wall time, starting our processes included. The cases take turns. The gate: every
+document has the same ids in every case.
+"""
+
+import os
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from moonlight.bench.report import hardware, report, speed
+from moonlight.bench.startup import make_data
+from moonlight.data.encode import Batch, encode_all
+from moonlight.data.tokenizer import Tokenizer
+from moonlight.errors import UserError
+
+VOCAB_SIZE = 4096
+BATCH_BYTES = 1 << 19
+"""Of text that is encoded together, as in `moonlight data prepare`."""
+SENTENCEPIECE_BAR, TRANSFORMERS_BAR, AIM = 0.9, 1.0, 1.0
+_PARALLEL = "TOKENIZERS_PARALLELISM"
+
+Ids = list[Any]
+
+
+def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) -> bool:
+    """Measure on `megabytes` of text, print the table, and return whether every gate and bar has passed."""
+    if rounds < 1 or megabytes < 1:
+        raise UserError(f"--rounds is {rounds} and --megabytes {megabytes}: at least 1 is accepted")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as place:
+        _, folder = make_data(Path(place), VOCAB_SIZE)
+        batches = _batches(10**6 * megabytes)
+        cases = _cases(folder, batches, cores)
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        same = True
+        for number in range(rounds + 1):
+            expected: Ids | None = None
+            for name, call in cases.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                found = call()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                expected = expected or found
+                same = same and len(found) == len(expected) and all(map(_is_equal, found, expected))
+                if number:  # the first round warms up
+                    seconds[name].append(cpu if name.endswith("one core") else wall)
+    tokens = sum(map(len, expected or []))
+    size = sum(len(text) for batch in batches for text in batch.raw)
+    figures = [
+        speed(f"{on}, {peer}", seconds[f"ours, {on}"], seconds[f"{peer}, {on}"], bar, same, "s", AIM)
+        for on in ("one core", "all cores")
+        for peer, bar in (
+            ("sentencepiece", SENTENCEPIECE_BAR),
+            ("transformers", TRANSFORMERS_BAR),
+            ("transformers, one by one", TRANSFORMERS_BAR),
+        )
+        if f"{peer}, {on}" in seconds
+    ]
+    rates = {name: statistics.median(times) for name, times in seconds.items()}
+    notes = [f"{size / 1e6:.0f} MB in {tokens / 1e6:.1f} million tokens; {cores} cores"]
+    notes += [
+        f"{name}: {size / 1e6 / rate:.1f} MB/s, {tokens / 1e6 / rate:.2f} million tokens/s"
+        for name, rate in rates.items()
+    ]
+    notes.append(f"ids of every document: {'the same' if same else 'DIFFERENT'}")
+    return report("Tokenizer", figures, hardware("cpu"), notes, json_path)
+
+
+def _batches(nbytes: int) -> list[Batch]:
+    """At least `nbytes` of text in batches."""
+    texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    batches, size = [Batch()], 0
+    while size < nbytes:
+        for text in texts:
+            if sum(map(len, batches[-1].raw)) >= BATCH_BYTES:
+                batches.append(Batch())
+            batches[-1].raw.append(text)
+            size += len(text)
+            if size >= nbytes:
+                break
+    return batches
+
+
+def _cases(folder: Path, batches: list[Batch], cores: int) -> dict[str, Callable[[], Ids]]:
+    from transformers import AutoTokenizer
+
+    own = Tokenizer.load(folder)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    fast = AutoTokenizer.from_pretrained(folder)
+
+    def ours(workers: int) -> Ids:
+        encoded = encode_all(batches, own, folder, workers)
+        return [ids[:-1] for _, documents in encoded for ids in documents]  # without [EOS]
+
+    def direct(threads: int) -> Ids:
+        return [ids for batch in batches for ids in model.encode(_texts(batch), num_threads=threads)]
+
+    def transformers(parallel: bool, encode: Callable[[list[str]], Any]) -> Ids:
+        os.environ[_PARALLEL] = str(parallel).lower()
+        try:
+            return [ids for batch in batches for ids in encode(_texts(batch))]
+        finally:
+            del os.environ[_PARALLEL]
+
+    def together(texts: list[str]) -> Any:
+        return fast(texts, add_special_tokens=False)["input_ids"]
+
+    def one_by_one(texts: list[str]) -> Any:
+        return [fast(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    return {
+        "ours, one core": lambda: ours(1),
+        "sentencepiece, one core": lambda: direct(1),
+        "transformers, one core": lambda: transformers(False, together),
+        "transformers, one by one, one core": lambda: transformers(False, one_by_one),
+        "ours, all cores": lambda: ours(cores),
+        "sentencepiece, all cores": lambda: direct(cores),
+        "transformers, all cores": lambda: transformers(True, together),
+    }
+
+
+def _texts(batch: Batch) -> list[str]:
+    return [raw.decode() for raw in batch.raw]
+
+
+def _is_equal(some: Sequence[int], others: Sequence[int]) -> bool:
+    return list(some) == list(others)
