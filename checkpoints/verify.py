@@ -176,7 +176,7 @@ def _record(module: torch.nn.Module, routes: list[torch.Tensor], of: Callable[[A
 def _megatron(
     checkpoint: Checkpoint, prompts: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [batch, sequence, vocabulary] and, per layer with experts, the choice as booleans [tokens, experts]."""
+    """Logits [batch, sequence, vocabulary] and, per layer with experts, the chosen ones [tokens, k] in order."""
     from moonlight import parallel
     from moonlight.model.build import build_model
     from moonlight.model.shards import pieces_of, sharded_state
@@ -201,7 +201,7 @@ def _megatron(
         (model,) = models
         routes: list[torch.Tensor] = []
         for router in routers(models):
-            _record(router, routes, lambda output: output[1].cpu())
+            _record(router, routes, lambda output: output[1].sort(-1).values.cpu())
         tokens = prompts.to(torch.cuda.current_device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = model.eval()(tokens, positions, None).cpu()
@@ -221,12 +221,7 @@ def _transformers(folder: Path, prompts: torch.Tensor) -> tuple[torch.Tensor, li
 
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    experts = model.config.n_routed_experts
     routes: list[torch.Tensor] = []
     for layer in model.model.layers[model.config.first_k_dense_replace :]:
-        _record(
-            layer.mlp.gate,
-            routes,
-            lambda output: torch.zeros(len(output[2]), experts, dtype=torch.bool).scatter(1, output[2], True),
-        )
+        _record(layer.mlp.gate, routes, lambda output: output[2].sort(-1).values)
     return model(prompts).logits, routes

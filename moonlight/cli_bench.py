@@ -13,6 +13,20 @@ def bench() -> None:
     """Measure against other implementations."""
 
 
+@bench_app.command("train-step", epilog="Example: moonlight bench train-step --rounds 5 --json train-step.json")
+def bench_train_step(
+    rounds: Annotated[int, typer.Option(help="Rounds in which the best settings of both sides take turns.")] = 5,
+    model: Annotated[list[str], typer.Option(help="quickstart or 0.1b; may be given more than once.")] = ["quickstart"],  # noqa: B006
+    optimizer: Annotated[str, typer.Option(help="Ours: muon or adamw. The peer has AdamW.")] = "muon",
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+) -> None:
+    """A whole training step beside transformers' DeepseekV3. Exits 1 if a figure misses its gate or bar."""
+    from moonlight.bench.train_step import bench_train_step as measure
+
+    if not measure(rounds, model, optimizer, json):
+        raise typer.Exit(1)
+
+
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
 def bench_optimizer(
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,

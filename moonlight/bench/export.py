@@ -39,7 +39,7 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
         source, checkpoint = folder / "hf", folder / "checkpoint"
-        _make_source(run.model, source)
+        make_source(run.model, source)
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
         imports, exports, peers, sums = [], [], [], []
         peaks = {"import": 0, "export": 0}
@@ -84,16 +84,16 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
     return report("Export and import", figures, hardware("cpu"), notes, json_path)
 
 
-def _make_source(model: object, out: Path) -> None:
+def make_source(model: object, out: Path, dtype: str = "bfloat16") -> None:
     """A random model as `save_pretrained` writes it, router biases that are not zero included."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from checkpoints.hf_config import hf_config
 
-    config = hf_config(model, dtype="bfloat16")  # type: ignore[arg-type]
+    config = hf_config(model, dtype=dtype)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
         peer = DeepseekV3ForCausalLM(DeepseekV3Config(**config))
     finally:

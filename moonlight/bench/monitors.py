@@ -94,7 +94,7 @@ def _measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], bool]:
         initialize(masters, run.model, run.train.seed)
     moment = Timeline(run).at(STEP)
     state = TrainState(step=STEP, consumed_sequences=moment.end)
-    batches = _random_batches(run)
+    batches = random_batches(run)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for attention in attentions(models):
         attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
@@ -153,7 +153,8 @@ class _Clock:
         return result
 
 
-def _random_batches(run: Run) -> list[Batch]:
+def random_batches(run: Run) -> list[Batch]:
+    """Micro-batches of a global batch of random tokens, the same every time."""
     generator = torch.Generator().manual_seed(run.train.seed)
     shape = (run.train.global_batch_size, run.data.sequence_length + 1)
     tokens = torch.randint(0, run.model.vocab_size, shape, generator=generator)

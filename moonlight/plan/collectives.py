@@ -77,8 +77,8 @@ def embedding_flow(run: Run) -> Flow:
 
 
 def head_flow(run: Run) -> Flow:
-    """Of one micro-batch, on the last stage: the head's input, and three float32 all-reduces of the loss."""
-    flow = _slices_flow(run, 3 * run.model.hidden_size * weight_bytes(run))
+    """Of one micro-batch, on the last stage: the head's input, its gradient, and three float32 for the loss."""
+    flow = _slices_flow(run, 2 * run.model.hidden_size * weight_bytes(run))
     ranks = run.parallel.tensor_parallel_size
     loss = 3 * 2 * (ranks - 1) / ranks * 4 * tokens_of(run).whole
     return flow + Flow(loss, loss)
