@@ -9,7 +9,7 @@ from kernels import random
 from layouts import LAYOUTS, build, recipe
 
 from moonlight.kernels.permute import align_runs, sort_by_expert
-from moonlight.model import cpu_attention, loss
+from moonlight.model import cpu_attention, loss, sdpa
 from moonlight.model.cpu_attention import CpuAttention
 from moonlight.model.experts import SortedExperts
 
@@ -70,6 +70,27 @@ def test_attention_leaves_its_inputs_alone():
     gradients(lambda q, k, v: CpuAttention.apply(q, k, v, 3.0, None), inputs, random(8, 1, 1, 4))
     CpuAttention.apply(*inputs, 3.0, None)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize(("widths", "has_mask", "name"), (((16, 16), False, "FLASH"), ((24, 16), True, "MATH")))
+def test_the_kernel_that_takes_the_shapes_is_found_by_asking(widths, has_mask, name):
+    """As on a GPU, with those kernels that torch has for a CPU: flash attention wants keys and values of one width."""
+    sdpa.kernel_for.cache_clear()
+    sdpa.choices()
+    kernel = sdpa.kernel_for(torch.device("cpu"), torch.float32, (2, 3, 20), widths, has_mask)
+    assert kernel.name.startswith(name)
+    (text,) = sdpa.choices()
+    assert name.lower() in text and f"keys of {widths[0]} and values of {widths[1]}" in text
+    assert sdpa.choices() == []
+    inputs = [random(2, 3, 20, width, seed=width) for width in (widths[0], widths[0], widths[1])]
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril() if has_mask else None
+    found = gradients(lambda q, k, v: sdpa.attention(q, k, v, mask, 0.3), inputs, random(2, 3, 20, widths[1], seed=5))
+    expected = gradients(
+        lambda q, k, v: plain_attention(*(x.permute(2, 0, 1, 3) for x in (q, k, v)), 0.3, None).permute(1, 2, 0, 3),
+        [x.double() for x in inputs],
+        random(2, 3, 20, widths[1], seed=5),
+    )
+    check(found, expected, torch.float32)
 
 
 def plain_experts(tokens, probabilities, gate_proj, up_proj, down_proj, chosen):

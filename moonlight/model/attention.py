@@ -5,8 +5,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from moonlight.model import sdpa
 from moonlight.model.cpu_attention import CpuAttention
 
 LOGITS_AT_ONCE = 2**25
@@ -89,5 +89,4 @@ class CausalAttention(torch.nn.Module):
             return CpuAttention.apply(query, key, value, self.softmax_scale, documents).flatten(2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
         mask = None if documents is None else _visible(documents)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return sdpa.attention(q, k, v, mask, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)

@@ -18,6 +18,7 @@ from moonlight.data.manifest import held_out_counts
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import folder_lock
 from moonlight.model.build import build_model
+from moonlight.model.sdpa import choices as attention_choices
 from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
 from moonlight.timeline import Moment, Timeline
@@ -144,6 +145,9 @@ def train(run: Run, *, force: bool = False) -> None:
                 norm = result.gradient_norm
                 journal.note(f"step {step}: skipped ({reason}), loss {result.loss:.4f}, gradient norm {norm:.4f}")
             check_skipped(folder, run, state)
+            for text in attention_choices():
+                journal.event("attention", step, text=text)
+                journal.note(text)
 
             wish = triggers.agree()
             if wish.reason in ("SIGTERM", "SIGUSR1"):
