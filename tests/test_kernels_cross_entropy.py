@@ -50,6 +50,10 @@ def check(logits, labels, ranks):
         # Probabilities carry the rounding of exponents as large as the logits.
         size = scale.double().abs()[:, None].expand_as(gradient)
         assert_near(torch.cat(parts, 1), gradient, to_gradient, size)
+    in_one = logits.clone()
+    counted = torch.where(labels == IGNORED, 0.0, cross_entropy.loss_and_gradient_(in_one, labels, scale))
+    assert_near(counted, losses.detach(), cross_entropy.loss_and_gradient_, log_sums.abs() + 1)
+    assert_near(in_one, gradient, cross_entropy.loss_and_gradient_, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

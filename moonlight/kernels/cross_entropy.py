@@ -40,6 +40,35 @@ def loss_gradient_(
     return function(logits, labels, start, log_sum_exp, scale)
 
 
+def loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Overwrite `logits` as `loss_gradient_` does, for a vocabulary that is here as a whole; returns float32 losses.
+
+    On a CPU one pass over the logits, and one exponential, do what takes `partial_sums` and `loss_gradient_` two.
+    """
+    if not logits.is_cuda:
+        return _loss_and_gradient_torch_(logits, labels, scale)
+    maximum, total, of_label = partial_sums(logits, labels, 0)
+    log_sum_exp = maximum + total.log()
+    loss_gradient_(logits, labels, 0, log_sum_exp, scale)
+    return log_sum_exp - of_label
+
+
+def _loss_and_gradient_torch_(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    rows, width = logits.shape
+    column, here = _local(labels, 0, width)
+    losses = torch.where(here, logits.gather(1, column).float(), 0.0)[:, 0].neg_()
+    onehot = torch.where(here, -scale[:, None], 0.0)
+    for block in row_blocks(rows, width):
+        values = float_block(logits, block)
+        maximum = logits[block].amax(1, keepdim=True).float()
+        torch.sub(logits[block], maximum, out=values)
+        total = _exp_(values).sum(1, keepdim=True)
+        values.mul_(scale[block, None] / total).scatter_add_(1, column[block], onehot[block])
+        losses[block] += (total.log_() + maximum)[:, 0]
+        store(logits, block, values)
+    return losses
+
+
 def _exp_(x: torch.Tensor) -> torch.Tensor:
     # Three times as fast as torch's exp on a CPU. The product costs |x| roundings, where exp(x) is small.
     return x.mul_(math.log2(math.e)).exp2_()

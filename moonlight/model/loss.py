@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moonlight.kernels.cross_entropy import loss_gradient_, partial_sums
+from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, partial_sums
 
 CHUNK_ELEMENTS = 2**24
 """Logits of a chunk, 32 MiB in bfloat16, as long as that is LEAST_ROWS tokens."""
@@ -43,10 +43,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, rows):
             chunk = slice(start, start + rows)
             logits = hidden[chunk] @ weight.T
-            log_sum_exp, of_label = _whole(*partial_sums(logits, labels[chunk], first), group)
-            loss += torch.dot(log_sum_exp - of_label, scale[chunk])
+            if learns and group.size() == 1:
+                losses = loss_and_gradient_(logits, labels[chunk], scale[chunk])
+            else:
+                log_sum_exp, of_label = _whole(*partial_sums(logits, labels[chunk], first), group)
+                losses = log_sum_exp - of_label
+                if learns:
+                    loss_gradient_(logits, labels[chunk], first, log_sum_exp, scale[chunk])
+            loss += torch.dot(losses, scale[chunk])
             if grad_hidden is not None and grad_weight is not None:
-                loss_gradient_(logits, labels[chunk], first, log_sum_exp, scale[chunk])
                 torch.mm(logits, weight, out=grad_hidden[chunk])
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.T, hidden[chunk])

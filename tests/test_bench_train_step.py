@@ -1,0 +1,55 @@
+"""The benchmark of a training step, with a small model: real processes of both sides, and what makes its gate fail."""
+
+from dataclasses import replace
+
+import pytest
+
+from moonlight.bench import train_step
+from moonlight.bench.train_step import Result, Setting, Workload
+from moonlight.errors import UserError
+
+TINY = Workload(
+    "configs/quickstart.yaml",
+    {"model.vocab_size": 256, "model.num_hidden_layers": 2, "train.global_batch_size": 2, "data.sequence_length": 64},
+    512,
+)
+OURS = Setting("ours", "bfloat16", processes=2, expert_parallel_size=2, optimizer="muon")
+
+
+def test_both_sides_begin_with_the_same_weights_and_learn(monkeypatch):
+    tried = [OURS, replace(OURS, processes=1, expert_parallel_size=1, dtype="float32"), Setting("peer", "bfloat16")]
+    monkeypatch.setattr(train_step, "WORKLOADS", {"tiny": TINY})
+    monkeypatch.setattr(train_step, "settings", lambda name, optimizer, cores: tried)
+    figure, notes = train_step._measure("tiny", "muon", 1, 2)
+    assert figure.ours > 0 and figure.peer > 0 and figure.ours_rounds and figure.bar == ">= 1.5"
+    assert [str(setting) in note for setting, note in zip(tried, notes, strict=True)] == [True] * 3
+    assert all("(4 x " in note for note in notes)  # parts of the batch
+    firsts = [float(note.rsplit(" ", 1)[1]) for note in notes]
+    assert max(firsts) - min(firsts) < train_step.FIRST_LOSS_TOLERANCE * firsts[0]
+    assert figure.passed == (figure.ratio >= train_step.BAR)  # the gate itself was passed
+
+
+def test_what_fails_the_gate():
+    good = Result([1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
+    assert good.step_seconds(4) == 8.5
+    assert train_step._agree([good, replace(good, losses=[6.01, 4.0])])
+    assert not train_step._agree([good, replace(good, losses=[6.1, 4.0])])
+    assert not train_step._agree([good, replace(good, losses=[6.0, 6.5])])
+    assert not train_step._agree([good, replace(good, losses=[6.0, float("nan")])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ((0, ["quickstart"], "muon"), "--rounds is 0"),
+        ((1, ["16b"], "muon"), "--model is 16b: quickstart and 0.1b are accepted"),
+        ((1, ["0.1b"], "sgd"), "--optimizer is sgd: muon and adamw are accepted"),
+    ),
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        train_step.bench_train_step(*arguments)
+
+
+def test_a_large_model_is_tried_only_where_it_fits():
+    assert len(train_step.settings("quickstart", "muon", 2)) > len(train_step.settings("0.1b", "muon", 2)) == 4
