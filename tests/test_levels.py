@@ -29,6 +29,7 @@ LEVELS = (
         "moonlight.mapping",
         "moonlight.pipeline",
         "moonlight.plan",
+        "moonlight.tiles",
         "moonlight.timeline",
         "moonlight.optim.groups",
         "moonlight.optim.partition",

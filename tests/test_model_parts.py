@@ -138,8 +138,7 @@ class Alone:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("tokens", "chunk"), ((1, 1024), (50, 1024), (50, 16)))
 def test_head_and_loss(monkeypatch, dtype, tokens, chunk):
-    monkeypatch.setattr(loss, "LEAST_ROWS", chunk)
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss, "rows_of_logits", lambda vocabulary: chunk)
     labels = torch.randint(0, 33, (tokens,), generator=torch.Generator().manual_seed(0))
     scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
     scale[0] = 0.5

@@ -203,7 +203,7 @@ def test_every_recipe_can_be_planned(recipe, settings, gpus):
 
 
 def test_a_layout_that_does_not_fit_is_planned_and_says_so():
-    done = run_plan(BIG, "--gpus", "8", "--gpu", "a100")
+    done = run_plan(BIG, "--gpus", "8", "--gpu", "a100", "train.micro_batch_size=2")
     assert done.returncode == 0
     assert "DOES NOT FIT: the fullest rank needs " in done.stdout and "more than the 84.93 GB of a GPU" in done.stdout
     done = run_plan(BIG, "--gpus", "8", "--gpu-memory", "2000")

@@ -69,7 +69,7 @@ def test_no_layout_divides():
 
 
 def test_the_command(refuses):
-    command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "64", "--suggest"]
+    command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "512", "--suggest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and not done.stderr
     assert "why the others are not possible:" in done.stdout and "the first of them: the recipe as it is" in done.stdout

@@ -8,10 +8,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from moonlight.kernels.permute import Order, align_runs, combine_rows, gather_rows
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
-
-ALIGNMENT = {"cpu": 32, "cuda": 8, "meta": 8}
-"""Tokens of which every expert's run is a multiple. oneDNN compiles a product for every new size, which takes as long
-as ten such products, so there must be few; on a GPU 16 bytes suffice."""
+from moonlight.tiles import ALIGNMENT
 
 
 class SortedExperts(torch.autograd.Function):

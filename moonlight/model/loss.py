@@ -6,11 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, partial_sums
-
-CHUNK_ELEMENTS = 2**24
-"""Logits of a chunk, 32 MiB in bfloat16, as long as that is LEAST_ROWS tokens."""
-LEAST_ROWS = 1024
-"""Of a chunk: the gradient of the weight is as large as 163,840 columns, and is added to once a chunk."""
+from moonlight.tiles import rows_of_logits
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -35,7 +31,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         tokens, first = len(hidden), group.rank() * len(weight)
-        rows = max(LEAST_ROWS, CHUNK_ELEMENTS // len(weight))
+        rows = rows_of_logits(len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         learns = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if learns else None

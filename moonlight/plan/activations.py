@@ -1,7 +1,7 @@
 """Activations: what autograd keeps of one micro-batch until its backward pass, operation by operation.
 
-`tests/test_activations.py` compares with what a real forward pass keeps. CUDA's kernels keep less than a CPU's in one
-place: a CPU composes RMSNorm of parts and keeps the normalised input besides.
+`tests/test_activations.py` compares with what a real forward pass keeps. A CPU's differs from a GPU's in two places:
+its attention (`moonlight/model/cpu_attention.py`), and the runs of its experts, which it aligns to more tokens.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from moonlight.config import Run
 from moonlight.optim.shares import weight_bytes
 from moonlight.pipeline import layers_of_stages
+from moonlight.tiles import ALIGNMENT, rows_of_logits
 
 
 @dataclass(frozen=True)
@@ -51,53 +52,70 @@ def layer_activations(run: Run, tokens: Tokens, *, with_experts: bool, on_cpu: b
     model, tp, w = run.model, run.parallel.tensor_parallel_size, weight_bytes(run)
     hidden, heads = model.hidden_size, model.num_attention_heads / tp
     own, whole = tokens.own, tokens.whole
-    key, value = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
 
-    yield _norm("input_layernorm", own, hidden, hidden, w, on_cpu)
+    yield _norm("input_layernorm", own, hidden, residual_bytes(run))
     yield Saved("input of the down-projections (or q_proj)", own * w * hidden)
     if model.q_lora_rank is not None:
-        yield _norm("q_layernorm", own, model.q_lora_rank, model.q_lora_rank, w, on_cpu)
+        yield _norm("q_layernorm", own, model.q_lora_rank, w)
         yield Saved("input of q_up_proj", own * w * model.q_lora_rank)
-    # A float32 norm keeps its input where it lies: beside the rope key.
-    kv_input = model.kv_lora_rank + (model.qk_rope_head_dim if w == 4 else 0)
-    yield _norm("kv_layernorm", own, kv_input, model.kv_lora_rank, w, on_cpu)
+    # Its input lies beside the rope key, and values beside keys without rope; autograd keeps both whole.
+    yield _norm("kv_layernorm", own, model.kv_lora_rank + rope, w)
     yield Saved("input of kv_up_proj", own * w * model.kv_lora_rank)
-    angles = tokens.whole if run.data.reset_positions else tokens.sequence_length
-    yield Saved("cosines and sines of queries and keys", angles * 4 * w * model.qk_rope_head_dim)
-    yield Saved("queries, keys and values", whole * heads * w * (2 * key + value))
-    yield Saved("attention: output, and 4 bytes a head", whole * heads * (w * value + 4))
-    if run.data.mask_documents:
+    yield Saved("queries, keys and values", whole * heads * w * (2 * (nope + rope) + nope + value))
+    # A CPU's has its result by head, and the projection its input by token.
+    yield Saved("attention: output, and 4 bytes a head", whole * heads * (w * value * (2 if on_cpu else 1) + 4))
+    if run.data.mask_documents and not on_cpu:
         yield Saved("attention: mask of documents", whole * tokens.sequence_length * w)
-    yield _norm("pre_mlp_layernorm", own, hidden, hidden, w, on_cpu)
+    yield _norm("pre_mlp_layernorm", own, hidden, residual_bytes(run))
     yield Saved("input of the MLP", own * w * hidden)
     if not with_experts:
-        yield Saved("dense SwiGLU", whole * w * 5 * model.intermediate_size / tp)
+        yield Saved("dense SwiGLU", whole * w * 3 * model.intermediate_size / tp)
         return
-    yield Saved("shared SwiGLU", whole * w * 5 * model.moe_intermediate_size * model.num_shared_experts / tp)
+    yield Saved("shared SwiGLU", whole * w * 3 * model.moe_intermediate_size * model.num_shared_experts / tp)
     if w == 2:
         yield Saved("router: input and weight in float32", 4 * hidden * (own + model.num_experts))
-    chosen = model.num_experts_per_tok
-    yield Saved("router: scores, choice and sums", own * (4 * model.num_experts + 8 * chosen + 4 * chosen + 8))
-    yield Saved("dispatch: probabilities, map and order", own * (5 * model.num_experts + 8 * chosen))
+    num_experts, chosen = model.num_experts, model.num_experts_per_tok
+    yield Saved("router: scores, choice and sums", own * (4 * num_experts + 8 * chosen + 4 * chosen + 8))
+    if model.aux_loss_alpha > 0:
+        yield Saved("router: loads of its loss", 4 * (run.train.micro_batch_size * num_experts + 1))
+    expert_ranks = run.parallel.expert_parallel_size * run.parallel.expert_tensor_parallel_size
+    if expert_ranks > 1:
+        yield Saved("dispatch: probabilities, map and order", own * (5 * num_experts + 8 * chosen))
+        yield Saved("experts: input", tokens.pairs * w * hidden)
+    local = num_experts // run.parallel.expert_parallel_size
+    # Every expert's run begins at a multiple of the alignment: room for the largest gaps is always taken.
+    places = tokens.pairs + (local * (ALIGNMENT["cpu" if on_cpu else "cuda"] - 1) if tokens.pairs else 0)
+    yield Saved("experts: probabilities and order", tokens.pairs * (4 + 8) + places * 8 + local * 4)
     width = model.moe_intermediate_size / run.parallel.expert_tensor_parallel_size
-    yield Saved("experts: input and probabilities", tokens.pairs * w * (hidden + 1))
-    yield Saved("experts: SwiGLU", tokens.pairs * w * 5 * width)
+    yield Saved("experts: SwiGLU", places * w * 2 * width)
 
 
-def head_activations(run: Run, tokens: Tokens, *, on_cpu: bool = False) -> Iterator[Saved]:
-    """What the last stage keeps besides its layers."""
-    model, w = run.model, weight_bytes(run)
-    yield _norm("final_layernorm", tokens.own, model.hidden_size, model.hidden_size, w, on_cpu)
-    yield Saved("input of the head", tokens.own * w * model.hidden_size)
-    vocabulary = model.vocab_size / run.parallel.tensor_parallel_size
-    yield Saved("loss: softmax in float32, masks and labels", tokens.whole * (4 * vocabulary + 9))
+def angles_bytes(run: Run, tokens: Tokens) -> int:
+    """Cosines and sines of the rotary embedding, which all layers have in common: float32, of every place in a
+    sequence, or of every token where documents have positions of their own."""
+    places = tokens.whole if run.data.reset_positions else tokens.sequence_length
+    return places * 2 * 4 * run.model.qk_rope_head_dim
 
 
-def logits_bytes(run: Run, tokens: Tokens) -> float:
-    """Logits in the model's dtype, beside their float32 copy while the loss is made; a float32 model has one of them.
-    Their gradient takes the same place later."""
+def head_activations(run: Run, tokens: Tokens) -> Iterator[Saved]:
+    """What the last stage keeps besides its layers. The loss keeps gradients, and neither its input nor logits."""
+    hidden, w = run.model.hidden_size, weight_bytes(run)
+    yield _norm("final_layernorm", tokens.own, hidden, residual_bytes(run))
+    yield Saved("gradient of the head's input", tokens.whole * w * hidden)
+    yield Saved("gradient of the head", _vocabulary(run) * w * hidden)
+
+
+def loss_workspace(run: Run, tokens: Tokens) -> float:
+    """What is there besides while the loss is made: a chunk of logits, and the head's gradient in float32 where it is
+    kept in bfloat16 (whose place a chunk's part of it has until then)."""
     w = weight_bytes(run)
-    return tokens.whole * w * run.model.vocab_size / run.parallel.tensor_parallel_size if w == 2 else 0
+    logits = min(tokens.whole, rows_of_logits(_vocabulary(run))) * _vocabulary(run) * w
+    return logits + (4 * _vocabulary(run) * run.model.hidden_size if w == 2 else 0)
+
+
+def _vocabulary(run: Run) -> int:
+    return run.model.vocab_size // run.parallel.tensor_parallel_size
 
 
 def stage_activations(run: Run, stage: int, num_micro_batches: int, *, on_cpu: bool = False) -> tuple[float, int]:
@@ -109,16 +127,13 @@ def stage_activations(run: Run, stage: int, num_micro_batches: int, *, on_cpu: b
     mixture = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=True, on_cpu=on_cpu))
     first_mixture = run.model.first_k_dense_replace
     of_chunk = [sum(dense if layer < first_mixture else mixture for layer in chunk) for chunk in chunks]
-    if weight_bytes(run) == 2 and not run.train.fp32_residual_connection:
-        # What came from the stage before is kept in bfloat16, beside the float32 that the first norm keeps.
-        for number in range(virtual):
-            if stage > 0 or number > 0:
-                of_chunk[number] += tokens.own * 2 * run.model.hidden_size
     if stage == stages - 1:
-        of_chunk[-1] += sum(saved.bytes for saved in head_activations(run, tokens, on_cpu=on_cpu))
+        of_chunk[-1] += sum(saved.bytes for saved in head_activations(run, tokens))
     in_flight = micro_batches_in_flight(stages, virtual, stage, num_micro_batches)
     # Interleaved stages take as many micro-batches as there are stages through one chunk, then the next chunk.
-    return sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight)), in_flight
+    kept = sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight))
+    batches_in_flight = min(in_flight, num_micro_batches) if run.data.reset_positions else 1
+    return kept + batches_in_flight * angles_bytes(run, tokens), in_flight
 
 
 def micro_batches_in_flight(stages: int, virtual: int, stage: int, num_micro_batches: int) -> int:
@@ -129,6 +144,11 @@ def micro_batches_in_flight(stages: int, virtual: int, stage: int, num_micro_bat
     return min(ahead + 1, num_micro_batches * virtual)
 
 
-def _norm(name: str, tokens: float, kept: int, width: int, w: int, on_cpu: bool) -> Saved:
-    """Its input and 1 / RMS in float32, and a float32 copy of bfloat16 gains; on a CPU the normalised input besides."""
-    return Saved(name, tokens * (4 * kept + 4 + (4 * width if on_cpu else 0)) + (4 * width if w == 2 else 0))
+def residual_bytes(run: Run) -> int:
+    """Of one element of the residual stream."""
+    return 4 if run.train.fp32_residual_connection else weight_bytes(run)
+
+
+def _norm(name: str, tokens: float, width: int, kept: int) -> Saved:
+    """Its input, `kept` bytes an element, and 1 / RMS in float32."""
+    return Saved(name, tokens * (kept * width + 4))

@@ -46,7 +46,8 @@ class Memory:
     momenta: float
     buffers: float
     activations: float
-    logits: float
+    loss: float
+    """A chunk of logits, and the head's gradient in float32."""
     exchange: float
     """Buffers of gradients and weights on the wire."""
     update: float
@@ -59,8 +60,8 @@ class Memory:
 
     @property
     def passes(self) -> float:
-        """In forward and backward pass, besides. Gradients leave when the logits are gone."""
-        return self.activations + max(self.logits, self.exchange)
+        """In forward and backward pass, besides. Gradients leave when the loss is made."""
+        return self.activations + max(self.loss, self.exchange)
 
     @property
     def peak(self) -> float:
@@ -249,7 +250,7 @@ def _memory(stage: Stage, rank: Rank) -> Memory:
         momenta=share.momenta,
         buffers=stage.buffers,
         activations=stage.activations,
-        logits=stage.logits,
+        loss=stage.loss,
         exchange=rank.exchange_buffers,
         update=rank.update,
     )

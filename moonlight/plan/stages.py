@@ -7,7 +7,7 @@ from moonlight.config import Run
 from moonlight.flops import train_flops_of_parts
 from moonlight.optim.shares import GRADIENT_BYTES, Flow, weight_bytes
 from moonlight.pipeline import layers_of_stages
-from moonlight.plan.activations import logits_bytes, stage_activations, tokens_of
+from moonlight.plan.activations import loss_workspace, stage_activations, tokens_of
 from moonlight.plan.collectives import stage_flows
 from moonlight.plan.cut import PlannedParameter, stage_parameters
 
@@ -31,8 +31,8 @@ class Stage:
     """Counted by chunk, where the pipeline is interleaved."""
     activations: float
     """Of the micro-batches in flight."""
-    logits: float
-    """Beside the loss."""
+    loss: float
+    """While the loss is made."""
     flows: dict[str, Flow]
     """Of a step: slices, dispatch, expert slices, pipeline."""
     flops: float
@@ -67,7 +67,7 @@ def make_stages(run: Run, world_size: int, global_batch_size: int) -> list[Stage
                 num_micro_batches=count,
                 micro_batches_in_flight=in_flight,
                 activations=activations,
-                logits=logits_bytes(run, tokens_of(run)) if is_last else 0.0,
+                loss=loss_workspace(run, tokens_of(run)) if is_last else 0.0,
                 flows=stage_flows(run, number, count),
                 flops=num_tokens * flops / tp,
             )

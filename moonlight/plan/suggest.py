@@ -104,8 +104,8 @@ def suggest(run: Run, world_size: int, machine: Machine) -> Suggestions:
 def largest_part(memory: Memory) -> str:
     """Name of the part that takes most at the peak."""
     parts = asdict(memory)
-    during = "update" if memory.update > memory.passes else "exchange" if memory.exchange > memory.logits else "logits"
-    for part in {"update", "exchange", "logits"} - {during}:
+    during = "update" if memory.update > memory.passes else "exchange" if memory.exchange > memory.loss else "loss"
+    for part in {"update", "exchange", "loss"} - {during}:
         del parts[part]
     if during == "update":
         del parts["activations"]

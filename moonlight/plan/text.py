@@ -28,7 +28,7 @@ MEMORY_PARTS = {
     "momenta": "of its own rows",
     "buffers": "router biases and counts",
     "activations": "{micro_batches} in flight on stage {stage}",
-    "logits": "beside their float32 copy, an activation",
+    "loss": "logits of a chunk, the head's gradient",
     "exchange": "gradients or weights sent and received",
     "update": "Newton-Schulz and matrices brought together",
 }
@@ -146,7 +146,7 @@ def _parts_of_peak(plan: Plan) -> str:
     memory = plan.memories[plan.fullest]
     if memory.update > memory.passes:
         return "the most at once: during the update, without activations"
-    smaller = "logits" if memory.exchange >= memory.logits else "exchange"
+    smaller = "loss" if memory.exchange >= memory.loss else "exchange"
     return f"the most at once: without {smaller} and update"
 
 
