@@ -16,6 +16,7 @@ from moonlight.pipeline import check_pipeline
 
 MAX_STEPS = 99_999_999
 """Checkpoint folders are named by steps of eight digits, so that their names sort."""
+RECOMPUTE_MODULES = ("layernorm", "mlp_act", "mla_up_proj", "layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,10 @@ class Train:
     seed: int = 1234
     dtype: str = "float32"
     """Precision of weights and activations in the model; master weights and gradient sums are always float32."""
+    recompute_modules: tuple[str, ...] = ()
+    """What the backward pass makes again instead of keeping it: layernorm (outputs of the norms before attention and
+    MLP), mlp_act (of dense and shared SwiGLU; routed experts always make theirs again), mla_up_proj (queries, keys and
+    values), or layer (everything but a layer's input, instead of all the others)."""
     fp32_residual_connection: bool = False
     """Keep the residual stream in float32 when dtype is bfloat16."""
     threads_per_process: int = 0
@@ -216,6 +221,16 @@ class Train:
         )
         check_growth(self.global_batch_size, self.batch_growth)
         one_of("train.dtype", self.dtype, ("float32", "bfloat16"))
+        for module in self.recompute_modules:
+            require(
+                module in RECOMPUTE_MODULES,
+                f"train.recompute_modules names {module!r}: accepted are {', '.join(map(repr, RECOMPUTE_MODULES))}",
+            )
+        require(
+            self.recompute_modules.count("layer") == 0 or len(self.recompute_modules) == 1,
+            f"train.recompute_modules is {', '.join(self.recompute_modules)}: layer includes all others, so it stands "
+            "alone",
+        )
         for name in (
             "train_steps",
             "seed",

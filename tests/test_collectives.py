@@ -25,6 +25,8 @@ RECIPES = {
     "bfloat16": {"dtype": "bfloat16"},
     "float32 residual": {"dtype": "bfloat16", "fp32_residual_connection": True},
     "q_lora": {},
+    "mla_up_proj again": {"recompute_modules": ("mla_up_proj",)},
+    "layer again": {"recompute_modules": ("layer",)},
 }
 
 
@@ -118,11 +120,12 @@ def test_what_real_processes_send(pool, layout, name):
     answers = pool.run(world_size, counted, run)
     for rank, (found, pairs, num_batches, stage) in enumerate(answers):
         planned = stage_flows(run, stage, num_batches)
-
+        # Experts are entered twice in a layer that is made again, and sent to one and a half times.
+        seen = 0.75 if name == "layer again" else 1
         if parallel.expert_tensor_parallel_size > 1:
             size = parallel.expert_tensor_parallel_size
             peers = answers[rank // size * size :][:size]
-            came = sum(p[2] for _, of_peer, _, _ in peers for p in of_peer) / size
+            came = seen * sum(p[2] for _, of_peer, _, _ in peers for p in of_peer) / size
             found["slices"] = tuple(map(sum, zip(found["slices"], found["expert slices"], strict=True)))
             check(found["slices"], planned["slices"] + expert_slices_flow(run, came))
         elif parallel.tensor_parallel_size > 1:
@@ -130,7 +133,7 @@ def test_what_real_processes_send(pool, layout, name):
         if parallel.pipeline_parallel_size > 1:
             check(found["pipeline"], planned["pipeline"])
         if parallel.expert_parallel_size > 1:
-            sent, received = sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+            sent, received = seen * sum(p[0] for p in pairs), seen * sum(p[1] for p in pairs)
             check(found["dispatch"], dispatch_flow(run, Leaving(sent, received)))
             # What an untrained router chooses is near to uniform.
             assert planned["dispatch"].sent == pytest.approx(found["dispatch"][0], rel=0.35)

@@ -93,7 +93,7 @@ def test_the_kernel_that_takes_the_shapes_is_found_by_asking(widths, has_mask, n
     check(found, expected, torch.float32)
 
 
-def plain_experts(tokens, probabilities, gate_proj, up_proj, down_proj, chosen):
+def plain_experts(tokens, probabilities, down_proj, gate_proj, up_proj, chosen):
     out = torch.zeros_like(tokens)
     for token in range(len(tokens)):
         for place, expert in enumerate(chosen[token].tolist()):
@@ -112,7 +112,7 @@ def test_sorted_experts(dtype, alignment, which):
     chosen = torch.rand(tokens, 2 if which == "few" else experts, generator=torch.Generator().manual_seed(1))
     chosen = chosen.argsort(1)[:, :k]
     probabilities = torch.rand(tokens, k, generator=torch.Generator().manual_seed(2))
-    weights = [random(experts, *shape, dtype=dtype) for shape in ((hidden, width), (hidden, width), (width, hidden))]
+    weights = [random(experts, *shape, dtype=dtype) for shape in ((width, hidden), (hidden, width), (hidden, width))]
     inputs = [random(tokens, hidden, seed=3, dtype=dtype), probabilities, *weights]
     order = align_runs(sort_by_expert(chosen, experts), chosen, alignment)
     assert (order[2] % alignment == 0).all()

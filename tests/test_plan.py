@@ -210,6 +210,23 @@ def test_a_layout_that_does_not_fit_is_planned_and_says_so():
     assert "\nfits: the fullest rank needs " in done.stdout and " of 2,000.00 GB" in done.stdout
 
 
+def test_what_is_made_again_takes_time():
+    """Of a token and layer: a forward pass, a third of both, or the up-projections of latent attention alone."""
+    plain, latents, layers = (
+        make_plan(load_recipe(BIG, [f"train.recompute_modules=[{names}]"]), 64)
+        for names in ("layernorm,mlp_act", "mla_up_proj", "layer")
+    )
+    tokens = plain.tokens_per_step / plain.world_size
+    head = 6 * 2048 * 163840 + 6 * 2048  # and its norm, as FLOPs are counted
+    (stage,) = plain.stages
+    assert stage.recomputed_flops == 0
+    assert latents.stages[0].recomputed_flops == tokens * 27 * 2 * 16 * (192 * 2048 + 256 * 512)
+    assert layers.stages[0].recomputed_flops == pytest.approx((stage.flops - tokens * head) / 3)
+    assert {p.stages[0].flops for p in (latents, layers)} == {stage.flops}
+    assert plain.seconds.arithmetic < latents.seconds.arithmetic < layers.seconds.arithmetic
+    assert layers.seconds.dispatch == pytest.approx(1.5 * plain.seconds.dispatch)
+
+
 def test_time_is_what_it_says():
     run = load_recipe(BIG, ["parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=2"])
     half, whole = (make_plan(run, 64, machine(efficiency=efficiency)) for efficiency in (0.25, 0.5))

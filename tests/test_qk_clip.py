@@ -184,7 +184,7 @@ def logits_again(run):
     for attention in attentions(models):
         attention.record(len(inputs))
     for module, args, kwargs in list(inputs):
-        module(*(arg.detach() for arg in args), **kwargs)
+        module(*(arg.detach() if torch.is_tensor(arg) else arg for arg in args), **kwargs)
     return before, np.stack([attention.max_logits.numpy() for attention in attentions(models)])
 
 

@@ -84,6 +84,7 @@ def transformer_config(run: Run) -> MLATransformerConfig:
         batch_p2p_comm=not interleaved,
         # Gloo may still be sending what an interleaved schedule frees.
         deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
+        recompute_modules=list(run.train.recompute_modules),  # read by our layers; Megatron's own stay off
         # Losses are sums over this rank's tokens, already divided by the global count; see train/step.py.
         calculate_per_token_loss=True,
         perform_initialization=False,  # init.py fills every tensor

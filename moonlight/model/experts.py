@@ -26,9 +26,9 @@ class SortedExperts(torch.autograd.Function):
         ctx: Any,
         tokens: torch.Tensor,
         probabilities: torch.Tensor,
+        down_proj: torch.Tensor,
         gate_proj: torch.Tensor,
         up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
         source: torch.Tensor,
         inverse: torch.Tensor,
         ends: torch.Tensor,
@@ -55,7 +55,7 @@ class SortedExperts(torch.autograd.Function):
         grad_rows = F.grouped_mm(grad_gate, gate_proj.mT, offs=ends)
         grad_rows += F.grouped_mm(grad_up, up_proj.mT, offs=ends)
         grad_tokens = combine_rows(grad_rows, inverse)
-        return grad_tokens, grad_probabilities[inverse], *weights, grad_down, None, None, None
+        return grad_tokens, grad_probabilities[inverse], grad_down, *weights, None, None, None
 
 
 def _in_order(probabilities: torch.Tensor, source: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,9 @@ class Experts(torch.nn.Module):
         """
         alignment = ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps name token 0
         order = align_runs(order, chosen, alignment)
-        weights = self.gate_proj, self.up_proj, self.down_proj
+        # Autograd's heap hands out gradients of inputs 1, 2, 3 as 1, 3, 2: from the last parameter to the first, and
+        # their buckets leave in that order.
+        weights = self.down_proj, self.gate_proj, self.up_proj
         result: torch.Tensor = SortedExperts.apply(tokens, probabilities.float(), *weights, *order)
         return result
 

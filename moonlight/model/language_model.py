@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from moonlight.model.loss import LinearCrossEntropy
+from moonlight.model.recompute import free_until_backward
 
 
 class Layer(TransformerLayer):
@@ -17,9 +19,20 @@ class Layer(TransformerLayer):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> tuple[torch.Tensor, None]:
         """[sequence / TP, batch, hidden] to the same; `attention_mask` is the number of each token's document."""
-        attended, _ = self.self_attention(self.input_layernorm(hidden_states), attention_mask)
-        hidden_states, normed = self.pre_mlp_layernorm.add(hidden_states, attended)
-        return hidden_states + self.mlp(normed)[0], None
+        if "layer" in self.config.recompute_modules and torch.is_grad_enabled():
+            # The first time without gradients, in which routers and attention count nothing.
+            return checkpoint(self._once, False, hidden_states, attention_mask), None
+        return self._once(hidden_states, attention_mask), None
+
+    def _once(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attention(normed, attention_mask)
+        total, normed_total = self.pre_mlp_layernorm.add(hidden_states, attended)
+        fed, _ = self.mlp(normed_total)
+        if "layernorm" in self.config.recompute_modules:
+            free_until_backward([normed], lambda: [self.input_layernorm(hidden_states)], attended)
+            free_until_backward([normed_total], lambda: [self.pre_mlp_layernorm(total)], fed)
+        return total + fed
 
 
 class Head(ColumnParallelLinear):

@@ -1,7 +1,7 @@
 """Multi-head latent attention on Megatron's layers (DeepSeek-V2, arXiv 2405.04434, 2.1), with positions that can begin
 anew in every document of a sequence."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from moonlight.kernels.rope import rotate, rotate_backward
+from moonlight.model.recompute import free_until_backward
 
 
 def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
@@ -66,28 +67,49 @@ class LatentAttention(MLASelfAttention):
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any) -> Any:
         """[sequence / TP, batch, hidden] to the same."""
         config = self.config
-        if config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden_states)
-        else:
-            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)[0]))
-        query = query.unflatten(-1, (-1, self.q_head_dim))
+        query_input = hidden_states
+        if config.q_lora_rank is not None:
+            query_input = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
         latent, rope_key = self.linear_kv_down_proj(hidden_states)[0].split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
         )
+        make = partial(
+            self._up_projections,
+            query_input,
+            self.kv_layernorm(latent),
+            rope_key,
+            self._angles(rope_key, attention_mask),
+        )
+        query, key, keys_and_values = make()
+        value = keys_and_values[..., config.qk_head_dim :]
+        attended = self.core_attention(query, key, value, attention_mask)
+        if "mla_up_proj" in config.recompute_modules:
+            free_until_backward([query, key, keys_and_values], make, attended)
+        return self.linear_proj(attended)
+
+    def _up_projections(
+        self,
+        query_input: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys [sequence, batch, heads, nope + rope], and keys without rope beside values [..., nope +
+        value], of what is [sequence / TP, batch, ...]."""
+        config = self.config
+        query, _ = (self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj)(query_input)
+        query = query.unflatten(-1, (-1, self.q_head_dim))
         if config.sequence_parallel:
             rope_key = gather_from_sequence_parallel_region(rope_key, group=self.tp_group)
-        keys_and_values, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
-        key, value = keys_and_values.unflatten(-1, (query.shape[2], -1)).split(
-            [config.qk_head_dim, config.v_head_dim], dim=-1
-        )
-        angles = self._angles(query, attention_mask)
+        keys_and_values, _ = self.linear_kv_up_proj(latent)
+        keys_and_values = keys_and_values.unflatten(-1, (query.shape[2], -1))
         query = _Rotated.apply(query, *angles)
-        rope_key = _Rotated.apply(rope_key.unsqueeze(2), *angles)
-        key = torch.cat([key, rope_key.expand(-1, -1, query.shape[2], -1)], dim=-1)
-        return self.linear_proj(self.core_attention(query, key, value, attention_mask))
+        rope_key = _Rotated.apply(rope_key.unsqueeze(2), *angles).expand(-1, -1, query.shape[2], -1)
+        return query, torch.cat([keys_and_values[..., : config.qk_head_dim], rope_key], dim=-1), keys_and_values
 
-    def _angles(self, query: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(self, rope_key: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         dim, base = self.config.qk_pos_emb_head_dim, float(self.config.rotary_base)
         if self.reset_positions and documents is not None:
             return _angles_in_documents(documents, dim, base)
-        return _angles(query.shape[0], dim, base, query.device)
+        length = len(rope_key) * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        return _angles(length, dim, base, rope_key.device)

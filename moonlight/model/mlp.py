@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from moonlight.kernels.permute import sort_by_expert
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
+from moonlight.model.recompute import free_until_backward
 
 
 class SwiGLU(torch.autograd.Function):
@@ -29,12 +30,21 @@ class SwiGLU(torch.autograd.Function):
         return grad_halves
 
 
+def _pass(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
+    halves, _ = mlp.linear_fc1(hidden)
+    inner = SwiGLU.apply(halves)
+    out, _ = mlp.linear_fc2(inner)
+    if "mlp_act" in mlp.config.recompute_modules:
+        free_until_backward([inner], lambda: [SwiGLU.apply(halves)], out)
+    return out
+
+
 class DenseMLP(MLP):
     """Megatron's, with its activation as one operation."""
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         """[sequence / TP, batch, hidden] to the same."""
-        return self.linear_fc2(SwiGLU.apply(self.linear_fc1(hidden)[0]))[0], None
+        return _pass(self, hidden), None
 
 
 class SharedExperts(SharedExpertMLP):
@@ -42,7 +52,7 @@ class SharedExperts(SharedExpertMLP):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[sequence / TP, batch, hidden] to the same."""
-        return self.linear_fc2(SwiGLU.apply(self.linear_fc1(hidden)[0]))[0]
+        return _pass(self, hidden)
 
 
 class Mixture(MoELayer):

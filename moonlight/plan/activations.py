@@ -19,6 +19,8 @@ class Saved:
 
     operation: str
     bytes: float
+    made_by: str = ""
+    """The one of `train.recompute_modules` that makes it again instead."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +51,44 @@ def layer_activations(run: Run, tokens: Tokens, *, with_experts: bool, on_cpu: b
 
     What several operations keep is one tensor and stands once, where it is made.
     """
+    again = run.train.recompute_modules
+    if "layer" in again:
+        yield Saved("input of the layer", tokens.own * run.model.hidden_size * residual_bytes(run))
+        return
+    for saved in _everything(run, tokens, with_experts, on_cpu):
+        if saved.made_by not in again:
+            yield saved
+
+
+def _everything(run: Run, tokens: Tokens, with_experts: bool, on_cpu: bool) -> Iterator[Saved]:
     model, tp, w = run.model, run.parallel.tensor_parallel_size, weight_bytes(run)
     hidden, heads = model.hidden_size, model.num_attention_heads / tp
     own, whole = tokens.own, tokens.whole
     nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
 
     yield _norm("input_layernorm", own, hidden, residual_bytes(run))
-    yield Saved("input of the down-projections (or q_proj)", own * w * hidden)
+    yield Saved("input of the down-projections (or q_proj)", own * w * hidden, "layernorm")
     if model.q_lora_rank is not None:
         yield _norm("q_layernorm", own, model.q_lora_rank, w)
         yield Saved("input of q_up_proj", own * w * model.q_lora_rank)
     # Its input lies beside the rope key, and values beside keys without rope; autograd keeps both whole.
     yield _norm("kv_layernorm", own, model.kv_lora_rank + rope, w)
     yield Saved("input of kv_up_proj", own * w * model.kv_lora_rank)
-    yield Saved("queries, keys and values", whole * heads * w * (2 * (nope + rope) + nope + value))
+    yield Saved("queries, keys and values", whole * heads * w * (2 * (nope + rope) + nope + value), "mla_up_proj")
     # A CPU's has its result by head, and the projection its input by token.
     yield Saved("attention: output, and 4 bytes a head", whole * heads * (w * value * (2 if on_cpu else 1) + 4))
     if run.data.mask_documents and not on_cpu:
         yield Saved("attention: mask of documents", whole * tokens.sequence_length * w)
     yield _norm("pre_mlp_layernorm", own, hidden, residual_bytes(run))
-    yield Saved("input of the MLP", own * w * hidden)
+    yield Saved("input of the MLP", own * w * hidden, "layernorm")
     if not with_experts:
-        yield Saved("dense SwiGLU", whole * w * 3 * model.intermediate_size / tp)
+        width = model.intermediate_size / tp
+        yield Saved("dense MLP: gate and up", whole * w * 2 * width)
+        yield Saved("dense MLP: activation", whole * w * width, "mlp_act")
         return
-    yield Saved("shared SwiGLU", whole * w * 3 * model.moe_intermediate_size * model.num_shared_experts / tp)
+    width = model.moe_intermediate_size * model.num_shared_experts / tp
+    yield Saved("shared experts: gate and up", whole * w * 2 * width)
+    yield Saved("shared experts: activation", whole * w * width, "mlp_act")
     if w == 2:
         yield Saved("router: input and weight in float32", 4 * hidden * (own + model.num_experts))
     num_experts, chosen = model.num_experts, model.num_experts_per_tok
@@ -88,7 +104,7 @@ def layer_activations(run: Run, tokens: Tokens, *, with_experts: bool, on_cpu: b
     places = tokens.pairs + (local * (ALIGNMENT["cpu" if on_cpu else "cuda"] - 1) if tokens.pairs else 0)
     yield Saved("experts: probabilities and order", tokens.pairs * (4 + 8) + places * 8 + local * 4)
     width = model.moe_intermediate_size / run.parallel.expert_tensor_parallel_size
-    yield Saved("experts: SwiGLU", places * w * 2 * width)
+    yield Saved("experts: gate and up", places * w * 2 * width)
 
 
 def angles_bytes(run: Run, tokens: Tokens) -> int:
@@ -127,13 +143,26 @@ def stage_activations(run: Run, stage: int, num_micro_batches: int, *, on_cpu: b
     mixture = sum(saved.bytes for saved in layer_activations(run, tokens, with_experts=True, on_cpu=on_cpu))
     first_mixture = run.model.first_k_dense_replace
     of_chunk = [sum(dense if layer < first_mixture else mixture for layer in chunk) for chunk in chunks]
+    # A layer's backward pass has all of the layer, made again; the head's is over then.
+    made_again = max(
+        (_made_again(run, tokens, layer >= first_mixture, on_cpu) for chunk in chunks for layer in chunk), default=0.0
+    )
     if stage == stages - 1:
-        of_chunk[-1] += sum(saved.bytes for saved in head_activations(run, tokens))
+        head = sum(saved.bytes for saved in head_activations(run, tokens))
+        of_chunk[-1] += head
+        made_again = max(0.0, made_again - head)
     in_flight = micro_batches_in_flight(stages, virtual, stage, num_micro_batches)
     # Interleaved stages take as many micro-batches as there are stages through one chunk, then the next chunk.
-    kept = sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight))
+    kept = made_again + sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight))
     batches_in_flight = min(in_flight, num_micro_batches) if run.data.reset_positions else 1
     return kept + batches_in_flight * angles_bytes(run, tokens), in_flight
+
+
+def _made_again(run: Run, tokens: Tokens, with_experts: bool, on_cpu: bool) -> float:
+    """Bytes of a layer that are not kept, but there while its backward pass goes on."""
+    kept = layer_activations(run, tokens, with_experts=with_experts, on_cpu=on_cpu)
+    everything = _everything(run, tokens, with_experts, on_cpu)
+    return sum(saved.bytes for saved in everything) - sum(saved.bytes for saved in kept)
 
 
 def micro_batches_in_flight(stages: int, virtual: int, stage: int, num_micro_batches: int) -> int:

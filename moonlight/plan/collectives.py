@@ -62,6 +62,11 @@ def tensor_layer_flow(run: Run, *, with_experts: bool) -> Flow:
     query_input = model.q_lora_rank if model.q_lora_rank is not None else model.hidden_size
     widths = 3 * query_input + 3 * model.kv_lora_rank + 2 * model.qk_rope_head_dim + 2 * model.hidden_size
     widths += 5 * model.hidden_size  # fc1 and fc2, of the dense or the shared SwiGLU
+    again = run.train.recompute_modules
+    if "mla_up_proj" in again or "layer" in again:
+        widths += query_input + model.kv_lora_rank + model.qk_rope_head_dim
+    if "layer" in again:
+        widths += 3 * model.hidden_size
     flow = _slices_flow(run, widths * weight_bytes(run))
     if with_experts:
         # Counts of chosen experts for the auxiliary loss, of every sequence: an all-reduce.
@@ -77,7 +82,8 @@ def embedding_flow(run: Run) -> Flow:
 
 
 def head_flow(run: Run) -> Flow:
-    """Of one micro-batch, on the last stage: the head's input, its gradient, and three float32 for the loss."""
+    """Of one micro-batch, on the last stage: the head's input gathered, its gradient summed and scattered, and three
+    float32 all-reduces of the loss."""
     flow = _slices_flow(run, 2 * run.model.hidden_size * weight_bytes(run))
     ranks = run.parallel.tensor_parallel_size
     loss = 3 * 2 * (ranks - 1) / ranks * 4 * tokens_of(run).whole
@@ -106,6 +112,8 @@ def stage_flows(run: Run, stage: int, num_micro_batches: int) -> dict[str, Flow]
     )[stage]
     layers = [layer for chunk in chunks for layer in chunk]
     mixtures = sum(layer >= model.first_k_dense_replace for layer in layers)
+    # What is made again sends what its forward pass sent, half of both passes, once more.
+    passes = 1.5 if "layer" in run.train.recompute_modules else 1.0
     slices = _times(tensor_layer_flow(run, with_experts=False), len(layers) - mixtures)
     slices += _times(tensor_layer_flow(run, with_experts=True), mixtures)
     if stage == 0:
@@ -114,8 +122,8 @@ def stage_flows(run: Run, stage: int, num_micro_batches: int) -> dict[str, Flow]
         slices += head_flow(run)
     return {
         "slices": _times(slices, num_micro_batches),
-        "dispatch": _times(dispatch_flow(run, uniform_leaving(run)), mixtures * num_micro_batches),
-        "expert slices": _times(expert_slices_flow(run), mixtures * num_micro_batches),
+        "dispatch": _times(dispatch_flow(run, uniform_leaving(run)), passes * mixtures * num_micro_batches),
+        "expert slices": _times(expert_slices_flow(run), passes * mixtures * num_micro_batches),
         "pipeline": pipeline_flow(run, stage, num_micro_batches),
     }
 

@@ -16,7 +16,7 @@ class StepSeconds:
     """Where the seconds of a step go; they add up to `total`."""
 
     arithmetic: float
-    """Forward and backward pass of the stage with most."""
+    """Forward and backward pass of the stage with most, and what is made again."""
     slices: float
     """Tensor parallelism, nothing of it hidden."""
     dispatch: float
@@ -66,7 +66,7 @@ def step_seconds(
         parallel.expert_parallel_size,
     )
     of_stage = world_size // parallel.pipeline_parallel_size
-    arithmetic = max(machine.arithmetic_seconds(stage.flops) for stage in stages)
+    arithmetic = max(machine.arithmetic_seconds(stage.flops + stage.recomputed_flops) for stage in stages)
     slices = max(
         machine.wire_seconds(stage.flows["slices"], tp, 1) + machine.wire_seconds(stage.flows["expert slices"], etp, 1)
         for stage in stages

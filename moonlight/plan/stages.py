@@ -37,6 +37,8 @@ class Stage:
     """Of a step: slices, dispatch, expert slices, pipeline."""
     flops: float
     """Of a step, forward and backward pass."""
+    recomputed_flops: float
+    """Of a step, for what is made a second time."""
 
 
 def make_stages(run: Run, world_size: int, global_batch_size: int) -> list[Stage]:
@@ -70,6 +72,20 @@ def make_stages(run: Run, world_size: int, global_batch_size: int) -> list[Stage
                 loss=loss_workspace(run, tokens_of(run)) if is_last else 0.0,
                 flows=stage_flows(run, number, count),
                 flops=num_tokens * flops / tp,
+                recomputed_flops=num_tokens * sum(_again(run, flops_of_layers[layer]) for layer in layers) / tp,
             )
         )
     return found
+
+
+def _again(run: Run, flops: float) -> float:
+    """Of a token in a layer whose forward and backward pass take `flops`: what `train.recompute_modules` adds. Norms
+    and activations are not counted, here as there."""
+    if "layer" in run.train.recompute_modules:
+        return flops / 3
+    if "mla_up_proj" not in run.train.recompute_modules:
+        return 0.0
+    model = run.model
+    query = model.num_attention_heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    keys_and_values = model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
+    return 2.0 * (query * (model.q_lora_rank or model.hidden_size) + keys_and_values * model.kv_lora_rank)

@@ -24,7 +24,8 @@ def explaining_memory(run: Run) -> Iterator[None]:
         parallel, optimizer = run.parallel, run.optimizer
         raise UserError(
             f"out of {kind}: a smaller train.micro_batch_size ({run.train.micro_batch_size}) or data.sequence_length "
-            f"({run.data.sequence_length}) needs less for activations; more parallel.expert_parallel_size "
+            f"({run.data.sequence_length}) needs less for activations, and so does train.recompute_modules ("
+            f"{list(run.train.recompute_modules)}); more parallel.expert_parallel_size "
             f"({parallel.expert_parallel_size}), parallel.tensor_parallel_size ({parallel.tensor_parallel_size}) or "
             f"parallel.pipeline_parallel_size ({parallel.pipeline_parallel_size}), train.dtype ({run.train.dtype}) "
             f"bfloat16, optimizer.momentum_dtype ({optimizer.momentum_dtype}) bfloat16 or optimizer.master_weights "

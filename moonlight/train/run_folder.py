@@ -36,6 +36,7 @@ FREE_TO_CHANGE = frozenset(
         "parallel",
         "monitor",
         "train.micro_batch_size",
+        "train.recompute_modules",
         "train.threads_per_process",
         "train.validate_every_steps",
         "train.validation_sequences",
