@@ -68,5 +68,6 @@ class LanguageModel(GPTModel):
         if not self.post_process or named["labels"] is None:
             return super()._postprocess(hidden_states, **named)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        loss, _ = self.output_layer(hidden_states, weight, labels=named["labels"], loss_mask=named["loss_mask"])
+        given = {"labels": named["labels"], "loss_mask": named["loss_mask"]}
+        loss, _ = self.output_layer(hidden_states, weight=weight, **given)
         return loss
