@@ -319,6 +319,11 @@ class Run:
             f"optimizer.master_weights is {self.optimizer.master_weights!r}: it needs train.dtype bfloat16 "
             f"({train.dtype} weights are their own masters)",
         )
+        require(
+            self.optimizer.gradient_dtype == "float32" or train.dtype == "bfloat16",
+            f"optimizer.gradient_dtype is {self.optimizer.gradient_dtype!r}: it needs train.dtype bfloat16 "
+            f"(gradients of {train.dtype} weights are {train.dtype})",
+        )
         self._check_course()
 
     def _check_course(self) -> None:

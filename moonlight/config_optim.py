@@ -26,6 +26,9 @@ class Optimizer:
     """Muon's momentum; bfloat16 halves it."""
     master_weights: str = "float32"
     """float32, or split: the bfloat16 weight and the 16 bits it lacks, the same values in half the memory."""
+    gradient_dtype: str = "float32"
+    """Of gradient sums over micro-batches and of what ranks send to owners, who add up in float32. bfloat16 halves
+    both; each micro-batch after the first then rounds the sum."""
     qk_clip: float = 0.0
     """MuonClip (Kimi K2, arXiv 2507.20534, 2.1): largest attention logit of a head before its query and key weights
     are scaled down, 100 in the paper; 0 switches it off."""
@@ -40,6 +43,7 @@ class Optimizer:
         one_of("optimizer.newton_schulz_dtype", self.newton_schulz_dtype, ("float32", "bfloat16"))
         one_of("optimizer.matrices", self.matrices, ("per_matrix", "per_head"))
         one_of("optimizer.momentum_dtype", self.momentum_dtype, ("float32", "bfloat16"))
+        one_of("optimizer.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
         one_of("optimizer.master_weights", self.master_weights, ("float32", "split"))
         one_of("optimizer.coefficients", self.coefficients, ("moonlight", "polar_express", "deepseekv4"))
         positive(

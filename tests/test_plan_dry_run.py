@@ -67,6 +67,7 @@ def test_the_16b_plan_is_what_a_dry_run_counts(world):
         ("parallel.tensor_parallel_size=2", "optimizer.matrices=per_head", "optimizer.momentum_dtype=bfloat16"),
         ("model.tie_word_embeddings=true", "parallel.pipeline_parallel_size=2", "optimizer.master_weights=split"),
         ("optimizer.name=adamw",),
+        ("parallel.tensor_parallel_size=2", "optimizer.gradient_dtype=bfloat16"),
         ("parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_parallel_size=2"),
     ],
 )

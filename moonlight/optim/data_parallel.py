@@ -32,8 +32,8 @@ from moonlight.optim.wire import Bucket, Lane
 class DataParallel:
     """The parameters of this rank's model chunks, who owns which rows of them, and their exchange.
 
-    Gradient sums are float32, in `parameter.main_grad`; after `finish_gradients` every owner has the world's sums of
-    its rows in its buckets.
+    Gradient sums are in `parameter.main_grad`; after `finish_gradients` every owner has the world's sums of its rows in
+    its buckets: float32, but for a rank that is alone and has them where they are.
     """
 
     def __init__(
@@ -41,9 +41,11 @@ class DataParallel:
         models: Sequence[GPTModel],
         rules: tuple[Rule, ...],
         bucket_size: int,
+        gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Args:
         bucket_size: elements that close a bucket; 0 leaves it to `place`.
+        gradient_dtype: of gradient sums, and of what travels to owners.
         """
         state = sharded_state(models)
         self.parameters = find_parameters(state, rules)
@@ -51,7 +53,7 @@ class DataParallel:
         self.buffers: dict[str, Sharded] = {key: value for key, value in state.items() if key not in trained}
         for parameter in self.parameters:
             model = parameter.model
-            model.main_grad = torch.zeros_like(model, dtype=torch.float32)  # type: ignore[attr-defined]
+            model.main_grad = torch.zeros_like(model, dtype=gradient_dtype)  # type: ignore[attr-defined]
         self.lanes: list[Lane] = []
         self._lane_of: dict[torch.nn.Parameter, Lane] = {}
         for expert in (False, True):
@@ -91,13 +93,15 @@ class DataParallel:
         replicated = [gradient for parameter, _, gradient in self.own() if parameter.slicing == "replicated"]
         # Under sequence parallelism each rank saw its part of the sequence; peers own the same rows.
         if replicated:
-            flat = torch.cat([gradient.flatten() for gradient in replicated])
+            flat = torch.cat([gradient.flatten() for gradient in replicated]).float()
             dist.all_reduce(flat, group=tensor_parallel_group(expert=False))
             parts = flat.split([gradient.numel() for gradient in replicated])
             torch._foreach_copy_(replicated, [p.view_as(g) for p, g in zip(parts, replicated, strict=True)])
         for parameter, _, gradient in self.own():
             if parameter.on_two_stages:  # its peer on the other stage owns the same rows
-                dist.all_reduce(gradient, group=embedding_group())
+                exact = gradient.float()  # itself, if it is
+                dist.all_reduce(exact, group=embedding_group())
+                gradient.copy_(exact)
 
     def start_weights(self) -> None:
         """The owners have changed their rows in the model: send them to everyone, waited for when a module needs
@@ -111,7 +115,7 @@ class DataParallel:
             lane.finish_weights()
 
     def own(self) -> Iterator[tuple[Parameter, Fragment, torch.Tensor]]:
-        """What this rank owns: parameter, rows, and where their gradient sum appears, float32 [rows, columns]."""
+        """What this rank owns: parameter, rows, and where their gradient sum appears, [rows, columns]."""
         for lane in self.lanes:
             for bucket in lane.buckets:
                 for fragment, gradient in zip(bucket.own, bucket.gradients, strict=True):

@@ -76,7 +76,7 @@ class Parameter:
 
     @property
     def gradients(self) -> torch.Tensor:
-        """This rank's own gradient sum, float32 [rows, columns], before the exchange with other ranks."""
+        """This rank's own gradient sum [rows, columns], before the exchange with other ranks."""
         return self.model.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
 
     @property

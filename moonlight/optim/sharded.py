@@ -198,7 +198,7 @@ class ShardedOptimizer:
     def _adamw_updates(self, members: Sequence[Owned], step: int, scale: float) -> list[torch.Tensor]:
         config = self.config
         return adamw_updates(
-            [owned.gradient for owned in members],
+            [owned.gradient.float() for owned in members],
             [owned.momenta[0] for owned in members],
             [owned.momenta[1] for owned in members],
             beta1=config.adamw_beta1,
@@ -282,4 +282,5 @@ def _batches(local: Sequence[Owned]) -> Iterator[list[Owned]]:
 def make_optimizer(models: Sequence[GPTModel], run: Run) -> ShardedOptimizer:
     """The optimizer that a recipe asks for, over this rank's model chunks."""
     rules = rules_of(run.optimizer, run.model)
-    return ShardedOptimizer(DataParallel(models, rules, run.parallel.bucket_size), run.optimizer)
+    dtype = torch.bfloat16 if run.optimizer.gradient_dtype == "bfloat16" else torch.float32
+    return ShardedOptimizer(DataParallel(models, rules, run.parallel.bucket_size, dtype), run.optimizer)

@@ -10,6 +10,7 @@ from moonlight.config import Run
 from moonlight.optim.partition import Fragment
 
 GRADIENT_BYTES = 4
+"""Of one element of what an owner has added up."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stage
     return [
         Share(
             Flow(
-                (total - mine) * GRADIENT_BYTES + twice[rank],
-                others * mine * GRADIENT_BYTES + twice[rank],
+                (total - mine) * gradient_bytes(run) + twice[rank],
+                others * mine * gradient_bytes(run) + twice[rank],
             ),
             Flow(rows_moved[rank], rows_moved[rank]),
             Flow(others * mine * weight, (total - mine) * weight),
@@ -105,7 +106,7 @@ def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0
         num_on_two_stages: elements among `numel` of which two pipeline stages hold a copy.
     """
     weight, ring = weight_bytes(run), numel * (num_ranks - 1) / num_ranks
-    gradients = ring * GRADIENT_BYTES + num_on_two_stages * GRADIENT_BYTES / num_ranks
+    gradients = ring * gradient_bytes(run) + num_on_two_stages * GRADIENT_BYTES / num_ranks
     masters = 0 if weight == 4 else 4 * numel / num_ranks
     return Share(Flow(gradients, gradients), Flow(), Flow(ring * weight, ring * weight), masters, numel * 8 / num_ranks)
 
@@ -113,6 +114,11 @@ def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0
 def weight_bytes(run: Run) -> int:
     """Of one element of the model."""
     return 2 if run.train.dtype == "bfloat16" else 4
+
+
+def gradient_bytes(run: Run) -> int:
+    """Of one element of a gradient sum before the exchange, and on the wire."""
+    return 2 if run.optimizer.gradient_dtype == "bfloat16" else 4
 
 
 def master_bytes(run: Run) -> int:

@@ -78,7 +78,8 @@ class Bucket:
 
         def finish() -> None:
             work.wait()
-            torch.sum(received.view(ranks, mine), dim=0, out=self._shard[round_.start : round_.start + mine])
+            shard = self._shard[round_.start : round_.start + mine]
+            torch.sum(received.view(ranks, mine), dim=0, dtype=torch.float32, out=shard)
 
         return finish
 

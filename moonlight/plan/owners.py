@@ -16,6 +16,7 @@ from moonlight.optim.shares import (
     Share,
     adamw_share,
     direction_bytes,
+    gradient_bytes,
     master_bytes,
     momentum_bytes,
     shares,
@@ -172,7 +173,7 @@ def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices
         state,
         Flow(wire, wire),
         numel * GRADIENT_BYTES / num_ranks if num_ranks > 1 else 0,
-        2 * under_way * GRADIENT_BYTES,
+        2 * under_way * gradient_bytes(run),
         2 * under_way * weight_bytes(run),
         2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(run) if num_ranks > 1 else 0,
         update_bytes(work, run),
@@ -211,7 +212,7 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float
         totals = [sum(sizes) for sizes in order]
         for rank in range(num_ranks):
             if order is down:
-                of_round = [GRADIENT_BYTES * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)]
+                of_round = [gradient_bytes(run) * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)]
             else:
                 of_round = [weight * (t + (num_ranks - 2) * s[rank]) for t, s in zip(totals, order, strict=True)]
             most[rank] = max(sum(of_round[i : i + MAX_IN_FLIGHT]) for i in range(len(of_round)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moonlight.config import Run
 from moonlight.flops import train_flops_of_parts
-from moonlight.optim.shares import GRADIENT_BYTES, Flow, weight_bytes
+from moonlight.optim.shares import Flow, gradient_bytes, weight_bytes
 from moonlight.pipeline import layers_of_stages
 from moonlight.plan.activations import loss_workspace, stage_activations, tokens_of
 from moonlight.plan.collectives import stage_flows
@@ -23,7 +23,7 @@ class Stage:
     num_elements: int
     weights: int
     gradient_sums: int
-    """float32, of every parameter."""
+    """Of every parameter, in `optimizer.gradient_dtype`."""
     buffers: int
     """Of the routers: bias and count of each expert, and the auxiliary loss."""
     num_micro_batches: int
@@ -64,7 +64,7 @@ def make_stages(run: Run, world_size: int, global_batch_size: int) -> list[Stage
                 parameters=parameters,
                 num_elements=elements,
                 weights=elements * weight_bytes(run),
-                gradient_sums=elements * GRADIENT_BYTES,
+                gradient_sums=elements * gradient_bytes(run),
                 buffers=sum(p.key.endswith("router.weight") for p in parameters) * (2 * model.num_experts + 1) * 4,
                 num_micro_batches=count,
                 micro_batches_in_flight=in_flight,

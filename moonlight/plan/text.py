@@ -22,7 +22,7 @@ LONGEST_LIST = 14
 
 MEMORY_PARTS = {
     "weights": "of the model, in its dtype",
-    "gradient_sums": "float32, of every parameter",
+    "gradient_sums": "of every parameter, in optimizer.gradient_dtype",
     "gradient_shards": "the world's sums of its own rows, float32",
     "masters": "master weights of its own rows",
     "momenta": "of its own rows",
@@ -34,7 +34,7 @@ MEMORY_PARTS = {
 }
 
 WIRE_PARTS = {
-    "gradients": "to their owners, float32",
+    "gradients": "to their owners, in optimizer.gradient_dtype",
     "weights": "from their owners",
     "matrices": "parts of matrices brought together, and back",
     "slices": "tensor parallelism",
