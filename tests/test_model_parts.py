@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from kernels import random
 from layouts import LAYOUTS, build, recipe
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moonlight.kernels.permute import align_runs, sort_by_expert
 from moonlight.model import cpu_attention, loss, sdpa
@@ -175,3 +176,20 @@ def test_loss_of_the_model_is_that_of_its_logits(pool, layout):
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
     for found, _ in answers:
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def pass_of_shapes_only(run):
+    """A pass forward and backward of tensors without values, which raise an error when the host asks for one."""
+    (model,), optimizer = build(run)
+    shape = run.train.micro_batch_size, run.data.sequence_length
+    with FakeTensorMode(allow_non_fake_inputs=True), optimizer.data_parallel.no_sync():
+        tokens = torch.randint(0, run.model.vocab_size, shape)
+        with pytest.raises(DataDependentOutputException):
+            tokens.sum().item()
+        loss = model(tokens, tokens, None, labels=tokens, loss_mask=torch.ones(shape))
+        loss.backward()
+        return tuple(loss.shape)
+
+
+def test_the_host_never_waits_for_a_value(pool):
+    assert pool.run(1, pass_of_shapes_only, recipe(dtype="bfloat16")) == [()]
