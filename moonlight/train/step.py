@@ -81,7 +81,7 @@ def attentions(models: Sequence[Any]) -> list[CausalAttention]:
     return sorted(found, key=lambda attention: attention.layer_number)
 
 
-def _let_go_of_the_graph(models: Sequence[Any]) -> None:
+def let_go_of_the_graph(models: Sequence[Any]) -> None:
     """Drop the last autograd graph, which token dispatchers keep by their router's weights.
 
     Its hooks name the model, so the two would keep each other, and every process group, alive out of the garbage
@@ -267,7 +267,7 @@ def forward_backward(
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
-    _let_go_of_the_graph(models)
+    let_go_of_the_graph(models)
     loss = torch.stack(losses).sum() if losses else torch.zeros_like(global_count)
     dist.all_reduce(loss, group=data_group)
     # Earlier pipeline stages hold zero.
