@@ -18,6 +18,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny products on several threads of a busy machine take most of their time to wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def pool():
     workers = Pool()

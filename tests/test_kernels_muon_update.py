@@ -13,15 +13,7 @@ from moonlight.optim.master import Master, update_all
 from moonlight.optim.rules import apply_updates, directions_and_norms, muon_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Several threads of a busy machine wait for each other for longer than such tensors take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -118,7 +110,6 @@ def watched(monkeypatch, name):
     return calls
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the torch code is what a CPU runs")
 def test_the_optimizer_would_call_the_passes_with_what_it_has(monkeypatch):
     gradients = [random(4, 6), random(10, 3, seed=1)]
     masters = [Master(random(4, 6, seed=2), "float32"), Master(random(10, 3, seed=3).bfloat16(), "split")]

@@ -18,18 +18,10 @@ from moonlight.optim import gram
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("one_thread")
 TILING = Tiling(side=16, depth=16, group=2)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-24}
 """Half a unit in the last place; a whole one in bfloat16, which the interpreter cuts off instead of rounding."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products on several threads of a busy machine take most of their time to wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
