@@ -60,7 +60,6 @@ KNOW_MEGATRON = {
     "moonlight/model/language_model.py",
     "moonlight/model/latent_attention.py",
     "moonlight/model/mlp.py",
-    "moonlight/model/router.py",
     "moonlight/model/shards.py",
     "moonlight/optim/data_parallel.py",
     "moonlight/optim/parameters.py",

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 
 def choose_experts(
@@ -24,6 +23,18 @@ def choose_experts(
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
         candidates = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
     return candidates.topk(num_experts_per_tok, dim=-1).indices
+
+
+class _WithLoss(torch.autograd.Function):
+    """`weights` as they are; the backward pass of what they lead to is also that of `loss`, a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return grad, grad.new_ones(())
 
 
 class Router(torch.nn.Module):
@@ -79,7 +90,7 @@ class Router(torch.nn.Module):
             if self.aux_loss_weight > 0:
                 loss = self._sequence_aux_loss(scores.view(logits.shape))
                 self.aux_loss += loss.detach()
-                weights = MoEAuxLossAutoScaler.apply(weights, loss * self.aux_loss_weight)
+                weights = _WithLoss.apply(weights, loss * self.aux_loss_weight)
         return weights, chosen
 
     def _sequence_aux_loss(self, scores: torch.Tensor) -> torch.Tensor:
