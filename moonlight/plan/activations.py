@@ -94,7 +94,7 @@ def _everything(run: Run, tokens: Tokens, with_experts: bool, on_cpu: bool) -> I
     num_experts, chosen = model.num_experts, model.num_experts_per_tok
     yield Saved("router: scores, choice and sums", own * (4 * num_experts + 8 * chosen + 4 * chosen + 8))
     if model.aux_loss_alpha > 0:
-        yield Saved("router: loads of its loss", 4 * (run.train.micro_batch_size * num_experts + 1))
+        yield Saved("router: loads of its loss", 4 * run.train.micro_batch_size * num_experts)
     expert_ranks = run.parallel.expert_parallel_size * run.parallel.expert_tensor_parallel_size
     if expert_ranks > 1:
         yield Saved("dispatch: probabilities, map and order", own * (5 * num_experts + 8 * chosen))
