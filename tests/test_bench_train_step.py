@@ -30,7 +30,7 @@ def test_both_sides_begin_with_the_same_weights_and_learn(monkeypatch):
 
 
 def test_what_fails_the_gate():
-    good = Result([1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
+    good = Result(9.0, [1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
     assert good.step_seconds(4) == 8.5
     assert train_step._agree([good, replace(good, losses=[6.01, 4.0])])
     assert not train_step._agree([good, replace(good, losses=[6.1, 4.0])])
