@@ -27,6 +27,20 @@ def bench_train_step(
         raise typer.Exit(1)
 
 
+@bench_app.command("profile", epilog="Example: moonlight bench profile configs/quickstart.yaml train.dtype=bfloat16")
+def bench_profile(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of the run, which one process takes steps of.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps under the profiler, after some that warm up.")] = 4,
+    threads: Annotated[int, typer.Option(help="Threads of a processor.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="File to write the parts to as well.")] = None,
+) -> None:
+    """Where the time of a training step goes."""
+    from moonlight.bench.profile import bench_profile as measure
+
+    measure(recipe, overrides or [], steps, threads, json)
+
+
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
 def bench_optimizer(
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,

@@ -1,0 +1,185 @@
+"""`moonlight bench profile`: where the time of a training step goes, by part of the model and kind of work.
+
+One process takes steps of a recipe on random tokens under torch's profiler. Every operator's own time counts for the
+part of the model that called it. What products take is what a step cannot do without, so the rest is what remains to
+be won; their rate says what the machine's library makes of them. A profiler costs time itself: shares are to be
+trusted more than sums, which `moonlight bench train-step` measures.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moonlight import parallel
+from moonlight.bench.monitors import NEVER, random_batches
+from moonlight.bench.report import hardware
+from moonlight.config import Parallel
+from moonlight.config_io import load_recipe
+from moonlight.errors import UserError
+from moonlight.model.build import build_model
+from moonlight.model.shards import initialize
+from moonlight.optim.sharded import make_optimizer
+from moonlight.timeline import Timeline
+from moonlight.train.step import train_step
+
+WARM_UP_STEPS = 3
+UPDATE = "moonlight: update"
+STEP = "moonlight: step"
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+"""And which argument the left factor is; the right one follows."""
+COPIES = {"aten::copy_", "aten::cat", "aten::_foreach_copy_"}
+HEAD, ATTENTION, EXPERTS, LINEAR = "head and loss", "attention", "routed experts", "other linear layers"
+NEWTON_SCHULZ, REST_OF_UPDATE = "Newton-Schulz's products", "rest of the update"
+ELSE = "norms, rope, routing, gradients"
+PARTS = (HEAD, ATTENTION, EXPERTS, LINEAR, ELSE, NEWTON_SCHULZ, REST_OF_UPDATE)
+CALLERS = {
+    "LinearCrossEntropy": HEAD,
+    "CpuAttention": ATTENTION,
+    "scaled_dot_product": ATTENTION,
+    "SortedExperts": EXPERTS,
+    "LinearWith": LINEAR,
+    "aten::linear": LINEAR,
+    "MmBackward": LINEAR,
+}
+"""What an operator, or one that called it, has in its name -> its part."""
+
+
+@dataclass
+class Part:
+    """One line of the profile: milliseconds of a step, and floating-point operations of its products."""
+
+    products_ms: float = 0.0
+    copies_ms: float = 0.0
+    other_ms: float = 0.0
+    gflop: float = 0.0
+
+    @property
+    def ms(self) -> float:
+        """All of it."""
+        return self.products_ms + self.copies_ms + self.other_ms
+
+
+def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, json_path: Path | None = None) -> None:
+    """Take `steps` steps of the recipe in one process, and print what their parts took."""
+    if steps < 1 or threads < 1:
+        raise UserError(f"--steps is {steps} and --threads {threads}: at least 1 is accepted")
+    run = replace(load_recipe(recipe, overrides), parallel=Parallel(), monitor=NEVER)
+    parallel.join_alone()
+    try:
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            torch.set_num_threads(threads)
+        parallel.build_groups(run.parallel, run.train.seed)
+        models = build_model(run)
+        optimizer = make_optimizer(models, run)
+        with optimizer.fill_masters() as masters:
+            initialize(masters, run.model, run.train.seed)
+        moment, batches = Timeline(run).at(2), random_batches(run)
+
+        def mark() -> None:
+            with record_function(UPDATE):
+                pass
+
+        def step() -> None:
+            with record_function(STEP):
+                train_step(models, optimizer, run, batches, moment, before_update=mark)
+
+        for _ in range(WARM_UP_STEPS):
+            step()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=activities, record_shapes=True) as profiler:
+            for _ in range(steps):
+                step()
+        parts = parts_of(profiler.events() or [], steps, on_gpu)
+    finally:
+        parallel.leave_world()
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    machine = hardware("cuda" if on_gpu else "cpu")
+    title = f"{run.name}, {run.train.dtype}, a step of {tokens:,} tokens"
+    _print(title, str(machine), parts)
+    if json_path:
+        content = {
+            "title": title,
+            "machine": str(machine),
+            "parts": {name: asdict(part) for name, part in parts.items()},
+        }
+        json_path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]:
+    """The operators of `steps` profiled steps by part, for one step: of a processor, or of the GPU's kernels."""
+    marks = [event.time_range.start for event in events if event.name == UPDATE]
+    updates = [
+        (mark, event.time_range.end)
+        for event in events
+        if event.name == STEP
+        for mark in marks
+        if event.time_range.start < mark < event.time_range.end
+    ]
+    assert len(updates) == steps
+    parts = {name: Part() for name in PARTS}
+    for event in events:
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.name.removesuffix("_")
+        is_product = name in PRODUCTS
+        if any(begin <= event.time_range.start <= end for begin, end in updates):
+            part = parts[NEWTON_SCHULZ if is_product else REST_OF_UPDATE]
+        else:
+            part = parts[_part_of(event)]
+        milliseconds = microseconds / 1e3 / steps
+        if is_product:
+            part.products_ms += milliseconds
+            if not _is_within_product(event):
+                part.gflop += operations(name, event.input_shapes) / 1e9 / steps
+        elif event.name in COPIES:
+            part.copies_ms += milliseconds
+        else:
+            part.other_ms += milliseconds
+    return parts
+
+
+def _part_of(event: Any) -> str:
+    """The part of the nearest caller that has one."""
+    while event is not None:
+        for word, part in CALLERS.items():
+            if word in event.name:
+                return part
+        event = event.cpu_parent
+    return ELSE
+
+
+def _is_within_product(event: Any) -> bool:
+    """Whether a product called it: a product may be made of others."""
+    while (event := event.cpu_parent) is not None:
+        if event.name.removesuffix("_") in PRODUCTS:
+            return True
+    return False
+
+
+def operations(name: str, shapes: Sequence[Sequence[int]]) -> float:
+    """Floating-point operations of the product `name`, from the shapes of its arguments."""
+    left, right = shapes[PRODUCTS[name] :][:2]
+    return 2.0 * math.prod(left) * right[-1]
+
+
+def _print(title: str, caption: str, parts: dict[str, Part]) -> None:
+    table = Table(title=title, caption=caption)
+    for name in ("part", "ms", "share", "products", "copies", "other", "GFLOP/s"):
+        table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+    whole = Part(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(Part())))
+    for name, part in [*parts.items(), ("all", whole)]:
+        rate = f"{1e3 * part.gflop / part.products_ms:.0f}" if part.products_ms else ""
+        values = (part.products_ms, part.copies_ms, part.other_ms)
+        share = f"{part.ms / whole.ms:.0%}"
+        table.add_row(name, f"{part.ms:.1f}", share, *(f"{value:.1f}" for value in values), rate)
+    Console(width=110).print(table)

@@ -1,0 +1,55 @@
+"""The profile of a training step: real steps, whose products are counted exactly where their number is known."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moonlight.bench import profile
+from moonlight.errors import UserError
+
+VOCABULARY, HIDDEN, TOKENS, LAYERS = 256, 64, 3 * 32, 2
+TINY = (
+    f"model.vocab_size={VOCABULARY}",
+    f"model.hidden_size={HIDDEN}",
+    f"model.num_hidden_layers={LAYERS}",
+    "data.sequence_length=32",
+    "train.global_batch_size=3",
+    "train.micro_batch_size=1",
+)
+
+
+def test_products_are_counted_where_they_belong(tmp_path):
+    out = tmp_path / "profile.json"
+    command = [sys.executable, "-m", "moonlight.cli", "bench", "profile", "configs/quickstart.yaml", *TINY]
+    said = subprocess.run(
+        [*command, "--steps", "2", "--json", str(out)], capture_output=True, text=True, check=True
+    ).stdout
+    content = json.loads(out.read_text())
+    parts = content["parts"]
+    assert "96 tokens" in content["title"] and all(name in said for name in parts)
+    # Logits, the gradient of hidden states and that of the weight, of every token.
+    assert parts[profile.HEAD]["gflop"] == pytest.approx(3 * 2 * TOKENS * HIDDEN * VOCABULARY / 1e9, rel=1e-6)
+    # Query, output, two down- and up-projections of keys and values, and the MLPs: forward and two of backward.
+    attention = HIDDEN * (4 * 48 + 64 + 16) + 64 * 4 * (32 + 32) + 4 * 32 * HIDDEN
+    rest = 3 * HIDDEN * (512 + 96) + HIDDEN * 8  # dense layer and shared expert, router
+    linear = 3 * 2 * TOKENS * (LAYERS * attention + rest)
+    assert parts[profile.LINEAR]["gflop"] == pytest.approx(linear / 1e9, rel=1e-6)
+    assert parts[profile.ELSE]["gflop"] == 0
+    for name in (profile.ATTENTION, profile.EXPERTS, profile.NEWTON_SCHULZ):
+        assert parts[name]["gflop"] > 0 and parts[name]["products_ms"] > 0
+    assert parts[profile.REST_OF_UPDATE]["other_ms"] > 0 == parts[profile.REST_OF_UPDATE]["products_ms"]
+
+
+def test_operations_of_products():
+    assert profile.operations("aten::mm", [[3, 4], [4, 5], [3, 5]]) == 2 * 3 * 4 * 5
+    assert profile.operations("aten::addmm", [[3, 5], [3, 4], [4, 5], [], []]) == 2 * 3 * 4 * 5
+    assert profile.operations("aten::bmm", [[7, 3, 4], [7, 4, 5]]) == 2 * 7 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize(("steps", "threads"), ((0, 1), (1, 0)))
+def test_bad_arguments_are_named(steps, threads):
+    with pytest.raises(UserError, match=f"--steps is {steps} and --threads {threads}"):
+        profile.bench_profile(Path("configs/quickstart.yaml"), [], steps, threads)
