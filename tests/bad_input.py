@@ -3,6 +3,7 @@
 import ctypes
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def command(*arguments, largest_file=None, most_memory=None, **options):
     """
 
     def limit():
+        # A shell that runs these tests in the background hands on an ignored SIGINT; a terminal does not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
             ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, capability)
         if largest_file is not None:
