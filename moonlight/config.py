@@ -145,7 +145,8 @@ class Train:
     """Sequences per forward pass of one process."""
     seed: int = 1234
     dtype: str = "float32"
-    """Precision of weights and activations in the model; master weights and gradient sums are always float32."""
+    """Precision of weights and activations in the model; master weights are float32, gradient sums unless
+    optimizer.gradient_dtype says otherwise."""
     recompute_modules: tuple[str, ...] = ()
     """What the backward pass makes again instead of keeping it: layernorm (outputs of the norms before attention and
     MLP), mlp_act (of dense and shared SwiGLU; routed experts always make theirs again), mla_up_proj (queries, keys and

@@ -36,6 +36,32 @@ def saver_of(run, folder):
     return Saver(folder, run, optimizer, tokenizer_sha256="abc"), optimizer
 
 
+def split_masters_at_once(run, folder):
+    """The most float32 copies of split masters that are there at any time of a save, and how many there are in all."""
+    _, optimizer = build(run)
+    made, most = [], 0
+
+    def join(*halves):
+        nonlocal most
+        whole = master_join(*halves)
+        made.append(StorageWeakRef(whole.untyped_storage()))
+        most = max(most, sum(not one.expired() for one in made))
+        return whole
+
+    with mock.patch.object(master, "join", join):
+        saver = Saver(folder, run, optimizer, tokenizer_sha256="abc")
+        saver.save(TrainState(step=1))
+        saver.finish()
+    return most, len(made)
+
+
+@pytest.mark.parametrize("async_save", (True, False))
+def test_a_save_makes_split_masters_one_after_the_other(pool, tmp_path, async_save):
+    run = recipe(dtype="bfloat16", optimizer={"master_weights": "split"}, train={"async_save": async_save})
+    ((most, made),) = pool.run(1, split_masters_at_once, run, tmp_path)
+    assert most <= 2 and made > 10
+
+
 def one_rank_cannot_write(run, folder, failing):
     """What this rank says of three saves of which it or another cannot write the second and the third."""
     saver, _ = saver_of(run, folder)

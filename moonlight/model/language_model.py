@@ -12,13 +12,18 @@ from moonlight.model.loss import LinearCrossEntropy
 from moonlight.model.recompute import free_until_backward
 
 
+NOT_HERE = ("context", "packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
+"""What Megatron's block may hand to a layer of other models."""
+
+
 class Layer(TransformerLayer):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
     ) -> tuple[torch.Tensor, None]:
         """[sequence / TP, batch, hidden] to the same; `attention_mask` is the number of each token's document."""
+        assert all(others[name] is None for name in NOT_HERE if name in others), others
         if "layer" in self.config.recompute_modules and torch.is_grad_enabled():
             # The first time without gradients, in which routers and attention count nothing.
             return checkpoint(self._once, False, hidden_states, attention_mask), None
@@ -49,7 +54,8 @@ class Head(ColumnParallelLinear):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         weight = self.weight if weight is None else weight
         hidden, labels, scale = (x.flatten(0, 1) for x in (hidden, labels.T, scale.T))
-        return LinearCrossEntropy.apply(hidden, weight, labels, scale, self.tp_group), None
+        learns = torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(hidden, weight, labels, scale, self.tp_group, learns), None
 
 
 class LanguageModel(GPTModel):

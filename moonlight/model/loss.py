@@ -15,7 +15,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     `hidden` [tokens, hidden], on every rank of `group` alike; `weight` [vocabulary of this rank, hidden], rank r of the
     group having the r-th part; `labels` int64 and `scale` float32 [tokens]. The gradients are made with the loss, while
     a chunk's logits are there, and multiplied by that of the loss in the backward pass; the gradient of `hidden` is
-    this rank's part of a sum over the group.
+    this rank's part of a sum over the group. Without `learns` there are none: a function like this one is not told
+    whether gradients are wanted.
 
     Logits have the dtype of `hidden`; everything between them and their gradient is float32, and so is the sum of the
     weight's gradient over chunks.
@@ -29,11 +30,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         scale: torch.Tensor,
         group: dist.ProcessGroup,
+        learns: bool,
     ) -> torch.Tensor:
         tokens, first = len(hidden), group.rank() * len(weight)
         rows = rows_of_logits(len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        learns = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         for start in range(0, tokens, rows):
@@ -60,7 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
 
 
 def _whole(

@@ -58,8 +58,9 @@ class SharedExperts(SharedExpertMLP):
 class Mixture(MoELayer):
     """Shared and routed experts.
 
-    Where every expert is on this rank, tokens are sorted once and never leave, and nothing waits for the device; with
-    expert parallelism Megatron's dispatcher exchanges them.
+    Where every expert is on this rank, tokens are sorted once and never leave, and the host asks for no number of the
+    device (torch's grouped product does by itself but in bfloat16 on Hopper and Blackwell); with expert parallelism
+    Megatron's dispatcher exchanges them, and waits for their counts.
     """
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -80,7 +81,7 @@ class Mixture(MoELayer):
     def routed_experts_compute(self, hidden: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The experts of this rank on what the dispatcher has brought, which it has sorted."""
         tokens, counts, probs = self.token_dispatcher.dispatch_postprocess(hidden, probs)
-        counts = counts.to(tokens.device)
+        counts = counts.to(tokens.device, non_blocking=True)  # Megatron counts in page-locked host memory
         every = torch.arange(len(counts), device=tokens.device)
         chosen = every.repeat_interleave(counts, output_size=len(tokens)).unsqueeze(1)
         places = torch.arange(len(tokens), device=tokens.device)

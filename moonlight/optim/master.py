@@ -50,8 +50,17 @@ class Master:
             return join(self.weights, self._remainder)
         return self.weights if self._full is None else self._full
 
+    def draft(self) -> torch.Tensor:
+        """`values`, or a copy of them in host memory where they are made for the call: all of a model may be there."""
+        return self.values() if self._remainder is None else self.values().cpu()
+
+    def outline(self) -> torch.Tensor:
+        """`values`, or a meta tensor of their shape where they would have to be made."""
+        return self.values() if self._remainder is None else self.weights.to("meta", torch.float32)
+
     def store(self, values: torch.Tensor) -> None:
-        """Keep changed `values`, and round them into the model."""
+        """Keep changed `values` or `draft`, and round them into the model."""
+        values = values.to(self.weights.device)
         if self._remainder is not None:
             self._remainder.copy_(remainder_of(values))
         if self.weights.dtype is torch.bfloat16:

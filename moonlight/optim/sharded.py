@@ -75,14 +75,21 @@ class ShardedOptimizer:
             yield _pieces([(owned.parameter.key, owned, owned.master.values())])
         yield self._buffer_pieces() | self.momentum_state()
 
+    def state_outline(self) -> dict[str, Pieces]:
+        """`master_state` and `momentum_state` for their names, shapes and dtypes: split masters are meta tensors."""
+        return self._master_pieces([owned.master.outline() for owned in self.owned]) | self.momentum_state()
+
     def gradient_state(self) -> dict[str, Pieces]:
         """This rank's rows of the world's gradient sums, under the names of the parameters."""
         return _pieces((owned.parameter.key, owned, owned.gradient) for owned in self.owned)
 
     @contextlib.contextmanager
     def fill_masters(self) -> Iterator[dict[str, Pieces]]:
-        """`master_state` to write into; what was written is then rounded into the model of every rank."""
-        values = [owned.master.values() for owned in self.owned]
+        """`master_state` to write into; what was written is then rounded into the model of every rank.
+
+        Split masters are in host memory meanwhile: float32 of all is more than a GPU has room for.
+        """
+        values = [owned.master.draft() for owned in self.owned]
         yield self._master_pieces(values)
         with torch.no_grad():
             for owned, value in zip(self.owned, values, strict=True):

@@ -8,7 +8,9 @@ of who writes what, a file by each rank, and the index, which one rank makes fro
 import contextlib
 import dataclasses
 import errno
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from moonlight.train.index import INDEX_FILE, IndexReader, cause_raised, is_cove
 
 ALIGNMENT = 64
 """Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
+TURNING_THREADS = 2
+"""One turns matrices at 2 GB/s, which is slower than a good disk."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def write_file(
     """Write this rank's rectangles to a file of its own in `folder`, flushed to the disk.
 
     Its checksum is made on the way, of what goes to the disk. There is one pass over the data, and no copy but of what
-    does not lie row after row in host memory.
+    does not lie row after row in host memory; that is turned while what comes before it is written.
 
     Args:
         stopped: is asked before each tensor; True ends the work.
@@ -100,15 +104,19 @@ def write_file(
     path = folder / f"__{_rank()}_0.distcp"
     places = []
     try:
-        with DirectFile(path) as raw, _without_crc32():
-            file, scratch = _Hashed(raw), _Scratch()
-            for item in plan.items:
+        with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TURNING_THREADS) as pool:
+            file, scratch = _Hashed(raw), _Scratch(pool)
+            ahead: deque[Callable[[], torch.Tensor]] = deque()
+            for item in [*plan.items, None]:
                 if stopped():
                     raise InterruptedError(errno.EINTR, "given up")
-                file.write(bytes(-file.size % ALIGNMENT))
-                begin = file.size
-                _write(scratch.row_after_row(values_at(item.index)), file)
-                places.append((begin, file.size - begin))
+                if item is not None:
+                    ahead.append(scratch.row_after_row(values_at(item.index)))
+                while ahead and (len(ahead) == 2 or item is None):
+                    file.write(bytes(-file.size % ALIGNMENT))
+                    begin = file.size
+                    _write(ahead.popleft()(), file)
+                    places.append((begin, file.size - begin))
             raw.sync()
     except BaseException:
         path.unlink(missing_ok=True)  # so that there is room to say so
@@ -190,24 +198,36 @@ def _without_crc32() -> Iterator[None]:
 
 
 class _Scratch:
-    """Host memory for one tensor at a time, as large as the largest: fresh memory would cost more than the copy."""
+    """Host memory for two tensors, each as large as the largest: fresh memory would cost more than the copy."""
 
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.uint8)
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._memory = [np.empty(0, np.uint8)] * 2
 
-    def row_after_row(self, values: torch.Tensor) -> torch.Tensor:
-        """The same values in a storage that holds nothing else; good until the next call."""
+    def row_after_row(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to bring values into a storage that holds nothing else; the result waits for them.
+
+        They are good until the call after the next.
+        """
         values = values.cpu()
+        copies: list[Future[torch.Tensor]] = []
         if not values.is_contiguous():
-            if self._memory.nbytes < values.nbytes:
-                self._memory = np.empty(values.nbytes, np.uint8)
-            turned = torch.from_numpy(self._memory[: values.nbytes]).view(values.dtype).view(values.shape)
+            self._memory.reverse()
+            if self._memory[0].nbytes < values.nbytes:
+                self._memory[0] = np.empty(values.nbytes, np.uint8)
+            turned = torch.from_numpy(self._memory[0][: values.nbytes]).view(values.dtype).view(values.shape)
             # Torch turns matrices several times as fast as stacks of them.
-            for target, source in zip(turned, values, strict=True) if values.dim() == 3 else ((turned, values),):
-                target.copy_(source)
+            pairs = zip(turned, values, strict=True) if values.dim() == 3 else ((turned, values),)
+            copies = [self._pool.submit(target.copy_, source) for target, source in pairs]
             values = turned
-        # Through numpy, it is a storage of its own, of which torch.save writes no more than this.
-        return torch.from_numpy(values.reshape(-1).view(torch.uint8).numpy()).view(values.dtype).view(values.shape)
+
+        def finish() -> torch.Tensor:
+            for copy in copies:
+                copy.result()
+            # Through numpy, it is a storage of its own, of which torch.save writes no more than this.
+            return torch.from_numpy(values.reshape(-1).view(torch.uint8).numpy()).view(values.dtype).view(values.shape)
+
+        return finish
 
 
 def _write(values: torch.Tensor, file: _Hashed) -> None:

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from moonlight.config import Run
 from moonlight.errors import UserError, message_of
-from moonlight.model.pieces import Pieces
 from moonlight.optim.sharded import ShardedOptimizer
 from moonlight.train.checkpoint import part_of, publish, remove_leftovers, remove_old
 from moonlight.train.checkpoint_files import TrainState, step_folder
@@ -84,9 +83,11 @@ class Saver:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if self._rank == 0:
             remove_leftovers(checkpoints)
-        tensors = self._tensors()
+        tensors = optimizer.state_outline()
         self._plan = plan_save(tensors)
-        self._copies = HostCopies(self._plan.mine, tensors) if run.train.async_save else None
+        # Also of split masters: float32 of all is more than a GPU has room for.
+        copies = run.train.async_save or run.optimizer.master_weights == "split"
+        self._copies = HostCopies(self._plan.mine, tensors) if copies else None
         self._thread: threading.Thread | None = None
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._may_change = threading.Event()
@@ -119,7 +120,7 @@ class Saver:
             self._may_change.clear()
             self._thread = threading.Thread(target=self._work, args=(save,), daemon=True)
             self._thread.start()
-            if not self._copies:
+            if not self._run.train.async_save:
                 self._settle()
         return self._paused_since(started)
 
@@ -174,9 +175,6 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def _tensors(self) -> dict[str, Pieces]:
-        return self._optimizer.master_state() | self._optimizer.momentum_state()
 
     def _settle(self) -> float:
         """Wait for the threads of all ranks, and return how long that took here.
@@ -240,7 +238,7 @@ class Saver:
             if self._copies:
                 self._copies.fill(self._optimizer.state_parts())
                 return self._copies.at
-            tensors = self._tensors()
+            tensors = self._optimizer.master_state() | self._optimizer.momentum_state()
             return lambda index: tensors[index.fqn].__get_tensor_shard__(index)
         finally:
             self._may_change.set()
