@@ -5,15 +5,19 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 from bad_input import check_line, command, run_command
 from layouts import LAYOUTS, build, recipe
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from checkpoints.reader import open_checkpoint
 from moonlight.errors import UserError
+from moonlight.optim import master
 from moonlight.train.checkpoint import publish, remove_old
 from moonlight.train.checkpoint_files import TrainState, complete_checkpoints, latest, step_of
 from moonlight.train.checkpoint_recovery import check
@@ -40,10 +44,11 @@ def split_masters_at_once(run, folder):
     """The most float32 copies of split masters that are there at any time of a save, and how many there are in all."""
     _, optimizer = build(run)
     made, most = [], 0
+    original = master.join
 
     def join(*halves):
         nonlocal most
-        whole = master_join(*halves)
+        whole = original(*halves)
         made.append(StorageWeakRef(whole.untyped_storage()))
         most = max(most, sum(not one.expired() for one in made))
         return whole
@@ -57,7 +62,8 @@ def split_masters_at_once(run, folder):
 
 @pytest.mark.parametrize("async_save", (True, False))
 def test_a_save_makes_split_masters_one_after_the_other(pool, tmp_path, async_save):
-    run = recipe(dtype="bfloat16", optimizer={"master_weights": "split"}, train={"async_save": async_save})
+    run = recipe(dtype="bfloat16", async_save=async_save)
+    run = replace(run, optimizer=replace(run.optimizer, master_weights="split"))
     ((most, made),) = pool.run(1, split_masters_at_once, run, tmp_path)
     assert most <= 2 and made > 10
 

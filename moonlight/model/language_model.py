@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from moonlight.model.loss import LinearCrossEntropy
 from moonlight.model.recompute import free_until_backward
 
-
 NOT_HERE = ("context", "packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
 """What Megatron's block may hand to a layer of other models."""
 
