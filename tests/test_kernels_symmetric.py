@@ -227,3 +227,19 @@ def test_the_meta_device_sees_the_shapes_of_a_gpu(dtype):
         results = orthogonalize_all(matrices, 5, "moonlight", dtype, known)
         assert [result.shape for result in results] == [matrix.shape for matrix in matrices]
         assert all(result.is_meta and result.dtype is dtype for result in results)
+
+
+def test_products_of_float16_are_summed_in_float32():
+    """As cuBLAS is told during all steps; whoever else multiplies has the setting of before."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction
+    seen = []
+
+    def product(*operands, **factors):
+        seen.append(flags.allow_fp16_reduced_precision_reduction)
+        torch_symmetric_product(*operands, **factors)
+
+    x = random(1, 8, 12)
+    gram.iterate((x / x.norm()).half(), steps_of("moonlight", 5), product)
+    assert before and seen and not any(seen)
+    assert flags.allow_fp16_reduced_precision_reduction is before
