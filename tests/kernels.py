@@ -1,12 +1,20 @@
-"""How near kernels and their twins must come to float64."""
+"""Where kernels and their twins are tested, and how near they must come to float64."""
 
+import pytest
 import torch
 
+from moonlight.kernels import jit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Kernels are compiled on a GPU, and run in Triton's interpreter on a CPU (conftest.py)."""
 DTYPES = (torch.float32, torch.bfloat16)
+needs_triton = pytest.mark.skipif(jit.triton is None, reason="there is no Triton here")
+"""The `pytestmark` of every file that launches kernels."""
 
 
-def random(*shape, seed=0, dtype=torch.float32, scale=1.0):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+def random(*shape, seed=0, dtype=torch.float32, scale=1.0, device=DEVICE):
+    """Normal numbers, the same on every device."""
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
 
 
 def assert_near(result, expected, function, size=None):

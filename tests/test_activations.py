@@ -8,11 +8,13 @@ import torch
 from layouts import LAYOUTS, build, local_batches, recipe
 
 from moonlight.config import Parallel
+from moonlight.model import sdpa
 from moonlight.plan.activations import (
     angles_bytes,
     head_activations,
     layer_activations,
     loss_workspace,
+    mask_bytes,
     micro_batches_in_flight,
     stage_activations,
     tokens_of,
@@ -115,6 +117,50 @@ def test_what_autograd_keeps(pool, layout, case):
             assert total + embedding == sizes[number], (number, planned)
         planned = sum(saved.bytes for saved in head_activations(run, tokens_of(run)))
         assert planned == sizes[3]
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_layers_have_one_mask_of_documents(dtype):
+    """A GPU's attention, of three layers and of two micro-batches, with torch's flash kernel for a CPU."""
+    run = recipe(dtype=dtype)
+    run = replace(run, data=replace(run.data, mask_documents=True))
+    tokens = tokens_of(run)
+    shape = tokens.sequence_length, tokens.whole // tokens.sequence_length
+    # Three heads, so that nothing but the mask has its size.
+    query = torch.ones(*shape, 3, 16, dtype=getattr(torch, dtype), requires_grad=True)
+    sdpa.attention(query, query, query, 0.25, torch.zeros(shape[::-1]))  # the kernel is chosen
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage, storage.nbytes()
+        return tensor
+
+    for micro_batches in (1, 2):
+        documents = torch.zeros(shape[::-1], dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for _ in range(3):
+                sdpa.attention(query, query, query, 0.25, documents)
+        masks = [size for _, size in sizes.values() if size == mask_bytes(run, tokens)]
+        assert len(masks) == micro_batches
+
+
+@pytest.mark.parametrize(("modules", "masks"), (((), 2), (("mlp_act",), 2), (("layer",), 1)))
+def test_a_stage_has_a_mask_for_every_pass_in_flight(modules, masks):
+    """Whatever the number of its layers; the second of three stages is two passes ahead."""
+    run = run_of(Parallel(pipeline_parallel_size=3), "mask of documents")
+    run = replace(run, train=replace(run.train, recompute_modules=modules))
+    plain = replace(run, data=replace(run.data, mask_documents=False))
+    for on_cpu in (False, True):
+        for layers in (3, 9):
+            with_mask, without = (
+                stage_activations(
+                    replace(each, model=replace(each.model, num_hidden_layers=layers)), 1, 8, on_cpu=on_cpu
+                )
+                for each in (run, plain)
+            )
+            assert with_mask[1] == without[1] == 2
+            assert with_mask[0] - without[0] == (0 if on_cpu else masks * 64 * 32 * 4)
 
 
 def peak_kept(run):

@@ -1,11 +1,14 @@
 """The benchmark of a training step, with a small model: real processes of both sides, and what makes its gate fail."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from moonlight.bench import train_step
 from moonlight.bench.train_step import Result, Setting, Workload
+from moonlight.config_io import load_recipe
 from moonlight.errors import UserError
 
 TINY = Workload(
@@ -49,6 +52,27 @@ def test_what_fails_the_gate():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         train_step.bench_train_step(*arguments)
+
+
+def test_a_machine_with_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="hide it by CUDA_VISIBLE_DEVICES="):
+        train_step.bench_train_step(1, ["quickstart"], "muon")
+
+
+@pytest.mark.parametrize(
+    ("name", "by_cores"), (("quickstart", {1: 1, 2: 2, 6: 4, 12: 8, 16: 8}), ("0.1b", {2: 2, 3: 2, 8: 4}))
+)
+def test_batch_and_experts_are_dealt_out_evenly(name, by_cores):
+    workload = train_step.WORKLOADS[name]
+    run = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
+    for cores, processes in by_cores.items():
+        assert train_step.most_processes(run, cores) == processes
+        tried = train_step.settings(name, "muon", processes)
+        assert len(set(tried)) == len(tried)
+        for setting in tried:
+            assert run.train.global_batch_size % setting.processes == 0
+            assert run.model.num_experts % setting.expert_parallel_size == 0
 
 
 def test_a_large_model_is_tried_only_where_it_fits():

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, assert_near, random
+from kernels import DEVICE, DTYPES, assert_near, needs_triton, random
 
 from moonlight.kernels import blocks, cross_entropy
 
+pytestmark = needs_triton
 SUMS = (cross_entropy.partial_sums_triton, cross_entropy.partial_sums_torch, cross_entropy.partial_sums)
 GRADIENTS = (cross_entropy.loss_gradient_triton_, cross_entropy.loss_gradient_torch_, cross_entropy.loss_gradient_)
 IGNORED = -100
@@ -18,7 +19,7 @@ def draw_labels(rows, vocabulary, seed=0):
     """Labels, about one in four of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocabulary, (rows,), generator=generator)
-    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.25, IGNORED)
+    return labels.masked_fill(torch.rand(rows, generator=generator) < 0.25, IGNORED).to(DEVICE)
 
 
 def check(logits, labels, ranks):
@@ -86,15 +87,15 @@ def test_any_shape_in_tiny_blocks(rows, vocabulary, ranks, columns, block_elemen
 def test_padded_vocabulary_of_minus_infinity(sums, to_gradient, monkeypatch):
     """Columns that no id has may be -inf, even the whole first block; they get the gradient 0."""
     monkeypatch.setattr(cross_entropy, "SUM_COLUMNS", 16)
-    logits = torch.full((2, 37), -torch.inf)
+    logits = torch.full((2, 37), -torch.inf, device=DEVICE)
     logits[:, 20:30] = random(2, 10)
-    labels = torch.tensor([25, 29])
+    labels = torch.tensor([25, 29], device=DEVICE)
     maximum, total, own = sums(logits, labels, 0)
     finite = logits[:, 20:30].clone()
     assert torch.equal(maximum, finite.amax(1))
     assert torch.allclose(total, (finite - maximum[:, None]).exp().sum(1))
     assert torch.equal(own, finite[[0, 1], [5, 9]])
-    to_gradient(logits, labels, 0, maximum + total.log(), torch.ones(2))
+    to_gradient(logits, labels, 0, maximum + total.log(), torch.ones_like(maximum))
     assert torch.allclose(logits[:, 20:30], finite.softmax(1) - F.one_hot(labels - 20, 10), atol=1e-6)
     assert not logits[:, :20].any() and not logits[:, 30:].any()
 
@@ -103,5 +104,5 @@ def test_padded_vocabulary_of_minus_infinity(sums, to_gradient, monkeypatch):
 def test_what_is_not_a_number_is_not_hidden(sums):
     logits = random(2, 50)
     logits[1, 7] = torch.nan
-    _, total, _ = sums(logits, torch.tensor([1, 2]), 0)
+    _, total, _ = sums(logits, torch.tensor([1, 2], device=DEVICE), 0)
     assert total[0].isfinite() and total[1].isnan()

@@ -5,6 +5,7 @@ Without a GPU they run in Triton's interpreter.
 
 import pytest
 import torch
+from kernels import DEVICE, needs_triton, random
 
 from moonlight.kernels import muon_update
 from moonlight.kernels.muon_update import momentum_pass, normalize_pass, weights_pass
@@ -12,12 +13,7 @@ from moonlight.optim import master
 from moonlight.optim.master import Master, update_all
 from moonlight.optim.rules import apply_updates, directions_and_norms, muon_directions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
 
 
 def to_bfloat16(exact: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, assert_near, random
+from kernels import DEVICE, DTYPES, assert_near, needs_triton, random
 
 from moonlight.kernels import permute
 
+pytestmark = needs_triton
 SORTS = (permute.sort_by_expert_triton, permute.sort_by_expert_torch, permute.sort_by_expert)
 GATHERS = (permute.gather_rows_triton, permute.gather_rows_torch, permute.gather_rows)
 COMBINES = (permute.combine_rows_triton, permute.combine_rows_torch, permute.combine_rows)
@@ -16,7 +17,7 @@ COMBINES = (permute.combine_rows_triton, permute.combine_rows_torch, permute.com
 def choose(tokens, k, num_experts, seed=0):
     """k different experts of each token."""
     scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
-    return scores.argsort(1)[:, :k].contiguous()
+    return scores.argsort(1)[:, :k].contiguous().to(DEVICE)
 
 
 def check_sort(sort, chosen, num_experts):
@@ -40,7 +41,7 @@ def test_sorted_by_expert_and_stable(sort, tokens, k, num_experts):
 @pytest.mark.parametrize("sort", SORTS)
 @pytest.mark.parametrize("expert", (0, 3, 7))
 def test_all_tokens_to_one_expert(sort, expert):
-    check_sort(sort, torch.full((50, 1), expert), 8)
+    check_sort(sort, torch.full((50, 1), expert, device=DEVICE), 8)
 
 
 @pytest.mark.parametrize("sort", SORTS)
@@ -59,7 +60,7 @@ def test_columns_of_a_wider_choice(sort):
 )
 def test_any_choice_in_blocks_of_any_size(tokens, num_experts, k, elements, seed):
     # Experts may repeat here, and most are empty at times: the sort does not mind.
-    chosen = torch.randint(num_experts, (tokens, k), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.randint(num_experts, (tokens, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(permute, "SORT_ELEMENTS", elements)
         for sort in SORTS:
@@ -105,5 +106,5 @@ def test_gather_and_combine_are_adjoint(gather, combine, tokens, k, hidden):
 @pytest.mark.parametrize("combine", COMBINES)
 def test_the_sum_is_rounded_once(combine):
     """1 + 4 x 2^-9 is 1 if every sum is rounded to bfloat16, and 1 + 2^-7 if the last one is."""
-    y = torch.tensor([[1.0]] + [[2.0**-9]] * 4, dtype=torch.bfloat16)
-    assert combine(y, torch.arange(5)[None]).item() == 1 + 2**-7
+    y = torch.tensor([[1.0]] + [[2.0**-9]] * 4, dtype=torch.bfloat16, device=DEVICE)
+    assert combine(y, torch.arange(5, device=DEVICE)[None]).item() == 1 + 2**-7

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES, assert_near, random
+from kernels import DEVICE, DTYPES, assert_near, needs_triton, random
 
 from moonlight.kernels import blocks, rms_norm
 
+pytestmark = needs_triton
 FORWARDS = (rms_norm.rms_norm_triton, rms_norm.rms_norm_torch, rms_norm.rms_norm)
 SUMS = (rms_norm.add_rms_norm_triton, rms_norm.add_rms_norm_torch, rms_norm.add_rms_norm)
 BACKWARDS = (rms_norm.rms_norm_backward_triton, rms_norm.rms_norm_backward_torch, rms_norm.rms_norm_backward)
@@ -103,14 +104,15 @@ def test_rows_of_a_wider_tensor_and_expanded_gradients(dtype):
     x, weight = random(4, 3, 80, dtype=dtype)[..., :64], random(64, dtype=dtype, seed=1)
     check_forward(x, weight)
     check_sum(x, x.contiguous(), weight)
-    check_backward(torch.ones(1, 1, 1, dtype=dtype).expand(4, 3, 64), x, weight)
+    check_backward(torch.ones(1, 1, 1, dtype=dtype, device=DEVICE).expand(4, 3, 64), x, weight)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_rows_of_zeros_and_large_values_stay_finite(forward):
-    normed, reciprocal = forward(torch.stack((torch.zeros(16), torch.full((16,), 1e15))), torch.ones(16), EPS)
-    assert torch.allclose(normed, torch.tensor([[0.0], [1.0]]).expand(2, 16))
-    assert torch.allclose(reciprocal, torch.tensor([EPS**-0.5, 1e-15]))
+    x = torch.tensor([[0.0], [1e15]], device=DEVICE).repeat(1, 16)
+    normed, reciprocal = forward(x, torch.ones(16, device=DEVICE), EPS)
+    assert torch.allclose(normed, torch.tensor([[0.0], [1.0]], device=DEVICE).expand(2, 16))
+    assert torch.allclose(reciprocal, torch.tensor([EPS**-0.5, 1e-15], device=DEVICE))
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)

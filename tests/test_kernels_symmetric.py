@@ -3,29 +3,26 @@
 Without a GPU the kernels run in Triton's interpreter, in tiles of 16, which is what they compute and not how.
 """
 
+from __future__ import annotations  # a kernel names `tl.constexpr`, which is not there without Triton
+
 from itertools import chain, islice, repeat
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import DEVICE, needs_triton, random
 
 from moonlight.bench.optimizer import SPECTRA, plain_loop, random_matrix
+from moonlight.kernels.jit import jit, tl
 from moonlight.kernels.symmetric import Tiling, _upper_tile, symmetric_product, torch_symmetric_product
 from moonlight.optim import gram
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
 TILING = Tiling(side=16, depth=16, group=2)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-24}
 """Half a unit in the last place; a whole one in bfloat16, which the interpreter cuts off instead of rounding."""
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def symmetric(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,7 +102,7 @@ def test_matrices_that_commute_but_for_rounding_give_a_symmetric_product():
     torch.testing.assert_close(out, twin, rtol=2**-10, atol=1e-6)
 
 
-@triton.jit
+@jit
 def _tiles_kernel(rows, columns, tiles, GROUP: tl.constexpr):
     row, column = _upper_tile(tl.program_id(0), tiles, GROUP)
     tl.store(rows + tl.program_id(0), row)
@@ -227,3 +224,19 @@ def test_the_meta_device_sees_the_shapes_of_a_gpu(dtype):
         results = orthogonalize_all(matrices, 5, "moonlight", dtype, known)
         assert [result.shape for result in results] == [matrix.shape for matrix in matrices]
         assert all(result.is_meta and result.dtype is dtype for result in results)
+
+
+def test_products_of_float16_are_summed_in_float32():
+    """As cuBLAS is told during all steps; whoever else multiplies has the setting of before."""
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction
+    seen = []
+
+    def product(*operands, **factors):
+        seen.append(flags.allow_fp16_reduced_precision_reduction)
+        torch_symmetric_product(*operands, **factors)
+
+    x = random(1, 8, 12)
+    gram.iterate((x / x.norm()).half(), steps_of("moonlight", 5), product)
+    assert before and seen and not any(seen)
+    assert flags.allow_fp16_reduced_precision_reduction is before

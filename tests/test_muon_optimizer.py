@@ -59,7 +59,7 @@ def test_chunks_and_groups_change_nothing_but_rounding(monkeypatch):
     two = Muon(groups, lr=1e-2, dtype=torch.float32)
     give_gradients(whole, 1), give_gradients(cut, 1)
     one.step()
-    monkeypatch.setattr(muon, "CHUNK_ELEMENTS", {"cpu": 500})
+    monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", {"cpu": 500})
     two.step()
     torch.testing.assert_close(cut[0], whole[0])
     for before, a, b in zip(parameters(shapes)[1:], whole[1:], cut[1:], strict=True):
@@ -68,7 +68,7 @@ def test_chunks_and_groups_change_nothing_but_rounding(monkeypatch):
 
 
 def test_chunks_are_bounded(monkeypatch):
-    monkeypatch.setattr(muon, "CHUNK_ELEMENTS", {"cpu": 1000})
+    monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", {"cpu": 1000})
     sizes = []
 
     def watched(matrices, *arguments):

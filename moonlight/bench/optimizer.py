@@ -28,6 +28,11 @@ ACCURACY_BAR = 0.98
 """Least error of the plain loop over ours: 2% for chance, since batched products may sum in another order."""
 WEIGHT_TOLERANCE = 0.05
 """Largest distance of a peer's weights from ours, over the distance gone; their rounding gives 0.01 to 0.03."""
+LEARNING_RATE, DECAY = 1e-3, 0.1
+
+Parameters = list[torch.nn.Parameter]
+Made = tuple[torch.optim.Optimizer, list[Parameters]]
+"""An optimizer and its parameters, by stack of matrices."""
 
 
 def random_matrix(spectrum: str, rows: int, columns: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
@@ -131,50 +136,88 @@ def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: boo
 
 
 def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int) -> list[Figure]:
-    """Whole steps on `stacks` stacks of expert matrices, two of [rows, columns] to one of its transpose."""
-    from muon import SingleDeviceMuon
+    """Whole steps of all optimizers in turns, on `draw_stacks`."""
+    weights, gradients = draw_stacks(device, stacks, count, rows, columns)
+    made = {"ours": make_ours(weights), **{name: make(weights) for name, make in PEERS.items()}}
 
-    learning_rate, decay = 1e-3, 0.1
-    generator = torch.Generator().manual_seed(0)
-    shapes: list[tuple[int, int]] = [(rows, columns) if index % 3 < 2 else (columns, rows) for index in range(stacks)]
-    weights = [0.02 * torch.randn(count, *shape, generator=generator).to(device) for shape in shapes]
-    gradients = [torch.randn(count, *shape, generator=generator).to(device) for shape in shapes]
-    own = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    torch_split = [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
-    keller_split = [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
-    optimizers: dict[str, tuple[torch.optim.Optimizer, list[torch.nn.Parameter], list[torch.Tensor]]] = {}
-    single = [part for gradient in gradients for part in gradient]
-    # The published Muon multiplies by sqrt(max(1, rows / columns)) instead of 0.2 sqrt(max(rows, columns)).
-    keller_groups: list[dict[str, Any]] = []
-    for (height, width), parts in zip(shapes, keller_split, strict=True):
-        factor = 0.2 * max(height, width) ** 0.5 / max(1, height / width) ** 0.5
-        keller_groups.append({"params": parts, "lr": learning_rate * factor, "weight_decay": decay / factor})
-    optimizers["ours"] = (Muon(own, lr=learning_rate, weight_decay=decay), own, gradients)
-    flat = [part for parts in torch_split for part in parts]
-    adjusted = torch.optim.Muon(flat, lr=learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    optimizers["torch.optim.Muon"] = (adjusted, flat, single)
-    flat = [part for parts in keller_split for part in parts]
-    optimizers["muon-optimizer 0.1.0"] = (SingleDeviceMuon(keller_groups), flat, single)
+    def give() -> None:
+        for _, parameters in made.values():
+            give_gradients(parameters, gradients)
 
-    def give_gradients() -> None:
-        for _, parameters, values in optimizers.values():
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.grad = value.clone()  # the published Muon overwrites its gradients
-
-    names = list(optimizers)
-    times = interleaved(rounds, device, [optimizers[name][0].step for name in names], before=give_gradients)
+    times = interleaved(rounds, device, [optimizer.step for optimizer, _ in made.values()], before=give)
+    own = stacked(made["ours"][1])
+    moved = distance(weights, own)
     figures = []
-    moved = _distance(weights, own)
-    for name, peer, split in zip(names[1:], times[1:], (torch_split, keller_split), strict=True):
-        difference = _distance([torch.stack(list[torch.Tensor](parts)) for parts in split], own) / moved
+    for name, peer in zip(PEERS, times[1:], strict=True):
+        apart = distance(own, stacked(made[name][1])) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
-        figure = speed(case, times[0], peer, STEP_BAR, exact and difference <= WEIGHT_TOLERANCE)
-        figures.append(replace(figure, weights_apart=difference))
+        figure = speed(case, times[0], peer, STEP_BAR, exact and apart <= WEIGHT_TOLERANCE)
+        figures.append(replace(figure, weights_apart=apart))
     return figures
 
 
+def draw_stacks(
+    device: str, stacks: int, count: int, rows: int, columns: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and gradients of stacks of expert matrices, two of [rows, columns] to one of its transpose."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(rows, columns) if index % 3 < 2 else (columns, rows) for index in range(stacks)]
+    weights = [0.02 * torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
+    return weights, [torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
+
+
+def make_ours(weights: list[torch.Tensor]) -> Made:
+    """Our optimizer on copies of the stacks."""
+    parameters = [[torch.nn.Parameter(weight.clone())] for weight in weights]
+    return Muon([own[0] for own in parameters], lr=LEARNING_RATE, weight_decay=DECAY), parameters
+
+
+def _make_torch(weights: list[torch.Tensor]) -> Made:
+    parameters = _split(weights)
+    flat = [parameter for own in parameters for parameter in own]
+    return torch.optim.Muon(flat, lr=LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"), parameters
+
+
+def _make_keller(weights: list[torch.Tensor]) -> Made:
+    from muon import SingleDeviceMuon
+
+    parameters = _split(weights)
+    groups: list[dict[str, Any]] = []
+    for own in parameters:
+        # It multiplies by sqrt(max(1, rows / columns)) instead of 0.2 sqrt(max(rows, columns)).
+        height, width = own[0].shape
+        factor = 0.2 * max(height, width) ** 0.5 / max(1, height / width) ** 0.5
+        groups.append({"params": own, "lr": LEARNING_RATE * factor, "weight_decay": DECAY / factor})
+    return SingleDeviceMuon(groups), parameters
+
+
+PEERS = {"torch.optim.Muon": _make_torch, "muon-optimizer 0.1.0": _make_keller}
+"""Optimizers that move a parameter for every matrix of the stacks as ours does."""
+
+
+def _split(weights: list[torch.Tensor]) -> list[Parameters]:
+    return [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
+
+
+def give_gradients(parameters: list[Parameters], gradients: list[torch.Tensor]) -> None:
+    """Copies, because the published Muon overwrites its gradients."""
+    for own, gradient in zip(parameters, gradients, strict=True):
+        for parameter, value in zip(own, gradient.reshape(len(own), *own[0].shape), strict=True):
+            parameter.grad = value.clone()
+
+
+def stacked(parameters: list[Parameters]) -> list[torch.Tensor]:
+    """Copies of the weights by stack, [count, rows, columns]; `parameters` is emptied on the way, to free memory."""
+    after = []
+    while parameters:
+        own = parameters.pop(0)
+        after.append(torch.cat([parameter.detach().reshape(-1, *own[0].shape[-2:]) for parameter in own]))
+    return after
+
+
 @torch.no_grad()
-def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+def distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+    """Between two lists of tensors, as one vector each."""
     return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5
 
 

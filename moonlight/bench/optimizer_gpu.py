@@ -8,17 +8,28 @@ import contextlib
 import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from moonlight.bench.optimizer import WEIGHT_TOLERANCE, interleaved, milliseconds, random_matrix
+from moonlight.bench.optimizer import (
+    PEERS,
+    WEIGHT_TOLERANCE,
+    Made,
+    distance,
+    draw_stacks,
+    give_gradients,
+    interleaved,
+    make_ours,
+    milliseconds,
+    random_matrix,
+    stacked,
+)
 from moonlight.bench.report import Figure, speed
 from moonlight.optim import newton_schulz
-from moonlight.optim.muon import Muon
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
 
 PRODUCT_SHAPE = (32, 1408, 2048)
@@ -28,9 +39,6 @@ STEP_BARS = {"batched cuBLAS": 1.2, "torch.optim.Muon": 1.5, "muon-optimizer 0.1
 GRAM_BAR = 0.9
 TILINGS = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 4, 5), (128, 128, 8, 2), (64, 64, 4, 4))
 """Side, depth, warps and stages that are tried; the first is what the optimizer uses."""
-LEARNING_RATE, DECAY = 1e-3, 0.1
-
-Parameters = list[torch.nn.Parameter]
 
 
 def gpu_figures(rounds: int, exact: bool) -> tuple[list[Figure], list[str]]:
@@ -92,22 +100,15 @@ def _gram_newton_schulz(rounds: int, exact: bool) -> Figure:
 def step_figures(
     rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int
 ) -> list[Figure]:
-    """Whole steps on `stacks` stacks of expert matrices, two of [rows, columns] to one of its transpose."""
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = [(rows, columns) if index % 3 < 2 else (columns, rows) for index in range(stacks)]
-    weights = [0.02 * torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
-    gradients = [torch.randn(count, *shape, generator=generator, device=device) for shape in shapes]
-    ours, own = _timed(rounds, device, _make_ours, weights, gradients)
-    moved = _distance(weights, own)
+    """Whole steps on `draw_stacks`, one optimizer after the other."""
+    weights, gradients = draw_stacks(device, stacks, count, rows, columns)
+    ours, own = _timed(rounds, device, make_ours, weights, gradients)
+    moved = distance(weights, own)
     figures = []
-    for name, make in (
-        ("batched cuBLAS", _make_ours),
-        ("torch.optim.Muon", _make_torch),
-        ("muon-optimizer 0.1.0", _make_keller),
-    ):
+    for name, make in {"batched cuBLAS": make_ours, **PEERS}.items():
         with _without_symmetry() if name == "batched cuBLAS" else contextlib.nullcontext():
             times, theirs = _timed(rounds, device, make, weights, gradients)
-        apart = _distance(own, theirs) / moved
+        apart = distance(own, theirs) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
         figure = speed(case, ours, times, STEP_BARS[name], exact and apart <= WEIGHT_TOLERANCE)
         figures.append(replace(figure, weights_apart=apart))
@@ -129,7 +130,7 @@ def _without_symmetry() -> Iterator[None]:
 def _timed(
     rounds: int,
     device: str,
-    make: Callable[[list[torch.Tensor]], tuple[torch.optim.Optimizer, list[Parameters]]],
+    make: Callable[[list[torch.Tensor]], Made],
     weights: list[torch.Tensor],
     gradients: list[torch.Tensor],
 ) -> tuple[list[float], list[torch.Tensor]]:
@@ -137,55 +138,11 @@ def _timed(
     optimizer, parameters = make(weights)
     times = []
     for _ in range(rounds + 1):
-        for own, gradient in zip(parameters, gradients, strict=True):
-            for parameter, value in zip(own, gradient.reshape(len(own), *own[0].shape), strict=True):
-                parameter.grad = value.clone()  # the published Muon overwrites its gradients
+        give_gradients(parameters, gradients)
         times.append(milliseconds(optimizer.step, device))
     optimizer.zero_grad()
     optimizer.state.clear()
-    after = []
-    while parameters:
-        own = parameters.pop(0)
-        after.append(torch.cat([parameter.detach().reshape(-1, *own[0].shape[-2:]) for parameter in own]))
+    after = stacked(parameters)
     if device == "cuda":
         torch.cuda.empty_cache()
     return times[1:], after
-
-
-def _make_ours(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
-    parameters = [[torch.nn.Parameter(weight.clone())] for weight in weights]
-    return Muon([own[0] for own in parameters], lr=LEARNING_RATE, weight_decay=DECAY), parameters
-
-
-def _make_torch(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
-    parameters = _split(weights)
-    flat = [parameter for own in parameters for parameter in own]
-    return torch.optim.Muon(flat, lr=LEARNING_RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"), parameters
-
-
-def _make_keller(weights: list[torch.Tensor]) -> tuple[torch.optim.Optimizer, list[Parameters]]:
-    from muon import SingleDeviceMuon
-
-    parameters = _split(weights)
-    return SingleDeviceMuon(_keller_groups(parameters, LEARNING_RATE, DECAY)), parameters
-
-
-def _split(weights: Sequence[torch.Tensor]) -> list[Parameters]:
-    """Copies of every matrix of every stack as parameters."""
-    return [[torch.nn.Parameter(part.clone()) for part in weight] for weight in weights]
-
-
-def _keller_groups(parameters: list[Parameters], learning_rate: float, decay: float) -> list[dict[str, Any]]:
-    """Groups that give the published Muon our updates: it multiplies by sqrt(max(1, rows / columns)) instead of
-    0.2 sqrt(max(rows, columns))."""
-    groups: list[dict[str, Any]] = []
-    for own in parameters:
-        height, width = own[0].shape
-        factor = 0.2 * max(height, width) ** 0.5 / max(1, height / width) ** 0.5
-        groups.append({"params": own, "lr": learning_rate * factor, "weight_decay": decay / factor})
-    return groups
-
-
-@torch.no_grad()
-def _distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
-    return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5

@@ -1,7 +1,7 @@
 """`moonlight bench train-step`: a whole training step beside transformers' DeepseekV3 with AdamW.
 
 Both begin with the same weights and learn the same tokens. Each side is tried in several settings (precision, compiled
-or not, one process with all cores or one a core), and the best of each counts: every setting is tried once, then the
+or not, one process with all cores or several), and the best of each counts: every setting is tried once, then the
 best two take turns. A setting is a process or several (train_step_cases.py), so that no one's threads, memory or
 compiled code is another's. The gate: first losses agree to what the precision allows, and the loss falls.
 
@@ -10,6 +10,7 @@ often as it fits, and the update, timed by itself, once.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moonlight.bench.report import Figure, hardware, report, speed
 from moonlight.config import Parallel, Run
@@ -73,8 +76,17 @@ class Setting:
         return f"{self.side}: {how}{self.dtype}, {where}"
 
 
-def settings(name: str, optimizer: str, cores: int) -> list[Setting]:
-    """What is tried. 0.92 billion parameters fit a machine of 24 GB once, not in every process."""
+def most_processes(run: Run, cores: int) -> int:
+    """One a core, or as many as the batch and the experts can be dealt out to evenly."""
+    shared = math.gcd(run.train.global_batch_size, run.model.num_experts)
+    return max(count for count in range(1, cores + 1) if shared % count == 0)
+
+
+def settings(name: str, optimizer: str, processes: int) -> list[Setting]:
+    """What is tried, in one process and in `processes`, which may be one too.
+
+    0.92 billion parameters fit a machine of 24 GB once, not in every process.
+    """
     ours = [Setting("ours", dtype, optimizer=optimizer) for dtype in ("float32", "bfloat16")]
     peer = [
         Setting("peer", dtype, compiled=compiled, experts="grouped_mm")
@@ -82,11 +94,12 @@ def settings(name: str, optimizer: str, cores: int) -> list[Setting]:
         for compiled in (False, True)
     ]
     if name == "0.1b":
-        return [ours[1], replace(ours[1], processes=cores, expert_parallel_size=cores), *peer[2:]]
-    ours += [replace(setting, processes=cores) for setting in ours]
-    ours += [replace(setting, expert_parallel_size=cores) for setting in ours[2:]]
-    peer += [replace(setting, processes=cores) for setting in peer[2:]]
-    return ours + peer + [replace(peer[2], experts="eager")]
+        shared = replace(ours[1], processes=processes, expert_parallel_size=processes)
+        return list(dict.fromkeys([ours[1], shared, *peer[2:]]))
+    ours += [replace(setting, processes=processes) for setting in ours]
+    ours += [replace(setting, expert_parallel_size=processes) for setting in ours[2:]]
+    peer += [replace(setting, processes=processes) for setting in peer[2:]]
+    return list(dict.fromkeys([*ours, *peer, replace(peer[2], experts="eager")]))
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,8 @@ def bench_train_step(rounds: int, names: list[str], optimizer: str, json_path: P
         raise UserError(f"--optimizer is {optimizer}: muon and adamw are accepted")
     if unknown := set(names) - WORKLOADS.keys():
         raise UserError(f"--model is {unknown.pop()}: {' and '.join(WORKLOADS)} are accepted")
+    if torch.cuda.is_available():
+        raise UserError("train-step is a benchmark of processors, but here is a GPU: hide it by CUDA_VISIBLE_DEVICES=")
     machine = hardware("cpu")
     figures: list[Figure] = []
     notes = []
@@ -127,10 +142,11 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[Figure
     run = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
     run = replace(run, parallel=Parallel())
     parts = workload.batch_tokens // (run.train.global_batch_size * run.data.sequence_length)
+    processes = most_processes(run, cores)
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
         make_weights(run, folder)
-        tried = {setting: _call(setting, workload, run, folder) for setting in settings(name, optimizer, cores)}
+        tried = {setting: _call(setting, workload, run, folder) for setting in settings(name, optimizer, processes)}
         best = [
             min((s for s in tried if s.side == side), key=lambda s: tried[s].step_seconds(parts))
             for side in ("ours", "peer")

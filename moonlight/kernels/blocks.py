@@ -28,6 +28,11 @@ def store(whole: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
         whole[rows] = block
 
 
+def new_like(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty contiguous tensor of the same shape, in `dtype` or the same dtype, whatever strides `like` has."""
+    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """`x`, whose elements of a row must lie side by side; rows may lie apart, as those of half a tensor do."""
     return x if x.stride(-1) == 1 else x.contiguous()

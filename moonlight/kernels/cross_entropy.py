@@ -114,9 +114,10 @@ def partial_sums_triton(logits: torch.Tensor, labels: torch.Tensor, start: int) 
     assert logits.is_contiguous(), logits.stride()
     maximum, total, label_logit = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
-    _partial_sums[(rows,)](
-        logits, labels.contiguous(), maximum, total, label_logit, start, width, columns, num_warps=NUM_WARPS
-    )
+    with torch.cuda.device_of(logits):
+        _partial_sums[(rows,)](
+            logits, labels.contiguous(), maximum, total, label_logit, start, width, columns, num_warps=NUM_WARPS
+        )
     return maximum, total, label_logit
 
 
@@ -127,16 +128,17 @@ def loss_gradient_triton_(
     rows, width = logits.shape
     assert logits.is_contiguous(), logits.stride()
     columns = min(GRADIENT_COLUMNS, triton.next_power_of_2(width))
-    _loss_gradient[(rows, triton.cdiv(width, columns))](
-        logits,
-        labels.contiguous(),
-        log_sum_exp.contiguous(),
-        scale.contiguous(),
-        start,
-        width,
-        columns,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):
+        _loss_gradient[(rows, triton.cdiv(width, columns))](
+            logits,
+            labels.contiguous(),
+            log_sum_exp.contiguous(),
+            scale.contiguous(),
+            start,
+            width,
+            columns,
+            num_warps=NUM_WARPS,
+        )
     return logits
 
 

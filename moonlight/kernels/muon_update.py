@@ -5,9 +5,11 @@ Every operation is float32 and rounds as the torch code does that says what is c
 with a factor, which torch fuses (`tl.fma` here); the compiler may fuse no others: `enable_fp_fusion=False`.
 """
 
+from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+
 import torch
-import triton
-import triton.language as tl
+
+from moonlight.kernels.jit import jit, tl, triton
 
 BLOCK = 4096
 """Elements of a program."""
@@ -42,7 +44,7 @@ def momentum_pass(
     return direction, squares.sum(-1).sqrt()
 
 
-@triton.jit
+@jit
 def _momentum_kernel(
     gradient, momentum, direction, squares, elements, scale, factor,
     NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +77,7 @@ def normalize_pass(direction: Tensor, norms: Tensor, out: Tensor) -> None:
         )
 
 
-@triton.jit
+@jit
 def _normalize_kernel(direction, norms, out, elements, BLOCK: tl.constexpr):
     blocks = tl.cdiv(elements, BLOCK)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -130,7 +132,7 @@ def weights_pass(
         )
 
 
-@triton.jit
+@jit
 def _weights_kernel(
     master, weights, remainder, update, elements, factor, rate, decay,
     SPLIT: tl.constexpr, COPIED: tl.constexpr, BLOCK: tl.constexpr,

@@ -88,13 +88,15 @@ def sort_by_expert_triton(chosen: torch.Tensor, num_experts: int) -> Order:
     blocks = triton.cdiv(copies, block)
     chosen = chosen.contiguous()
     counts = torch.empty(num_experts, blocks, dtype=torch.int32, device=chosen.device)
-    _count[(blocks,)](chosen, counts, copies, num_experts, blocks, block, width)
+    with torch.cuda.device_of(chosen):
+        _count[(blocks,)](chosen, counts, copies, num_experts, blocks, block, width)
     counted = counts.flatten().cumsum(0, dtype=torch.int32).view(num_experts, blocks)
     source = torch.empty(copies, dtype=torch.int64, device=chosen.device)
     inverse = torch.empty_like(chosen)
-    _place[(blocks,)](
-        chosen, counts, counted, source, inverse, copies, num_experts, blocks, chosen.shape[1], block, width
-    )
+    with torch.cuda.device_of(chosen):
+        _place[(blocks,)](
+            chosen, counts, counted, source, inverse, copies, num_experts, blocks, chosen.shape[1], block, width
+        )
     ends = counted[:, -1].contiguous() if blocks else counts.sum(1, dtype=torch.int32)
     return source, inverse, ends
 
@@ -105,7 +107,8 @@ def gather_rows_triton(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     rows, width = len(source), x.shape[1]
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))
-    _gather[grid](x, source.contiguous(), out, rows, width, x.stride(0), ROWS, COLUMNS, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(x):
+        _gather[grid](x, source.contiguous(), out, rows, width, x.stride(0), ROWS, COLUMNS, num_warps=NUM_WARPS)
     return out
 
 
@@ -115,7 +118,10 @@ def combine_rows_triton(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     tokens, width = len(inverse), y.shape[1]
     out = torch.empty(tokens, width, dtype=y.dtype, device=y.device)
     grid = (triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))
-    _combine[grid](y, inverse, out, tokens, width, y.stride(0), inverse.shape[1], ROWS, COLUMNS, num_warps=NUM_WARPS)
+    with torch.cuda.device_of(y):
+        _combine[grid](
+            y, inverse, out, tokens, width, y.stride(0), inverse.shape[1], ROWS, COLUMNS, num_warps=NUM_WARPS
+        )
     return out
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations  # kernels name `tl.constexpr`, which is not 
 
 import torch
 
-from moonlight.kernels.blocks import dense_rows, float_block, row_blocks, store
+from moonlight.kernels.blocks import dense_rows, float_block, new_like, row_blocks, store
 from moonlight.kernels.jit import jit, tl, triton
 
 TILE_ELEMENTS, NUM_WARPS = 4096, 8
@@ -58,14 +58,10 @@ def _matrix(x: torch.Tensor) -> torch.Tensor:
     return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
-def _new(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
-
-
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
     """The twin of `rms_norm_triton`."""
     matrix = _matrix(x)
-    normed, reciprocal = _new(matrix, weight.dtype), _new(matrix[:, 0], torch.float32)
+    normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     gain = weight.float()
     for rows in row_blocks(*matrix.shape):
         _norm_rows(matrix, gain, eps, normed, reciprocal, rows)
@@ -77,7 +73,7 @@ def add_rms_norm_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The twin of `add_rms_norm_triton`."""
     one, other = _matrix(residual), _matrix(update)
-    total, normed, reciprocal = _new(one, one.dtype), _new(one, weight.dtype), _new(one[:, 0], torch.float32)
+    total, normed, reciprocal = new_like(one), new_like(one, weight.dtype), new_like(one[:, 0], torch.float32)
     gain = weight.float()
     for rows in row_blocks(*one.shape):
         torch.add(one[rows], other[rows], out=total[rows])
@@ -105,7 +101,7 @@ def rms_norm_backward_torch(
     """The twin of `rms_norm_backward_triton`."""
     matrix, gradient = _matrix(x), _matrix(grad)
     past = None if grad_residual is None else _matrix(grad_residual)
-    to_x, gain = _new(matrix, x.dtype), weight.float()
+    to_x, gain = new_like(matrix), weight.float()
     to_gain = torch.zeros_like(gain)
     for rows in row_blocks(*matrix.shape):
         incoming, block, scale = gradient[rows].float(), float_block(to_x, rows), reciprocal[rows, None]
@@ -147,25 +143,26 @@ def _launch_forward(
     """(sum, or `x` itself without an update; norm; reciprocals)."""
     matrix = _matrix(x)
     other = None if update is None else _matrix(update)
-    total = matrix if update is None else _new(matrix, x.dtype)
-    normed, reciprocal = _new(matrix, weight.dtype), _new(matrix[:, 0], torch.float32)
+    total = matrix if update is None else new_like(matrix)
+    normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     rows, hidden = matrix.shape
     tile = _tile(hidden)
-    _forward[(triton.cdiv(rows, tile[0]),)](
-        matrix,
-        other,
-        weight,
-        total,
-        normed,
-        reciprocal,
-        rows,
-        hidden,
-        matrix.stride(0),
-        0 if other is None else other.stride(0),
-        eps,
-        *tile,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(matrix):
+        _forward[(triton.cdiv(rows, tile[0]),)](
+            matrix,
+            other,
+            weight,
+            total,
+            normed,
+            reciprocal,
+            rows,
+            hidden,
+            matrix.stride(0),
+            0 if other is None else other.stride(0),
+            eps,
+            *tile,
+            num_warps=NUM_WARPS,
+        )
     return total.view(x.shape) if update is not None else x, normed.view(x.shape), reciprocal
 
 
@@ -184,25 +181,26 @@ def rms_norm_backward_triton(
     tiles = triton.cdiv(rows, tile[0])
     tiles_each = max(1, triton.cdiv(tiles, BACKWARD_PROGRAMS))
     programs = triton.cdiv(tiles, tiles_each)
-    to_x = _new(matrix, x.dtype)
+    to_x = new_like(matrix)
     partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
-    _backward[(programs,)](
-        gradient,
-        matrix,
-        weight,
-        reciprocal,
-        past,
-        to_x,
-        partial,
-        rows,
-        hidden,
-        gradient.stride(0),
-        matrix.stride(0),
-        0 if past is None else past.stride(0),
-        tiles_each,
-        *tile,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(matrix):
+        _backward[(programs,)](
+            gradient,
+            matrix,
+            weight,
+            reciprocal,
+            past,
+            to_x,
+            partial,
+            rows,
+            hidden,
+            gradient.stride(0),
+            matrix.stride(0),
+            0 if past is None else past.stride(0),
+            tiles_each,
+            *tile,
+            num_warps=NUM_WARPS,
+        )
     return to_x.view(x.shape), partial.sum(0).to(weight.dtype)
 
 

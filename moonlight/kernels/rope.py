@@ -9,7 +9,7 @@ from __future__ import annotations  # kernels name `tl.constexpr`, which is not 
 
 import torch
 
-from moonlight.kernels.blocks import dense_rows, row_blocks
+from moonlight.kernels.blocks import dense_rows, new_like, row_blocks
 from moonlight.kernels.jit import jit, tl, triton
 
 TILE_HEADS, NUM_WARPS = 32, 4
@@ -31,17 +31,18 @@ def rotate_backward(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     return (rotate_backward_triton if grad.is_cuda else rotate_backward_torch)(grad, cosine, sine)
 
 
-def _new(like: torch.Tensor) -> torch.Tensor:
-    assert like.shape[-1] % 2 == 0, f"{like.shape[-1]} entries are no pairs"
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+def _pairs(x: torch.Tensor) -> int:
+    """Of a head."""
+    assert x.shape[-1] % 2 == 0, f"{x.shape[-1]} entries are no pairs"
+    return x.shape[-1] // 2
 
 
 def rotate_torch(
     x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The twin of `rotate_triton`: a pair is a complex number."""
-    result = _new(x) if out is None else out
-    half = x.shape[-1] // 2
+    result = new_like(x) if out is None else out
+    half = _pairs(x)
     for rows in row_blocks(len(x), x[:1].numel()):
         angles = torch.complex(cosine[rows, ..., :half], sine[rows, ..., :half])
         rotated = torch.view_as_real(_complex(x[rows].float()) * angles)
@@ -58,8 +59,8 @@ def _complex(x: torch.Tensor) -> torch.Tensor:
 
 def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """The twin of `rotate_backward_triton`."""
-    result = _new(grad)
-    half = grad.shape[-1] // 2
+    result = new_like(grad)
+    half = _pairs(grad)
     for rows in row_blocks(len(grad), grad[:1].numel()):
         angles = torch.complex(cosine[rows, ..., :half], sine[rows, ..., :half].neg())
         pairs = result[rows].unflatten(-1, (half, 2))
@@ -75,7 +76,7 @@ def rotate_triton(
     x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """One pass: reads x, writes the result."""
-    result = _new(x) if out is None else out
+    result = new_like(x) if out is None else out
     assert result.stride(-1) == 1, "a result whose entries lie apart"
     _launch(x, cosine, sine, result, backward=False)
     return result
@@ -83,37 +84,39 @@ def rotate_triton(
 
 def rotate_backward_triton(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """One pass: reads the gradient, writes the result."""
-    result = _new(grad)
+    result = new_like(grad)
     _launch(grad, cosine, sine, result, backward=True)
     return result
 
 
 def _launch(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, backward: bool) -> None:
     x, cosine, sine = (dense_rows(each) for each in (x, cosine, sine))
-    length, batch, heads, dim = x.shape
+    length, batch, heads, _ = x.shape
+    half = _pairs(x)
     tile_heads = min(TILE_HEADS, triton.next_power_of_2(heads))
     tile_tokens = TILE_HEADS // tile_heads
     # A stride of 0 gives every sequence of the batch the same angles.
     strides = [angles.stride()[:2] if angles.shape[1] > 1 else (angles.stride(0), 0) for angles in (cosine, sine)]
-    _rotate[(triton.cdiv(length * batch, tile_tokens), triton.cdiv(heads, tile_heads))](
-        x,
-        cosine,
-        sine,
-        out,
-        length * batch,
-        batch,
-        heads,
-        dim // 2,
-        *x.stride()[:3],
-        *strides[0],
-        *strides[1],
-        *out.stride()[:3],
-        backward,
-        tile_tokens,
-        tile_heads,
-        triton.next_power_of_2(dim // 2),
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(x):
+        _rotate[(triton.cdiv(length * batch, tile_tokens), triton.cdiv(heads, tile_heads))](
+            x,
+            cosine,
+            sine,
+            out,
+            length * batch,
+            batch,
+            heads,
+            half,
+            *x.stride()[:3],
+            *strides[0],
+            *strides[1],
+            *out.stride()[:3],
+            backward,
+            tile_tokens,
+            tile_heads,
+            triton.next_power_of_2(half),
+            num_warps=NUM_WARPS,
+        )
 
 
 @jit

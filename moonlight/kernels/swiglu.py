@@ -9,7 +9,7 @@ from __future__ import annotations  # kernels name `tl.constexpr`, which is not 
 import torch
 import torch.nn.functional as F
 
-from moonlight.kernels.blocks import dense_rows, float_block, row_blocks, store
+from moonlight.kernels.blocks import dense_rows, float_block, new_like, row_blocks, store
 from moonlight.kernels.jit import jit, tl, triton
 
 ROWS, COLUMNS, NUM_WARPS = 4, 512, 4
@@ -41,13 +41,9 @@ def swiglu_backward(
     return function(grad_inner, gate, up, probabilities, out)
 
 
-def _new(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
 def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of `swiglu_triton`."""
-    inner = _new(gate)
+    inner = new_like(gate)
     for rows in row_blocks(*gate.shape):
         block = float_block(inner, rows)
         torch.ops.aten.silu.out(gate[rows].float(), out=block)
@@ -66,8 +62,8 @@ def swiglu_backward_torch(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Gradients:
     """The twin of `swiglu_backward_triton`."""
-    grad_gate, grad_up = out or (_new(gate), _new(up))
-    inner = _new(gate)
+    grad_gate, grad_up = out or (new_like(gate), new_like(up))
+    inner = new_like(gate)
     grad_probabilities = None if probabilities is None else torch.empty_like(probabilities)
     for rows in row_blocks(*gate.shape):
         x, y, grad = gate[rows].float(), up[rows].float(), grad_inner[rows].float()
@@ -93,21 +89,22 @@ def swiglu_backward_torch(
 
 def swiglu_triton(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
     """One pass: reads gate and up, writes inner."""
-    gate, up, inner = dense_rows(gate), dense_rows(up), _new(gate)
+    gate, up, inner = dense_rows(gate), dense_rows(up), new_like(gate)
     tokens, width = gate.shape
-    _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
-        gate,
-        up,
-        probabilities,
-        inner,
-        tokens,
-        width,
-        gate.stride(0),
-        up.stride(0),
-        ROWS,
-        COLUMNS,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(gate):
+        _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
+            gate,
+            up,
+            probabilities,
+            inner,
+            tokens,
+            width,
+            gate.stride(0),
+            up.stride(0),
+            ROWS,
+            COLUMNS,
+            num_warps=NUM_WARPS,
+        )
     return inner
 
 
@@ -120,31 +117,32 @@ def swiglu_backward_triton(
 ) -> Gradients:
     """One pass: reads grad_inner, gate and up, writes their gradients and inner. A program has whole rows."""
     grad_inner, gate, up = (dense_rows(x) for x in (grad_inner, gate, up))
-    grad_gate, grad_up = out or (_new(gate), _new(up))
+    grad_gate, grad_up = out or (new_like(gate), new_like(up))
     assert grad_gate.stride(1) == grad_up.stride(1) == 1, "gradients in columns apart"
-    inner = _new(gate)
+    inner = new_like(gate)
     grad_probabilities = None if probabilities is None else torch.empty_like(probabilities)
     tokens, width = gate.shape
-    _backward[(triton.cdiv(tokens, ROWS),)](
-        grad_inner,
-        gate,
-        up,
-        probabilities,
-        grad_gate,
-        grad_up,
-        grad_probabilities,
-        inner,
-        tokens,
-        width,
-        grad_inner.stride(0),
-        gate.stride(0),
-        up.stride(0),
-        grad_gate.stride(0),
-        grad_up.stride(0),
-        ROWS,
-        COLUMNS,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(gate):
+        _backward[(triton.cdiv(tokens, ROWS),)](
+            grad_inner,
+            gate,
+            up,
+            probabilities,
+            grad_gate,
+            grad_up,
+            grad_probabilities,
+            inner,
+            tokens,
+            width,
+            grad_inner.stride(0),
+            gate.stride(0),
+            up.stride(0),
+            grad_gate.stride(0),
+            grad_up.stride(0),
+            ROWS,
+            COLUMNS,
+            num_warps=NUM_WARPS,
+        )
     return grad_gate, grad_up, grad_probabilities, inner
 
 

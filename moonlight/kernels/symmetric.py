@@ -3,11 +3,13 @@
 The two kinds that Newton-Schulz needs are X X^T and the product of two symmetric matrices that commute.
 """
 
+from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
+
+from moonlight.kernels.jit import jit, tl, triton
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def symmetric_product(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _triangle_column(index):
     """Column of the tile with this index, where tiles of an upper triangle are counted column by column."""
     column = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
@@ -113,7 +115,7 @@ def _triangle_column(index):
     return column
 
 
-@triton.jit
+@jit
 def _upper_tile(index, tiles, GROUP: tl.constexpr):
     """Row and column of a tile on or above the diagonal: groups of columns, in each of them row by row, and at last
     the small triangle at the diagonal."""
@@ -127,7 +129,7 @@ def _upper_tile(index, tiles, GROUP: tl.constexpr):
     return row, first + tl.where(at_diagonal, column, rest % width)
 
 
-@triton.jit
+@jit
 def _product_kernel(
     left, right, added, out, n, k, alpha, beta, gamma,
     left_count, left_row, left_column,

@@ -1,7 +1,6 @@
 """Core attention: torch's scaled dot product with keys wider than values, as latent attention has them."""
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,12 +39,6 @@ def max_logits(
             logits.masked_fill_(apart.unsqueeze(1), -math.inf)
         largest = torch.maximum(largest, logits.flatten(2).amax(2).amax(0))
     return largest * softmax_scale
-
-
-@lru_cache(maxsize=1)
-def _visible(documents: torch.Tensor) -> torch.Tensor:
-    """Which token sees which: bool [batch, 1, sequence, sequence]. Kept, because all layers of a pass ask for it."""
-    return (documents[:, None, :, None] == documents[:, None, None, :]).tril_()
 
 
 class CausalAttention(torch.nn.Module):
@@ -87,6 +80,4 @@ class CausalAttention(torch.nn.Module):
             self.max_logits = torch.maximum(found, self.max_logits.to(found.device))
         if not query.is_cuda:
             return CpuAttention.apply(query, key, value, self.softmax_scale, documents).flatten(2)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
-        mask = None if documents is None else _visible(documents)
-        return sdpa.attention(q, k, v, mask, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+        return sdpa.attention(query, key, value, self.softmax_scale, documents)

@@ -21,17 +21,41 @@ Torch by itself prefers flash attention, which wants keys and values of one widt
 
 _choices: list[str] = []
 
+Place = tuple[torch.Size, tuple[int, ...], int]
+"""Shape, strides and offset of a tensor in its memory."""
+
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v under `mask` bool [batch, 1, sequence, sequence], or a causal one if that is None.
+    """softmax(q k^T * scale) v under a causal mask, and within documents where they are given.
 
-    `query` and `key` [batch, heads, sequence, dim], `value` and the result [batch, heads, sequence, v_head_dim].
+    `query` and `key` [sequence, batch, heads, dim], `value` [sequence, batch, heads, v_head_dim], of one dtype and any
+    strides; `documents` int [batch, sequence]. The result is [sequence, batch, heads * v_head_dim].
     """
-    widths = query.shape[-1], value.shape[-1]
-    kernel = kernel_for(query.device, query.dtype, tuple(query.shape[:3]), widths, mask is not None)
+    kernel = kernel_for(query.device, query.dtype, (place(query), place(key), place(value)), documents is not None)
+    mask = None if documents is None else _kept_mask(documents, query.dtype)
     return _run(kernel, query, key, value, mask, scale)
+
+
+def place(tensor: torch.Tensor) -> Place:
+    """What `kernel_for` asks of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _mask(documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to logits, so that a token sees its document up to itself: [batch, 1, sequence, sequence].
+
+    A boolean mask would become this in every layer anew, and every layer's would be kept for the backward pass. It is
+    finite because cuDNN has been wrong with -inf, and half of the least number because kernels multiply it by log2(e).
+    """
+    hidden = (documents[:, None, :, None] == documents[:, None, None, :]).tril_().logical_not_()
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min / 2)
+
+
+_kept_mask = lru_cache(maxsize=1)(_mask)
+"""All layers of a pass ask for the same mask, and get one tensor."""
 
 
 def choices() -> list[str]:
@@ -42,16 +66,16 @@ def choices() -> list[str]:
 
 @lru_cache
 def kernel_for(
-    device: torch.device, dtype: torch.dtype, size: tuple[int, ...], widths: tuple[int, int], has_mask: bool
+    device: torch.device, dtype: torch.dtype, places: tuple[Place, Place, Place], has_mask: bool
 ) -> SDPBackend:
-    """The first kernel by preference that takes it. `size`: batch, heads, sequence; `widths`: of keys and of values."""
+    """The first kernel by preference that takes queries, keys and values of these shapes and strides, as `attention`
+    does. The global random numbers stay as they are."""
+    length, batch, heads, key_width = places[0][0]
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch gives the reasons of each refusal
-        inputs = [
-            torch.randn(*size, width, device=device, dtype=dtype, requires_grad=True)
-            for width in (*widths[:1], *widths)
-        ]
-        mask = torch.ones(size[0], 1, size[2], size[2], dtype=torch.bool, device=device).tril() if has_mask else None
+        generator = torch.Generator(device).manual_seed(0)
+        inputs = [_drawn(each, dtype, generator) for each in places]
+        mask = _mask(torch.zeros(batch, length, device=device), dtype) if has_mask else None
         for kernel in BY_PREFERENCE:
             try:
                 _seconds(kernel, inputs, mask)
@@ -61,10 +85,17 @@ def kernel_for(
                 continue
             milliseconds = 1e3 * _seconds(kernel, inputs, mask)
             break
-    shape = f"keys of {widths[0]} and values of {widths[1]}, {size[0]} x {size[1]} heads x {size[2]} tokens"
+    shape = f"keys of {key_width} and values of {places[2][0][-1]}, {batch} x {heads} heads x {length} tokens"
     name = kernel.name.lower().removesuffix("_attention")
     _choices.append(f"attention by {name} for {shape}: {milliseconds:.2f} ms forward and backward")
     return kernel
+
+
+def _drawn(place: Place, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    shape, strides, offset = place
+    elements = 1 + offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = torch.randn(elements, dtype=dtype, device=generator.device, generator=generator)
+    return memory.as_strided(shape, strides, offset).requires_grad_()
 
 
 def _run(
@@ -75,8 +106,10 @@ def _run(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [batch, heads, sequence, dim]
     with sdpa_kernel(kernel):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def _seconds(kernel: SDPBackend, inputs: list[torch.Tensor], mask: torch.Tensor | None) -> float:
@@ -84,6 +117,6 @@ def _seconds(kernel: SDPBackend, inputs: list[torch.Tensor], mask: torch.Tensor 
     torch.cuda.synchronize()
     started = time.perf_counter()
     out = _run(kernel, inputs[0], inputs[1], inputs[2], mask, None)
-    torch.autograd.grad(out, inputs, torch.ones_like(out))
+    torch.autograd.grad(out, inputs, out.new_ones(out.shape))  # contiguous, as the next layer's gradient is
     torch.cuda.synchronize()
     return time.perf_counter() - started

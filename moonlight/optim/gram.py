@@ -6,7 +6,8 @@ P G P: all of these are symmetric and commute. So k steps can share one new Gram
 is cheaper wherever X is not square. On a CPU bfloat16 is the fast dtype, and other steps are safe (newton_schulz.py).
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -38,11 +39,24 @@ def iterate(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) ->
     `product` is `kernels.symmetric.symmetric_product`, or what computes the same.
     """
     _, rows, columns = x.shape
-    for segment in segments(steps, rows, columns):
-        polynomial = _polynomial(x.mT if rows > columns else x, segment, product)
-        x = torch.bmm(x, polynomial) if rows > columns else torch.bmm(polynomial, x)
-        del polynomial
+    with _float32_sums():
+        for segment in segments(steps, rows, columns):
+            polynomial = _polynomial(x.mT if rows > columns else x, segment, product)
+            x = torch.bmm(x, polynomial) if rows > columns else torch.bmm(polynomial, x)
+            del polynomial
     return x
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Torch lets cuBLAS add parts of float16 products in float16 unless told otherwise; other code may want that."""
+    flags = torch.backends.cuda.matmul
+    before = (flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction_split_k)
+    flags.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        flags.allow_fp16_reduced_precision_reduction = before
 
 
 def _polynomial(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
 from moonlight.optim.rules import adamw_updates, apply_updates, can_fuse, directions_and_norms, muon_scale
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+ELEMENTS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
 """Most elements whose updates exist at the same time, but for a single larger matrix; on a CPU, what caches hold."""
 
 ALGORITHMS = ("muon", "adamw")
@@ -139,13 +139,13 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _muon_parts(self, parameter: torch.Tensor, group: dict[str, Any]) -> Iterator[_Part]:
-        """The parameter, or runs of matrices of a stack, none above CHUNK_ELEMENTS where that is possible."""
+        """The parameter, or runs of matrices of a stack, none above ELEMENTS_AT_ONCE where that is possible."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
         momentum, gradient = state["momentum"], parameter.grad
         assert gradient is not None
-        limit = CHUNK_ELEMENTS[parameter.device.type]
+        limit = ELEMENTS_AT_ONCE[parameter.device.type]
         count = max(1, limit // parameter[0].numel()) if parameter.dim() == 3 else len(parameter)
         for start in range(0, len(parameter), count):
             cut = slice(start, start + count)
@@ -229,8 +229,8 @@ def _apply_fused(weights: list[torch.Tensor], updates: list[torch.Tensor], rates
 
 
 def _chunks(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Consecutive parts, together at most CHUNK_ELEMENTS, but at least one."""
-    limit = CHUNK_ELEMENTS[parts[0].weight.device.type]
+    """Consecutive parts, together at most ELEMENTS_AT_ONCE, but at least one."""
+    limit = ELEMENTS_AT_ONCE[parts[0].weight.device.type]
     chunk: list[_Part] = []
     elements = 0
     for part in parts:

@@ -77,8 +77,6 @@ def _everything(run: Run, tokens: Tokens, with_experts: bool, on_cpu: bool) -> I
     yield Saved("queries, keys and values", whole * heads * w * (2 * (nope + rope) + nope + value), "mla_up_proj")
     # A CPU's has its result by head, and the projection its input by token.
     yield Saved("attention: output, and 4 bytes a head", whole * heads * (w * value * (2 if on_cpu else 1) + 4))
-    if run.data.mask_documents and not on_cpu:
-        yield Saved("attention: mask of documents", whole * tokens.sequence_length * w)
     yield _norm("pre_mlp_layernorm", own, hidden, residual_bytes(run))
     yield Saved("input of the MLP", own * w * hidden, "layernorm")
     if not with_experts:
@@ -112,6 +110,11 @@ def angles_bytes(run: Run, tokens: Tokens) -> int:
     sequence, or of every token where documents have positions of their own."""
     places = tokens.whole if run.data.reset_positions else tokens.sequence_length
     return places * 2 * 4 * run.model.qk_rope_head_dim
+
+
+def mask_bytes(run: Run, tokens: Tokens, *, on_cpu: bool = False) -> int:
+    """The mask of documents, which all layers of a pass have in common: an addend to every logit of a head."""
+    return 0 if on_cpu or not run.data.mask_documents else tokens.whole * tokens.sequence_length * weight_bytes(run)
 
 
 def head_activations(run: Run, tokens: Tokens) -> Iterator[Saved]:
@@ -155,7 +158,10 @@ def stage_activations(run: Run, stage: int, num_micro_batches: int, *, on_cpu: b
     # Interleaved stages take as many micro-batches as there are stages through one chunk, then the next chunk.
     kept = made_again + sum(of_chunk[number % (stages * virtual) // stages] for number in range(in_flight))
     batches_in_flight = min(in_flight, num_micro_batches) if run.data.reset_positions else 1
-    return kept + batches_in_flight * angles_bytes(run, tokens), in_flight
+    # Every pass through a chunk keeps a mask; the newest pass's is there even if layers are made again.
+    masks = 1 if "layer" in run.train.recompute_modules else in_flight
+    shared = batches_in_flight * angles_bytes(run, tokens) + masks * mask_bytes(run, tokens, on_cpu=on_cpu)
+    return kept + shared, in_flight
 
 
 def _made_again(run: Run, tokens: Tokens, with_experts: bool, on_cpu: bool) -> float:
