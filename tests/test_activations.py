@@ -147,15 +147,15 @@ def test_layers_have_one_mask_of_documents(dtype):
 
 @pytest.mark.parametrize(("modules", "masks"), (((), 2), (("mlp_act",), 2), (("layer",), 1)))
 def test_a_stage_has_a_mask_for_every_pass_in_flight(modules, masks):
-    """Whatever the number of its layers; the second of three stages is two passes ahead."""
-    run = run_of(Parallel(pipeline_parallel_size=3), "mask of documents")
+    """Whatever the number of its layers; the third of four stages is two passes ahead."""
+    run = run_of(Parallel(pipeline_parallel_size=4), "mask of documents")
     run = replace(run, train=replace(run.train, recompute_modules=modules))
     plain = replace(run, data=replace(run.data, mask_documents=False))
     for on_cpu in (False, True):
-        for layers in (3, 9):
+        for layers in (4, 8):
             with_mask, without = (
                 stage_activations(
-                    replace(each, model=replace(each.model, num_hidden_layers=layers)), 1, 8, on_cpu=on_cpu
+                    replace(each, model=replace(each.model, num_hidden_layers=layers)), 2, 8, on_cpu=on_cpu
                 )
                 for each in (run, plain)
             )
