@@ -40,7 +40,7 @@ def attention(
 
 def place(tensor: torch.Tensor) -> Place:
     """What `kernel_for` asks of a tensor."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 def _mask(documents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
