@@ -94,7 +94,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     folder = find(path, step)
     content = read_state(folder)
     model, run = recipe_of(content)
-    stored = StoredTensors(folder)
+    stored = StoredTensors(folder, read_once=True)
     shapes = stored.shapes
     for row in mapping.table(model):
         if shapes.get(row.key) != row.shape:

@@ -4,6 +4,7 @@ The format (8 bytes of header length, a JSON header, the values) is that of http
 whose own writer wants all tensors of a file at once.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with DirectFile(path) as file:
+    with DirectFile(path) as file, _one_thread():
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
             file.write(memoryview(raw))
@@ -90,6 +91,17 @@ def write_shard(
                 file.write(values_raw)
             done(entry.nbytes)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces as small as a cache are turned and rounded quickest by one thread; others would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -96,12 +96,18 @@ def is_covered(entry: TensorStorageMetadata) -> bool:
 class StoredTensors:
     """The rectangles of a checkpoint, mapped from its files: they take no memory of their own until they are copied.
 
+    With `read_once`, the page cache lets go of each when the next is mapped: for whoever reads all of a checkpoint,
+    where asking for new pages can cost as much as everything else.
+
     Raises:
         DamagedError: the index, or what it points to, is not what a checkpoint holds.
     """
 
-    def __init__(self, folder: Path, index: Metadata | None = None) -> None:
+    def __init__(self, folder: Path, index: Metadata | None = None, read_once: bool = False) -> None:
         self._folder, self._index = folder, index or read_index(folder)
+        self._read_once = read_once and hasattr(os, "posix_fadvise")
+        self._last: tuple[Path, int, int] | None = None
+        """File, first byte and length of what was mapped last."""
         self._rectangles: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
 
     @property
@@ -138,10 +144,19 @@ class StoredTensors:
         nbytes = math.prod(sizes) * dtype.itemsize
         try:
             start = _values_begin(path, place.offset, place.length, nbytes)
+            if self._read_once:
+                self._let_go()
+                self._last = path, start, nbytes
             raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
             raise DamagedError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
         return torch.from_numpy(raw).view(dtype).view(sizes)
+
+    def _let_go(self) -> None:
+        if self._last is not None:
+            path, start, nbytes = self._last
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _values_begin(path: Path, offset: int, length: int, nbytes: int) -> int:
