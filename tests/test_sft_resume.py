@@ -16,6 +16,8 @@ from test_resume import check_same
 
 from moonlight.config_io import load_recipe, to_yaml
 from moonlight.data.prepare_chat import prepare_chat
+from moonlight.errors import UserError
+from moonlight.timeline import Timeline
 from moonlight.train import run_folder
 from moonlight.train.metrics import read_metrics
 
@@ -125,3 +127,16 @@ def test_conversations_and_text_are_not_taken_for_each_other(place, refuses, dat
     recipe = place.folder / "text.yaml"
     recipe.write_text(to_yaml(text))
     refuses(["pretrain", recipe], "holds conversations", "for `moonlight sft`")
+
+
+def test_the_recipe_of_the_16b_model_is_the_papers():
+    """Muon after Muon, two epochs at 4K, 5e-5 to 0; epochs become steps by the data, so a plan needs their number."""
+    run = load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml", ["train.train_steps=1000"])
+    assert (run.optimizer.name, run.train.epochs, run.data.sequence_length) == ("muon", 2, 4096)
+    timeline = Timeline(run)
+    assert timeline.num_steps == 1000 and not run.stages and not run.train.batch_growth
+    rates = [timeline.at(step).learning_rate for step in (1, 500, 1000)]
+    assert rates == pytest.approx([5e-5 * (1 - 1 / 1000), 2.5e-5, 0])
+    assert run.model == load_recipe(ROOT / "configs" / "moonlight_16b_a3b" / "pretrain.yaml").model
+    with pytest.raises(UserError, match=r"train\.epochs is 2: .* give train\.train_steps besides"):
+        Timeline(load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml"))
