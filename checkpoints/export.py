@@ -68,7 +68,7 @@ def export(
         revision_step: the checkpoint after this step of a run, to be released as the revision `step-N`.
         chat: for an instruction-tuned model: generation ends at <|im_end|>, or what ended the assistant's turns in
             tuning, (and [EOS]); text that spells a chat marker out is encoded as that marker, which chat servers need
-            (`moonlight.data.chat_template`). The chat template is that of the tuning data, if it is still there.
+            (`moonlight.data.chat_template`). Without `tokenizer` the template is that of the tuning data.
         untie: write tied embeddings a second time, as the head; vLLM 0.32 serves a tied model wrongly, without a word.
         license: of the model, for its card; for example apache-2.0.
         repo: its name on the Hub, which the card's examples use.
@@ -85,6 +85,7 @@ def export(
         check_license(license)
     check_output(out, EXPORT_FILE)
     checkpoint = open_checkpoint(source, revision_step)
+    tuned_on = _tuning_data(checkpoint.run) if chat and tokenizer is None else None
     tokenizer = tokenizer or checkpoint.tokenizer
     ids = None if tokenizer is None else Tokenizer.load(tokenizer)
     if chat and tokenizer is None:
@@ -109,7 +110,6 @@ def export(
     if out.exists():
         _check_same(out, made_from)
         return False
-    tuned_on = _tuning_data(checkpoint.run) if chat else None
     end_ids = _end_ids(tokenizer, ids, tuned_on, chat) if tokenizer and ids else []
     model = replace(checkpoint.model, tie_word_embeddings=checkpoint.model.tie_word_embeddings and not untie)
     shards = plan_shards(mapping.table(model), DTYPES[dtype], max_shard_bytes)
@@ -132,9 +132,22 @@ def export(
 
 
 def _tuning_data(run: Run | None) -> Path | None:
-    """The folder of conversations that the run was tuned on, if it was and they are still there."""
-    manifests = _manifests(run) if run and run.data.conversations else None
-    return Path(next(iter(run.data.mixture.values())).path) if run and manifests else None
+    """The folder of conversations that the run was tuned on, which has its chat template; None if there was none.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    if run is None or not run.data.conversations:
+        return None
+    folder = Path(next(iter(run.data.mixture.values())).path)
+    try:
+        load_manifest(folder)
+    except UserError as error:
+        raise UserError(
+            f"the chat template of the model lies with the conversations that it was tuned on ({error}); or give a "
+            "tokenizer with the same template by --tokenizer"
+        ) from None
+    return folder
 
 
 def _end_ids(tokenizer: Path, ids: Tokenizer, tuned_on: Path | None, chat: bool) -> list[int]:

@@ -18,7 +18,9 @@ def add_commands(app: typer.Typer, data_app: typer.Typer) -> None:
         epilog="Example: moonlight data prepare-chat --input all.jsonl --tokenizer tok --sequence-length 512 --out sft",
     )(prepare_chat)
     app.command(epilog="Example: moonlight sft configs/sft/quickstart.yaml name=again train.seed=7")(sft)
-    app.command("quickstart-chat", epilog="Example: moonlight quickstart-chat name=adamw optimizer.name=adamw")(quickstart_chat)
+    app.command("quickstart-chat", epilog="Example: moonlight quickstart-chat name=adamw optimizer.name=adamw")(
+        quickstart_chat
+    )
 
 
 def prepare_chat(
