@@ -95,3 +95,7 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     assert again.count("this checkpoint has been exported already") == 2
     with pytest.raises(UserError, match="has no checkpoint: `make quickstart`"):
         quickstart_chat.quickstart_chat(tmp_path, tmp_path / "recipe.yaml", [])
+    (folder / "data").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="chat template of the model lies with the conversations that it was tuned on"):
+        export(folder, tmp_path / "again", chat=True)
+    export(folder, tmp_path / "again", chat=True, tokenizer=base / "tokenizer")
