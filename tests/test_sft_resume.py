@@ -108,7 +108,7 @@ def test_killed_tuning_ends_the_same(place):
     [
         ("pretrain", (), ["trains on conversations", "use moonlight sft"]),
         ("sft", ("data.conversations=false", "train.epochs=0", "train.train_steps=5"), ["trains on text", "pretrain"]),
-        ("sft", ("train.initial_checkpoint=",), ["train.initial_checkpoint is missing"]),
+        ("sft", ("train.initial_checkpoint=''",), ["train.initial_checkpoint is missing"]),
         ("sft", ("data.mask_documents=false",), ["data.conversations needs data.mask_documents=true"]),
         ("sft", ("data.sequence_length=32",), ["data.sequence_length is 32", "was packed for 64"]),
         ("sft", ("train.train_steps=7",), ["train.train_steps is 7", "leave one of them out"]),
