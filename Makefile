@@ -8,7 +8,7 @@ LOCK := requirements/cpu.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install quickstart test test-full test-faults serve-test lint format clean
+.PHONY: install quickstart quickstart-chat test test-full test-faults serve-test lint format clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 
 quickstart: install
 	@$(BIN)/moonlight quickstart $(if $(CORPUS),--corpus "$(CORPUS)")
+
+# Instruction tuning of the quickstart's model on simple tasks, with exact match before and after.
+quickstart-chat: quickstart
+	@$(BIN)/moonlight quickstart-chat
 
 test: install
 	$(BIN)/python -m pytest -m "not full and not faults"

@@ -90,8 +90,11 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
     length = run.data.sequence_length
     passes = ""
     if manifests and len(manifests) == 1:
-        passes = f" ({tokens / _sums(manifests, 'train', ('tokens',))['tokens']:.3g} passes over the data)"
-    yield "tokens seen", f"{tokens:,}{passes}"
+        there = _sums(manifests, "train", ("tokens",))["tokens"]
+        if run.data.conversations:  # sequences end with padding
+            there = _sums(manifests, "train", ("windows",))["windows"] * length
+        passes = f" ({tokens / there:.3g} passes over the data)"
+    yield "tokens seen", f"{tokens:,}{passes}{', padding included' if run.data.conversations else ''}"
     flops = tokens * train_flops_per_token(run.model, length)
     yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
     yield "steps", f"{step:,} of {timeline.num_steps:,}"
@@ -100,7 +103,10 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
         "positions counted in each": run.data.reset_positions,
     }
     if any(kept_apart.values()):
-        yield "documents of a sequence", ", ".join(name for name, on in kept_apart.items() if on)
+        kind = "conversations" if run.data.conversations else "documents"
+        yield f"{kind} of a sequence", ", ".join(name for name, on in kept_apart.items() if on)
+    if run.data.conversations:
+        yield "loss", "on what the assistant says, up to the token that ends its turn"
     growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train.batch_growth)
     yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens{growth}"
     optimizer = run.optimizer

@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder, in one process, tensor by tensor."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from checkpoints.reader import Checkpoint, open_checkpoint
 from checkpoints.shards import Entry, plan_shards, write_shard
 from moonlight import mapping
 from moonlight.config import Run
-from moonlight.data.chat_template import set_chat_mode
+from moonlight.data.chat_template import TEMPLATE_FILE, set_chat_mode
 from moonlight.data.manifest import load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer
@@ -65,8 +66,9 @@ def export(
         max_shard_bytes: most bytes of one safetensors file, unless a single tensor has more.
         tokenizer: folder of the tokenizer; None takes the checkpoint's own or the one that its recipe names.
         revision_step: the checkpoint after this step of a run, to be released as the revision `step-N`.
-        chat: for an instruction-tuned model: generation ends at <|im_end|> (and [EOS]), and text that spells a chat
-            marker out is encoded as that marker, which chat servers need (`moonlight.data.tokenizer`).
+        chat: for an instruction-tuned model: generation ends at <|im_end|>, or what ended the assistant's turns in
+            tuning, (and [EOS]); text that spells a chat marker out is encoded as that marker, which chat servers need
+            (`moonlight.data.chat_template`). Without `tokenizer` the template is that of the tuning data.
         untie: write tied embeddings a second time, as the head; vLLM 0.32 serves a tied model wrongly, without a word.
         license: of the model, for its card; for example apache-2.0.
         repo: its name on the Hub, which the card's examples use.
@@ -83,6 +85,7 @@ def export(
         check_license(license)
     check_output(out, EXPORT_FILE)
     checkpoint = open_checkpoint(source, revision_step)
+    tuned_on = _tuning_data(checkpoint.run) if chat and tokenizer is None else None
     tokenizer = tokenizer or checkpoint.tokenizer
     ids = None if tokenizer is None else Tokenizer.load(tokenizer)
     if chat and tokenizer is None:
@@ -107,7 +110,7 @@ def export(
     if out.exists():
         _check_same(out, made_from)
         return False
-    end_ids = _end_ids(tokenizer, ids, chat) if tokenizer and ids else []
+    end_ids = _end_ids(tokenizer, ids, tuned_on, chat) if tokenizer and ids else []
     model = replace(checkpoint.model, tie_word_embeddings=checkpoint.model.tie_word_embeddings and not untie)
     shards = plan_shards(mapping.table(model), DTYPES[dtype], max_shard_bytes)
     check_space(out, sum(entry.nbytes for shard in shards for entry in shard) + BESIDE_WEIGHTS_BYTES)
@@ -117,6 +120,8 @@ def export(
             copy_tokenizer(tokenizer, part)
             if chat:
                 set_chat_mode(part)
+                if tuned_on:
+                    shutil.copyfile(tuned_on / TEMPLATE_FILE, part / TEMPLATE_FILE)
         bos_id, eos_id = ids.bos_id if ids else None, end_ids[0] if end_ids else None
         write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
         write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
@@ -126,17 +131,37 @@ def export(
     return True
 
 
-def _end_ids(tokenizer: Path, ids: Tokenizer, chat: bool) -> list[int]:
+def _tuning_data(run: Run | None) -> Path | None:
+    """The folder of conversations that the run was tuned on, which has its chat template; None if there was none.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    if run is None or not run.data.conversations:
+        return None
+    folder = Path(next(iter(run.data.mixture.values())).path)
+    try:
+        load_manifest(folder)
+    except UserError as error:
+        raise UserError(
+            f"the chat template of the model lies with the conversations that it was tuned on ({error}); or give a "
+            "tokenizer with the same template by --tokenizer"
+        ) from None
+    return folder
+
+
+def _end_ids(tokenizer: Path, ids: Tokenizer, tuned_on: Path | None, chat: bool) -> list[int]:
     """The ids that end a text: for a chat the end of a message first; else those of an imported model, or [EOS].
 
     Raises:
         UserError: a chat, and no such id.
     """
     if chat:
-        end_id = ids.id_of(END_OF_MESSAGE)
+        end = load_manifest(tuned_on)["chat"]["end_token"] if tuned_on else END_OF_MESSAGE
+        end_id = ids.id_of(end)
         if end_id is None:
-            raise UserError(f"tokenizer {tokenizer} has no {END_OF_MESSAGE}, which ends a message: leave --chat out")
-        return [end_id, ids.eos_id]
+            raise UserError(f"tokenizer {tokenizer} has no {end}, which ends a message: leave --chat out")
+        return list(dict.fromkeys([end_id, ids.eos_id]))
     generation = tokenizer / GENERATION_FILE
     known = read_json(generation).get("eos_token_id") if generation.is_file() else None
     found = [one for one in (known if isinstance(known, list) else [known]) if type(one) is int]

@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from moonlight.cli_bench import bench_app
+from moonlight.cli_chat import add_commands
 from moonlight.errors import CODE_INTERRUPTED, UserError, report_errors
 
 app = typer.Typer(
@@ -32,7 +33,9 @@ PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
 
 _AFTER_INTERRUPT = {
     "pretrain": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
+    "sft": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
     "quickstart": "the same command goes on, training from its newest checkpoint if there is one",
+    "quickstart-chat": "the same command goes on, tuning from its newest checkpoint if there is one",
     "release": "the same command goes on, and sends what is missing",
 }
 _NOTHING_LEFT = "nothing unfinished is left behind; the same command begins again"
@@ -102,27 +105,9 @@ def pretrain(
     force: Annotated[bool, typer.Option("--force", help="Go on with a run of other settings.")] = False,
 ) -> None:
     """Train, or go on where the run stopped. Starts the recipe's local processes unless torchrun did."""
-    from moonlight.config_io import load_recipe
-    from moonlight.train import run_folder
-    from moonlight.train.tracking import check_installed
-    from pretrain.local import launch, under_launcher
+    from pretrain.command import train_command
 
-    run = load_recipe(recipe, overrides or [])
-    if under_launcher():
-        from pretrain.__main__ import work
-
-        work(run, force=force)
-        return
-    run.check_batches(run.parallel.num_processes)
-    check_installed(run)
-    run_folder.check_data(run)
-    run_folder.check_initial_checkpoint(run)
-    run_folder.check_folder(run_folder.path(run), run, force=force)
-    if run_folder.is_finished(run):
-        print(f"{run_folder.path(run)}: this run has finished already")
-        return
-    arguments = [str(recipe), *(overrides or []), *(["--force"] if force else [])]
-    launch(run.parallel.num_processes, arguments, run.train.threads_per_process, run.train.max_restarts)
+    train_command(recipe, overrides or [], force=force, conversations=False)
 
 
 @app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --gpus 64 --gpu h200")
@@ -320,6 +305,9 @@ def quickstart(
     from moonlight.quickstart import quickstart as go
 
     go(corpus, recipe, overrides or [])
+
+
+add_commands(app, data_app)
 
 
 def main() -> None:

@@ -5,9 +5,10 @@ sections in `Run.__post_init__`. All raise `UserError`. This module imports neit
 """
 
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from moonlight.config_checks import one_of, positive, require
+from moonlight.config_data import Data as Data
+from moonlight.config_data import Source as Source
 from moonlight.config_model import Model
 from moonlight.config_monitor import Monitor
 from moonlight.config_optim import Optimizer
@@ -17,54 +18,6 @@ from moonlight.pipeline import check_pipeline
 MAX_STEPS = 99_999_999
 """Checkpoint folders are named by steps of eight digits, so that their names sort."""
 RECOMPUTE_MODULES = ("layernorm", "mlp_act", "mla_up_proj", "layer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One prepared data folder of a mixture."""
-
-    path: str
-    """Folder with train.bin/.idx, validation.bin/.idx and manifest.json."""
-    weight: float = 1.0
-    """Share of the training sequences, in any unit."""
-    max_epochs: float = 0.0
-    """How often its documents may be seen over the whole run; 0 sets no limit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where the tokens come from. Both folders are made by `moonlight tokenizer train` and `moonlight data prepare`."""
-
-    path: str = ""
-    """Folder with train.bin/.idx, validation.bin/.idx and manifest.json. Or else `sources`."""
-    sources: dict[str, Source] = field(default_factory=dict)
-    """Several such folders, under names of your own, to mix."""
-    tokenizer: str
-    """Folder with the tokenizer whose checksum the manifests name."""
-    sequence_length: int
-    mask_documents: bool = False
-    """Let no token attend to another document of its sequence. A document ends with the tokenizer's [EOS]."""
-    reset_positions: bool = False
-    """Count positions from the beginning of the document, or of what the sequence has of it."""
-    cache_folder: str = ""
-    """Folder for the shuffled orders of documents, on a disk of each host; empty takes the run's own folder."""
-
-    def __post_init__(self) -> None:
-        positive("data", sequence_length=self.sequence_length)
-        require(
-            bool(self.path) != bool(self.sources),
-            "data.path and data.sources are both " + ("given" if self.path else "missing") + ": give one of them",
-        )
-        for name, source in self.sources.items():
-            for key in ("weight", "max_epochs"):
-                value = getattr(source, key)
-                require(value >= 0, f"data.sources.{name}.{key} is {value}: it must be at least 0")
-        check_weights("data.sources", {name: source.weight for name, source in self.sources.items()})
-
-    @property
-    def mixture(self) -> dict[str, Source]:
-        """The sources by name; `path` alone is one of the name of its folder."""
-        return self.sources or {PurePath(self.path).name: Source(path=self.path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +88,8 @@ class Train:
 
     train_steps: int = 0
     """Of a recipe with a schedule; one with stages says where they end in tokens."""
+    epochs: float = 0.0
+    """Of conversations, in place of train_steps: how often all are seen. `moonlight sft` makes steps of it."""
     only_stage: str = ""
     """Train this one of the stages alone, from train.initial_checkpoint, on the data it has in the whole run."""
     global_batch_size: int
@@ -234,6 +189,7 @@ class Train:
         )
         for name in (
             "train_steps",
+            "epochs",
             "seed",
             "threads_per_process",
             "validation_sequences",
@@ -325,6 +281,14 @@ class Run:
             f"optimizer.gradient_dtype is {self.optimizer.gradient_dtype!r}: it needs train.dtype bfloat16 "
             f"(gradients of {train.dtype} weights are {train.dtype})",
         )
+        require(
+            not self.data.conversations or bool(train.initial_checkpoint),
+            "train.initial_checkpoint is missing: tuning on conversations begins with the weights of a checkpoint",
+        )
+        require(
+            train.epochs == 0 or (self.data.conversations and bool(self.data.path) and not train.batch_growth),
+            f"train.epochs is {train.epochs:g}: it is for conversations from one data.path, at one batch size",
+        )
         self._check_course()
 
     def _check_course(self) -> None:
@@ -335,18 +299,20 @@ class Run:
         )
         if schedule:
             schedule.check("schedule")
-            positive("train", train_steps=train.train_steps)
+            if train.epochs == 0:
+                positive("train", train_steps=train.train_steps)
             require(
                 train.train_steps <= MAX_STEPS,
                 f"train.train_steps is {train.train_steps}: at most {MAX_STEPS} is accepted",
             )
+            counted = train.train_steps > 0  # epochs become steps when the data is known
             require(
-                schedule.warmup_steps <= train.train_steps,
+                not counted or schedule.warmup_steps <= train.train_steps,
                 f"schedule.warmup_steps is {schedule.warmup_steps}: it must be at most train.train_steps "
                 f"({train.train_steps})",
             )
             require(
-                train.stop_at_step <= train.train_steps,
+                not counted or train.stop_at_step <= train.train_steps,
                 f"train.stop_at_step is {train.stop_at_step}: at most train.train_steps ({train.train_steps}) is "
                 "accepted",
             )

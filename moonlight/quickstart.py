@@ -53,22 +53,22 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
     completion = folder / "completion.txt"
 
     print(f"corpus: {corpus}")
-    _step(
+    step(
         "tokenizer",
         *("tokenizer", "train", "--input", corpus, "--vocab-size", run.model.vocab_size, "--out", tokenizer),
     )
-    _step(
+    step(
         "data",
         *("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data),
         *("--validation-share", VALIDATION_SHARE),
     )
-    _step("training", "pretrain", recipe, *overrides)
-    _step("export", "export", folder, "--out", hugging_face)
+    step("training", "pretrain", recipe, *overrides)
+    step("export", "export", folder, "--out", hugging_face)
     if completion.exists() and completion.stat().st_mtime >= (hugging_face / "export.json").stat().st_mtime:
         print("== verification, completion: done already")
     else:
-        _step("verification", "verify", folder, hugging_face)
-        _step(
+        step("verification", "verify", folder, hugging_face)
+        step(
             "completion",
             *("generate", hugging_face, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS),
             *("--temperature", TEMPERATURE),
@@ -93,7 +93,7 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
     console.print(more, markup=False, soft_wrap=True)
 
 
-def _step(name: str, *arguments: object, out: Path | None = None) -> None:
+def step(name: str, *arguments: object, out: Path | None = None) -> None:
     """Run one `moonlight` command in a process of its own; with `out`, keep what it prints there."""
     print(f"== {name}: moonlight {shlex.join(map(str, arguments))}".replace("\n", "\\n"), flush=True)
     command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]

@@ -63,6 +63,11 @@ class Timeline:
                     self._add(name, -(-stage.from_tokens // length), -(-stage.to_tokens // length))
         else:
             assert run.schedule is not None  # Run requires it without stages
+            require(
+                run.train.train_steps > 0,
+                f"train.epochs is {run.train.epochs:g}: how many steps that is follows from the prepared data; "
+                "give train.train_steps besides",
+            )
             self._add("", 0, None, run.train.train_steps)
             only_span = self._spans[-1]
             tokens = (only_span.first_sequence + only_span.num_steps * only_span.global_batch_size) * length

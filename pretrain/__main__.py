@@ -21,6 +21,7 @@ def work(run: Run, *, force: bool = False) -> None:
     """
     from moonlight.train import run_folder
 
+    run = run_folder.count_steps(run)
     run_folder.check_folder(run_folder.path(run), run, force=force)
 
     from moonlight import parallel

@@ -37,13 +37,13 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
     Returns:
         What is wrong, one line a cause with the hosts it is found on; the same list on every rank.
     """
-    folder = Path(run.runs_folder)
+    folder, folder_of_run = Path(run.runs_folder), run_folder.path(run)
     health = of_this_process(int(os.environ.get("LOCAL_RANK", "0")))
     for test in (
         lambda: run.check_batches(dist.get_world_size()),
-        lambda: run_folder.check_data(run),
+        lambda: run_folder.check_data(run_folder.count_steps(run)),
         lambda: run_folder.check_initial_checkpoint(run),
-        lambda: run_folder.check_folder(run_folder.path(run), run, force=limits.force),
+        lambda: run_folder.check_folder(folder_of_run, run_folder.count_steps(run), force=limits.force),
         lambda: make_folder(folder),
         lambda: check_shared(folder),
         lambda: measure_disk(health, folder, limits.disk_megabytes << 20) if health.local_rank == 0 else None,

@@ -8,8 +8,8 @@ PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
 MAX_LINES = 400
 
 LEVELS = (
-    ("moonlight.cli", "moonlight.cli_bench"),
-    ("moonlight.quickstart", "moonlight.bench", "moonlight.report"),
+    ("moonlight.cli", "moonlight.cli_bench", "moonlight.cli_chat"),
+    ("moonlight.quickstart", "moonlight.quickstart_chat", "moonlight.bench", "moonlight.report"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.plan.command", "moonlight.plan.compare"),
     ("moonlight.train", "moonlight.dry_run"),
@@ -18,6 +18,7 @@ LEVELS = (
     (
         "moonlight.config",
         "moonlight.config_checks",
+        "moonlight.config_data",
         "moonlight.config_io",
         "moonlight.config_model",
         "moonlight.config_monitor",

@@ -18,8 +18,7 @@ import sentencepiece
 
 from moonlight.bench.report import hardware, report, speed
 from moonlight.bench.startup import make_data
-from moonlight.data.encode import Batch, encode_all
-from moonlight.data.tokenizer import Tokenizer
+from moonlight.data.encode import Batch, TextEncoder, encode_all
 from moonlight.errors import UserError
 
 VOCAB_SIZE = 4096
@@ -92,12 +91,12 @@ def _batches(nbytes: int) -> list[Batch]:
 def _cases(folder: Path, batches: list[Batch], cores: int) -> dict[str, Callable[[], Ids]]:
     from transformers import AutoTokenizer
 
-    own = Tokenizer.load(folder)
+    encoder = TextEncoder(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     fast = AutoTokenizer.from_pretrained(folder)
 
     def ours(workers: int) -> Ids:
-        encoded = encode_all(batches, own, folder, workers)
+        encoded = encode_all(batches, encoder, workers)
         return [ids[:-1] for _, documents in encoded for ids in documents]  # without [EOS]
 
     def direct(threads: int) -> Ids:

@@ -21,6 +21,8 @@ from moonlight.files import write_json
 CONTROL_PIECES = ("<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>")
 """Moonlight's chat markers. In tokenizers trained here they have ids 4 to 8, after <unk>, [BOS], [EOS] and [PAD]."""
 
+TEMPLATE_FILE = "chat_template.jinja"
+
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'system' -%}

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +24,10 @@ SKIPPED_NAMES = frozenset({"site-packages", "dist-packages", "__pycache__", "nod
 _RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _SNIFFED_BYTES = 8192
 _PARQUET_ROWS_AT_ONCE = 1024
+
+
+TextOf = Callable[[dict[str, Any]], tuple[str | None, str]]
+"""The text of a JSON object; or None, and the reason why it has none."""
 
 
 class Record(NamedTuple):
@@ -98,7 +103,7 @@ def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
             if file.name.endswith(".parquet"):
                 yield from _read_parquet(file, stream, text_field)
             elif file.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _read_jsonl(file, stream, text_field)
+                yield from _read_jsonl(file, stream, partial(_text_of, text_field=text_field))
             else:
                 yield _read_text(file, stream)
     except OSError as error:
@@ -149,14 +154,27 @@ def _read_text(file: Path, stream: BinaryIO) -> Record:
         return Record(file, 1, None, f"not UTF-8: {error.reason} at byte {error.start}", len(raw))
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Record]:
+def read_lines(file: Path, text_of: TextOf) -> Iterator[Record]:
+    """Yield every line of a .jsonl or .jsonl.gz file, `text_of` of its JSON object as the text.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with file.open("rb") as stream:
+            yield from _read_jsonl(file, stream, text_of)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+
+
+def _read_jsonl(file: Path, stream: BinaryIO, text_of: TextOf) -> Iterator[Record]:
     lines: Any = gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
     number = 0
     try:
         # Lines are split as bytes, so that one line that is not UTF-8 does not spoil the rest of the file.
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                text, reason = _text_of_json(line, text_field)
+                text, reason = _text_of_json(line, text_of)
             else:
                 text, reason = "", ""
             yield Record(file, number, text, reason, stream.tell())
@@ -164,7 +182,7 @@ def _read_jsonl(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Recor
         yield Record(file, number + 1, None, f"damaged gzip stream: {error}", stream.tell())
 
 
-def _text_of_json(line: bytes, text_field: str) -> tuple[str | None, str]:
+def _text_of_json(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -173,9 +191,13 @@ def _text_of_json(line: bytes, text_field: str) -> tuple[str | None, str]:
         return None, f"not JSON: {error}"
     if not isinstance(value, dict):
         return None, f"a JSON object is expected, not {type(value).__name__}"
+    return text_of(value)
+
+
+def _text_of(value: dict[str, Any], text_field: str) -> tuple[str | None, str]:
     if text_field not in value:
         return None, f"no field {text_field!r}"
-    return _checked_text(value[text_field], f"field {text_field!r}")
+    return checked_text(value[text_field], f"field {text_field!r}")
 
 
 def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Record]:
@@ -195,7 +217,7 @@ def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Rec
             for scalar in batch.column(text_field):
                 row += 1
                 try:
-                    text, reason = _checked_text(scalar.as_py(), f"column {text_field!r}")
+                    text, reason = checked_text(scalar.as_py(), f"column {text_field!r}")
                 except UnicodeDecodeError as error:
                     text, reason = None, f"not UTF-8: {error.reason} at byte {error.start}"
                 yield Record(file, row, text, reason, size * row // num_rows)
@@ -203,7 +225,8 @@ def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Rec
         yield Record(file, row + 1, None, f"damaged Parquet file: {' '.join(str(error).split())[:200]}", size)
 
 
-def _checked_text(value: Any, name: str) -> tuple[str | None, str]:
+def checked_text(value: Any, name: str) -> tuple[str | None, str]:
+    """`value` if it is text that UTF-8 can hold, else None and why not."""
     if not isinstance(value, str):
         return None, f"{name} holds {type(value).__name__}, not text"
     try:

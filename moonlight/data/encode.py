@@ -9,16 +9,20 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy
 
 from moonlight.data.tokenizer import Tokenizer
 
-_worker_tokenizer: Tokenizer | None = None
+Encoder = Callable[[list[bytes]], list[Any]]
+"""Makes of each UTF-8 text what is to be written of it. Goes to workers by pickle."""
+
+_worker_encoder: Encoder | None = None
 
 
 @dataclass
@@ -29,23 +33,34 @@ class Batch:
     """UTF-8 text."""
     sources: list[int] = field(default_factory=list)
     """Index of each document's input."""
+    places: list[tuple[Path, int]] = field(default_factory=list)
+    """File and line of each document."""
     position: int = 0
     """Bytes of all input files read once this batch is full."""
 
 
-def _encode(tokenizer: Tokenizer, raw: list[bytes]) -> list[numpy.ndarray]:
+class TextEncoder:
     """Ids of each document with [EOS] after them, int32 [tokens]."""
-    return [numpy.array([*tokenizer.encode(text.decode()), tokenizer.eos_id], numpy.int32) for text in raw]
+
+    def __init__(self, tokenizer_folder: Path) -> None:
+        self._folder, self.tokenizer = tokenizer_folder, Tokenizer.load(tokenizer_folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextEncoder, (self._folder,)  # a worker loads the tokenizer for itself
+
+    def __call__(self, raw: list[bytes]) -> list[numpy.ndarray]:
+        tokenizer = self.tokenizer
+        return [numpy.array([*tokenizer.encode(text.decode()), tokenizer.eos_id], numpy.int32) for text in raw]
 
 
-def _encode_in_worker(raw: list[bytes]) -> list[numpy.ndarray]:
-    assert _worker_tokenizer is not None
-    return _encode(_worker_tokenizer, raw)
+def _encode_in_worker(raw: list[bytes]) -> list[Any]:
+    assert _worker_encoder is not None
+    return _worker_encoder(raw)
 
 
-def _start_worker(tokenizer_folder: Path) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = Tokenizer.load(tokenizer_folder)
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -58,18 +73,16 @@ def _start_worker(tokenizer_folder: Path) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_all(
-    batches: Iterable[Batch], tokenizer: Tokenizer, tokenizer_folder: Path, workers: int
-) -> Iterator[tuple[Batch, list[numpy.ndarray]]]:
-    """Each batch with its documents' ids, in the order of `batches`; at most 3 a worker are in memory."""
+def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[Any]]]:
+    """Each batch with what `encoder` makes of it, in the order of `batches`; at most 3 a worker are in memory."""
     if workers == 1:
         for batch in batches:
-            yield batch, _encode(tokenizer, batch.raw)
+            yield batch, encoder(batch.raw)
         return
     # spawn: a forked child of a process that has threads (torch starts some) may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_folder,))
-    waiting: deque[tuple[Batch, Future[list[numpy.ndarray]]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
+    waiting: deque[tuple[Batch, Future[list[Any]]]] = deque()
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(_encode_in_worker, batch.raw)))

@@ -1,9 +1,9 @@
 """Token windows for training and validation: what a sample holds is a function of the seed and its number alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
@@ -16,7 +16,19 @@ from moonlight.data.index_cache import IndexCache, Order
 from moonlight.data.mixture import Mixture, mixture_of, samples_per_epoch
 from moonlight.errors import UserError
 
-Sample = tuple[np.ndarray, np.ndarray]
+
+class Packed(NamedTuple):
+    """A sequence of whole conversations, and padding after them."""
+
+    tokens: np.ndarray
+    """int64 [sequence_length + 1]."""
+    mask: np.ndarray
+    """float32 [sequence_length]: which of the last sequence_length tokens count as labels."""
+    documents: np.ndarray
+    """int32 [sequence_length]: number of each token's conversation; padding is one more."""
+
+
+Sample = tuple[np.ndarray, np.ndarray] | Packed
 """Tokens [sequence_length + 1] int64, and which of the last sequence_length count as labels, float32."""
 
 
@@ -102,10 +114,73 @@ def _count_up(count: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
 
 
+class _Conversations:
+    """The windows of one split of prepared conversations, as they were packed."""
+
+    def __init__(self, prefix: Path, sequence_length: int, eos_id: int) -> None:
+        self.stream = _Stream(prefix)
+        self.sequence_length, self.eos_id = sequence_length, eos_id
+        self._learnt = np.memmap(f"{prefix}.mask", dtype=np.uint8, mode="r").view(np.ndarray)
+        self._firsts = self.stream.dataset.index.document_indices
+        self._ends = np.cumsum(self.stream.lengths, dtype=np.int64)
+
+    @property
+    def num_windows(self) -> int:
+        return len(self._firsts) - 1
+
+    def window(self, number: int) -> Packed:
+        """Window `number`; one past the last is all padding."""
+        length = self.sequence_length
+        tokens = np.full(length + 1, self.eos_id, dtype=np.int64)
+        mask, documents = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.int32)
+        if number < self.num_windows:
+            first, last = int(self._firsts[number]), int(self._firsts[number + 1])
+            lengths = self.stream.lengths[first:last]
+            stop = int(self._ends[last - 1])
+            start, count = stop - int(lengths.sum()), int(lengths.sum())
+            tokens[:count] = self.stream.tokens[start:stop]
+            mask[: count - 1] = self._learnt[start + 1 : stop]
+            documents[:count] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            documents[count:] = len(lengths)
+        return Packed(tokens, mask, documents)
+
+
+class TrainingConversations(_Conversations):
+    """Endless samples of conversations: every epoch shuffles the windows."""
+
+    def __init__(self, folder: Path, sequence_length: int, eos_id: int, seed: int) -> None:
+        super().__init__(folder / "train", sequence_length, eos_id)
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        windows = _count_up(self.num_windows)
+        np.random.Generator(np.random.PCG64([self.seed, epoch])).shuffle(windows)
+        return windows
+
+    def __getitem__(self, number: int) -> Packed:
+        """Sample `number`, counted from 0 over the whole run."""
+        epoch, place = divmod(number, self.num_windows)
+        return self.window(int(self._epoch(epoch)[place]))
+
+
+class ValidationConversations(_Conversations):
+    """Held-out conversations in order; samples past the last are all padding."""
+
+    def __init__(self, folder: Path, sequence_length: int, eos_id: int) -> None:
+        super().__init__(folder / "validation", sequence_length, eos_id)
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, number: int) -> Packed:
+        return self.window(number)
+
+
 class MixedSamples:
     """The samples of a run: those of its sources, mixed."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, TrainingSamples]) -> None:
+    def __init__(self, mixture: Mixture, sources: Mapping[str, TrainingSamples | TrainingConversations]) -> None:
         self.mixture, self.sources = mixture, sources
 
     def __getitem__(self, number: int) -> Sample:
@@ -124,18 +199,23 @@ class MixedSamples:
 def open_training(run: Run, manifests: Mapping[str, dict[str, Any]], cache_folder: Path) -> MixedSamples:
     """The training samples of a run whose sources have these manifests; orders of epochs lie in `cache_folder`."""
     length, seed = run.data.sequence_length, run.train.seed
-    sources = {}
+    sources: dict[str, TrainingSamples | TrainingConversations] = {}
     for name, source in run.data.mixture.items():
+        if run.data.conversations:
+            eos_id = manifests[name]["tokenizer"]["eos_id"]
+            sources[name] = TrainingConversations(Path(source.path), length, eos_id, seed)
+            continue
         index = manifests[name]["splits"]["train"]["idx_sha256"]
         cache = IndexCache(cache_folder, {"idx_sha256": index, "sequence_length": length, "seed": seed})
         sources[name] = TrainingSamples(Path(source.path), length, seed, cache)
     return MixedSamples(mixture_of(run), sources)
 
 
-def open_validation(run: Run, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "ValidationSamples"]:
+def open_validation(run: Run, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "HeldOut"]:
     """The held-out samples of each source."""
+    kind = ValidationConversations if run.data.conversations else ValidationSamples
     return {
-        name: ValidationSamples(Path(source.path), run.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        name: kind(Path(source.path), run.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
         for name, source in run.data.mixture.items()
     }
 
@@ -169,11 +249,14 @@ class ValidationSamples:
         return tokens, mask
 
 
-def stack(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+HeldOut = ValidationSamples | ValidationConversations
+
+
+def stack(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens and labels, int64, and loss mask, float32, all [samples, sequence_length]."""
     shape = len(samples), len(samples[0][1])
     tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-    for row, (sample, _) in enumerate(samples):
-        tokens[row], labels[row] = sample[:-1], sample[1:]
-    mask = np.stack([mask for _, mask in samples])
+    for row, sample in enumerate(samples):
+        tokens[row], labels[row] = sample[0][:-1], sample[0][1:]
+    mask = np.stack([sample[1] for sample in samples])
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask)

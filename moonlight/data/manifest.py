@@ -40,7 +40,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_fields(manifest: dict[str, Any]) -> dict[str, int]:
     """Sizes in bytes of the files that the manifest describes, after checking all that a training run needs of it."""
-    tokenizer, splits = manifest["tokenizer"], manifest["splits"]
+    tokenizer, splits, chat = manifest["tokenizer"], manifest["splits"], manifest.get("chat")
     counts = [tokenizer["num_ids"], tokenizer["eos_id"] + 1]
     sizes = {}
     for name, split in splits.items():
@@ -48,13 +48,26 @@ def _check_fields(manifest: dict[str, Any]) -> dict[str, int]:
         sizes[f"{name}.bin"] = split["tokens"] * numpy.dtype(split["dtype"]).itemsize
         # Megatron's header, then length and place of each document, then the numbers of documents.
         sizes[f"{name}.idx"] = 34 + 12 * split["documents"] + 8 * (split["documents"] + 1)
-    if "validation" in splits:
+        if chat:  # of conversations, several of which are one document of the index
+            sizes[f"{name}.idx"] += 8 * (split["windows"] - split["documents"])
+            sizes[f"{name}.mask"] = split["tokens"]
+            counts += [split["windows"], split["counted_tokens"]]
+    if chat:
+        counts.append(chat["sequence_length"])
+        if not isinstance(chat["end_token"], str):
+            raise ValueError
+    elif "validation" in splits:
         counts += [splits["validation"][f"{name}_bytes"] for name in ("compressed_text", "gzip", "xz")]
     if "train" not in splits or not isinstance(tokenizer["sha256"], str):
         raise ValueError
     if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError
     return sizes
+
+
+def is_chat(manifest: dict[str, Any]) -> bool:
+    """Whether the folder holds conversations."""
+    return "chat" in manifest
 
 
 def held_out_counts(manifests: Iterable[dict[str, Any]]) -> dict[str, int]:

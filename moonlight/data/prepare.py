@@ -5,25 +5,24 @@ This process reads, splits and writes; `encode` spreads the encoding over others
 
 import contextlib
 import hashlib
-import json
 import lzma
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy
 
-from moonlight.data.documents import Record, fingerprint, iter_files, read_records
-from moonlight.data.encode import Batch, encode_all
+from moonlight.data.documents import fingerprint, iter_files, read_records
+from moonlight.data.encode import TextEncoder, encode_all
+from moonlight.data.intake import Intake
 from moonlight.data.manifest import VERSION, check_same, load_manifest
-from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import sha256_of, whole_folder, write_json
 from moonlight.progress import byte_progress
 
-_BATCH_BYTES = 1 << 19
 _COMPRESSED_BYTES = 64 << 20
 """Held-out text that gzip and xz are measured on, at most: xz -9 looks back no further and reads 2-3 MB/s."""
 
@@ -62,12 +61,10 @@ def prepare(
         UserError: a setting out of range, no documents, an empty split, too many bad records, unreadable
             inputs or tokenizer, or `out` exists with something else in it.
     """
-    _check_settings(validation_share, workers, max_bad_share)
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    files_of: list[list[Path]] = []
-    for path in inputs:
-        taken = {file for files in files_of for file in files}
-        files_of.append([file for file in iter_files([path]) if file not in taken])
+    check_settings(validation_share, workers, max_bad_share)
+    encoder = TextEncoder(tokenizer_folder)
+    tokenizer = encoder.tokenizer
+    files_of = files_of_each(inputs)
     all_files = [file for files in files_of for file in files]
     wanted = {
         "version": VERSION,
@@ -89,15 +86,15 @@ def prepare(
         {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
     ]
     with whole_folder(out) as part:
-        intake = _Intake(part / "quarantine.jsonl", text_field)
+        intake = Intake(part / "quarantine.jsonl", partial(read_records, text_field=text_field))
         names = ("train", "validation") if validation_share else ("train",)
         splits = {name: _Split(part, name, tokenizer.num_ids) for name in names}
         held_out = _Compressed()
         total = sum(file.stat().st_size for file in all_files)
         with byte_progress("preparing", total) as advance, contextlib.closing(intake):
-            for batch, encoded in encode_all(intake.batches(files_of), tokenizer, tokenizer_folder, workers):
+            for batch, encoded in encode_all(intake.batches(files_of), encoder, workers):
                 for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
-                    held = _position_of(raw) < validation_share
+                    held = position_of(raw) < validation_share
                     if held:
                         held_out.add(raw)
                     splits["validation" if held else "train"].add(raw, ids)
@@ -108,7 +105,7 @@ def prepare(
                 advance(batch.position)
         intake.check(max_bad_share)
         described = {name: split.finish() for name, split in splits.items()}
-        _check_splits(described, validation_share, inputs)
+        check_splits(described, validation_share, inputs)
         if "validation" in described:
             described["validation"].update(held_out.sizes())
         manifest = {
@@ -122,66 +119,11 @@ def prepare(
     return manifest
 
 
-class _Intake:
-    """Reads records into batches, counts what is empty or bad, and writes the bad ones down."""
-
-    def __init__(self, quarantine: Path, text_field: str) -> None:
-        self.documents = self.bad = self.empty = 0
-        self._quarantine, self._text_field = quarantine, text_field
-        self._file: TextIO | None = None
-        self._first_bad = ""
-
-    def batches(self, files_of: list[list[Path]]) -> Iterator[Batch]:
-        """Batches of about 512 KiB of text, from the files of each input in turn."""
-        batch, size, before = Batch(), 0, 0
-        for source, file in ((source, file) for source, files in enumerate(files_of) for file in files):
-            for record in read_records(file, self._text_field):
-                batch.position = before + record.position
-                if record.text is None:
-                    self._set_aside(record)
-                elif not record.text:
-                    self.empty += 1
-                else:
-                    self.documents += 1
-                    batch.raw.append(record.text.encode())
-                    batch.sources.append(source)
-                    size += len(batch.raw[-1])
-                if size >= _BATCH_BYTES:
-                    yield batch
-                    batch, size = Batch(position=batch.position), 0
-            before += file.stat().st_size
-        if batch.raw:
-            yield batch
-
-    def check(self, max_bad_share: float) -> None:
-        """Raise UserError if too many records were bad, or none was a document."""
-        records = self.documents + self.bad + self.empty
-        if self.bad > max_bad_share * records:
-            raise UserError(
-                f"{self.bad} of {records} records ({self.bad / records:.2%}) cannot be used, more than "
-                f"max_bad_share {max_bad_share} allows; the first is {self._first_bad}"
-            )
-        if not self.documents:
-            raise UserError(f"the inputs hold no documents ({records} records, {self.empty} of them empty)")
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-
-    def _set_aside(self, record: Record) -> None:
-        if self._file is None:
-            self._first_bad = f"{record.file}, line {record.line}: {record.reason}"
-            self._file = self._quarantine.open("w", encoding="utf-8")
-        self.bad += 1
-        entry = {"file": str(record.file), "line": record.line, "reason": record.reason}
-        self._file.write(json.dumps(entry) + "\n")
-
-
 class _Split:
     """One .bin/.idx pair being written."""
 
     def __init__(self, folder: Path, name: str, num_ids: int) -> None:
-        indexed_dataset = _import_indexed_dataset()
+        indexed_dataset = import_indexed_dataset()
         self._dtype = indexed_dataset.DType.optimal_dtype(num_ids)
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._bin), self._dtype)
@@ -225,7 +167,17 @@ class _Compressed:
         return self._sizes
 
 
-def _check_settings(validation_share: float, workers: int, max_bad_share: float) -> None:
+def files_of_each(inputs: Sequence[Path]) -> list[list[Path]]:
+    """The files of each input that are in none before it."""
+    found: list[list[Path]] = []
+    for path in inputs:
+        taken = {file for files in found for file in files}
+        found.append([file for file in iter_files([path]) if file not in taken])
+    return found
+
+
+def check_settings(validation_share: float, workers: int, max_bad_share: float) -> None:
+    """Raise UserError for a setting that is out of range."""
     if not 0 <= validation_share < 1:
         raise UserError(f"validation_share is {validation_share}: it must be at least 0 and less than 1")
     if not 0 <= max_bad_share <= 1:
@@ -234,7 +186,8 @@ def _check_settings(validation_share: float, workers: int, max_bad_share: float)
         raise UserError(f"workers is {workers}: it must be at least 1")
 
 
-def _check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inputs: Sequence[Path]) -> None:
+def check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inputs: Sequence[Path]) -> None:
+    """Raise UserError if a split got no document."""
     for name, split in splits.items():
         if not split["documents"]:
             raise UserError(
@@ -243,12 +196,12 @@ def _check_splits(splits: dict[str, dict[str, Any]], validation_share: float, in
             )
 
 
-def _position_of(raw: bytes) -> float:
+def position_of(raw: bytes) -> float:
     """Where a document's text lies between 0 and 1, by its hash."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
 
 
-def _import_indexed_dataset() -> Any:
+def import_indexed_dataset() -> Any:
     """Megatron's indexed dataset, without its warnings about optional packages, and without a compiler."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -38,6 +38,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int
     eos_token: str
+    specials: dict[str, int]
+    """Texts and ids of the special tokens, which encoding never gives."""
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
@@ -90,6 +92,8 @@ class _SentencePiece(Tokenizer):
         self.num_ids = model.get_piece_size()
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.eos_id, self.eos_token = model.eos_id(), model.id_to_piece(model.eos_id())
+        control = [index for index in range(self.num_ids) if model.is_control(index)]
+        self.specials = {model.id_to_piece(index): index for index in control}
         of_text = (i for i in reversed(range(self.num_ids)) if not model.is_control(i) and not model.is_unused(i))
         self.num_text_ids = max(next(of_text, 0), self.eos_id) + 1
 
@@ -133,6 +137,7 @@ class _Fast(Tokenizer):
                     f"tokenizer {path} gives the control id {index} to text that spells {token.content!r}: a tokenizer "
                     "is needed that encodes it as letters, such as byte-level BPE"
                 )
+        self.specials = {token.content: index for index, token in specials.items() if index != unknown}
         never = specials.keys() - {self.eos_id, unknown}
         self.num_text_ids = max(set(vocab.values()) - never) + 1
 

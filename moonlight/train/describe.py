@@ -87,8 +87,13 @@ def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def judge(loss: float, counts: dict[str, int]) -> dict[str, float]:
-    """The loss over all held-out documents, every byte of them predicted, and the bits per byte it means."""
+def judge(loss: float, counts: dict[str, int] | None) -> dict[str, float]:
+    """The loss over all held-out documents and, where every byte of them was predicted, the bits per byte it means.
+
+    `counts` are those of the text; None for conversations, of which only a part is.
+    """
+    if counts is None:
+        return {"loss/held_out": loss}
     bits = bits_per_byte(loss, counts["tokens"], counts["bytes"])
     return {"loss/held_out": loss, "bits_per_byte/held_out": bits}
 

@@ -135,7 +135,7 @@ def train(run: Run, *, force: bool = False) -> None:
                 entry |= {f"loss/validation/{name}": its for name, its in parts.items() if len(parts) > 1}
             if step == total_steps:
                 loss, _ = validate(models, run, held_out, watchdog.alive)
-                entry |= judge(loss, held_out_counts(manifests.values()))
+                entry |= judge(loss, None if run.data.conversations else held_out_counts(manifests.values()))
             journal.step(entry)
             if "loss/validation" in entry:
                 journal.note(f"step {step}: validation loss {entry['loss/validation']:.4f}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from moonlight.config import Run
 from moonlight.config_io import load_recipe, to_yaml
-from moonlight.data.manifest import check_tokenizer, held_out_counts, load_manifest
+from moonlight.data.manifest import check_tokenizer, held_out_counts, is_chat, load_manifest
 from moonlight.data.mixture import mixture_of, samples_per_epoch
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
@@ -91,6 +92,12 @@ def check_data(run: Run) -> dict[str, dict[str, Any]]:
 
 def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Raise UserError unless one data folder can be used."""
+    if is_chat(manifest) != run.data.conversations:
+        kind, command = ("conversations", "sft") if is_chat(manifest) else ("text", "pretrain")
+        raise UserError(
+            f"data {folder} holds {kind}: data.conversations must be {str(is_chat(manifest)).lower()}, "
+            f"for `moonlight {command}`"
+        )
     check_tokenizer(Path(folder), manifest, tokenizer)
     # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
     largest = max(split["largest_id"] for split in manifest["splits"].values())
@@ -101,8 +108,14 @@ def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: To
         )
     if "validation" not in manifest["splits"]:
         raise UserError(f"data {folder} has no held-out documents: prepare it with a validation share above 0")
-    tokens, length = manifest["splits"]["train"]["tokens"], run.data.sequence_length
-    if samples_per_epoch(tokens, length) < 1:
+    length = run.data.sequence_length
+    if run.data.conversations and manifest["chat"]["sequence_length"] != length:
+        raise UserError(
+            f"data.sequence_length is {length}: {folder} was packed for {manifest['chat']['sequence_length']}; "
+            "give that, or prepare the conversations again"
+        )
+    if samples_in_an_epoch(manifest, length) < 1:
+        tokens = manifest["splits"]["train"]["tokens"]
         raise UserError(
             f"data {folder} has {tokens} training tokens: too few for one sequence of data.sequence_length {length} "
             "and the token after it"
@@ -114,13 +127,38 @@ def _check_epochs(run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
     timeline = Timeline(run)
     counts = mixture_of(run).counts(timeline.first_sequence + timeline.num_sequences)
     for name, source in run.data.mixture.items():
-        tokens = manifests[name]["splits"]["train"]["tokens"]
-        epochs = counts[name] / samples_per_epoch(tokens, run.data.sequence_length)
+        epochs = counts[name] / samples_in_an_epoch(manifests[name], run.data.sequence_length)
         if 0 < source.max_epochs < epochs:
             raise UserError(
                 f"source {name} is asked for {epochs:.4g} epochs up to the end of this run, data.sources.{name}."
                 f"max_epochs is {source.max_epochs:g}: give it less weight, more text, or more epochs"
             )
+
+
+def samples_in_an_epoch(manifest: dict[str, Any], sequence_length: int) -> int:
+    """Sequences in which all training documents of a data folder are seen once."""
+    split = manifest["splits"]["train"]
+    return split["windows"] if is_chat(manifest) else samples_per_epoch(split["tokens"], sequence_length)
+
+
+def count_steps(run: Run) -> Run:
+    """The run with train.train_steps where it has train.epochs, after looking at its data.
+
+    Raises:
+        UserError: there is no such data, or it has another number of steps than the run says.
+    """
+    train = run.train
+    if train.epochs == 0:
+        return run
+    manifest = load_manifest(Path(run.data.path))
+    samples = samples_in_an_epoch(manifest, run.data.sequence_length)
+    steps = max(1, math.ceil(train.epochs * samples / train.global_batch_size))
+    if train.train_steps not in (0, steps):
+        raise UserError(
+            f"train.train_steps is {train.train_steps}: train.epochs {train.epochs:g} are {steps} steps of "
+            f"{run.data.path}; leave one of them out"
+        )
+    return dataclasses.replace(run, train=dataclasses.replace(train, train_steps=steps))
 
 
 def check_initial_checkpoint(run: Run) -> Path | None:
@@ -255,6 +293,8 @@ def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{which}"
         for name in several:
             rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
+    if run.data.conversations and "loss/held_out" in entries[-1]:
+        rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per token that the assistant says"
     if "bits_per_byte/held_out" in entries[-1]:
         split = held_out_counts(manifests.values())
         rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every byte predicted"

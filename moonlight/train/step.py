@@ -13,6 +13,7 @@ from typing import Any
 
 import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -21,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moonlight.config import Run
-from moonlight.data.loader import Sample, stack
+from moonlight.data.loader import Packed, Sample, stack
 from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router, update_expert_bias
 from moonlight.optim.parameters import data_parallel_group
@@ -52,14 +53,20 @@ def data_parallel_share(numbers: Sequence[int]) -> Sequence[int]:
     return numbers[rank * each : (rank + 1) * each]
 
 
-def to_batches(samples: list[Sample], run: Run, eos_id: int) -> list[Batch]:
-    """Cut samples into micro-batches on this rank's device. Documents end with `eos_id`."""
+def to_batches(samples: Sequence[Sample], run: Run, eos_id: int) -> list[Batch]:
+    """Cut samples into micro-batches on this rank's device. Documents of text end with `eos_id`."""
     device, size = torch.cuda.current_device(), run.train.micro_batch_size
     apart = run.data.mask_documents or run.data.reset_positions
     batches = []
     for start in range(0, len(samples), size):
-        tokens, labels, loss_mask = (tensor.to(device) for tensor in stack(samples[start : start + size]))
-        batches.append(Batch(tokens, labels, loss_mask, number_documents(tokens, eos_id) if apart else None))
+        some = samples[start : start + size]
+        tokens, labels, loss_mask = (tensor.to(device) for tensor in stack(some))
+        documents = None
+        if known := [sample.documents for sample in some if isinstance(sample, Packed)]:
+            documents = torch.from_numpy(np.stack(known)).to(device)
+        elif apart:
+            documents = number_documents(tokens, eos_id)
+        batches.append(Batch(tokens, labels, loss_mask, documents))
     return batches
 
 

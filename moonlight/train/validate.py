@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from moonlight.config import Run
-from moonlight.data.loader import ValidationSamples
+from moonlight.data.loader import HeldOut
 from moonlight.train.step import data_parallel_share, forward_backward, to_batches
 
 
@@ -17,7 +17,7 @@ from moonlight.train.step import data_parallel_share, forward_backward, to_batch
 def validate(
     models: Sequence[GPTModel],
     run: Run,
-    sources: Mapping[str, ValidationSamples],
+    sources: Mapping[str, HeldOut],
     alive: Callable[[], None],
     max_sequences: int = 0,
 ) -> tuple[float, dict[str, float]]:
@@ -38,7 +38,7 @@ def validate(
 def _sum_losses(
     models: Sequence[GPTModel],
     run: Run,
-    samples: ValidationSamples,
+    samples: HeldOut,
     alive: Callable[[], None],
     max_sequences: int,
 ) -> tuple[float, float]:

@@ -15,4 +15,8 @@ CHAT = [
 CHAT_ANSWER_TOKENS = 12
 """Tokens of the greedy answer to CHAT before <|im_end|>."""
 
+INSTRUCT_CHATS = 12
+"""Held-out conversations that the instruction-tuned model is asked."""
+INSTRUCT_ANSWER_TOKENS = 32
+
 MAX_LOGPROB_DIFFERENCE = 1e-4

@@ -1,9 +1,10 @@
 """The serving proof, `make serve-test`: one exported checkpoint, loaded and served by transformers, vLLM and SGLang.
 
 All compute in float32 on CPU, and must give what transformers gives: the same greedy ids, log-probabilities within
-1e-4, the same text over HTTP, and a chat answer that ends by itself. On a copy of the checkpoint whose config.json
-lacks `scoring_func` the same comparison must fail. SGLang has no build of its kernels for CPU, so this is SGLang with
-a CPU shim: its loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
+1e-4, the same text over HTTP, and a chat answer that ends by itself. A model that `moonlight sft` tuned must answer
+held-out conversations over HTTP as in transformers, each ended by its end token. On a copy of the checkpoint whose
+config.json lacks `scoring_func` the same comparison must fail. SGLang has no build of its kernels for CPU, so this is
+SGLang with a CPU shim: its loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
 
 Everything is written to runs/serve-test/, logs in runs/serve-test/logs/. Exits 1 on any difference.
 """
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from processes import Failed, free_port, post, run, started, wait_until_ready
-from prompts import CHAT, CHAT_ANSWER_TOKENS, MAX_LOGPROB_DIFFERENCE, NEW_TOKENS, PROMPTS
+from prompts import (
+    CHAT,
+    CHAT_ANSWER_TOKENS,
+    INSTRUCT_ANSWER_TOKENS,
+    INSTRUCT_CHATS,
+    MAX_LOGPROB_DIFFERENCE,
+    NEW_TOKENS,
+    PROMPTS,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +36,7 @@ ROOT = HERE.parent.parent
 PLACE = ROOT / "runs" / "serve-test"
 LOGS = PLACE / "logs"
 REFERENCE = PLACE / "reference.json"
+INSTRUCT = PLACE / "instruct.json"
 MIN_PROMPT_TOKENS = 4
 """A prompt of one token is answered rightly even with a broken RoPE."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
@@ -70,6 +80,8 @@ class Row:
     texts_equal: int = 0
     chat_equal: bool = False
     finish_reason: str = "?"
+    instruct_equal: int = 0
+    """Conversations that the tuned model answered as in transformers, ended by its end token."""
     noticed: bool = False
     """Whether the comparison failed on the damaged copy, as it must; `control` says how."""
     control: str = "?"
@@ -78,6 +90,7 @@ class Row:
     @property
     def passed(self) -> bool:
         all_equal = self.ids_equal == self.texts_equal == len(PROMPTS) and self.chat_equal
+        all_equal = all_equal and self.instruct_equal == INSTRUCT_CHATS
         return all_equal and self.difference <= MAX_LOGPROB_DIFFERENCE and self.finish_reason == "stop" and self.noticed
 
 
@@ -92,6 +105,11 @@ def make_checkpoint() -> dict[str, Any]:
         assert len(prompt["ids"]) >= MIN_PROMPT_TOKENS and len(prompt["new_ids"]) == NEW_TOKENS, prompt
         assert prompt["margin"] > MAX_LOGPROB_DIFFERENCE, f"a tie decides the reference: {prompt}"
     assert len(reference["chat"]["new_ids"]) == CHAT_ANSWER_TOKENS + 1 and reference["chat"]["text"], reference["chat"]
+    run([sys.executable, HERE / "instruct.py", PLACE, INSTRUCT], LOGS / "instruct.log", HERE_TOO)
+    reference["instruct"] = json.loads(INSTRUCT.read_text())["chats"]
+    assert len(reference["instruct"]) == INSTRUCT_CHATS
+    for chat in reference["instruct"]:
+        assert chat["ended"] and chat["text"] and chat["margin"] > MAX_LOGPROB_DIFFERENCE, chat
     return reference
 
 
@@ -142,6 +160,21 @@ def check_http(server: Server, reference: dict[str, Any], row: Row) -> None:
     assert "<|" not in choice["message"]["content"], choice
 
 
+def check_instruct(server: Server, reference: dict[str, Any], row: Row) -> None:
+    """The tuned model answers conversations over HTTP, and each answer ends by itself."""
+    log, port = LOGS / f"{server.name}-instruct.log", free_port()
+    url = f"http://127.0.0.1:{port}"
+    with started(server.command("serve", PLACE / "instruct", port), log, server.environment) as process:
+        wait_until_ready(process, f"{url}/health", log)
+        for wanted in reference["instruct"]:
+            body = {"model": "moonlight", "temperature": 0, "max_tokens": INSTRUCT_ANSWER_TOKENS}
+            answer = post(f"{url}/v1/chat/completions", {**body, "messages": wanted["messages"]}, log)
+            (choice,) = answer["choices"]
+            same_prompt = answer["usage"]["prompt_tokens"] == wanted["prompt_tokens"]
+            same_text = choice["message"]["content"] == wanted["text"]
+            row.instruct_equal += same_prompt and same_text and choice["finish_reason"] == "stop"
+
+
 def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
     """The comparison must fail without `scoring_func`, by wrong answers or by an error that names it."""
     try:
@@ -158,9 +191,25 @@ def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
 def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
     tokens = f"{len(PROMPTS)} prompts x {NEW_TOKENS} tokens"
     columns = ("version", "ids equal", "log-probabilities differ by", "text equal (HTTP)", "chat equal")
-    table = Table("server", *columns, "chat ends by", "without scoring_func", "seconds", title=f"Greedy, {tokens}")
+    table = Table(
+        "server",
+        *columns,
+        "chat ends by",
+        "tuned chats equal",
+        "without scoring_func",
+        "seconds",
+        title=f"Greedy, {tokens}",
+    )
     count = len(PROMPTS)
-    table.add_row("transformers", reference["version"], *["reference"] * 4, reference["chat"]["finish_reason"], "", "")
+    table.add_row(
+        "transformers",
+        reference["version"],
+        *["reference"] * 4,
+        reference["chat"]["finish_reason"],
+        _right(reference),
+        "",
+        "",
+    )
     for row in rows:
         table.add_row(
             row.title,
@@ -170,10 +219,16 @@ def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
             f"{row.texts_equal} of {count}",
             "yes" if row.chat_equal else "NO",
             row.finish_reason,
+            f"{row.instruct_equal} of {INSTRUCT_CHATS}",
             row.control if row.noticed else f"NOT NOTICED: {row.control}",
             f"{row.seconds:.0f}",
         )
-    Console(width=150).print(table)
+    Console(width=170).print(table)
+
+
+def _right(reference: dict[str, Any]) -> str:
+    right = sum(chat["text"] == chat["right"] for chat in reference["instruct"])
+    return f"{right} of {INSTRUCT_CHATS} right"
 
 
 def main() -> int:
@@ -191,7 +246,7 @@ def main() -> int:
         row, start = Row(title=server.title), time.monotonic()
         rows.append(row)
         try:
-            for check in (check_offline, check_http, check_control):
+            for check in (check_offline, check_http, check_instruct, check_control):
                 print(f"{server.title}: {check.__name__.removeprefix('check_')} ...", flush=True)
                 check(server, reference, row)
         except Failed as error:

@@ -1,0 +1,83 @@
+"""Instruction tuning in one command: simple tasks, tuning, export, and exact match before and after.
+
+As in the quickstart, each step appears whole or not at all, and a step whose result is there is done.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moonlight.config_io import load_recipe
+from moonlight.data.chat_tasks import HELD_OUT_FILE, TRAIN_FILE, write_tasks
+from moonlight.errors import UserError
+from moonlight.files import sha256_of, write_json
+from moonlight.quickstart import step
+from moonlight.train import run_folder
+from moonlight.train.checkpoint_files import complete_checkpoints
+
+TRAIN_CONVERSATIONS, HELD_OUT_CONVERSATIONS, SEED = 12_000, 600, 1
+RESULT_FILE = "exact_match.json"
+
+
+def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
+    """Tune the newest checkpoint of the run `base` with `recipe` on tasks made here, and measure.
+
+    Raises:
+        UserError: there is no such run, or the recipe cannot be used.
+        SystemExit: a step failed; it has said why.
+    """
+    started = time.monotonic()
+    if not complete_checkpoints(base):
+        raise UserError(f"{base} has no checkpoint: `make quickstart` trains the model that this tunes")
+    own = {"train.initial_checkpoint": base, "data.tokenizer": base / "tokenizer"}
+    overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
+    run = load_recipe(recipe, overrides)
+    folder, data = run_folder.path(run), Path(run.data.path)
+    tasks = data.parent / "tasks"
+    if write_tasks(tasks, TRAIN_CONVERSATIONS, HELD_OUT_CONVERSATIONS, SEED):
+        print(f"{tasks}: {TRAIN_CONVERSATIONS:,} conversations to learn from, {HELD_OUT_CONVERSATIONS} held out")
+    step(
+        "conversations",
+        *("data", "prepare-chat", "--input", tasks / TRAIN_FILE, "--tokenizer", run.data.tokenizer),
+        *("--sequence-length", run.data.sequence_length, "--out", data),
+    )
+    step("tuning", "sft", recipe, *overrides)
+    before, after = folder / "before", folder / "hf"
+    step("export, before", "export", base, "--out", before, "--chat")
+    step("export, after", "export", folder, "--out", after, "--chat")
+    shares = _measure({"before": before, "after": after}, tasks / HELD_OUT_FILE, folder / RESULT_FILE)
+
+    table = Table("held-out task", "conversations", "exact before", "exact after")
+    for task, found in shares["after"].items():
+        own_before = shares["before"][task]["exact"]
+        table.add_row(task, f"{found['conversations']}", f"{own_before:.1%}", f"{found['exact']:.1%}")
+    console = Console(highlight=False)
+    console.rule(f"done in {time.monotonic() - started:.0f} s")
+    console.print(table)
+    console.print(f"answers: {folder / RESULT_FILE}\nmodel:   {after}", soft_wrap=True)
+
+
+def _measure(folders: dict[str, Path], held_out: Path, out: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Shares of exact answers by task for each folder; kept in `out` with the answers, and read from there again."""
+    made_from = {name: sha256_of(path / "export.json") for name, path in folders.items()}
+    made_from["conversations"] = sha256_of(held_out)
+    if out.is_file():
+        known = json.loads(out.read_text(encoding="utf-8"))
+        if known["made_from"] == made_from:
+            print("== exact match: done already")
+            return known["shares"]
+    from eval.exact_match import answers, share_exact
+
+    print("== exact match: greedy answers by plain transformers", flush=True)
+    lines = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
+    conversations, names = [line["messages"] for line in lines], [line["task"] for line in lines]
+    given = {name: answers(path, conversations) for name, path in folders.items()}
+    shares = {name: share_exact(found, names) for name, found in given.items()}
+    said = {name: [dataclasses.asdict(answer) for answer in found] for name, found in given.items()}
+    write_json(out, {"made_from": made_from, "shares": shares, "answers": said})
+    return shares
