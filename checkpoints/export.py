@@ -121,7 +121,8 @@ def export(
         write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
         write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
         _write_card(checkpoint, out, part, dtype, chat, license, repo)
-        write_json(part / EXPORT_FILE, {"made_from": made_from})
+        tokens = checkpoint.state.consumed_tokens
+        write_json(part / EXPORT_FILE, {"made_from": made_from, "consumed_tokens": tokens})
         write_sums(part, sums)
     return True
 
