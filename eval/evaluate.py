@@ -10,7 +10,7 @@ from typing import Any
 
 from eval import harness, heldout, items, results
 from eval.results import Model
-from eval.suites import HELD_OUT, Benchmark, choose
+from eval.suites import HELD_OUT, SUITES, Benchmark, choose
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, make_folder, sha256_of, write_json, write_text
 
@@ -69,7 +69,9 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
             print(f"{name}: not run, it executes code that the model writes; allow it with --allow-code", flush=True)
         asked = [benchmark for benchmark in benchmarks if benchmark.name not in left_out]
         found = _suite(models, asked, options, out)
-        table = results.table(benchmarks, left_out, models, found)
+        done = found[models[0].label]
+        rows = [benchmark for benchmark in SUITES[options.suite] if benchmark.name in {*done, *left_out}]
+        table = results.table(rows, models, found)
     record = [{"label": model.label, "tokens": model.tokens, "results": found[model.label]} for model in models]
     write_json(out / RESULTS_FILE, {"suite": options.suite, "models": record})
     write_text(out / TABLE_FILE, table)
@@ -110,26 +112,31 @@ def _models(folders: Sequence[Path]) -> list[Model]:
             label = f"{place.parent.name}-{place.name}"
         if label in {model.label for model in models}:
             raise UserError(f"{folder} would be called {label} like another of the folders: rename one of them")
-        models.append(Model(label, folder, _tokens_seen(folder)))
+        models.append(Model(label, folder, _of_training(folder, "consumed_tokens")))
     return models
 
 
-def _tokens_seen(folder: Path) -> int | None:
-    """What an export of ours says of its training."""
+def _of_training(folder: Path, key: str) -> int | None:
+    """A count that an export of ours states of its training."""
     try:
-        tokens = json.loads((folder / "export.json").read_text(encoding="utf-8"))["consumed_tokens"]
+        count = json.loads((folder / "export.json").read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return tokens if type(tokens) is int else None
+    return count if type(count) is int else None
 
 
 def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Options, out: Path) -> dict[str, Any]:
-    """Results of the harness by model and benchmark; data is loaded before the first model, which may take long."""
+    """Results of the harness by model and benchmark, those included that an earlier command left in `out`.
+
+    Data is loaded before the first model, which may take long.
+    """
+    whole = SUITES[options.suite]
     plans = {
-        model.label: {b.name: _made_with(model, options) | {"task": b.task, "shots": b.shots} for b in benchmarks}
+        model.label: {b.name: _made_with(model, options) | {"task": b.task, "shots": b.shots} for b in whole}
         for model in models
     }
-    found = {label: _known(out / label, plan) for label, plan in plans.items()}
+    asked = {benchmark.name for benchmark in benchmarks}
+    found = {label: _known(out / label, plan, asked) for label, plan in plans.items()}
     open_ones = [b for b in benchmarks if any(b.name not in found[model.label] for model in models)]
     loaded = harness.load_tasks(open_ones, options.data_dir) if open_ones else {}
     for model in models:
@@ -173,7 +180,9 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
             found[model.label][benchmark.name] = entry
             print(f"{model.label}, {benchmark.title}: {outcome.score:.4f} ({len(answers)} items)", flush=True)
         del lm
-    return {model.label: {b.name: found[model.label][b.name] for b in benchmarks} for model in models}
+        harness.free_memory()
+    shared = [b.name for b in whole if all(b.name in found[model.label] for model in models)]
+    return {model.label: {name: found[model.label][name] for name in shared} for model in models}
 
 
 def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str, Any]:
@@ -184,9 +193,14 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
     plans, lengths = {}, {}
     for model in models:
         context = harness.context_of(model.folder)
-        lengths[model.label] = options.sequence_length or context or 0
-        if not 0 < lengths[model.label] <= (context or lengths[model.label]):
-            raise UserError(f"--sequence-length is {options.sequence_length}: {model.label} has {context} tokens")
+        length = options.sequence_length
+        if length is None:
+            length = _of_training(model.folder, "sequence_length") or context
+        if length is None:
+            raise UserError(f"{model.folder / 'config.json'} states no context: give --sequence-length")
+        if not 1 <= length <= (context or length):
+            raise UserError(f"--sequence-length is {length}: it must be from 1 to the {context} of {model.label}")
+        lengths[model.label] = length
         for data in opened.values():
             heldout.check_same_tokenizer(data, model.folder)
         plans[model.label] = {
@@ -194,7 +208,7 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
             | {"data_sha256": sha256_of(data.folder / "manifest.json"), "sequence_length": lengths[model.label]}
             for name, data in opened.items()
         }
-    found = {label: _known(out / label, plan) for label, plan in plans.items()}
+    found = {label: _known(out / label, plan, set(plan)) for label, plan in plans.items()}
     for model in models:
         make_folder(out / model.label)
         for name, data in opened.items():
@@ -248,8 +262,8 @@ def _weights_sum(sums: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _known(folder: Path, plan: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Finished results of this very evaluation; raise UserError for those of another."""
+def _known(folder: Path, plan: dict[str, dict[str, Any]], asked: set[str]) -> dict[str, Any]:
+    """Finished results of this very evaluation; raise UserError for those of another in place of what is asked."""
     known = {}
     for name, made_with in plan.items():
         path = folder / f"{name}.json"
@@ -260,10 +274,11 @@ def _known(folder: Path, plan: dict[str, dict[str, Any]]) -> dict[str, Any]:
             before = entry["made_with"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it, or choose another --out") from None
-        if before != made_with:
+        if before != made_with and name in asked:
             changed = [key for key in made_with if before.get(key) != made_with[key]]
             raise UserError(
                 f"{path} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
             )
-        known[name] = entry
+        if before == made_with:
+            known[name] = entry
     return known

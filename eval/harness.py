@@ -1,5 +1,6 @@
 """lm-evaluation-harness: its tasks with our shots and data, its models without remote code, its results."""
 
+import gc
 import json
 import logging
 import os
@@ -201,6 +202,15 @@ def count_truncated(model: Any, samples: Sequence[dict[str, Any]], tasks: Any) -
         most = model.max_length - answer if answer else model.max_length + 1
         count += any(len(model.tok_encode(text)) > most for text in texts)
     return count
+
+
+def free_memory() -> None:
+    """Give back what a model held that is gone, before the next one is loaded."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def context_of(folder: Path) -> int | None:

@@ -24,20 +24,18 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Label of a model -> name of a benchmark -> what was found."""
 
 
-def table(benchmarks: Sequence[Benchmark], left_out: Sequence[str], models: Sequence[Model], results: Results) -> str:
-    """The results of a suite, as Markdown. Scores are percentages, but for bits per byte."""
+def table(benchmarks: Sequence[Benchmark], models: Sequence[Model], results: Results) -> str:
+    """The results of a suite, as Markdown. Scores are percentages, but for bits per byte; code may have no result."""
     beside = [name for name in COLUMNS if any(name in benchmark.published for benchmark in benchmarks)]
     heads = ["benchmark", "shots", *(model.label for model in models), *(f"{name} (published)" for name in beside)]
     lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * (len(heads) - 2)]
     for benchmark in benchmarks:
-        if benchmark.name in left_out:
-            own = ["not run"] * len(models)
-        else:
-            own = [_score(benchmark, results[model.label][benchmark.name]) for model in models]
+        entries = [results[model.label].get(benchmark.name) for model in models]
+        own = [_score(benchmark, entry) if entry else "not run" for entry in entries]
         published = [f"{benchmark.published[name]:.1f}" if name in benchmark.published else "–" for name in beside]
         shots = f"{benchmark.shots}{'' if benchmark.stated else '*'}"
         lines.append("| " + " | ".join([benchmark.title, shots, *own, *published]) + " |")
-    return "\n".join(lines) + "\n\n" + "\n".join(_notes(benchmarks, left_out, results)) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n".join(_notes(benchmarks, results)) + "\n"
 
 
 def held_out_table(models: Sequence[Model], results: Results) -> str:
@@ -61,7 +59,7 @@ def _score(benchmark: Benchmark, found: Mapping[str, Any]) -> str:
     return f"{100 * found['score']:.1f}{error}"
 
 
-def _notes(benchmarks: Sequence[Benchmark], left_out: Sequence[str], results: Results) -> list[str]:
+def _notes(benchmarks: Sequence[Benchmark], results: Results) -> list[str]:
     """What a reader has to know to trust the table."""
     found = [entry for by_name in results.values() for entry in by_name.values()]
     how = sorted({f"{entry['made_with']['backend']} in {entry['made_with']['dtype']}" for entry in found})
@@ -75,8 +73,8 @@ def _notes(benchmarks: Sequence[Benchmark], left_out: Sequence[str], results: Re
         notes.append("\\* The paper does not state these shots; they are the usual ones.")
     if limits := sorted({entry["made_with"]["limit"] for entry in found if entry["made_with"]["limit"]}):
         notes.append(f"**Only the first {limits[0]} items of each task were asked: no result to compare with others.**")
-    if left_out:
-        titles = [benchmark.title for benchmark in benchmarks if benchmark.name in left_out]
+    done = set().union(*results.values())
+    if titles := [benchmark.title for benchmark in benchmarks if benchmark.name not in done]:
         notes.append(f"Not run: {', '.join(titles)} executes code that the model writes, which needs `--allow-code`.")
     if cut := [
         (label, entry) for label, by_name in results.items() for entry in by_name.values() if entry["truncated"]

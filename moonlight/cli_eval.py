@@ -26,7 +26,7 @@ def evaluate(
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Sequences in one pass, with transformers.")] = 8,
     sequence_length: Annotated[
-        int | None, typer.Option(help="For heldout: tokens of a window; by default the model's context.")
+        int | None, typer.Option(help="For heldout: tokens of a window; by default as in training, else the context.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task, to try things out.")] = None,
     allow_code: Annotated[

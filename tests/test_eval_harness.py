@@ -150,6 +150,18 @@ def test_an_interrupted_evaluation_goes_on(offline, exported, tmp_path):
     assert items(tmp_path / "out" / "tiny", "choice") == items(offline.out / "tiny", "choice")
 
 
+def test_benchmarks_measured_one_by_one_come_together(offline, exported, tmp_path):
+    folder = exported / "tiny" / "hf"
+    evaluate([folder], Options(suite="offline", tasks=("text",)), tmp_path / "out")
+    found = evaluate([folder], Options(suite="offline", tasks=("choice",)), tmp_path / "out")
+    rows = [line.split(" | ")[0] for line in found.table.splitlines() if line.startswith("| ")]
+    assert rows == ["| benchmark", "| multiple choice", "| text, bits per byte"]
+    whole = json.loads((offline.out / "results.json").read_text())["models"][1]["results"]
+    (model,) = json.loads((found.out / "results.json").read_text())["models"]
+    for name in ("choice", "text"):
+        assert model["results"][name]["score"] == whole[name]["score"]
+
+
 def test_results_of_another_evaluation_are_not_mixed_in(offline, exported):
     with pytest.raises(UserError, match="another limit: choose another --out"):
         evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), offline.out)

@@ -24,7 +24,7 @@ def folder(ready_export, tmp_path):
 
 
 def options(*data, **others):
-    return Options(suite="heldout", data=data, sequence_length=32, **others)
+    return Options(suite="heldout", data=data, **others)
 
 
 def test_the_figure_is_the_runs_own(folder, tiny_run, tmp_path):
@@ -62,7 +62,7 @@ def test_data_that_cannot_be_used(folder, tmp_path, small_corpus, tokenizer_fold
     refuses([*command, tmp_path / "nowhere"], "nowhere", "moonlight data prepare")
     fitting = tmp_path / "fitting"
     prepare([small_corpus], tokenizer_folder, fitting, validation_share=0.1)
-    refuses([*command, fitting, "--sequence-length", "65"], "--sequence-length is 65", "64 tokens")
+    refuses([*command, fitting, "--sequence-length", "65"], "--sequence-length is 65", "from 1 to the 64 of")
     refuses([*command, fitting, "--sequence-length", "0"], "--sequence-length is 0")
 
 
@@ -118,7 +118,7 @@ def test_a_table_that_the_run_brought_along_is_kept():
 def test_the_command_does_all_of_it(folder, tiny_run, tmp_path, monkeypatch, capfd):
     from moonlight.cli import main
 
-    command = ["eval", folder, "--suite", "heldout", "--data", tiny_run.data, "--sequence-length", 32, "--card"]
+    command = ["eval", folder, "--suite", "heldout", "--data", tiny_run.data, "--card"]
     monkeypatch.setattr("sys.argv", ["moonlight", *map(str, command)])
     with pytest.raises(SystemExit) as ended:
         main()
