@@ -13,7 +13,7 @@ from eval.answers import last_number, score_completion, score_number, score_prog
 from eval.data_sets import TASKS
 from eval.sandbox import Limits, run_code
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=3)
+SHORT = Limits(cpu_seconds=1, wall_seconds=4)
 
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
@@ -37,7 +37,7 @@ WRONG = {
 NO = "PermissionError: [Errno 1]"
 HOSTILE = {
     "loops": ("while True:\n    pass", "CPU limit of 1 s"),
-    "sleeps": ("import time\ntime.sleep(60)", "wall limit of 3 s"),
+    "sleeps": ("import time\ntime.sleep(60)", "wall limit of 4 s"),
     "allocates at once": ("x = bytearray(1 << 34)", "MemoryError"),
     "allocates": ("x = []\nwhile True:\n    x.append(bytearray(1 << 26))", "MemoryError"),
     "forks": ("import os\nos.fork()", NO),
@@ -85,7 +85,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT.keys())
 def test_right_programs_pass(program):
-    verdict = run_code(program, SHORT)
+    verdict = run_code(program)
     assert verdict.passed, verdict
 
 
@@ -144,7 +144,7 @@ def test_no_network_of_this_machine_is_reached():
 def test_no_environment_and_an_empty_folder(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     program = "import os\nassert set(os.environ) <= {'LC_CTYPE'}, os.environ\nassert os.listdir() == []"
-    verdict = run_code(program, SHORT)
+    verdict = run_code(program)
     assert verdict.passed, verdict
 
 
