@@ -107,6 +107,8 @@ def _models(folders: Sequence[Path]) -> list[Model]:
             if not (folder / name).is_file():
                 raise UserError(f"{folder} is no Hugging Face folder with a tokenizer: it has no {name}")
         place = folder.resolve()
+        if place in {model.folder.resolve() for model in models}:
+            raise UserError(f"{folder} is given twice: give each folder once")
         label = place.parent.name if place.name == "hf" else place.name
         if label in {model.label for model in models}:
             label = f"{place.parent.name}-{place.name}"

@@ -123,7 +123,7 @@ def test_folders_that_are_no_models(ready, refuses, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text("{}")
     refuses(["eval", tmp_path / "bare"], "no tokenizer_config.json")
-    refuses(["eval", ready, ready], "called", "rename one")
+    refuses(["eval", ready, ready], "given twice")
     (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
     refuses(["eval", tmp_path / "bare", "--card"], "no export of `moonlight export`")
     (tmp_path / "bare" / "config.json").write_text("[]")
