@@ -39,7 +39,7 @@ from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 END_OF_MESSAGE = "<|im_end|>"
 EXPORT_FILE = "export.json"
-"""What the folder was made from: the proof that an export is the same."""
+"""What the folder was made from: the proof that an export is the same; and what evaluation wants to know."""
 EVALUATION_FILE = "evaluation.md"
 """Of a run folder: a table for the model card."""
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
@@ -126,7 +126,11 @@ def export(
         write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
         write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
         _write_card(checkpoint, out, part, dtype, chat, license, repo)
-        write_json(part / EXPORT_FILE, {"made_from": made_from})
+        seen = {
+            "consumed_tokens": checkpoint.state.consumed_tokens,
+            "sequence_length": checkpoint.run.data.sequence_length if checkpoint.run else None,
+        }
+        write_json(part / EXPORT_FILE, {"made_from": made_from, **seen})
         write_sums(part, sums)
     return True
 

@@ -9,6 +9,8 @@ import typer
 
 from moonlight.cli_bench import bench_app
 from moonlight.cli_chat import add_commands
+from moonlight.cli_eval import EXAMPLE as EVAL_EXAMPLE
+from moonlight.cli_eval import evaluate
 from moonlight.errors import CODE_INTERRUPTED, UserError, report_errors
 
 app = typer.Typer(
@@ -32,6 +34,7 @@ PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
 """Set for the commands that quickstart runs: it speaks for them when it is interrupted."""
 
 _AFTER_INTERRUPT = {
+    "eval": "the same command goes on with the benchmarks that are not finished",
     "pretrain": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
     "sft": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
     "quickstart": "the same command goes on, training from its newest checkpoint if there is one",
@@ -276,6 +279,9 @@ def generate(
     from eval.generate import generate as complete
 
     print(complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed))
+
+
+app.command("eval", epilog=EVAL_EXAMPLE)(evaluate)
 
 
 @app.command(epilog="Example: moonlight report runs/quickstart runs/adamw --out compared.html")

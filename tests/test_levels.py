@@ -8,7 +8,7 @@ PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
 MAX_LINES = 400
 
 LEVELS = (
-    ("moonlight.cli", "moonlight.cli_bench", "moonlight.cli_chat"),
+    ("moonlight.cli", "moonlight.cli_bench", "moonlight.cli_chat", "moonlight.cli_eval"),
     ("moonlight.quickstart", "moonlight.quickstart_chat", "moonlight.bench", "moonlight.report"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.plan.command", "moonlight.plan.compare"),

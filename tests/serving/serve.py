@@ -1,10 +1,11 @@
 """The serving proof, `make serve-test`: one exported checkpoint, loaded and served by transformers, vLLM and SGLang.
 
 All compute in float32 on CPU, and must give what transformers gives: the same greedy ids, log-probabilities within
-1e-4, the same text over HTTP, and a chat answer that ends by itself. A model that `moonlight sft` tuned must answer
-held-out conversations over HTTP as in transformers, each ended by its end token. On a copy of the checkpoint whose
-config.json lacks `scoring_func` the same comparison must fail. SGLang has no build of its kernels for CPU, so this is
-SGLang with a CPU shim: its loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
+1e-4, the same text over HTTP, and a chat answer that ends by itself; vLLM as a backend of `moonlight eval` the same
+answers to the offline suite, item by item. A model that `moonlight sft` tuned must answer held-out conversations over
+HTTP as in transformers, each ended by its end token. On a copy of the checkpoint whose config.json lacks `scoring_func`
+the same comparison must fail. SGLang has no build of its kernels for CPU, so this is SGLang with a CPU shim: its
+loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
 
 Everything is written to runs/serve-test/, logs in runs/serve-test/logs/. Exits 1 on any difference.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import evaluation
 from processes import Failed, free_port, post, run, started, wait_until_ready
 from prompts import (
     CHAT,
@@ -82,6 +84,9 @@ class Row:
     finish_reason: str = "?"
     instruct_equal: int = 0
     """Conversations that the tuned model answered as in transformers, ended by its end token."""
+    evaluated: bool = True
+    """Whether the offline suite gives what it gives through transformers; `suite` says how nearly."""
+    suite: str = "not a backend"
     noticed: bool = False
     """Whether the comparison failed on the damaged copy, as it must; `control` says how."""
     control: str = "?"
@@ -90,7 +95,7 @@ class Row:
     @property
     def passed(self) -> bool:
         all_equal = self.ids_equal == self.texts_equal == len(PROMPTS) and self.chat_equal
-        all_equal = all_equal and self.instruct_equal == INSTRUCT_CHATS
+        all_equal = all_equal and self.instruct_equal == INSTRUCT_CHATS and self.evaluated
         return all_equal and self.difference <= MAX_LOGPROB_DIFFERENCE and self.finish_reason == "stop" and self.noticed
 
 
@@ -175,6 +180,17 @@ def check_instruct(server: Server, reference: dict[str, Any], row: Row) -> None:
             row.instruct_equal += same_prompt and same_text and choice["finish_reason"] == "stop"
 
 
+def check_evaluation(server: Server, row: Row) -> None:
+    """The offline suite through lm-evaluation-harness, with transformers in this Python and with the server's own."""
+    row.evaluated = False
+    outs = {name: PLACE / f"evaluation-{name}" for name in ("transformers", server.name)}
+    pythons = {"transformers": sys.executable, server.name: server.command()[0]}
+    for name, out in outs.items():
+        words = [pythons[name], *evaluation.command(PLACE / "hf", name, out)]
+        run(words, LOGS / f"evaluation-{name}.log", server.environment | HERE_TOO)
+    row.evaluated, row.suite = evaluation.compare(*outs.values())
+
+
 def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
     """The comparison must fail without `scoring_func`, by wrong answers or by an error that names it."""
     try:
@@ -190,26 +206,22 @@ def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
 
 def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
     tokens = f"{len(PROMPTS)} prompts x {NEW_TOKENS} tokens"
-    columns = ("version", "ids equal", "log-probabilities differ by", "text equal (HTTP)", "chat equal")
-    table = Table(
-        "server",
-        *columns,
+    columns = (
+        "version",
+        "ids equal",
+        "log-probabilities differ by",
+        "text equal (HTTP)",
+        "offline suite",
+        "chat equal",
         "chat ends by",
         "tuned chats equal",
         "without scoring_func",
         "seconds",
-        title=f"Greedy, {tokens}",
     )
+    table = Table("server", *columns, title=f"Greedy, {tokens}")
     count = len(PROMPTS)
-    table.add_row(
-        "transformers",
-        reference["version"],
-        *["reference"] * 4,
-        reference["chat"]["finish_reason"],
-        _right(reference),
-        "",
-        "",
-    )
+    ends_by = reference["chat"]["finish_reason"]
+    table.add_row("transformers", reference["version"], *["reference"] * 5, ends_by, _right(reference), "", "")
     for row in rows:
         table.add_row(
             row.title,
@@ -217,6 +229,7 @@ def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
             f"{row.ids_equal} of {count}",
             f"{row.difference:.1e}",
             f"{row.texts_equal} of {count}",
+            row.suite if row.evaluated else f"NOT EQUAL: {row.suite}",
             "yes" if row.chat_equal else "NO",
             row.finish_reason,
             f"{row.instruct_equal} of {INSTRUCT_CHATS}",
@@ -249,6 +262,9 @@ def main() -> int:
             for check in (check_offline, check_http, check_instruct, check_control):
                 print(f"{server.title}: {check.__name__.removeprefix('check_')} ...", flush=True)
                 check(server, reference, row)
+            if server.name == "vllm":
+                print(f"{server.title}: evaluation ...", flush=True)
+                check_evaluation(server, row)
         except Failed as error:
             print(f"{server.title}: {error}", file=sys.stderr)
         row.seconds = time.monotonic() - start

@@ -1,0 +1,68 @@
+"""Data sets of the tasks: from the Hub, a local folder, or our own beside the task. Missing ones are named first."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moonlight.errors import UserError
+
+TASKS = Path(__file__).with_name("tasks")
+
+
+def self_made(name: str, **_: Any) -> Any:
+    """The data set of `eval/tasks/<name>.jsonl`: a row's `split`, by default test, says where it belongs.
+
+    The harness calls this for tasks with `custom_dataset`.
+    """
+    from datasets import Dataset, DatasetDict
+
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for line in (TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        splits.setdefault(row.pop("split", "test"), []).append(row)
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+def leaves(index: Mapping[str, Any], task: str) -> Iterable[dict[str, Any]]:
+    """Configurations of the tasks that a task or group of the harness consists of, from its index by name."""
+    config = index[task].cfg
+    if "group" not in config:
+        yield config
+        return
+    for member in config["task"]:
+        yield from leaves(index, member if isinstance(member, str) else member.get("task") or member["group"])
+
+
+def hub_names(index: Mapping[str, Any], task: str) -> list[str]:
+    """Data sets on the Hub (owner/name) that a task needs, each once."""
+    paths = [config["dataset_path"] for config in leaves(index, task) if "custom_dataset" not in config]
+    return list(dict.fromkeys(paths))
+
+
+def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
+    """Raise UserError unless every data set, given by benchmark, has its folder below `data_dir`."""
+    missing = [(title, name) for title, names in wanted.items() for name in names if not (data_dir / name).is_dir()]
+    if missing:
+        title, name = missing[0]
+        rest = [name for _, name in missing[1:]]
+        others = f"; also missing: {', '.join(rest)}" if rest else ""
+        raise UserError(
+            f"{title} needs the data set {name}: put it into {data_dir / name} ({how_to_get(name)}){others}"
+        )
+
+
+def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) -> UserError:
+    """What is said of a data set that could not be loaded."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if data_dir is not None:
+        return UserError(f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name)}")
+    return UserError(
+        f"{title} needs the data set {name}, which is not here and did not come from the Hub ({reason}): "
+        f"{how_to_get(name)} where there is a network, and give --data-dir DIR"
+    )
+
+
+def how_to_get(name: str) -> str:
+    """The command that copies a data set into a folder."""
+    return f"hf download {name} --repo-type dataset --local-dir DIR/{name}"

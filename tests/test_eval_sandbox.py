@@ -1,0 +1,209 @@
+"""Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
+
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eval.answers import last_number, score_completion, score_number, score_program
+from eval.data_sets import TASKS
+from eval.sandbox import Limits, run_code
+
+SHORT = Limits(cpu_seconds=1, wall_seconds=4)
+
+RIGHT = {
+    "an assertion": "assert sum(range(5)) == 10",
+    "the standard library": "import bisect, decimal, functools, hashlib, heapq, itertools, json, math, re, typing",
+    "a thread": "import threading\nseen = []\nthread = threading.Thread(target=seen.append, args=(1,))\n"
+    "thread.start()\nthread.join()\nassert seen == [1]",
+    "much output": "print('x' * 10**7)",
+    "reading": "open('/proc/self/stat').read()",
+}
+
+WRONG = {
+    "an assertion": ("assert sum(range(5)) == 11", "AssertionError"),
+    "no Python": ("def f(:", "SyntaxError"),
+    "leaves early": ("raise SystemExit(0)", "SystemExit"),
+    "leaves at once": ("import os\nos._exit(0)", "ended by itself with 0"),
+    "recursion": ("def f():\n    return f()\nf()", "RecursionError"),
+    "waits for input": ("input()", "EOFError"),
+    "a package": ("import numpy", "ModuleNotFoundError"),
+}
+
+NO = "PermissionError: [Errno 1]"
+HOSTILE = {
+    "loops": ("while True:\n    pass", "CPU limit of 1 s"),
+    "sleeps": ("import time\ntime.sleep(60)", "wall limit of 4 s"),
+    "allocates at once": ("x = bytearray(1 << 34)", "MemoryError"),
+    "allocates": ("x = []\nwhile True:\n    x.append(bytearray(1 << 26))", "MemoryError"),
+    "forks": ("import os\nos.fork()", NO),
+    "forks for ever": (
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+        "CPU limit",
+    ),
+    "forks below Python": (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "found = [libc.fork(), libc.vfork(), libc.clone(0, 0, 17, 0)]\nraise OSError(found)",
+        "OSError: [-1, -1, -1]",
+    ),
+    "starts a program": ("import subprocess\nsubprocess.run(['true'])", NO),
+    "becomes a program": ("import os\nos.execv('/bin/true', ['true'])", NO),
+    "many threads": (
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()",
+        "RuntimeError",
+    ),
+    "opens a socket": ("import socket\nsocket.socket()", NO),
+    "opens a pair": ("import socket\nsocket.socketpair()", NO),
+    "kills its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", NO),
+    "kills all": ("import os, signal\nos.kill(-1, signal.SIGKILL)", NO),
+    "raises its limits": (
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)",
+        "not allowed to raise",
+    ),
+    "writes here": ("open('x', 'w')", NO),
+    "writes a pipe full": (
+        "import os\nfor descriptor in range(3, 64):\n    try:\n        while True:\n"
+        "            os.write(descriptor, b'x' * 65536)\n    except OSError:\n        pass",
+        "wall limit",
+    ),
+    "forges a pass": (
+        "import os\nfor descriptor in range(3, 64):\n    try:\n        os.write(descriptor, b'ended ')\n"
+        "    except OSError:\n        pass\nos._exit(0)",
+        "ended by itself",
+    ),
+    "says that nothing is confined": (
+        "import os\nfor descriptor in range(3, 64):\n    try:\n        os.write(descriptor, b'unconfined x')\n"
+        "    except OSError:\n        pass\nos._exit(0)",
+        "ended by itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT.keys())
+def test_right_programs_pass(program):
+    verdict = run_code(program)
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("program, reason", WRONG.values(), ids=WRONG.keys())
+def test_wrong_programs_fail(program, reason):
+    verdict = run_code(program, SHORT)
+    assert not verdict.passed and reason in verdict.reason, verdict
+
+
+@pytest.mark.parametrize("program, reason", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_programs_meet_a_limit(program, reason):
+    before = time.monotonic()
+    verdict = run_code(program, SHORT)
+    assert not verdict.passed and reason in verdict.reason, verdict
+    assert time.monotonic() - before < SHORT.wall_seconds + 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "open({path!r}, 'w').write('changed')",
+        "open({path!r}, 'a').write('changed')",
+        "import os; os.truncate({path!r}, 0)",
+        "import os; os.remove({path!r})",
+        "import os; os.rename({path!r}, {path!r} + '2')",
+        "import os; os.chmod({path!r}, 0)",
+        "import os; os.utime({path!r}, (0, 0))",
+        "import os; os.symlink({path!r}, {path!r} + '2')",
+        "import os; os.link({path!r}, {path!r} + '2')",
+        "import os; os.mkdir({path!r} + '2')",
+        "import os; os.mkfifo({path!r} + '2')",
+        "import ctypes; raise OSError(1, str(ctypes.CDLL(None).creat({path!r}.encode(), 0o644)))",
+    ],
+)
+def test_nothing_is_written_anywhere(tmp_path, change):
+    path = tmp_path / "precious"
+    path.write_text("as it was")
+    before = path.stat()
+    verdict = run_code(change.format(path=str(path)), SHORT)
+    assert not verdict.passed and "[Errno 1]" in verdict.reason, verdict
+    after = path.stat()
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "as it was"
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+def test_no_network_of_this_machine_is_reached():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(1)
+        port = server.getsockname()[1]
+        verdict = run_code(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))", SHORT)
+        assert not verdict.passed and NO in verdict.reason, verdict
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_no_environment_and_an_empty_folder(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    program = "import os\nassert set(os.environ) <= {'LC_CTYPE'}, os.environ\nassert os.listdir() == []"
+    verdict = run_code(program)
+    assert verdict.passed, verdict
+
+
+def test_nothing_is_left_running():
+    """A program that hangs is gone, with its threads, when the verdict is there."""
+    run_code("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n", SHORT)
+    assert not [child.cmdline() for child in psutil.Process().children() if "confine.py" in str(child.cmdline())]
+
+
+def test_the_solutions_of_the_offline_suite_pass():
+    rows = [json.loads(line) for line in (TASKS / "offline_code.jsonl").read_text().splitlines()]
+    assert len(rows) >= 8
+    for row in rows:
+        assert score_completion(row, [row["solution"]]) == {"pass@1": 1}, row
+        assert score_completion(row, ["    return None\n"]) == {"pass@1": 0}, row
+
+
+def test_programs_are_scored_as_mbpp_asks():
+    document = {
+        "test_setup_code": "import math",
+        "test_list": ["assert half(4) == 2", "assert math.floor(half(5)) == 2"],
+    }
+    assert score_program(document, ["def half(x):\n    return x / 2"]) == {"pass@1": 1}
+    assert score_program(document, ["def half(x):\n    return x"]) == {"pass@1": 0}
+    assert score_program(document, [""]) == {"pass@1": 0}
+
+
+@pytest.mark.parametrize(
+    "answer, golden, right",
+    [
+        ("25", "25", 1),
+        ("所以一共有 1,234 个", "1234", 1),
+        ("3 + 4 = 7。", "7.0", 1),
+        ("3/4", "0.75", 1),
+        ("-2", "-2", 1),
+        ("26", "25", 0),
+        ("", "25", 0),
+        ("1/0", "25", 0),
+    ],
+)
+def test_numbers_are_compared_as_numbers(answer, golden, right):
+    assert score_number({"golden": golden}, [answer]) == {"exact_match": right}
+
+
+def test_the_last_number_counts():
+    assert last_number("12 apples, then 3.50") == 3.5
+    assert last_number("none") is None
+
+
+def test_a_machine_that_cannot_confine_runs_nothing(tmp_path, monkeypatch):
+    """Where the filter cannot be set the program is refused, not run. Here another kind of machine says so."""
+    from eval import sandbox
+
+    source = Path(sandbox.__file__).with_name("confine.py").read_text()
+    changed = tmp_path / "confine.py"
+    changed.write_text(source.replace("platform.machine()", "'riscv64'"))
+    monkeypatch.setattr(sandbox, "_CONFINE", changed)
+    with pytest.raises(ValueError, match="does not let code be confined"):
+        run_code("pass", SHORT)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ValueError, match="Linux only"):
+        run_code("pass", SHORT)
