@@ -28,6 +28,7 @@ class Model:
     num_experts_per_tok: int
     num_shared_experts: int = 2
     first_k_dense_replace: int = 1
+    """Layers without experts, the first ones; as many as there are layers make a dense model."""
     num_expert_groups: int = 1
     topk_group: int = 1
     routed_scaling_factor: float = 2.446
@@ -73,9 +74,9 @@ class Model:
             f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even",
         )
         require(
-            1 <= self.first_k_dense_replace < self.num_hidden_layers,
+            1 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"model.first_k_dense_replace is {self.first_k_dense_replace}: it must be from 1 to "
-            f"{self.num_hidden_layers - 1}, so that dense layers come first and at least one layer has experts",
+            f"{self.num_hidden_layers} (model.num_hidden_layers), which makes every layer dense",
         )
         require(
             self.num_experts % self.num_expert_groups == 0,

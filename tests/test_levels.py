@@ -4,12 +4,12 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
+PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval", "examples")
 MAX_LINES = 400
 
 LEVELS = (
-    ("moonlight.cli", "moonlight.cli_bench"),
-    ("moonlight.quickstart", "moonlight.bench", "moonlight.report"),
+    ("moonlight.cli", "moonlight.cli_bench", "examples"),
+    ("moonlight.quickstart", "moonlight.bench", "moonlight.report", "moonlight.scaling"),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.plan.command", "moonlight.plan.compare"),
     ("moonlight.train", "moonlight.dry_run"),
