@@ -27,6 +27,7 @@ from moonlight.optim.muon import Muon
 from pretrain.__main__ import Parser
 
 CLASSES = 10
+GROUPS = 4
 WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 10
 
@@ -37,6 +38,8 @@ class Preset:
 
     widths: tuple[int, ...]
     """Of two convolutions each, with a halving of height and width between them."""
+    norm: str
+    """group, which needs no statistics of a batch, or batch."""
     batch: int
     most_steps: int
     test_every: int
@@ -47,22 +50,25 @@ class Preset:
 
 
 PRESETS = {
-    "digits": Preset(widths=(16, 32), batch=64, most_steps=400, test_every=1, decays=False, crop=0),
-    "cifar10": Preset(widths=(64, 256, 256), batch=1000, most_steps=1000, test_every=10, decays=True, crop=2),
+    "digits": Preset(widths=(16, 32), norm="group", batch=64, most_steps=400, test_every=1, decays=False, crop=0),
+    "cifar10": Preset(
+        widths=(64, 256, 256), norm="batch", batch=1000, most_steps=1000, test_every=10, decays=True, crop=2
+    ),
 }
 
 
 class Classifier(nn.Module):
-    """Convolutions with batch norm and GELU, a mean over what is left of the picture, a linear layer."""
+    """Convolutions with norm and GELU, a mean over what is left of the picture, a linear layer."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, preset: Preset) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for number, width in enumerate(widths):
+        for number, width in enumerate(preset.widths):
             for _ in range(2):
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
+                norm = nn.BatchNorm2d(width) if preset.norm == "batch" else nn.GroupNorm(GROUPS, width)
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), norm, nn.GELU()]
                 channels = width
-            if number + 1 < len(widths):
+            if number + 1 < len(preset.widths):
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(channels, CLASSES)
@@ -113,7 +119,7 @@ def train(source: str, preset: Preset, target: float, device: str, name: str, ra
     started = time.monotonic()
     images = load_images(source)
     torch.manual_seed(seed)
-    model = Classifier(images.train.shape[1], preset.widths).to(device)
+    model = Classifier(images.train.shape[1], preset).to(device)
     optimizer = make_optimizer(model, name, rate)
     curve: list[tuple[int, float]] = []
     for step, (pictures, labels) in enumerate(batches(images, preset, seed, device), start=1):

@@ -53,14 +53,14 @@ class Preset:
 
 PRESETS = {
     "small": Preset(
-        layers=4,
-        width=96,
-        heads=3,
+        layers=3,
+        width=64,
+        heads=2,
         length=128,
         batch=16,
         at_once=16,
-        warmup_steps=20,
-        most_steps=1000,
+        warmup_steps=10,
+        most_steps=800,
         test_every=10,
         test_sequences=64,
         decays=False,

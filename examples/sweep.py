@@ -66,7 +66,7 @@ def sweep(task: Task, folder: Path, start: Sequence[float], seeds: Sequence[int]
     """
     with folder_lock(folder):
         path = folder / "results.json"
-        content = {"task": task.name, "settings": task.settings, "points": {}}
+        content: dict[str, Any] = {"task": task.name, "settings": task.settings, "points": {}}
         if path.exists():
             there = read_json(path, ("task", "settings", "points"))
             for name in ("task", "settings"):
