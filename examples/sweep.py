@@ -171,18 +171,21 @@ def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) ->
     for name, own in _rates(points, seeds).items():
         color, label = COLORS[name], LABELS[name]
         reached = {rate: _value(runs)[0] for rate, runs in sorted(own.items()) if _value(runs)[0] < float("inf")}
-        left.plot(list(reached), list(reached.values()), color=color, marker="o", markersize=4, label=label)
+        if reached:
+            left.plot(list(reached), list(reached.values()), color=color, marker="o", markersize=4, label=label)
         for rate in reached:
             left.plot([rate] * len(own[rate]), [run["steps"] for run in own[rate]], ".", color=color, alpha=0.4)
         best = best_rate({rate: _value(runs) for rate, runs in own.items()})
         for number, run in enumerate(own[best]):
             text = f"{label}, learning rate {best:g}" if number == 0 else None
             right.plot(*zip(*run["curve"], strict=True), color=color, linewidth=1, label=text)
-    left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel=f"steps to {task.measured} {task.target:g}")
+    scale = "log" if left.lines else "linear"  # no line: nothing reached the target
+    left.set(xscale=scale, yscale=scale, xlabel="learning rate", ylabel=f"steps to {task.measured} {task.target:g}")
     right.axhline(task.target, color="#555555", linewidth=0.8, linestyle="--")
     right.set(xlabel="step", ylabel=task.measured, yscale="log")
     for axes in (left, right):
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
     figure.suptitle(f"{task.name}, seeds {', '.join(map(str, seeds))}")
     save(figure, out)
 

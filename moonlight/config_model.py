@@ -98,3 +98,8 @@ class Model:
             f"model.num_expert_groups is {self.num_expert_groups}: a group needs at least 2 experts",
         )
         require(self.aux_loss_alpha >= 0, f"model.aux_loss_alpha is {self.aux_loss_alpha}: it must be at least 0")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has; else the settings of experts count for nothing."""
+        return self.first_k_dense_replace < self.num_hidden_layers

@@ -162,7 +162,7 @@ def test_a_sweep_widens_its_grid_and_goes_on_without_repeating(task, tmp_path, c
     del content["points"][key_of(("muon", 0.08, 1))]
     (out / "results.json").write_text(json.dumps(content))
     (tmp_path / "calls" / "muon-0.08-1").unlink()
-    sweep(task, out, [0.005, 0.01, 0.02], [1, 2], jobs=2)
+    sweep(task, out, [0.005, 0.01, 0.02], [1, 2], jobs=1)
     assert len(list((tmp_path / "calls").iterdir())) == 2 * 5 * 2
     assert (out / "results.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="give another --out"):

@@ -86,4 +86,7 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
                 best = min(known, key=lambda rate: known[rate])
                 axes.plot(best, known[best], "o", markersize=8, markerfacecolor="none", color=COLORS[name])
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per token)", title=LABELS[name])
+    limits = [axes.get_ylim() for axes in every]
+    for axes in every:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     save(figure, out)

@@ -86,6 +86,8 @@ def train_ladder(ladder: Ladder, results: dict[Point, Result]) -> None:
         _forget_checkpoints(points / point.name)
     jobs, started, done_flops = side_by_side(ladder), time.monotonic(), 0.0
     running: dict[Point, tuple[subprocess.Popen, IO[bytes]]] = {}
+    if wanted(ladder, losses(results)):
+        print(f"{jobs} side by side; how each is getting on stands in {logs}", flush=True)
     with _ending(running):
         while True:
             todo = wanted(ladder, losses(results))
