@@ -14,15 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from examples.images import DIGITS, Images, load_images
-from examples.sweep import Outcome, Task, cores, finish, positive_rates, sweep
-from moonlight.errors import report_errors
+from examples.sweep import Outcome, Task, add_options, check_options, run
+from moonlight.errors import UserError, report_errors
 from moonlight.optim.muon import Muon
 from pretrain.__main__ import Parser
 
@@ -146,13 +145,11 @@ def main() -> None:
         parser.epilog = "Example: python -m examples.classifier --data cifar-10-batches-bin --device cuda"
         parser.add_argument("--data", default=DIGITS, help="digits, hub, or a folder with CIFAR-10's binary files")
         parser.add_argument("--accuracy", type=float, default=0.94, help="share of unseen pictures to name rightly")
-        parser.add_argument("--rates", default="0.005,0.01,0.02", help="learning rates to begin with")
-        parser.add_argument("--seeds", type=int, default=3, help="runs of each point")
-        parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: as many as cores, 1 on a GPU")
-        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-        parser.add_argument("--out", type=Path, help="folder for results; by default runs/examples/<name>")
-        parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+        add_options(parser)
         given = parser.parse_args()
+        check_options(given)
+        if not 0 < given.accuracy < 1:
+            raise UserError(f"--accuracy is {given.accuracy}: it must be between 0 and 1")
         kind = "digits" if given.data == DIGITS else "cifar10"
         preset, target = PRESETS[kind], 1 - given.accuracy
         load_images(given.data)  # what cannot be used is said before work starts
@@ -164,9 +161,7 @@ def main() -> None:
             | {"preset": repr(preset)},
             train=functools.partial(train, given.data, preset, round(target, 6) + 1e-9, given.device),
         )
-        jobs = given.jobs or (1 if given.device == "cuda" else cores())
-        rates = positive_rates(given.rates)
-        finish(sweep(task, given.out or Path("runs/examples") / kind, rates, range(1, given.seeds + 1), jobs))
+        run(task, given, "0.005,0.01,0.02", kind)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from examples.sweep import Outcome, Task, cores, finish, positive_rates, sweep
+from examples.sweep import Outcome, Task, add_options, check_options, run
 from examples.text import STANDARD_LIBRARY, draw, in_order, load_text
 from moonlight.errors import report_errors
 from moonlight.optim.muon import Muon
@@ -193,13 +193,9 @@ def main() -> None:
         parser = Parser(prog="python -m examples.gpt", description=(__doc__ or "").splitlines()[0])
         parser.epilog = "Example: python -m examples.gpt --data fineweb10B --device cuda"
         parser.add_argument("--data", default=STANDARD_LIBRARY, help="python, or a folder of FineWeb shards")
-        parser.add_argument("--rates", help="learning rates to begin with, such as 0.005,0.01,0.02")
-        parser.add_argument("--seeds", type=int, default=3, help="runs of each point")
-        parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: as many as cores, 1 on a GPU")
-        parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-        parser.add_argument("--out", type=Path, help="folder for results; by default runs/examples/gpt-<size>")
-        parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+        add_options(parser)
         given = parser.parse_args()
+        check_options(given)
         size = "small" if given.data == STANDARD_LIBRARY else "124m"
         preset = PRESETS[size]
         load_text(given.data)  # what cannot be used is said before work starts
@@ -210,10 +206,7 @@ def main() -> None:
             settings={"data": Path(given.data).name, "preset": repr(preset), "weight_decay": WEIGHT_DECAY},
             train=functools.partial(train, given.data, preset, given.device),
         )
-        jobs = given.jobs or (1 if given.device == "cuda" else cores())
-        rates = positive_rates(given.rates or preset.rates)
-        out = given.out or Path("runs/examples") / f"gpt-{size}"
-        finish(sweep(task, out, rates, range(1, given.seeds + 1), jobs))
+        run(task, given, preset.rates, f"gpt-{size}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Steps that Muon and AdamW need to a target, over one grid of learning rates: run, kept, printed, drawn."""
 
+import argparse
 import multiprocessing
 import os
 import statistics
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -195,9 +196,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def finish(passed: bool) -> None:
-    """Exit with 1 if the bar was missed."""
-    sys.exit(0 if passed else 1)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every sweep can be told."""
+    parser.add_argument("--rates", help="learning rates to begin with, such as 0.005,0.01,0.02")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each point; by default 3")
+    parser.add_argument("--jobs", type=int, default=0, help="runs side by side; 0: as many as cores, 1 on a GPU")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="folder for results; by default runs/examples/<name>")
+    parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Raise UserError for what no sweep can use, before any work."""
+    for name, least in (("seeds", 1), ("jobs", 0)):
+        if getattr(given, name) < least:
+            raise UserError(f"--{name} is {getattr(given, name)}: it must be at least {least}")
+    if given.rates is not None:
+        positive_rates(given.rates)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda: this machine has no CUDA device; use cpu")
+
+
+def run(task: Task, given: argparse.Namespace, rates: str, name: str) -> NoReturn:
+    """Sweep as the options say, from `rates` and into runs/examples/`name` if they do not say; exit 1 below the bar."""
+    jobs = given.jobs or (1 if given.device == "cuda" else cores())
+    out = given.out or Path("runs/examples") / name
+    sys.exit(0 if sweep(task, out, positive_rates(given.rates or rates), range(1, given.seeds + 1), jobs) else 1)
 
 
 def positive_rates(text: str) -> list[float]:

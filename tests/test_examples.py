@@ -192,3 +192,14 @@ def test_a_folder_that_is_not_there_is_one_line(module, monkeypatch, capfd):
     with pytest.raises(SystemExit) as ended:
         module.main()
     check_line(ended.value.code, capfd.readouterr().err, ["nowhere"])
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [("--seeds=0", "--seeds is 0"), ("--jobs=-1", "--jobs is -1"), ("--rates=x", "--rates"), ("--seeds=x", "--help")],
+)
+def test_bad_options_are_one_line(option, words, monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["example", option])
+    with pytest.raises(SystemExit) as ended:
+        classifier.main()
+    check_line(ended.value.code, capfd.readouterr().err, [words])

@@ -139,7 +139,21 @@ def test_results_are_kept_and_those_of_other_settings_refused(write):
             read_results(load_ladder(write(**keys)))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1}', '{"version": 9, "settings": {}, "points": []}'])
+def test_results_of_other_text_are_refused(write):
+    ladder = load_ladder(write())
+    write_results(ladder, {point: result(point, 4.5) for point in wanted(ladder, {})[:1]})
+    path = ladder.home / "results.json"
+    content = json.loads(path.read_text())
+    ((name, digest),) = content["data"].items()
+    path.write_text(json.dumps(content | {"data": {name: digest[::-1]}}))
+    with pytest.raises(UserError, match=f"other text: that of {name}"):
+        read_results(ladder)
+
+
+DAMAGED = '{"version": %s, "settings": {}, "data": {}, "points": %s}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1}', DAMAGED % (9, "[]"), DAMAGED % (1, "[{}]")])
 def test_damaged_results_are_refused(write, content):
     ladder = load_ladder(write())
     ladder.home.mkdir(parents=True)

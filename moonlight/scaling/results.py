@@ -5,8 +5,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from moonlight.data.manifest import load_manifest
 from moonlight.errors import UserError
 from moonlight.files import make_folder, read_json, write_json
 from moonlight.scaling.ladder import Ladder, Point
@@ -51,6 +53,13 @@ def settings_of(ladder: Ladder, size: str) -> dict[str, Any]:
     return {key: value for key, value in every.items() if not {key, key.split(".")[0]} & free}
 
 
+def data_of(ladder: Ladder) -> dict[str, str]:
+    """Checksum of the text behind each source that is prepared here."""
+    sources = ladder.run(ladder.first_point(next(iter(ladder.sizes)))).data.mixture
+    folders = {name: Path(source.path) for name, source in sources.items() if Path(source.path).is_dir()}
+    return {name: str(load_manifest(folder).get("inputs_sha256", "")) for name, folder in folders.items()}
+
+
 def read_results(ladder: Ladder) -> dict[Point, Result]:
     """What there is of a ladder, by point.
 
@@ -60,17 +69,24 @@ def read_results(ladder: Ladder) -> dict[Point, Result]:
     path = ladder.home / RESULTS_FILE
     if not path.exists():
         return {}
-    content = read_json(path, ("version", "settings", "points"))
+    content = read_json(path, ("version", "settings", "data", "points"))
     if content["version"] != VERSION:
         raise UserError(f"{path} has version {content['version']}: this program reads version {VERSION}")
     try:
         results = [Result(**entry) for entry in content["points"]]
         there: dict[str, dict[str, Any]] = dict(content["settings"])
+        assert isinstance(content["data"], dict)
         for result in results:
             number = result.loss is None or math.isfinite(result.loss)
             assert number and (result.loss is None) == bool(result.diverged) and result.size in there
     except (TypeError, ValueError, AssertionError):
         raise UserError(f"{path} is damaged: an entry of its points cannot be read; remove it to begin again") from None
+    for name, digest in data_of(ladder).items():
+        if content["data"].get(name, digest) != digest:
+            raise UserError(
+                f"{path} is of other text: that of {name} has checksum {str(content['data'][name])[:12]} there and "
+                f"{digest[:12]} now; give this ladder another name, or remove that folder"
+            )
     for size, before in there.items():
         if size not in ladder.sizes:
             raise UserError(
@@ -93,6 +109,7 @@ def write_results(ladder: Ladder, results: Mapping[Point, Result]) -> None:
         "version": VERSION,
         "ladder": ladder.name,
         "settings": {size: settings_of(ladder, size) for size in ladder.sizes},
+        "data": data_of(ladder),
         "points": [asdict(result) for result in results.values()],
     }
     make_folder(ladder.home)
