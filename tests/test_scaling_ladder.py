@@ -233,7 +233,11 @@ def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, tmp_path):
         assert events(home, name) == before
     again = subprocess.run(command(path), **whole)
     assert "all done" in again.stdout and again.returncode == 2
-    assert not list((home / "points").glob("*/checkpoints"))
+    assert len(list((home / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
+    spectra = json.loads((home / "svd_entropy.json").read_text())
+    assert len(spectra) == 2
+    for entropies in spectra.values():
+        assert len(entropies) == 4 * 7 and all(0.5 < value <= 1 for value in entropies.values())
     for name in names(home):
         steps = [
             json.loads(line)["step"] for line in (home / "points" / name / "metrics.jsonl").read_text().splitlines()

@@ -12,7 +12,8 @@ from moonlight.scaling.fit import Cell, Comparison, compare
 from moonlight.scaling.ladder import Ladder, Point, flops_of, load_ladder, losses_at, train_flops, wanted
 from moonlight.scaling.picture import draw_grid, draw_laws
 from moonlight.scaling.results import Result, losses, read_results
-from moonlight.scaling.text import cells_of, doubts, entropy_text, grid_table, laws_text
+from moonlight.scaling.spectra import compare_spectra, look, read_spectra
+from moonlight.scaling.text import cells_of, doubts, grid_table, laws_text
 from moonlight.timeline import Timeline
 
 
@@ -51,7 +52,7 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
                 prepare_data(ladder)
                 print(plan_text(ladder, results), flush=True)
                 train_ladder(ladder, results)
-            fitted[ladder.name] = _conclude(ladder, results)
+            fitted[ladder.name] = _conclude(ladder, results, fit_only=fit_only)
     if len(fitted) > 1 or out:
         figure = out or Path(ladders[0].folder) / "scaling.png"
         draw_laws(fitted, figure)
@@ -77,19 +78,23 @@ def plan_text(ladder: Ladder, results: Mapping[Point, Result]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _conclude(ladder: Ladder, results: Mapping[Point, Result]) -> tuple[dict[str, dict[str, Cell]], Comparison]:
+def _conclude(
+    ladder: Ladder, results: Mapping[Point, Result], *, fit_only: bool
+) -> tuple[dict[str, dict[str, Cell]], Comparison]:
     """Table, laws and pictures of one ladder, into its folder and on the screen."""
     if not results:
         raise UserError(f"{ladder.home} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only")
     parts = [f"# {ladder.name}", "Held-out loss, nats per token:", grid_table(ladder, results)]
+    spectra = look(ladder, results) if not fit_only else read_spectra(ladder)
     parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := doubts(ladder, results)) else []
     draw_grid({size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.home / "rates.png")
-    print("\n\n".join(parts))
+    parts += [text] if (text := compare_spectra(ladder, results, spectra)) else []
+    print("\n\n".join(parts), flush=True)
     cells = cells_of(ladder, results)
     comparison = compare(cells)
-    more = [laws_text(comparison), entropy_text(ladder, results)]
-    print("\n\n" + "\n\n".join(more))
-    write_text(ladder.home / "results.md", "\n\n".join([*parts, *(part for part in more if part)]) + "\n")
+    parts.append(laws_text(comparison))
+    print("\n" + parts[-1])
+    write_text(ladder.home / "results.md", "\n\n".join(parts) + "\n")
     draw_laws({ladder.name: (cells, comparison)}, ladder.home / "scaling.png")
     print(f"{ladder.home}: results.json, results.md, scaling.png, rates.png")
     return cells, comparison

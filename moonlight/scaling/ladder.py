@@ -192,6 +192,16 @@ def losses_at(ladder: Ladder, size: str, losses: Mapping[Point, float]) -> dict[
     return found
 
 
+def best_points(ladder: Ladder, losses: Mapping[Point, float]) -> dict[tuple[str, str], Point]:
+    """By size and optimizer, the run of the grid's seed with the least loss so far, if one has not diverged."""
+    found = {}
+    for size in ladder.sizes:
+        for name, values in losses_at(ladder, size, losses).items():
+            if values and math.isfinite(values[best := best_rate(values)]):
+                found[size, name] = Point(size, name, best, ladder.seeds[0])
+    return found
+
+
 def wanted(ladder: Ladder, losses: Mapping[Point, float]) -> list[Point]:
     """The runs that are still to be done, as far as `losses` of those that are done tell; none: the ladder is done.
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moonlight.scaling.fit import Cell, Comparison, Interval
 from moonlight.scaling.grid import best_rate, on_edge
-from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, losses_at, wanted
+from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points, losses_at, wanted
 from moonlight.scaling.picture import LABELS
 from moonlight.scaling.results import Result, losses
 
@@ -15,16 +16,10 @@ PAPER = "Moonlight's, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052,
 def cells_of(ladder: Ladder, results: Mapping[Point, Result]) -> dict[str, dict[str, Cell]]:
     """By optimizer and size, the losses at the best learning rate; without sizes where no run has ended well."""
     cells: dict[str, dict[str, Cell]] = {name: {} for name in OPTIMIZERS}
-    for size in ladder.sizes:
-        for name, values in losses_at(ladder, size, losses(results)).items():
-            if not values or not math.isfinite(values[best := best_rate(values)]):
-                continue
-            runs = [
-                result
-                for seed in ladder.seeds
-                if (result := results.get(Point(size, name, best, seed))) is not None and result.loss is not None
-            ]
-            cells[name][size] = Cell(runs[0].flops, tuple(run.loss for run in runs if run.loss is not None))
+    for (size, name), best in best_points(ladder, losses(results)).items():
+        runs = [results.get(replace(best, seed=seed)) for seed in ladder.seeds]
+        known = tuple(run.loss for run in runs if run and run.loss is not None)
+        cells[name][size] = Cell(results[best].flops, known)
     return cells
 
 
@@ -89,18 +84,3 @@ def laws_text(comparison: Comparison) -> str:
     lines += ["", f"Muon needs {middle.share:.3f} {_between(middle.interval, 3)} of AdamW's FLOPs: {verdict}.", ""]
     lines.append(f"{PAPER}. FLOPs are the model's, as in the paper; those of the optimizers are not counted.")
     return "\n".join(lines)
-
-
-def entropy_text(ladder: Ladder, results: Mapping[Point, Result]) -> str:
-    """SVD entropy of the weights by group, at each optimizer's best rate; empty where it was not watched."""
-    lines = ["| size | group | Muon | AdamW |", "|---|---|---|---|"]
-    for size in ladder.sizes:
-        found = {}
-        for name, values in losses_at(ladder, size, losses(results)).items():
-            if values and (run := results.get(Point(size, name, best_rate(values), ladder.seeds[0]))):
-                found[name] = run.svd_entropy
-        for group in found.get("muon", {}):
-            if group in found.get("adamw", {}):
-                numbers = " | ".join(f"{found[name][group]:.4f}" for name in OPTIMIZERS)
-                lines.append(f"| {size} | {group} | {numbers} |")
-    return "\n".join(["SVD entropy of the weights, same budget, each at its best rate:\n", *lines]) if lines[2:] else ""

@@ -20,7 +20,7 @@ from moonlight.config import Run
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import make_folder
 from moonlight.flops import train_flops_per_token
-from moonlight.scaling.ladder import STANDARD_LIBRARY, Ladder, Point, flops_of, wanted
+from moonlight.scaling.ladder import STANDARD_LIBRARY, Ladder, Point, best_points, flops_of, wanted
 from moonlight.scaling.results import Result, losses, write_results
 from moonlight.timeline import Timeline
 from moonlight.train import run_folder
@@ -82,8 +82,7 @@ def train_ladder(ladder: Ladder, results: dict[Point, Result]) -> None:
     logs, points = ladder.home / "logs", ladder.home / "points"
     for folder in (logs, points):
         make_folder(folder)
-    for point in results:
-        _forget_checkpoints(points / point.name)
+    _forget_checkpoints(ladder, results)
     jobs, started, done_flops = side_by_side(ladder), time.monotonic(), 0.0
     running: dict[Point, tuple[subprocess.Popen, IO[bytes]]] = {}
     if wanted(ladder, losses(results)):
@@ -101,7 +100,7 @@ def train_ladder(ladder: Ladder, results: dict[Point, Result]) -> None:
             log.close()
             results[point] = result_of(ladder, point, process.returncode, logs / f"{point.name}.log")
             write_results(ladder, results)
-            _forget_checkpoints(points / point.name)
+            _forget_checkpoints(ladder, results)
             done_flops += flops_of(ladder, [point])
             left = flops_of(ladder, wanted(ladder, losses(results)))
             speed = done_flops / (time.monotonic() - started)
@@ -206,10 +205,12 @@ def divergence(entries: list[dict[str, Any]], run: Run) -> str:
     return ""
 
 
-def _forget_checkpoints(folder: Path) -> None:
-    """Of a run whose result is kept: they are what takes space."""
-    for name in ("checkpoints", ".order"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _forget_checkpoints(ladder: Ladder, results: dict[Point, Result]) -> None:
+    """Of runs whose results are kept, but for the best ones so far: they are what takes space."""
+    best = set(best_points(ladder, losses(results)).values())
+    for point in results:
+        for name in (".order", *["checkpoints"] * (point not in best)):
+            shutil.rmtree(ladder.home / "points" / point.name / name, ignore_errors=True)
 
 
 def _say(result: Result, count: int, seconds_left: float) -> None:
