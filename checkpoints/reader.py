@@ -9,8 +9,9 @@ import torch
 from moonlight import mapping
 from moonlight.config import Run
 from moonlight.config_model import Model
+from moonlight.direct import direct_checksum_of
 from moonlight.errors import UserError
-from moonlight.train.checkpoint_files import TrainState, find, read_state, recipe_of
+from moonlight.train.checkpoint_files import TrainState, check_file, find, read_state, recipe_of
 from moonlight.train.index import StoredTensors
 
 
@@ -43,23 +44,18 @@ class Checkpoint:
         return self.folder.parent.parent if self.run and not self.origin else None
 
     def part(self, row: mapping.Row, part: mapping.Part) -> torch.Tensor:
-        """One tensor as Hugging Face shapes it, in the dtype it is stored in.
+        """One tensor as Hugging Face shapes it, in the dtype it is stored in, read past the page cache.
 
-        A view of the file where it lies in one stored rectangle, which it does unless the layout that saved it cut it.
         Tied embeddings are the head, too.
         """
         key = row.key
         if key == HEAD and self.model.tie_word_embeddings:
             key = EMBEDDING
-        rectangles = self.stored.rectangles(key)
-        offset, sizes = mapping.place(part, row)
-        if rectangles.get(offset) == sizes:
-            return self.stored.map(key, offset, sizes).view(part.shape)
         value: torch.Tensor | None = None
-        for offset, sizes in rectangles.items():
+        for offset, sizes in self.stored.rectangles(key).items():
             if common := mapping.overlap(part, row, offset, sizes):
                 part_index, rectangle_index = common
-                found = self.stored.map(key, offset, sizes)[rectangle_index]
+                found = self.stored.read(key, offset, sizes, rectangle_index)
                 if tuple(found.shape) == part.shape:
                     return found
                 if value is None:
@@ -92,9 +88,11 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
         UserError: there is none, it is damaged, or it lacks a tensor that its own recipe asks for.
     """
     folder = find(path, step)
-    content = read_state(folder)
+    content = read_state(folder, check_files=False)
+    for name in content["files"]:
+        check_file(folder, name, content, direct_checksum_of)
     model, run = recipe_of(content)
-    stored = StoredTensors(folder, read_once=True)
+    stored = StoredTensors(folder)
     shapes = stored.shapes
     for row in mapping.table(model):
         if shapes.get(row.key) != row.shape:

@@ -7,16 +7,21 @@ whose own writer wants all tensors of a file at once.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from moonlight.direct import DirectFile
-from moonlight.mapping import Part, Row
+from moonlight.mapping import Part, Row, some_rows
 
 CHUNK_BYTES = 1 << 20
+"""Rounded, hashed and copied at once: as much as a processor's cache holds."""
+READ_BYTES = 8 << 20
+"""Read at once, of a tensor in bfloat16."""
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -28,6 +33,13 @@ class Entry:
     row: Row
     part: Part
     dtype: torch.dtype
+
+    def runs(self) -> Iterator["Entry"]:
+        """Its rows, a few at a time."""
+        step = max(1, READ_BYTES // (self.nbytes // self.part.shape[0]))
+        for begin in range(0, self.part.shape[0], step):
+            end = min(begin + step, self.part.shape[0])
+            yield replace(self, part=some_rows(self.part, begin, end))
 
     @property
     def nbytes(self) -> int:
@@ -56,11 +68,11 @@ def plan_shards(rows: Sequence[Row], dtype: torch.dtype, max_bytes: int) -> list
 def write_shard(
     path: Path, entries: Sequence[Entry], read: Callable[[Entry], torch.Tensor], done: Callable[[int], None]
 ) -> str:
-    """Write one file; whoever owns its folder flushes it to the disk.
+    """Write one file; whoever owns its folder flushes it to the disk. What comes next is read in the meantime.
 
     Args:
-        read: values of a tensor, in any dtype and stride.
-        done: is told the bytes of each tensor written.
+        read: values of some rows of a tensor, in any dtype and stride.
+        done: is told the bytes of what was written each time.
 
     Returns:
         The SHA-256 of the file.
@@ -82,15 +94,28 @@ def write_shard(
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
             file.write(memoryview(raw))
-        for entry in entries:
-            values = read(entry)
-            assert tuple(values.shape) == entry.part.shape, (entry.part.name, values.shape)
-            for rows in _rows(values, entry.dtype):
+        runs = (run for entry in entries for run in entry.runs())
+        for run, values in _read_ahead(runs, read):
+            assert tuple(values.shape) == run.part.shape, (run.part.name, values.shape)
+            for rows in _rows(values, run.dtype):
                 values_raw = rows.flatten().view(torch.uint8).numpy().data
                 digest.update(values_raw)
                 file.write(values_raw)
-            done(entry.nbytes)
+            done(run.nbytes)
     return digest.hexdigest()
+
+
+def _read_ahead(runs: Iterable[Entry], read: Callable[[Entry], torch.Tensor]) -> Iterator[tuple[Entry, torch.Tensor]]:
+    """Each with its values, while a thread reads those of the next."""
+    with ThreadPoolExecutor(1) as pool:
+        under_way: deque[tuple[Entry, Future[torch.Tensor]]] = deque()
+        for run in runs:
+            under_way.append((run, pool.submit(read, run)))
+            if len(under_way) == 2:
+                first, values = under_way.popleft()
+                yield first, values.result()
+        for last, values in under_way:
+            yield last, values.result()
 
 
 @contextlib.contextmanager

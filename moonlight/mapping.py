@@ -6,7 +6,7 @@ Face tensor is a rectangle of one of them (`moonlight.model.shards` turns expert
 of Megatron or torch: indices are applied by whoever holds the tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moonlight.config import Model
 
@@ -137,6 +137,15 @@ def place(part: Part, row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
         offset.append(low)
         sizes.append(high - low)
     return tuple(offset), tuple(sizes)
+
+
+def some_rows(part: Part, begin: int, end: int) -> Part:
+    """Rows `begin` to `end` of a part, as a part."""
+    axis = next((axis for axis, where in enumerate(part.index) if isinstance(where, slice)), len(part.index))
+    whole = part.index[axis] if axis < len(part.index) else slice(0, part.shape[0])
+    assert isinstance(whole, slice) and axis >= len(part.index) - 1, part
+    index = (*part.index[:axis], slice(whole.start + begin, whole.start + end))
+    return replace(part, shape=(end - begin, *part.shape[1:]), index=index)
 
 
 def overlap(

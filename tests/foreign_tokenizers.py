@@ -60,8 +60,8 @@ def write_tiktoken(folder, corpus, ranks=None):
     """tiktoken.model and a tokenizer_config.json that asks for remote code."""
     if ranks is None:
         byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
-        vocab = train_bpe(corpus, 2048).get_vocab()
-        ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in vocab.items()}
+        by_rank = sorted(train_bpe(corpus, 2048).get_vocab().items(), key=lambda item: item[1])
+        ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in by_rank}
     folder.mkdir(parents=True)
     write_ranks(folder / "tiktoken.model", ranks)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -2,10 +2,11 @@
 
 One process saves a model of random weights by Muon's optimizer, with the class that a run uses, on the disk of the
 current folder. The cases take turns: saving beside a training step, saving by a thread with nothing beside it, saving
-while training waits, the same bytes written in large blocks and flushed, torch.save of the same tensors into one file,
-flushed, and torch's own distributed checkpoint of them, flushed. The disk of a shared machine is a noisy witness, so
-the CPU time of all threads stands beside the wall time. Before any figure counts, what was saved is read back by
-torch's own reader of distributed checkpoints, and compared bit for bit.
+while training waits, the same bytes written in large blocks past the page cache, which is what the disk can do, or
+through it and flushed, torch.save of the same tensors into one file, flushed, and torch's own distributed checkpoint of
+them, flushed. The disk of a shared machine is a noisy witness, so the CPU time of all threads stands beside the wall
+time. Before any figure counts, what was saved is read back by torch's own reader of distributed checkpoints, and
+compared bit for bit.
 
 Every case begins with a flushed disk, and some seconds after the files of the one before were removed. On a virtual
 machine, what writes into the page cache is several times as fast while it finds the memory of a file that was removed
@@ -33,6 +34,7 @@ from moonlight import parallel
 from moonlight.bench.report import hardware, report, speed
 from moonlight.config import Parallel, Run
 from moonlight.config_io import load_recipe
+from moonlight.direct import DirectFile
 from moonlight.errors import UserError
 from moonlight.files import check_space
 from moonlight.model.build import build_model
@@ -106,7 +108,7 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
             same = all(_is_equal(step_folder(folder / name, rounds + 1), optimizer) for name in savers)
     finally:
         parallel.leave_world()
-    waited = {peer: (times["waiting"], times[peer]) for peer in ("raw", "torch.save", "DCP")}
+    waited = {peer: (times["waiting"], times[peer]) for peer in ("direct", "raw", "torch.save", "DCP")}
     worked = {peer: (times["waiting" + CPU], times[peer + CPU]) for peer in waited}
     figures = [
         speed("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
@@ -114,6 +116,7 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
         speed(
             "asynchronous save, write + fsync", times["beside"], times["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM
         ),
+        speed("synchronous save, the disk alone (O_DIRECT)", *waited["direct"], 0.0, same, "s"),
         speed("synchronous save, write + fsync", *waited["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM),
         speed("synchronous save, torch.save + fsync", *waited["torch.save"], TORCH_SAVE_BAR, same, "s", TORCH_SAVE_AIM),
         speed("synchronous save, torch's DCP", *waited["DCP"], 0.0, same, "s"),
@@ -162,6 +165,8 @@ def _round(
     measure("beside", lambda: save("beside"))
     measure("raw", lambda: _write_blocks(raw, content))
     raw.unlink()
+    measure("direct", lambda: _write_direct(raw, content))
+    raw.unlink()
     measure("waiting", lambda: save("waiting"))
     measure("torch.save", lambda: _torch_save(peer, tensors))
     peer.unlink()
@@ -186,6 +191,12 @@ def _write_blocks(path: Path, content: Any) -> None:
         for begin in range(0, len(content), BLOCK_BYTES):
             file.write(content[begin : begin + BLOCK_BYTES])
         os.fsync(file.fileno())
+
+
+def _write_direct(path: Path, content: Any) -> None:
+    with DirectFile(path) as file:
+        file.write(content.data)
+        file.sync()
 
 
 def _torch_save(path: Path, tensors: dict[str, torch.Tensor]) -> None:

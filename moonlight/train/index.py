@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from moonlight.direct import read_direct
 from moonlight.train.checkpoint_files import DamagedError
 
 INDEX_FILE = ".metadata"
@@ -94,21 +95,16 @@ def is_covered(entry: TensorStorageMetadata) -> bool:
 
 
 class StoredTensors:
-    """The rectangles of a checkpoint, mapped from its files: they take no memory of their own until they are copied.
-
-    With `read_once`, the page cache lets go of each when the next is mapped: for whoever reads all of a checkpoint,
-    where asking for new pages can cost as much as everything else.
+    """The rectangles of a checkpoint, mapped from its files, or parts of them read past the page cache.
 
     Raises:
         DamagedError: the index, or what it points to, is not what a checkpoint holds.
     """
 
-    def __init__(self, folder: Path, index: Metadata | None = None, read_once: bool = False) -> None:
+    def __init__(self, folder: Path, index: Metadata | None = None) -> None:
         self._folder, self._index = folder, index or read_index(folder)
-        self._read_once = read_once and hasattr(os, "posix_fadvise")
-        self._last: tuple[Path, int, int] | None = None
-        """File, first byte and length of what was mapped last."""
         self._rectangles: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
+        self._places: dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]] = {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -132,7 +128,37 @@ class StoredTensors:
         return entry
 
     def map(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """One rectangle, on the CPU. Not to be written to."""
+        """One rectangle, on the CPU, which takes no memory of its own until it is copied. Not to be written to."""
+        path, start, nbytes = self._place(key, offset, sizes)
+        raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
+        return torch.from_numpy(raw).view(self.dtype(key)).view(sizes)
+
+    def read(
+        self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...], index: tuple[int | slice, ...]
+    ) -> torch.Tensor:
+        """`rectangle[index]` of one rectangle, in memory of its own, from the disk itself.
+
+        Args:
+            index: numbers, then slices with both ends, one for every axis.
+        """
+        path, start, _ = self._place(key, offset, sizes)
+        dtype = self.dtype(key)
+        rows_axis = next(axis for axis, where in enumerate(index) if isinstance(where, slice))
+        rows = index[rows_axis]
+        assert isinstance(rows, slice)
+        first = 0
+        for where, size in zip([*index[:rows_axis], rows.start], sizes, strict=False):
+            first = first * size + where
+        row_bytes = math.prod(sizes[rows_axis + 1 :]) * dtype.itemsize
+        nbytes = (rows.stop - rows.start) * row_bytes
+        raw = read_direct(path, start + first * row_bytes, nbytes)
+        values = torch.from_numpy(raw).view(dtype).view(rows.stop - rows.start, *sizes[rows_axis + 1 :])
+        return values[(slice(None), *index[rows_axis + 1 :])]
+
+    def _place(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Path, int, int]:
+        """File, first byte and number of bytes of a rectangle."""
+        if (key, offset) in self._places:
+            return self._places[key, offset]
         dtype = self.dtype(key)
         try:
             place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
@@ -143,20 +169,13 @@ class StoredTensors:
             raise DamagedError(f"checkpoint {self._folder} is refused: its index names a file outside ({path})")
         nbytes = math.prod(sizes) * dtype.itemsize
         try:
-            start = _values_begin(path, place.offset, place.length, nbytes)
-            if self._read_once:
-                self._let_go()
-                self._last = path, start, nbytes
-            raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
+            found = path, _values_begin(path, place.offset, place.length, nbytes), nbytes
+            if sum(found[1:]) > path.stat().st_size:
+                raise EOFError
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
             raise DamagedError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
-        return torch.from_numpy(raw).view(dtype).view(sizes)
-
-    def _let_go(self) -> None:
-        if self._last is not None:
-            path, start, nbytes = self._last
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+        self._places[key, offset] = found
+        return found
 
 
 def _values_begin(path: Path, offset: int, length: int, nbytes: int) -> int:

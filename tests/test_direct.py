@@ -1,0 +1,100 @@
+"""Reading past the page cache gives what is in the file, wherever a read begins and ends."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints.reader import open_checkpoint
+from checkpoints.shards import Entry, _read_ahead
+from moonlight import mapping
+from moonlight.direct import ALIGNMENT, direct_checksum_of, read_direct
+from moonlight.files import checksum_of
+from moonlight.model.pieces import Pieces
+from moonlight.train.checkpoint_tensors import save_tensors
+from moonlight.train.index import StoredTensors
+
+BYTES = torch.arange(5 * ALIGNMENT + 77).to(torch.uint8).numpy().tobytes()
+EDGES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, len(BYTES) - 1, len(BYTES), len(BYTES) + ALIGNMENT]
+
+
+@pytest.fixture(scope="module", params=["disk", "memory"])
+def file(request, tmp_path_factory):
+    """On a file system that reads past the cache, and on one that refuses to."""
+    memory = Path("/dev/shm")
+    if request.param == "memory" and not memory.is_dir():
+        pytest.skip("no file system in memory")
+    place = memory if request.param == "memory" else tmp_path_factory.mktemp("direct")
+    with tempfile.NamedTemporaryFile(dir=place) as made:
+        made.write(BYTES)
+        made.flush()
+        yield Path(made.name)
+
+
+@given(
+    start=st.sampled_from(EDGES) | st.integers(0, len(BYTES)),
+    nbytes=st.sampled_from(EDGES) | st.integers(0, len(BYTES)),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_part_of_a_file(file, start, nbytes):
+    assert read_direct(file, start, nbytes).tobytes() == BYTES[start : start + nbytes]
+
+
+def test_checksums_are_the_same(file, tmp_path):
+    assert direct_checksum_of(file) == checksum_of(file)
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert direct_checksum_of(empty) == checksum_of(empty)
+
+
+def test_any_part_of_a_stored_rectangle(tmp_path):
+    whole = torch.arange(4 * 6 * 5.0).view(4, 6, 5)
+    cuts = [
+        ((expert, 0, column), whole[expert : expert + 2, :, column : column + 3 - column // 3])
+        for expert in (0, 2)
+        for column in (0, 3)
+    ]
+    save_tensors(tmp_path, {"experts": Pieces((4, 6, 5), cuts)})
+    stored = StoredTensors(tmp_path)
+    for offset, sizes in stored.rectangles("experts").items():
+        rectangle = stored.map("experts", offset, sizes)
+        for index in (
+            (0, slice(1, 4), slice(0, 2)),
+            (1, slice(0, 6), slice(1, 2)),
+            (slice(1, 2), slice(2, 3), slice(0, 1)),
+            (slice(0, 2), slice(0, 6), slice(0, 2)),
+        ):
+            assert stored.read("experts", offset, sizes, index).equal(rectangle[index]), (offset, index)
+
+
+def test_rows_of_every_part_are_rows_of_the_whole(tiny_run):
+    checkpoint = open_checkpoint(tiny_run.folder)
+    for row in mapping.table(checkpoint.model):
+        for part in row.parts:
+            whole = checkpoint.part(row, part)
+            begin, end = len(whole) // 3, max(len(whole) // 3 + 1, len(whole) - 1)
+            assert checkpoint.part(row, mapping.some_rows(part, begin, end)).equal(whole[begin:end]), part.name
+
+
+def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises():
+    part = mapping.Part(name="x", shape=(10,))
+    entry = Entry(mapping.Row(key="x", shape=(10,), parts=(part,)), part, torch.float32)
+    runs = [replace(entry, part=mapping.some_rows(part, row, row + 1)) for row in range(10)]
+    values = torch.arange(10.0)
+
+    def read(run):
+        where = run.part.index[0]
+        if where.start == 7:
+            raise OSError("gone")
+        return values[where]
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for run, found in _read_ahead(runs, read):
+            assert found.equal(values[run.part.index[0]])
+            seen.append(run.part.index[0].start)
+    assert seen == list(range(7))
