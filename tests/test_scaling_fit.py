@@ -89,6 +89,11 @@ def test_a_size_of_one_optimizer_alone_is_used_for_it():
     assert all(math.isfinite(bound) for bound in found.middle.interval)
 
 
+def test_what_lies_beyond_the_ladder_is_said():
+    found = compare(cells({"muon": (2.5 * 0.5**0.06, -0.06), "adamw": (2.5, -0.06)}), draws=10)
+    assert [share.is_measured for share in found.shares] == [False, True, True]
+
+
 def test_the_same_results_give_the_same_intervals():
     made = cells(PAPER, noise=0.003, seeds=2)
     assert compare(made, draws=300).middle == compare(made, draws=300).middle

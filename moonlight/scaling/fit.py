@@ -59,6 +59,8 @@ class Share:
     loss: float
     share: float
     interval: Interval
+    is_measured: bool
+    """Muon's FLOPs lie between the least and the most that it was trained with; else its law is prolonged."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def compare(cells: Mapping[str, Mapping[str, Cell]], draws: int = DRAWS, seed: i
             )
     common = [[cell.flops for cell in own.values()] for own in cells.values()]
     low, high = max(map(min, common)), min(map(max, common))
-    shares = tuple(_share(laws["muon"], laws["adamw"], flops) for flops in (low, (low * high) ** 0.5, high))
+    muon = [cell.flops for cell in cells["muon"].values()]
+    ends = (min(muon), max(muon))
+    shares = tuple(_share(laws["muon"], laws["adamw"], flops, ends) for flops in (low, (low * high) ** 0.5, high))
     return Comparison(laws, shares)
 
 
@@ -165,8 +169,8 @@ def _masked_least_squares(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.
     return mean_y[:, 0] - slope * mean_x[:, 0], slope
 
 
-def _share(muon: Law, adamw: Law, flops: float) -> Share:
-    """At the loss of AdamW's line; in every draw, of that draw's line."""
+def _share(muon: Law, adamw: Law, flops: float, ends: Interval) -> Share:
+    """At the loss of AdamW's line; in every draw, of that draw's line. Muon was trained with FLOPs between `ends`."""
     log_c = np.log(flops / PFLOPS_DAY)
 
     def share(muon_a: np.ndarray, muon_b: np.ndarray, adamw_a: np.ndarray, adamw_b: np.ndarray) -> np.ndarray:
@@ -175,6 +179,7 @@ def _share(muon: Law, adamw: Law, flops: float) -> Share:
             found = np.exp((log_loss - muon_a) / muon_b - log_c)
         return np.where(muon_b < 0, found, np.inf)  # a line that does not fall never gets there
 
-    point = share(*(np.array(value) for value in (np.log(muon.a), muon.b, np.log(adamw.a), adamw.b)))
+    point = float(share(*(np.array(value) for value in (np.log(muon.a), muon.b, np.log(adamw.a), adamw.b))))
     many = share(muon.log_a, muon.slopes, adamw.log_a, adamw.slopes)
-    return Share(flops, adamw.loss(flops), float(point), interval(many))
+    is_measured = 0.999 * ends[0] <= point * flops <= 1.001 * ends[1]
+    return Share(flops, adamw.loss(flops), point, interval(many), is_measured)

@@ -77,7 +77,9 @@ def laws_text(comparison: Comparison) -> str:
         )
     lines += ["", "| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
     for share in comparison.shares:
-        lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {share.share:.3f} {_between(share.interval, 3)} |")
+        beyond = "" if share.is_measured else ", beyond the ladder"
+        said = f"{share.share:.3f} {_between(share.interval, 3)}{beyond}"
+        lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {said} |")
     middle = comparison.middle
     low, high = middle.interval
     verdict = "less than AdamW" if high < 1 else "more than AdamW" if low > 1 else "no proven difference"
