@@ -131,7 +131,7 @@ def model_card(
         "## How it was made",
         _method(run, __version__),
     ]
-    return f"---\n{_front_matter(license, chat, run, imported_from)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front_matter(license, chat, model, run, imported_from)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def missing_of_card(text: str) -> list[str]:
@@ -157,7 +157,7 @@ def missing_of_card(text: str) -> list[str]:
     return missing
 
 
-def _front_matter(license: str | None, chat: bool, run: Run | None, imported_from: str | None) -> str:
+def _front_matter(license: str | None, chat: bool, model: Model, run: Run | None, imported_from: str | None) -> str:
     slug = slug_of(license) if license else None
     is_id = slug in HUB_LICENSES
     muon = run is not None and run.optimizer.name == "muon"
@@ -167,7 +167,13 @@ def _front_matter(license: str | None, chat: bool, run: Run | None, imported_fro
         base_model=imported_from if imported_from and _HUB_NAME.fullmatch(imported_from) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["deepseek_v3", "moe", *["muon"] * muon, "moonlight-stack", *["conversational"] * chat],
+        tags=[
+            "deepseek_v3",
+            *["moe"] * model.has_experts,
+            *["muon"] * muon,
+            "moonlight-stack",
+            *["conversational"] * chat,
+        ],
     )
     return data.to_yaml()
 
@@ -189,8 +195,9 @@ def _summary(
     averaged_steps: Sequence[int],
 ) -> str:
     counts = count_parameters(model)
+    kind = "mixture-of-experts" if model.has_experts else "dense"
     text = (
-        f"A mixture-of-experts language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, "
+        f"A {kind} language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, "
         f"of which {_short(counts.activated_with_head)} are activated for each token."
     )
     origin = imported_from and (

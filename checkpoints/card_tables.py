@@ -25,7 +25,8 @@ def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
     yield "activated by a token, with the head", f"{counts.activated_with_head:,}"
     yield "activated by a token, without the head", f"{counts.activated:,}"
     dense = model.first_k_dense_replace
-    yield "layers", f"{model.num_hidden_layers}, the first {'one' if dense == 1 else dense} dense"
+    which = f"the first {'one' if dense == 1 else dense}" if model.has_experts else "all"
+    yield "layers", f"{model.num_hidden_layers}, {which} dense"
     yield "hidden size", f"{model.hidden_size:,}"
     yield (
         "attention",
@@ -34,11 +35,12 @@ def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
     )
     yield "key-value LoRA rank", f"{model.kv_lora_rank:,}"
     yield "query LoRA rank", "none: one direct projection" if model.q_lora_rank is None else f"{model.q_lora_rank:,}"
-    shared = model.num_shared_experts
-    yield "experts", f"{model.num_experts} routed, {model.num_experts_per_tok} of them for a token, and {shared} shared"
-    if model.num_expert_groups > 1:
-        yield "expert groups", f"{model.num_expert_groups}, {model.topk_group} of them for a token"
-    yield "width of an expert", f"{model.moe_intermediate_size:,}"
+    if model.has_experts:
+        of_token, shared = model.num_experts_per_tok, model.num_shared_experts
+        yield "experts", f"{model.num_experts} routed, {of_token} of them for a token, and {shared} shared"
+        if model.num_expert_groups > 1:
+            yield "expert groups", f"{model.num_expert_groups}, {model.topk_group} of them for a token"
+        yield "width of an expert", f"{model.moe_intermediate_size:,}"
     yield "width of a dense layer", f"{model.intermediate_size:,}"
     tied = hf_config(model)["tie_word_embeddings"]
     yield "vocabulary", f"{model.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
@@ -136,10 +138,11 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
             f"{stage.from_tokens:,} to {stage.to_tokens:,} tokens; learning rate: {_learning_rate(stage)}; router "
             f"biases moved by {stage.router_bias_update_rate:g} a step",
         )
-    yield (
-        "balance of experts",
-        f"router biases moved by {moved}, sequence-wise auxiliary loss {run.model.aux_loss_alpha:g}",
-    )
+    if run.model.has_experts:
+        yield (
+            "balance of experts",
+            f"router biases moved by {moved}, sequence-wise auxiliary loss {run.model.aux_loss_alpha:g}",
+        )
     precision = "float32"
     if train.dtype != "float32":
         residual = ", float32 residual stream" if train.fp32_residual_connection else ""

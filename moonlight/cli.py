@@ -39,6 +39,7 @@ _AFTER_INTERRUPT = {
     "sft": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
     "quickstart": "the same command goes on, training from its newest checkpoint if there is one",
     "quickstart-chat": "the same command goes on, tuning from its newest checkpoint if there is one",
+    "scaling": "the same command goes on: runs that have ended are kept, the others go on from their checkpoints",
     "release": "the same command goes on, and sends what is missing",
 }
 _NOTHING_LEFT = "nothing unfinished is left behind; the same command begins again"
@@ -111,6 +112,21 @@ def pretrain(
     from pretrain.command import train_command
 
     train_command(recipe, overrides or [], force=force, conversations=False)
+
+
+@app.command(epilog="Example: moonlight scaling configs/scaling/cpu_dense.yaml")
+def scaling(
+    ladders: Annotated[list[Path], typer.Argument(help="One ladder of configs/scaling/, or several.")],
+    fit_only: Annotated[bool, typer.Option("--fit-only", help="Train nothing: fit what there is.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Figure of all ladders; by default runs/scaling/scaling.png for several.")
+    ] = None,
+) -> None:
+    """Train a ladder of sizes with Muon and AdamW, fit the scaling laws, and say how many of the FLOPs Muon needs."""
+    from moonlight.scaling.command import scaling as climb
+
+    climb(ladders, fit_only=fit_only, dry_run=dry_run, out=out)
 
 
 @app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --gpus 64 --gpu h200")

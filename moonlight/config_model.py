@@ -28,6 +28,7 @@ class Model:
     num_experts_per_tok: int
     num_shared_experts: int = 2
     first_k_dense_replace: int = 1
+    """Layers without experts, the first ones; as many as there are layers make a dense model."""
     num_expert_groups: int = 1
     topk_group: int = 1
     routed_scaling_factor: float = 2.446
@@ -73,9 +74,9 @@ class Model:
             f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even",
         )
         require(
-            1 <= self.first_k_dense_replace < self.num_hidden_layers,
+            1 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"model.first_k_dense_replace is {self.first_k_dense_replace}: it must be from 1 to "
-            f"{self.num_hidden_layers - 1}, so that dense layers come first and at least one layer has experts",
+            f"{self.num_hidden_layers} (model.num_hidden_layers), which makes every layer dense",
         )
         require(
             self.num_experts % self.num_expert_groups == 0,
@@ -97,3 +98,8 @@ class Model:
             f"model.num_expert_groups is {self.num_expert_groups}: a group needs at least 2 experts",
         )
         require(self.aux_loss_alpha >= 0, f"model.aux_loss_alpha is {self.aux_loss_alpha}: it must be at least 0")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has; else the settings of experts count for nothing."""
+        return self.first_k_dense_replace < self.num_hidden_layers

@@ -128,7 +128,7 @@ class _World:
             ERROR_FILE: str(folder / f"error-{rank}"),
         }
         self._workers.append(
-            subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_prepare)
+            subprocess.Popen(self._command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
         )
 
 
@@ -137,7 +137,7 @@ def _stopped_early() -> _Failure:
     return _Failure("", CODE_STOPPED)
 
 
-def _prepare() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies (Linux; elsewhere nothing happens).
 
     SIGUSR1, which would end a process that has no handler yet, is ignored until it has one.

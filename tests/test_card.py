@@ -233,3 +233,11 @@ def test_licences(known, license, front):
 def test_what_a_release_lacks(text, missing):
     (found,) = missing_of_card(text)
     assert missing in found
+
+
+def test_a_dense_model_is_called_dense(known):
+    model = replace(known["model"], first_k_dense_replace=known["model"].num_hidden_layers)
+    text = model_card(**(known | {"model": model, "run": replace(known["run"], model=model)}))
+    assert "A dense language model" in text and "all dense" in text
+    assert "moe" not in ModelCard(text).data.tags
+    assert not re.search(r"routed|balance of experts|mixture", text)

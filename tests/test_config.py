@@ -11,7 +11,8 @@ from moonlight.errors import UserError
 from moonlight.timeline import Timeline
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+LADDERS = ROOT / "configs" / "scaling"
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent != LADDERS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -61,3 +62,12 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(warmup, total, d
     assert falling == sorted(falling, reverse=True)
     assert all(floor <= rate <= 1.0 for rate in falling)
     assert rates[-1] == (1.0 if decay == "constant" else pytest.approx(floor))
+
+
+def test_a_model_may_be_dense_but_not_without_dense_layers():
+    recipe = ROOT / "configs" / "quickstart.yaml"
+    assert load_recipe(recipe).model.has_experts
+    assert not load_recipe(recipe, ["model.first_k_dense_replace=4"]).model.has_experts
+    for count in (0, 5):
+        with pytest.raises(UserError, match=f"first_k_dense_replace is {count}: it must be from 1 to 4"):
+            load_recipe(recipe, [f"model.first_k_dense_replace={count}"])

@@ -4,12 +4,18 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
+PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval", "examples")
 MAX_LINES = 400
 
 LEVELS = (
-    ("moonlight.cli", "moonlight.cli_bench", "moonlight.cli_chat", "moonlight.cli_eval"),
-    ("moonlight.quickstart", "moonlight.quickstart_chat", "moonlight.bench", "moonlight.report"),
+    ("moonlight.cli", "moonlight.cli_bench", "moonlight.cli_chat", "moonlight.cli_eval", "examples"),
+    (
+        "moonlight.quickstart",
+        "moonlight.quickstart_chat",
+        "moonlight.bench",
+        "moonlight.report",
+        "moonlight.scaling",
+    ),
     ("pretrain", "checkpoints", "eval"),
     ("moonlight.plan.command", "moonlight.plan.compare"),
     ("moonlight.train", "moonlight.dry_run"),

@@ -12,6 +12,7 @@ SHAPES = {
     "q_lora": {"q_lora_rank": 24},
     "groups": {"num_experts": 16, "num_expert_groups": 4, "topk_group": 2, "num_experts_per_tok": 4},
     "three-dense": {"first_k_dense_replace": 3, "num_experts": 64, "num_experts_per_tok": 6},
+    "all-dense": {"first_k_dense_replace": 4},
     "wide-heads": {
         "qk_nope_head_dim": 12,
         "v_head_dim": 20,

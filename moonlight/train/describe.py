@@ -37,12 +37,12 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
         "optim/global_batch_size": moment.global_batch_size,
         "optim/router_bias_update_rate": moment.router_bias_update_rate,
         "optim/skipped_steps": state.skipped_steps,
-        "moe/max_load": result.max_load,
-        "moe/dead_experts": result.dead_experts,
         "speed/tokens_per_second": tokens / seconds,
         "speed/model_tflops": flops / 1e12,
         "time/step_seconds": seconds,
     }
+    if run.model.has_experts:
+        entry |= {"moe/max_load": result.max_load, "moe/dead_experts": result.dead_experts}
     if peak := peak_tflops(run):
         entry["speed/mfu"] = flops / 1e12 / peak
     if moment.stage:
@@ -75,12 +75,13 @@ def _describe_watched(watched: Watched) -> dict[str, Any]:
     for loads in watched.loads:
         mean = sum(loads) / len(loads)
         spreads.append((sum((load - mean) ** 2 for load in loads) / len(loads)) ** 0.5)
-    return entry | {
-        "moe/max_load_by_layer": [_short(max(loads)) for loads in watched.loads],
-        "moe/load_spread_by_layer": [_short(spread) for spread in spreads],
-        "moe/load_by_expert": [[_short(load) for load in loads] for loads in watched.loads],
-        "memory/peak_bytes": watched.peak_memory_bytes,
-    }
+    if watched.loads:  # a dense model has none
+        entry |= {
+            "moe/max_load_by_layer": [_short(max(loads)) for loads in watched.loads],
+            "moe/load_spread_by_layer": [_short(spread) for spread in spreads],
+            "moe/load_by_expert": [[_short(load) for load in loads] for loads in watched.loads],
+        }
+    return entry | {"memory/peak_bytes": watched.peak_memory_bytes}
 
 
 def _short(value: float) -> float:

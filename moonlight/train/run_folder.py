@@ -214,7 +214,7 @@ def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
             raise UserError(
                 f"{folder} cannot be continued, its {CONFIG_FILE} is damaged: {error}; choose another name"
             ) from None
-        before, now = _flat(dataclasses.asdict(there)), _flat(dataclasses.asdict(run))
+        before, now = flat(dataclasses.asdict(there)), flat(dataclasses.asdict(run))
         changed = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in before | now
@@ -254,14 +254,15 @@ def claim(folder: Path, run: Run, *, force: bool = False) -> list[str]:
     return changed
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping, by dotted names."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def is_finished(run: Run) -> bool:

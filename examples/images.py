@@ -1,0 +1,96 @@
+"""Pictures of ten classes: scikit-learn's digits, or CIFAR-10 from its binary files or the Hugging Face Hub."""
+
+import functools
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moonlight.errors import UserError
+
+DIGITS, HUB = "digits", "hub"
+HUB_REPOSITORY = "uoft-cs/cifar10"
+HUB_FILES = {name: f"plain_text/{name}-00000-of-00001.parquet" for name in ("train", "test")}
+BINARY_FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
+RECORD_BYTES = 1 + 3 * 32 * 32
+"""Of CIFAR-10's binary files: the label, then red, green and blue planes, row by row."""
+HELD_OUT_SHARE = 0.2
+"""Of digits, which has no split of its own: every fifth picture is tested."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures float32 [count, channels, height, width], of mean 0 and deviation 1 over training; labels int64."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def load_images(source: str) -> Images:
+    """Read `source`: "digits", "hub", or the folder of CIFAR-10's published binary files.
+
+    Raises:
+        UserError: files are missing or not of that format, or scikit-learn is not installed.
+    """
+    if source == DIGITS:
+        pixels, labels = _digits()
+        tested = torch.arange(len(labels)) % round(1 / HELD_OUT_SHARE) == 0
+        parts = [pixels[~tested], labels[~tested], pixels[tested], labels[tested]]
+    else:
+        read = _from_hub if source == HUB else functools.partial(_from_folder, Path(source))
+        parts = [tensor for split in ("train", "test") for tensor in read(split)]
+    mean = parts[0].mean((0, 2, 3), keepdim=True)
+    deviation = parts[0].std((0, 2, 3), keepdim=True)
+    return Images((parts[0] - mean) / deviation, parts[1], (parts[2] - mean) / deviation, parts[3])
+
+
+def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits need scikit-learn: python -m pip install scikit-learn") from None
+    found = load_digits()
+    return torch.from_numpy(found.images).float().unsqueeze(1), torch.from_numpy(found.target).long()
+
+
+def _from_folder(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    records = []
+    for name in BINARY_FILES[split]:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing: --data must be {DIGITS}, {HUB}, or a folder with CIFAR-10's binary files "
+                f"({', '.join(BINARY_FILES['train'] + BINARY_FILES['test'])})"
+            )
+        content = np.fromfile(path, dtype=np.uint8)
+        if not len(content) or len(content) % RECORD_BYTES:
+            raise UserError(f"{path} has {len(content)} bytes: CIFAR-10's have a multiple of {RECORD_BYTES}")
+        records.append(content.reshape(-1, RECORD_BYTES))
+        if (largest := int(records[-1][:, 0].max())) > 9:
+            raise UserError(f"{path} has the label {largest}: CIFAR-10's are 0 to 9")
+    whole = torch.from_numpy(np.concatenate(records))
+    return whole[:, 1:].reshape(-1, 3, 32, 32).float(), whole[:, 0].long()
+
+
+def _from_hub(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from huggingface_hub import hf_hub_download
+
+    return read_parquet(Path(hf_hub_download(HUB_REPOSITORY, HUB_FILES[split], repo_type="dataset")))
+
+
+def read_parquet(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures [count, 3, 32, 32], 0 to 255, and labels of one of the Hub's files: PNG bytes in the column `img`."""
+    import pyarrow.parquet
+    from PIL import Image
+
+    table = pyarrow.parquet.read_table(path, columns=["img", "label"])
+    pixels = [np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB")) for cell in table["img"].to_pylist()]
+    return (
+        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().contiguous(),
+        torch.tensor(table["label"].to_pylist(), dtype=torch.int64),
+    )

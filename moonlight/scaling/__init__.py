@@ -1,0 +1,1 @@
+"""Learning rates and scaling laws of Muon and AdamW, measured side by side."""

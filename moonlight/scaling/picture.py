@@ -1,0 +1,92 @@
+"""Pictures that appear whole, in the colours of the two optimizers."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moonlight.errors import naming
+from moonlight.scaling.fit import PFLOPS_DAY, Cell, Comparison
+
+COLORS = {"muon": "#1f6fb4", "adamw": "#d1495b"}
+LABELS = {"muon": "Muon", "adamw": "AdamW"}
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
+"""Of several ladders on one figure."""
+DPI = 120
+
+
+def new_figure(columns: int, height: float = 4.2) -> tuple[Any, Any]:
+    """A figure 1,320 pixels wide, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(11, height), dpi=DPI, layout="constrained", squeeze=False)
+    for one in axes[0]:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25, which="both")
+    return figure, axes[0]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to `path` in one step, and close it."""
+    from matplotlib import pyplot
+
+    part = path.with_name(f".{path.stem}.part.png")
+    try:
+        with naming(path):
+            figure.savefig(part)
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+        pyplot.close(figure)
+
+
+def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, Cell]], Comparison]], out: Path) -> None:
+    """The paper's figure: loss over training FLOPs of both optimizers, with the fitted laws; ladders on one figure."""
+    figure, (axes,) = new_figure(1, height=5.2)
+    for number, (ladder, (cells, comparison)) in enumerate(ladders.items()):
+        for name, law in comparison.laws.items():
+            points = sorted((cell.flops, cell.losses) for cell in cells[name].values())
+            flops = np.geomspace(points[0][0] / 1.3, points[-1][0] * 1.3, 50)
+            label = f"{LABELS[name]}: {law.a:.3f} C^{law.b:.4f}" + (f" ({ladder})" if len(ladders) > 1 else "")
+            line = flops / PFLOPS_DAY
+            axes.plot(line, [law.loss(c) for c in flops], color=COLORS[name], linestyle=STYLES[number % 4], label=label)
+            low, high = zip(*(law.loss_interval(c) for c in flops), strict=True)
+            axes.fill_between(line, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
+            for c, losses in points:
+                axes.plot([c / PFLOPS_DAY] * len(losses), losses, MARKERS[number % 4], color=COLORS[name], markersize=4)
+        middle = comparison.middle
+        low_share, high_share = middle.interval
+        text = f"{ladder}: {middle.share:.2f} of AdamW's FLOPs, 95% from {low_share:.2f} to {high_share:.2f}"
+        place = (middle.share * middle.flops / PFLOPS_DAY, middle.loss)
+        axes.annotate("", place, (middle.flops / PFLOPS_DAY, middle.loss), arrowprops={"arrowstyle": "->"})
+        axes.text(0.02, 0.03 + 0.06 * number, text, transform=axes.transAxes)
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs of the model (PFLOP/s-days)")
+    axes.set_ylabel("held-out loss (nats per token)")
+    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.legend(frameon=False)
+    save(figure, out)
+
+
+def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Path) -> None:
+    """Loss over learning rate at every size; `sizes` by size, optimizer and rate. Runs that diverged are left out."""
+    figure, every = new_figure(2)
+    for axes, name in zip(every, LABELS, strict=True):
+        for number, (size, values) in enumerate(sizes.items()):
+            known = {rate: loss for rate, loss in sorted(values[name].items()) if math.isfinite(loss)}
+            if known:
+                shade = 0.35 + 0.65 * (number + 1) / len(sizes)
+                axes.plot(list(known), list(known.values()), "o-", markersize=3, color=COLORS[name], alpha=shade)
+                axes.annotate(f" {size}", (max(known), known[max(known)]), fontsize=8)
+                best = min(known, key=lambda rate: known[rate])
+                axes.plot(best, known[best], "o", markersize=8, markerfacecolor="none", color=COLORS[name])
+        axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per token)", title=LABELS[name])
+    limits = [axes.get_ylim() for axes in every]
+    for axes in every:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    save(figure, out)

@@ -1,0 +1,219 @@
+"""The runs of a ladder, each a process of `moonlight pretrain`, side by side; interrupted at any moment it goes on.
+
+One thread starts, watches and ends the processes: the kernel ends a child when the thread that started it ends, so
+nothing goes on training behind a ladder that was killed.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moonlight.config import Run
+from moonlight.errors import CODE_STOPPED, UserError
+from moonlight.files import make_folder
+from moonlight.flops import train_flops_per_token
+from moonlight.scaling.ladder import STANDARD_LIBRARY, Ladder, Point, best_points, flops_of, wanted
+from moonlight.scaling.results import Result, losses, write_results
+from moonlight.timeline import Timeline
+from moonlight.train import run_folder
+from moonlight.train.metrics import read_metrics
+from pretrain.local import die_with_parent
+
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_TO_SAVE = 60.0
+"""For runs that were asked to save and stop."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(ladder: Ladder) -> int:
+    """How many runs go on at a time."""
+    run = ladder.run(ladder.first_point(next(iter(ladder.sizes))))
+    each = run.parallel.num_processes * max(1, run.train.threads_per_process)
+    return ladder.side_by_side or max(1, cores() // each)
+
+
+def prepare_data(ladder: Ladder) -> None:
+    """Make tokenizer and data if the ladder names a corpus and they are missing.
+
+    Raises:
+        UserError: the corpus does not exist, or a step failed.
+    """
+    if not ladder.corpus:
+        return
+    import sysconfig
+
+    corpus = Path(sysconfig.get_path("stdlib") if ladder.corpus == STANDARD_LIBRARY else ladder.corpus)
+    if not corpus.exists():
+        raise UserError(f"corpus {corpus} of ladder {ladder.path} does not exist: give a folder or file of text")
+    run = ladder.run(ladder.first_point(next(iter(ladder.sizes))))
+    tokenizer, data = Path(run.data.tokenizer), Path(run.data.path)
+    if not tokenizer.exists():
+        vocabulary = ("--vocab-size", run.model.vocab_size)
+        _step("tokenizer", "train", "--input", corpus, *vocabulary, "--out", tokenizer)
+    if not data.exists():
+        share = ("--validation-share", ladder.validation_share)
+        _step("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data, *share)
+
+
+def _step(*arguments: object) -> None:
+    command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
+    if subprocess.run(command).returncode:
+        raise UserError(f"moonlight {' '.join(map(str, arguments))} failed: it has said why")
+
+
+def train_ladder(ladder: Ladder, results: dict[Point, Result]) -> None:
+    """Do all runs that are wanted and not in `results`, which grows, and is written after each.
+
+    Raises:
+        UserError: a run failed in another way than by diverging; its log is named.
+    """
+    logs, points = ladder.home / "logs", ladder.home / "points"
+    for folder in (logs, points):
+        make_folder(folder)
+    _forget_checkpoints(ladder, results)
+    jobs, started, done_flops = side_by_side(ladder), time.monotonic(), 0.0
+    running: dict[Point, tuple[subprocess.Popen, IO[bytes]]] = {}
+    if wanted(ladder, losses(results)):
+        print(f"{jobs} side by side; how each is getting on stands in {logs}", flush=True)
+    with _ending(running):
+        while True:
+            todo = wanted(ladder, losses(results))
+            for point in [one for one in todo if one not in running][: jobs - len(running)]:
+                output = (logs / f"{point.name}.log").open("ab")
+                running[point] = (_start(ladder, point, output), output)
+            if not running:
+                return
+            point = _next_ended(running)
+            process, log = running.pop(point)
+            log.close()
+            results[point] = result_of(ladder, point, process.returncode, logs / f"{point.name}.log")
+            write_results(ladder, results)
+            _forget_checkpoints(ladder, results)
+            done_flops += flops_of(ladder, [point])
+            left = flops_of(ladder, wanted(ladder, losses(results)))
+            speed = done_flops / (time.monotonic() - started)
+            _say(results[point], len(results), left / speed)
+
+
+def _start(ladder: Ladder, point: Point, log: IO[bytes]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(ladder.recipe_path), *ladder.overrides(point)]
+    # A session of its own: Ctrl-C is for the ladder, which then lets its runs save.
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+
+
+def _next_ended(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Point:
+    while True:
+        for point, (process, _) in running.items():
+            if process.poll() is not None:
+                return point
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+@contextlib.contextmanager
+def _ending(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Iterator[None]:
+    """However the block ends, let what still runs save and stop. SIGTERM ends the block."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(CODE_STOPPED)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        if running:
+            print(f"letting {len(running)} runs save and stop", file=sys.stderr, flush=True)
+        for process, _ in running.values():
+            process.terminate()
+        deadline = time.monotonic() + SECONDS_TO_SAVE
+        for process, log in running.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            log.close()
+
+
+def result_of(ladder: Ladder, point: Point, code: int, log: Path) -> Result:
+    """What a run that ended came to.
+
+    Raises:
+        UserError: it failed, and not because its loss was not finite any more.
+    """
+    run = ladder.run(point)
+    folder = run_folder.path(run)
+    entries = read_metrics(folder)
+    why = divergence(entries, run)
+    if not why and (code or not entries or "loss/held_out" not in entries[-1]):
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise UserError(f"run {point.name} failed with code {code}: {lines[-1][:300]} (all of it is in {log})")
+    entropies = [entry for entry in entries if any(key.startswith("optim/svd_entropy/") for key in entry)]
+    tokens = entries[-1]["consumed_tokens"]
+    return Result(
+        size=point.size,
+        optimizer=point.optimizer,
+        rate=point.rate,
+        seed=point.seed,
+        diverged=why,
+        loss=None if why else entries[-1]["loss/held_out"],
+        steps=entries[-1]["step"],
+        tokens=tokens,
+        flops=tokens * train_flops_per_token(run.model, run.data.sequence_length),
+        seconds=sum(entry["time/step_seconds"] for entry in entries),
+        svd_entropy={
+            key.removeprefix("optim/svd_entropy/"): value
+            for key, value in (entropies[-1] if entropies else {}).items()
+            if key.startswith("optim/svd_entropy/")
+        },
+    )
+
+
+def divergence(entries: list[dict[str, Any]], run: Run) -> str:
+    """Why a run that ended counts as diverged; empty if it does not, or failed for another reason."""
+    if not entries:
+        return ""
+    last, most = entries[-1], run.train.max_skipped_steps_in_a_row
+    before = entries[-most - 1]["optim/skipped_steps"] if len(entries) > most else 0
+    if last["step"] < Timeline(run).num_steps:
+        in_a_row = last["optim/skipped_steps"] - before
+        return f"no finite step in {most} up to step {last['step']}" if in_a_row >= most else ""
+    loss = last.get("loss/held_out", 0.0)
+    if not math.isfinite(loss):
+        return "the loss is not finite"
+    if loss >= math.log(run.model.vocab_size):
+        return f"the loss, {loss:.3f}, is no better than guessing"
+    return ""
+
+
+def _forget_checkpoints(ladder: Ladder, results: dict[Point, Result]) -> None:
+    """Of runs whose results are kept, but for the best ones so far: they are what takes space."""
+    best = set(best_points(ladder, losses(results)).values())
+    for point in results:
+        for name in (".order", *["checkpoints"] * (point not in best)):
+            shutil.rmtree(ladder.home / "points" / point.name / name, ignore_errors=True)
+
+
+def _say(result: Result, count: int, seconds_left: float) -> None:
+    said = f"diverged, {result.diverged}" if result.diverged else f"held-out loss {result.loss:.4f}"
+    left = f"at least {seconds_left / 60:.0f} min left" if seconds_left else "none left"
+    print(f"{result.point.name}: {said} ({result.seconds:.0f} s of steps); {count} runs done, {left}", flush=True)

@@ -1,0 +1,116 @@
+"""The fit of scaling laws against numpy, scipy and laws that are known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from moonlight.errors import UserError
+from moonlight.scaling.fit import PFLOPS_DAY, Cell, compare, interval, least_squares
+
+FLOPS = (3e11, 8e11, 2e12, 4e12, 9e12)
+PAPER = {"muon": (2.506, -0.052), "adamw": (2.608, -0.054)}
+
+
+def cells(laws, noise=0.0, seeds=1, seed=0, flops=FLOPS):
+    generator = np.random.default_rng(seed)
+    return {
+        name: {
+            f"s{number}": Cell(c, tuple(a * (c / PFLOPS_DAY) ** b * np.exp(noise * generator.standard_normal(seeds))))
+            for number, c in enumerate(flops)
+        }
+        for name, (a, b) in laws.items()
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(20, 40), st.floats(-1, 3)), min_size=3, max_size=9, unique_by=lambda p: round(p[0]))
+)
+def test_least_squares_equals_scipy(points):
+    x, y = (np.array(values) for values in zip(*points, strict=True))
+    intercept, slope = least_squares(x, y)
+    wanted = stats.linregress(x, y)
+    assert slope == pytest.approx(wanted.slope, rel=1e-6, abs=1e-9)
+    assert intercept == pytest.approx(wanted.intercept, rel=1e-6, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1, 5), st.floats(-0.3, -0.02), st.floats(0.3, 1.5))
+def test_a_law_without_noise_is_found_exactly(a, b, share):
+    """AdamW's law, and Muon's that needs `share` of the FLOPs at every loss."""
+    found = compare(cells({"muon": (a * share**-b, b), "adamw": (a, b)}), draws=200)
+    assert found.laws["adamw"].a == pytest.approx(a, rel=1e-6)
+    assert found.laws["adamw"].b == pytest.approx(b, rel=1e-6)
+    for at in found.shares:
+        # Muon's loss is a (share^-1 C)^b: it has AdamW's loss of C at share C.
+        assert at.share == pytest.approx(share, rel=1e-6)
+        assert at.interval == pytest.approx((share, share), rel=1e-6)
+
+
+def test_the_papers_laws_give_its_share():
+    found = compare(cells(PAPER, flops=(1e19, 3e19, 1e20, 3e20, 1e21)), draws=100)
+    assert 0.45 < found.middle.share < 0.60
+    assert found.laws["muon"].a == pytest.approx(2.506)
+
+
+def test_intervals_hold_what_is_true_about_as_often_as_they_say():
+    """A bootstrap of five sizes is narrow: intervals of 95% should hold in most cases, not in nearly all."""
+    laws = {"muon": (2.5, -0.06), "adamw": (2.6, -0.06)}
+    true = (2.5 / 2.6) ** (1 / 0.06)
+    held = 0
+    for seed in range(60):
+        low, high = compare(cells(laws, noise=0.002, seeds=2, seed=seed), draws=400).middle.interval
+        held += low <= true <= high
+    assert 42 <= held <= 60
+
+
+def test_seeds_and_sizes_both_widen_the_interval():
+    quiet = compare(cells(PAPER, noise=1e-4, seeds=3), draws=500).middle.interval
+    loud = compare(cells(PAPER, noise=1e-2, seeds=3), draws=500).middle.interval
+    assert loud[1] - loud[0] > 10 * (quiet[1] - quiet[0])
+    # Equal means on a line: what is left is the seeds' scatter.
+    split = {
+        name: {size: Cell(cell.flops, (cell.losses[0] * 0.99, cell.losses[0] * 1.01)) for size, cell in own.items()}
+        for name, own in cells(PAPER).items()
+    }
+    low, high = compare(split, draws=500).middle.interval
+    assert high - low > 0.05
+
+
+def test_a_size_of_one_optimizer_alone_is_used_for_it():
+    made = cells(PAPER)
+    del made["muon"]["s1"]
+    found = compare(made, draws=300)
+    assert found.laws["muon"].b == pytest.approx(-0.052, rel=1e-6)
+    assert all(math.isfinite(bound) for bound in found.middle.interval)
+
+
+def test_what_lies_beyond_the_ladder_is_said():
+    found = compare(cells({"muon": (2.5 * 0.5**0.06, -0.06), "adamw": (2.5, -0.06)}), draws=10)
+    assert [share.is_measured for share in found.shares] == [False, True, True]
+
+
+def test_the_same_results_give_the_same_intervals():
+    made = cells(PAPER, noise=0.003, seeds=2)
+    assert compare(made, draws=300).middle == compare(made, draws=300).middle
+
+
+def test_infinite_draws_count():
+    assert interval(np.array([0.5] * 90 + [np.inf] * 10)) == (0.5, math.inf)
+
+
+@pytest.mark.parametrize(
+    "laws, flops, words",
+    [
+        (PAPER, FLOPS[:2], "2 sizes"),
+        (PAPER, (1e12, 1e12, 1e12), "different FLOPs"),
+        ({"muon": (2.5, 0.01), "adamw": (2.6, -0.05)}, FLOPS, "does not fall"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(laws, flops, words):
+    with pytest.raises(UserError, match=words):
+        compare(cells(laws, flops=flops), draws=10)
