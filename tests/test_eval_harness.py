@@ -44,7 +44,7 @@ PAIRS = [
     ("The opposite of left is", " right"),
     ("月光照在", "河面上"),
     ("", "def main():\n    return 0"),
-    ("x " * 40, "y z"),
+    ("x " * 40 + "x", " y z"),
 ]
 """Context and continuation; the last context is longer than the model's."""
 
