@@ -25,8 +25,12 @@ def self_made(name: str, **_: Any) -> Any:
 
 
 def leaves(index: Mapping[str, Any], task: str) -> Iterable[dict[str, Any]]:
-    """Configurations of the tasks that a task or group of the harness consists of, from its index by name."""
+    """Configurations of the tasks that a task, group or tag of the harness consists of, from its index by name."""
     config = index[task].cfg
+    if config is None:  # a tag: a name for several tasks
+        for member in sorted(index[task].tags):
+            yield from leaves(index, member)
+        return
     if "group" not in config:
         yield config
         return

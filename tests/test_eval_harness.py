@@ -44,7 +44,7 @@ PAIRS = [
     ("The opposite of left is", " right"),
     ("月光照在", "河面上"),
     ("", "def main():\n    return 0"),
-    ("x " * 40, "y z"),
+    ("x " * 40 + "x", " y z"),
 ]
 """Context and continuation; the last context is longer than the model's."""
 
@@ -56,11 +56,11 @@ def test_loglikelihoods_equal_our_own_forward_pass(exported, tiny_run):
     checkpoint = open_checkpoint(tiny_run.folder)
     eos_id = model.tokenizer.eos_token_id
     for (context, continuation), (loglikelihood, is_greedy) in zip(PAIRS, found, strict=True):
-        before = model.tokenizer(context)["input_ids"] or [eos_id]
-        whole = model.tokenizer(context + continuation)["input_ids"]
-        if not context:
-            whole = [eos_id, *whole]
-        count = len(whole) - len(before)
+        before = model.tokenizer(context)["input_ids"]
+        # The harness takes the context as it is encoded alone, also where the next letters would join its last ones.
+        new = model.tokenizer(context + continuation)["input_ids"][len(before) :]
+        count = len(new)
+        whole = [*(before or [eos_id]), *new]
         whole = whole[-(checkpoint.model.max_position_embeddings + 1) :]
         logits, _ = _megatron(checkpoint, torch.tensor([whole[:-1]]), torch.float32)
         logprobs = logits[0, -count:].double().log_softmax(-1)
