@@ -12,6 +12,7 @@ often as it fits, and the update, timed by itself, once.
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,7 +147,12 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[Figure
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
         make_weights(run, folder)
-        tried = {setting: _call(setting, workload, run, folder) for setting in settings(name, optimizer, processes)}
+        tried, too_large = {}, []
+        for setting in settings(name, optimizer, processes):
+            try:
+                tried[setting] = _call(setting, workload, run, folder)
+            except MemoryError:
+                too_large.append(setting)
         best = [
             min((s for s in tried if s.side == side), key=lambda s: tried[s].step_seconds(parts))
             for side in ("ours", "peer")
@@ -159,6 +165,7 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[Figure
                 own.append(result.step_seconds(parts))
                 gate = gate and _agree([*tried.values(), result])
     notes = [f"{name}, {setting}: {_words(result, parts)}" for setting, result in tried.items()]
+    notes += [f"{name}, {setting}: the system killed it, as it does when memory runs out" for setting in too_large]
     title = f"{name}, {optimizer}, step of {workload.batch_tokens:,} tokens"
     return speed(title, times[0], times[1], BAR, gate, "s", AIM), notes
 
@@ -187,7 +194,11 @@ def make_weights(run: Run, folder: Path) -> None:
 
 
 def _call(setting: Setting, workload: Workload, run: Run, folder: Path) -> Result:
-    """Start the processes of a setting, and read what the first one writes."""
+    """Start the processes of a setting, and read what the first one writes.
+
+    Raises:
+        MemoryError: the system killed one of them.
+    """
     each = run.train.global_batch_size // setting.processes
     changed = workload.overrides | {"train.micro_batch_size": each, "optimizer.name": setting.optimizer}
     changed |= {"train.dtype": setting.dtype, "schedule.lr": LEARNING_RATE, "schedule.min_lr": 0.0}
@@ -210,6 +221,8 @@ def _call(setting: Setting, workload: Workload, run: Run, folder: Path) -> Resul
         command = [sys.executable, "-m", "moonlight.bench.train_step_cases", str(folder)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     errors = [process.communicate()[1].decode() for process in processes]
+    if any(process.returncode == -signal.SIGKILL for process in processes):
+        raise MemoryError(str(setting))
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{setting}: {''.join(errors)[-2000:]}")
     return Result(**json.loads(answer.read_text()))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import errno
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ ALIGNMENT = 64
 """Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
 TURNING_THREADS = 2
 """One turns matrices at 2 GB/s, which is slower than a good disk."""
+PIECE_BYTES = 4 << 20
+PIECES_AHEAD = 4
+"""Turned matrices, or pieces of one, that wait for those before them to be written."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def write_file(
 ) -> WrittenFile:
     """Write this rank's rectangles to a file of its own in `folder`, flushed to the disk.
 
-    Its checksum is made on the way, of what goes to the disk. There is one pass over the data, and no copy but of what
-    does not lie row after row in host memory; that is turned while what comes before it is written.
+    Its checksum is made on the way, of what goes to the disk. There is one pass over the data, and no copy but, a few
+    megabytes at a time, of what does not lie row after row in host memory.
 
     Args:
         stopped: is asked before each tensor; True ends the work.
@@ -105,18 +108,14 @@ def write_file(
     places = []
     try:
         with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TURNING_THREADS) as pool:
-            file, scratch = _Hashed(raw), _Scratch(pool)
-            ahead: deque[Callable[[], torch.Tensor]] = deque()
-            for item in [*plan.items, None]:
+            file = _Hashed(raw)
+            for item in plan.items:
                 if stopped():
                     raise InterruptedError(errno.EINTR, "given up")
-                if item is not None:
-                    ahead.append(scratch.row_after_row(values_at(item.index)))
-                while ahead and (len(ahead) == 2 or item is None):
-                    file.write(bytes(-file.size % ALIGNMENT))
-                    begin = file.size
-                    _write(ahead.popleft()(), file)
-                    places.append((begin, file.size - begin))
+                file.write(bytes(-file.size % ALIGNMENT))
+                begin = file.size
+                _write(values_at(item.index), file, pool)
+                places.append((begin, file.size - begin))
             raw.sync()
     except BaseException:
         path.unlink(missing_ok=True)  # so that there is room to say so
@@ -174,12 +173,20 @@ class _Hashed:
 
     def __init__(self, file: DirectFile) -> None:
         self._file, self.size, self.digest = file, 0, xxhash.xxh3_128()
+        self.instead: tuple[int, Iterator[memoryview]] | None = None
+        """What is to be written in place of the memory at an address."""
 
     def write(self, data: Any) -> int:
         raw = memoryview(data)
-        self._file.write(raw)
-        self.digest.update(raw)
-        self.size += raw.nbytes
+        begin = self.size
+        pieces: Iterable[memoryview] = [raw]
+        if self.instead is not None and np.frombuffer(raw, np.uint8).ctypes.data == self.instead[0]:
+            pieces, self.instead = self.instead[1], None
+        for piece in pieces:
+            self._file.write(piece)
+            self.digest.update(piece)
+            self.size += piece.nbytes
+        assert self.size - begin == raw.nbytes
         return raw.nbytes
 
     def flush(self) -> None:
@@ -197,48 +204,50 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-class _Scratch:
-    """Host memory for two tensors, each as large as the largest: fresh memory would cost more than the copy."""
+def _write(values: torch.Tensor, file: _Hashed, pool: ThreadPoolExecutor) -> None:
+    """Append a tensor; what does not lie row after row in host memory is turned on the way.
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._memory = [np.empty(0, np.uint8)] * 2
-
-    def row_after_row(self, values: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begin to bring values into a storage that holds nothing else; the result waits for them.
-
-        They are good until the call after the next.
-        """
-        values = values.cpu()
-        copies: list[Future[torch.Tensor]] = []
-        if not values.is_contiguous():
-            self._memory.reverse()
-            if self._memory[0].nbytes < values.nbytes:
-                self._memory[0] = np.empty(values.nbytes, np.uint8)
-            turned = torch.from_numpy(self._memory[0][: values.nbytes]).view(values.dtype).view(values.shape)
-            # Torch turns matrices several times as fast as stacks of them.
-            pairs = zip(turned, values, strict=True) if values.dim() == 3 else ((turned, values),)
-            copies = [self._pool.submit(target.copy_, source) for target, source in pairs]
-            values = turned
-
-        def finish() -> torch.Tensor:
-            for copy in copies:
-                copy.result()
-            # Through numpy, it is a storage of its own, of which torch.save writes no more than this.
-            return torch.from_numpy(values.reshape(-1).view(torch.uint8).numpy()).view(values.dtype).view(values.shape)
-
-        return finish
-
-
-def _write(values: torch.Tensor, file: _Hashed) -> None:
-    """Append a tensor, whose storage holds nothing else."""
+    Torch wants a storage as large as the tensor. New memory costs more than turning, so it gets one that nothing is
+    ever written to (the system has no memory behind that), and the file gets the turned pieces in its place.
+    """
+    values = values.cpu()
+    turned = None if values.is_contiguous() else _turned(values, pool)
+    if turned is None:
+        raw = values.reshape(-1).view(torch.uint8).numpy()
+    else:
+        raw = np.empty(values.nbytes, np.uint8)
+        file.instead = raw.ctypes.data, turned
     try:
-        torch.save(values, file)  # type: ignore[arg-type]
+        # Through numpy, it is a storage of its own, of which torch.save writes no more than this.
+        torch.save(torch.from_numpy(raw).view(values.dtype).view(values.shape), file)  # type: ignore[arg-type]
     except RuntimeError as error:
         # Of a disk that takes no more, and of Ctrl-C, torch only says that its archive is not where it should be.
         if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
             raise error.__context__ from None
         raise
+    assert file.instead is None
+
+
+def _turned(values: torch.Tensor, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
+    """The bytes of a tensor row after row, a few megabytes at a time, the next ones turned in the meantime.
+
+    Matrix by matrix, because torch turns matrices several times as fast as stacks of them.
+    """
+    rows = max(1, PIECE_BYTES // values[0].nbytes)
+    parts = values if values.dim() == 3 else values.split(rows)
+    under_way: deque[Future[memoryview]] = deque()
+
+    def turn(part: torch.Tensor) -> memoryview:
+        raw = np.empty(part.nbytes, np.uint8)
+        torch.from_numpy(raw).view(part.dtype).view(part.shape).copy_(part)
+        return raw.data
+
+    for part in parts:
+        under_way.append(pool.submit(turn, part))
+        if len(under_way) > PIECES_AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def _rank() -> int:
