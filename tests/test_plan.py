@@ -186,7 +186,11 @@ def test_json_is_what_the_tables_say():
 
 @pytest.mark.parametrize(
     ("recipe", "settings", "gpus"),
-    [(path, (), None) for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "scaling"]
+    [
+        (path, ("train.train_steps=1000",) if path.parent.name == "sft" else (), None)
+        for path in sorted((ROOT / "configs").rglob("*.yaml"))
+        if path.parent.name != "scaling"
+    ]
     + [(BIG, (), gpus) for gpus in (8, 64, 512, 2048)]
     + [(BIG, ("parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=1"), 256)]
     + [(BIG, ("model.first_k_dense_replace=27", "parallel.expert_parallel_size=1"), 64)],
