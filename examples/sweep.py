@@ -16,7 +16,7 @@ import torch
 from moonlight.errors import UserError
 from moonlight.files import folder_lock, read_json, write_json, write_text
 from moonlight.scaling.grid import best_rate, on_edge, wanted_rates
-from moonlight.scaling.picture import COLORS, LABELS, new_figure, save
+from moonlight.scaling.picture import COLORS, LABELS, mark_rates, new_figure, save
 
 OPTIMIZERS = ("muon", "adamw")
 FACTOR = 2.0
@@ -180,8 +180,8 @@ def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) ->
         for number, run in enumerate(own[best]):
             text = f"{label}, learning rate {best:g}" if number == 0 else None
             right.plot(*zip(*run["curve"], strict=True), color=color, linewidth=1, label=text)
-    scale = "log" if left.lines else "linear"  # no line: nothing reached the target
-    left.set(xscale=scale, yscale=scale, xlabel="learning rate", ylabel=f"steps to {task.measured} {task.target:g}")
+    mark_rates(left, {rate for own in _rates(points, seeds).values() for rate in own})
+    left.set_ylabel(f"steps to {task.measured} {task.target:g}")
     right.axhline(task.target, color="#555555", linewidth=0.8, linestyle="--")
     right.set(xlabel="step", ylabel=task.measured, yscale="log")
     for axes in (left, right):

@@ -1,7 +1,7 @@
 """Pictures that appear whole, in the colours of the two optimizers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def new_figure(columns: int, height: float = 4.2) -> tuple[Any, Any]:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25, which="both")
     return figure, axes[0]
+
+
+def mark_rates(axes: Any, rates: Iterable[float]) -> None:
+    """A logarithmic axis of learning rates, each of them named."""
+    shown = sorted(rates)
+    axes.set_xscale("log")
+    axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("learning rate")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -85,7 +94,8 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
                 axes.annotate(f" {size}", (max(known), known[max(known)]), fontsize=8)
                 best = min(known, key=lambda rate: known[rate])
                 axes.plot(best, known[best], "o", markersize=8, markerfacecolor="none", color=COLORS[name])
-        axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss (nats per token)", title=LABELS[name])
+        mark_rates(axes, {rate for values in sizes.values() for rate in values[name]})
+        axes.set(ylabel="held-out loss (nats per token)", title=LABELS[name])
     limits = [axes.get_ylim() for axes in every]
     for axes in every:
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
