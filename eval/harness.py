@@ -1,10 +1,11 @@
 """lm-evaluation-harness: its tasks with our shots and data, its models without remote code, its results."""
 
+import contextlib
 import gc
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def load_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
     try:
         if backend == "vllm":
             _fit_vllm(folder)
-            from lm_eval.models.vllm_causallms import VLLM
+            with _vllm_by_its_name():
+                from lm_eval.models.vllm_causallms import VLLM
 
             extra = {} if has_gpu else _VLLM_ON_CPU
             return VLLM(
@@ -145,6 +147,25 @@ def _fit_vllm(folder: Path) -> None:
     width = config.get("kv_lora_rank") and config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)
     if width and width != _VLLM_LATENT_WIDTH:
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
+
+
+@contextlib.contextmanager
+def _vllm_by_its_name() -> Iterator[None]:
+    """The harness asks which version of the distribution `vllm` is there; builds for CPUs have another name."""
+    from importlib import metadata
+
+    import vllm
+
+    before = metadata.version
+
+    def version(distribution_name: str) -> str:
+        return vllm.__version__ if distribution_name == "vllm" else before(distribution_name)
+
+    metadata.version = version
+    try:
+        yield
+    finally:
+        metadata.version = before
 
 
 def _prefix_id(folder: Path) -> int | None:
