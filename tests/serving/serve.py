@@ -187,7 +187,9 @@ def check_evaluation(server: Server, row: Row) -> None:
     pythons = {"transformers": sys.executable, server.name: server.command()[0]}
     for name, out in outs.items():
         words = [pythons[name], *evaluation.command(PLACE / "hf", name, out)]
-        run(words, LOGS / f"evaluation-{name}.log", server.environment | HERE_TOO)
+        # Without the tests: transformers and vLLM look for a package `kernels`, which must not be ours.
+        environment = server.environment | HERE_TOO | {"PYTHONPATH": str(ROOT)}
+        run(words, LOGS / f"evaluation-{name}.log", environment)
     row.evaluated, row.suite = evaluation.compare(*outs.values())
 
 
