@@ -25,7 +25,8 @@ LEAST_STEPS = 2
 MOST_STEPS = 30
 
 Step = Callable[[Callable[[], None]], float]
-"""A training step, which calls its argument between backward pass and update, and returns the loss."""
+"""A training step, which calls its argument after the backward pass, before what comes once a step however many
+micro-batches it has (the norm of the gradient, clipping, the update), and returns the loss."""
 
 
 def ours(run: Run, setting: dict[str, Any], folder: Path) -> Step:
@@ -45,9 +46,15 @@ def ours(run: Run, setting: dict[str, Any], folder: Path) -> Step:
     batches = random_batches(run)
     mine = [batches[number] for number in data_parallel_share(range(len(batches)))]
     moment = replace(Timeline(run).at(2), learning_rate=run.schedule.lr)  # type: ignore[union-attr]
+    norms = optimizer.gradient_norms  # the first thing after the backward pass
 
     def step(between: Callable[[], None]) -> float:
-        return train_step(models, optimizer, run, mine, moment, before_update=between).loss
+        def gradient_norms() -> dict[str, float]:
+            between()
+            return norms()
+
+        optimizer.gradient_norms = gradient_norms  # type: ignore[method-assign]
+        return train_step(models, optimizer, run, mine, moment).loss
 
     return step
 
@@ -72,8 +79,8 @@ def peer(run: Run, setting: dict[str, Any], folder: Path) -> Step:
         with torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext():
             loss = trained(input_ids=tokens, labels=tokens, shift_labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_grad_norm)
         between()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         loss = loss.detach()

@@ -28,6 +28,18 @@ def store(whole: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
         whole[rows] = block
 
 
+def add_(total: torch.Tensor, values: torch.Tensor) -> None:
+    """total += values, of the same shape and any dtypes.
+
+    Torch on a CPU first makes a copy of `values` in the dtype of `total`; block by block it needs no new memory.
+    """
+    if total.dtype == values.dtype or total.is_cuda or not total.dim():
+        total.add_(values)
+        return
+    for block in row_blocks(len(total), total[:1].numel()):
+        total[block] += values[block]
+
+
 def new_like(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An empty contiguous tensor of the same shape, in `dtype` or the same dtype, whatever strides `like` has."""
     return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)

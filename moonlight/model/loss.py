@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moonlight.kernels.blocks import add_
 from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, partial_sums
 from moonlight.tiles import rows_of_logits
 
@@ -34,12 +35,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         tokens, first = len(hidden), group.rank() * len(weight)
         rows = rows_of_logits(len(weight))
+        buffer = hidden.new_empty(min(rows, tokens), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         for start in range(0, tokens, rows):
             chunk = slice(start, start + rows)
-            logits = hidden[chunk] @ weight.T
+            logits = torch.mm(hidden[chunk], weight.T, out=buffer[: tokens - start])
             if learns and group.size() == 1:
                 losses = loss_and_gradient_(logits, labels[chunk], scale[chunk])
             else:
@@ -53,7 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight.dtype == logits.dtype:
                     grad_weight.addmm_(logits.T, hidden[chunk])
                 else:
-                    grad_weight += logits.T @ hidden[chunk]
+                    add_(grad_weight, logits.T @ hidden[chunk])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
+from moonlight.kernels.blocks import add_
 from moonlight.model.shards import Sharded, sharded_state
 from moonlight.optim.parameters import (
     Parameter,
@@ -129,7 +130,7 @@ class DataParallel:
             self = this()
             if self is None or model.grad is None:
                 return
-            model.main_grad.add_(model.grad)  # type: ignore[attr-defined]
+            add_(model.main_grad, model.grad)  # type: ignore[attr-defined]
             model.grad = None
             if self._last_micro_batch:
                 self._lane_of[model].gradient_is_ready(model)  # type: ignore[index, arg-type]

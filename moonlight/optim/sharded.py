@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight.config import Run
 from moonlight.config_optim import Optimizer
+from moonlight.kernels.blocks import row_blocks
 from moonlight.model.pieces import Pieces
 from moonlight.model.shards import pieces, pieces_of, turned
 from moonlight.optim.data_parallel import DataParallel
@@ -253,10 +254,18 @@ def _add(
         if owned.counts:
             of_group.setdefault(GROUPS.index(owned.parameter.group), []).append((value, factor))
     for group, counted in of_group.items():
-        norms = torch._foreach_norm([value for value, _ in counted], dtype=dtype)
-        norms = torch._foreach_mul(norms, [factor for _, factor in counted])
+        parts = [(part, factor) for value, factor in counted for part in _parts_for(value, dtype)]
+        norms = torch._foreach_norm([part for part, _ in parts], dtype=dtype)
+        norms = torch._foreach_mul(norms, [factor for _, factor in parts])
         sums[group, 0] += torch.stack(norms).double().square().sum()
         sums[group, 1] += sum(value.numel() for value, _ in counted)
+
+
+def _parts_for(value: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """Rows of `value` of which a CPU, where torch makes a copy in `dtype` for a norm, needs no large one."""
+    if value.is_cuda or value.dtype == dtype or not value.dim():
+        return [value]
+    return [value[rows] for rows in row_blocks(len(value), value[:1].numel())]
 
 
 def _pieces(values: Iterable[tuple[str, Owned, torch.Tensor]]) -> dict[str, Pieces]:

@@ -108,13 +108,13 @@ def write_file(
     places = []
     try:
         with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TURNING_THREADS) as pool:
-            file = _Hashed(raw)
+            file, turner = _Hashed(raw), _Turner(pool)
             for item in plan.items:
                 if stopped():
                     raise InterruptedError(errno.EINTR, "given up")
                 file.write(bytes(-file.size % ALIGNMENT))
                 begin = file.size
-                _write(values_at(item.index), file, pool)
+                _write(values_at(item.index), file, turner)
                 places.append((begin, file.size - begin))
             raw.sync()
     except BaseException:
@@ -204,14 +204,14 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _write(values: torch.Tensor, file: _Hashed, pool: ThreadPoolExecutor) -> None:
+def _write(values: torch.Tensor, file: _Hashed, turner: "_Turner") -> None:
     """Append a tensor; what does not lie row after row in host memory is turned on the way.
 
     Torch wants a storage as large as the tensor. New memory costs more than turning, so it gets one that nothing is
     ever written to (the system has no memory behind that), and the file gets the turned pieces in its place.
     """
     values = values.cpu()
-    turned = None if values.is_contiguous() else _turned(values, pool)
+    turned = None if values.is_contiguous() else turner.turned(values)
     if turned is None:
         raw = values.reshape(-1).view(torch.uint8).numpy()
     else:
@@ -228,26 +228,34 @@ def _write(values: torch.Tensor, file: _Hashed, pool: ThreadPoolExecutor) -> Non
     assert file.instead is None
 
 
-def _turned(values: torch.Tensor, pool: ThreadPoolExecutor) -> Iterator[memoryview]:
-    """The bytes of a tensor row after row, a few megabytes at a time, the next ones turned in the meantime.
+class _Turner:
+    """Puts tensors that lie otherwise row after row, a few megabytes at a time, the next ones in the meantime."""
 
-    Matrix by matrix, because torch turns matrices several times as fast as stacks of them.
-    """
-    rows = max(1, PIECE_BYTES // values[0].nbytes)
-    parts = values if values.dim() == 3 else values.split(rows)
-    under_way: deque[Future[memoryview]] = deque()
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        # Used again and again: the first touch of new memory takes as long as turning what goes there.
+        self._memory = [np.empty(0, np.uint8)] * (PIECES_AHEAD + 1)
 
-    def turn(part: torch.Tensor) -> memoryview:
-        raw = np.empty(part.nbytes, np.uint8)
+    def turned(self, values: torch.Tensor) -> Iterator[memoryview]:
+        """The bytes of a tensor; each piece holds until the next one is asked for.
+
+        Matrix by matrix, because torch turns matrices several times as fast as stacks of them.
+        """
+        parts = values if values.dim() == 3 else values.split(max(1, PIECE_BYTES // values[0].nbytes))
+        under_way: deque[Future[memoryview]] = deque()
+        for number, part in enumerate(parts):
+            under_way.append(self._pool.submit(self._turn, part, number % len(self._memory)))
+            if len(under_way) == len(self._memory):
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def _turn(self, part: torch.Tensor, place: int) -> memoryview:
+        if self._memory[place].nbytes < part.nbytes:
+            self._memory[place] = np.empty(part.nbytes, np.uint8)
+        raw = self._memory[place][: part.nbytes]
         torch.from_numpy(raw).view(part.dtype).view(part.shape).copy_(part)
         return raw.data
-
-    for part in parts:
-        under_way.append(pool.submit(turn, part))
-        if len(under_way) > PIECES_AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
 
 
 def _rank() -> int:
