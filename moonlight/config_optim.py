@@ -19,8 +19,8 @@ class Optimizer:
     rms_match: float = 0.2
     """The RMS c that an update is to have, as AdamW's would."""
     rms_matching: str = "adjusted_lr"
-    """How it gets that (arXiv 2502.16982, 3.1). adjusted_lr: times c * sqrt(max(rows, columns)), by which the RMS is c for
-    any shape; update_norm: divided by its own RMS, times c; baseline: times c * sqrt(hidden_size), for all alike."""
+    """How it gets that (arXiv 2502.16982, 3.1). adjusted_lr: times c * sqrt(max(rows, columns)), right for any shape;
+    update_norm: divided by its own RMS, times c; baseline: times c * sqrt(hidden_size), for all shapes alike."""
     newton_schulz_dtype: str = "bfloat16"
     matrices: str = "per_matrix"
     """What is orthogonalised as one matrix. per_matrix: what the Hugging Face model calls one. per_head: besides, the

@@ -22,7 +22,7 @@ def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
 
 
 def slow_scale(orthogonal: np.ndarray, matching: str = "adjusted_lr", hidden_size: int = 0) -> np.ndarray:
-    """The update of an orthogonal matrix: with an RMS of 0.2 by its shape or by itself, or as wide models would have."""
+    """The update of an orthogonal matrix: an RMS of 0.2 by its shape or by itself, or scaled alike for any shape."""
     if matching == "update_norm":
         rms = math.sqrt(np.mean(orthogonal**2))
         return 0.2 * orthogonal / rms if rms else orthogonal

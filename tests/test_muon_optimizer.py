@@ -53,7 +53,7 @@ def test_three_steps_equal_the_slow_twin(nesterov, name):
 
 @pytest.mark.parametrize("matching", ["adjusted_lr", "update_norm", "baseline"])
 def test_each_way_to_match_the_rms_equals_the_slow_twin(matching):
-    """Four matrices of a stack are batched; the RMS is that of each alone."""
+    """Matrices of one shape are batched; the RMS is that of each alone."""
     shapes = [*SHAPES, (20, 12)]  # the last without a gradient that is not zero
     params = parameters(shapes)
     how = {"matching": matching, "hidden_size": 37}
@@ -75,7 +75,7 @@ def test_each_way_to_match_the_rms_equals_the_slow_twin(matching):
 
 
 def test_baseline_needs_the_hidden_size():
-    with pytest.raises(ValueError, match="^hidden_size is 0: it must be an integer of at least 1 for baseline"):
+    with pytest.raises(ValueError, match=r"^hidden_size is 0: it must be an integer of at least 1 for baseline"):
         Muon(parameters([(4, 6)]), lr=1e-2, rms_matching="baseline")
 
 

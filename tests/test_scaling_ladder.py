@@ -20,7 +20,7 @@ from layouts import recipe
 from moonlight.config_io import to_yaml
 from moonlight.data.prepare import prepare
 from moonlight.errors import UserError
-from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, load_ladder, wanted
+from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, load_ladder
 from moonlight.scaling.results import Result, read_results, write_results
 from moonlight.scaling.text import cells_of, doubts, grid_table
 from moonlight.scaling.train import divergence
@@ -53,10 +53,7 @@ def write(tmp_path, data_folder, tokenizer_folder):
 def result(point, loss, flops=1e12):
     diverged = "" if math.isfinite(loss) else "the loss is not finite"
     return Result(
-        size=point.size,
-        optimizer=point.optimizer,
-        rate=point.rate,
-        seed=point.seed,
+        point=point,
         diverged=diverged,
         loss=None if diverged else loss,
         steps=4,
@@ -75,14 +72,13 @@ def loss_of(point, best):
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-3, 0.1), st.floats(1e-3, 0.1), st.randoms(use_true_random=False))
 def test_any_order_of_ends_leads_to_the_same_runs(muon, adamw, random):
-    ladder = Ladder(
-        Path("ladder.yaml"), "test", "recipe.yaml", (0.004, 0.008, 0.016), SIZES, most_rates=30, seeds=(1, 2, 3)
-    )
+    rates = {"rates": (0.004, 0.008, 0.016), "most_rates": 30, "seeds": (1, 2, 3)}
+    ladder = Ladder(path=Path("ladder.yaml"), name="test", recipe="recipe.yaml", sizes=SIZES, **rates)
     best = {"muon": muon, "adamw": adamw}
     found = []
     for shuffled in (False, True):
         losses = {}
-        while missing := wanted(ladder, losses):
+        while missing := ladder.wanted(losses):
             assert not losses.keys() & set(missing)
             point = random.choice(missing) if shuffled else missing[0]
             losses[point] = loss_of(point, best)
@@ -101,7 +97,7 @@ def test_runs_that_diverged_are_said_and_left_out(write):
     ladder = load_ladder(write(seeds=[1, 2]))
     best = {"muon": 0.008, "adamw": 0.008}
     results = {}
-    while missing := wanted(ladder, {point: r.loss or math.inf for point, r in results.items()}):
+    while missing := ladder.wanted({point: r.loss or math.inf for point, r in results.items()}):
         for point in missing:
             bad = point.rate > 0.01 or (point.size == "huge" and point.optimizer == "adamw" and point.seed == 2)
             results[point] = result(point, math.inf if bad else loss_of(point, best))
@@ -117,7 +113,7 @@ def test_runs_that_diverged_are_said_and_left_out(write):
 
 def test_a_best_at_the_edge_is_no_optimum(write):
     ladder = load_ladder(write(most_rates=3, seeds=[1]))
-    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in wanted(ladder, {})}
+    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.wanted({})}
     said = doubts(ladder, results)
     assert sum("Muon is best at 0.016, the upper edge of the grid: not yet an optimum" in line for line in said) == 3
     assert len(said) == 3
@@ -125,7 +121,7 @@ def test_a_best_at_the_edge_is_no_optimum(write):
 
 def test_results_are_kept_and_those_of_other_settings_refused(write):
     ladder = load_ladder(write())
-    results = {point: result(point, 4.5) for point in wanted(ladder, {})[:3]}
+    results = {point: result(point, 4.5) for point in ladder.wanted({})[:3]}
     write_results(ladder, results)
     assert read_results(ladder) == results
     # A longer grid, more seeds and more sizes leave what there is as it is.
@@ -142,7 +138,7 @@ def test_results_are_kept_and_those_of_other_settings_refused(write):
 
 def test_results_of_other_text_are_refused(write):
     ladder = load_ladder(write())
-    write_results(ladder, {point: result(point, 4.5) for point in wanted(ladder, {})[:1]})
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})[:1]})
     path = ladder.home / "results.json"
     content = json.loads(path.read_text())
     ((name, digest),) = content["data"].items()
@@ -178,6 +174,7 @@ def test_damaged_results_are_refused(write, content):
         ({"nmae": "x"}, "unknown key 'nmae'"),
         ({"name": "a/b"}, "one folder name"),
         ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"sizes": {"a": SIZES["small"], "b": SIZES["small"]}}, "sizes a and b are the same run"),
     ],
 )
 def test_bad_ladders_are_refused(write, refuses, keys, words):
@@ -188,7 +185,7 @@ def test_too_few_results_for_a_fit(write, refuses):
     path = write(sizes={"small": SIZES["small"]}, most_rates=3, seeds=[1])
     ladder = load_ladder(path)
     refuses(["scaling", path, "--fit-only"], "no results yet")
-    write_results(ladder, {point: result(point, 4.5) for point in wanted(ladder, {})})
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})})
     process = subprocess.run(command(path, "--fit-only"), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     check_line(process.returncode, process.stderr, ["1 sizes", "at least 3"])
 

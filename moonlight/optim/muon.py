@@ -56,8 +56,8 @@ class Muon(torch.optim.Optimizer):
         num_steps: Newton-Schulz steps.
         coefficients: a name in `newton_schulz.COEFFICIENTS`.
         rms_match: the factor that gives updates the RMS of AdamW's.
-        rms_matching: how it does: "adjusted_lr" as above; "update_norm": c O / RMS(O); "baseline": c sqrt(hidden_size) O
-            whatever the shape (arXiv 2502.16982, 3.1).
+        rms_matching: how it does: "adjusted_lr" as above; "update_norm": rms_match O / RMS(O); "baseline": rms_match
+            sqrt(hidden_size) O, whatever the shape (arXiv 2502.16982, 3.1).
         hidden_size: of the model; for "baseline" alone.
         dtype: of the Newton-Schulz iteration, torch.bfloat16 or torch.float32.
         betas, eps: of AdamW.
