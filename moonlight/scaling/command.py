@@ -11,7 +11,7 @@ from moonlight.scaling.ladder import Ladder, Point, load_ladder, losses_at
 from moonlight.scaling.picture import draw_entropies, draw_grid, draw_laws
 from moonlight.scaling.results import Result, losses, read_results
 from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
-from moonlight.scaling.spectra import look, pairs_of, read_spectra, spectra_text
+from moonlight.scaling.spectra import SPECTRA_FILE, look, pairs_of, read_measured, spectra_text
 from moonlight.scaling.text import cells_of, doubts, grid_table, laws_text
 
 
@@ -53,7 +53,7 @@ def _conclude(
     if not results:
         raise UserError(f"{ladder.home} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only")
     parts = [f"# {ladder.name}", "Held-out loss, nats per token:", grid_table(ladder, results)]
-    spectra = look(ladder, results) if not fit_only else read_spectra(ladder)
+    spectra = look(ladder, results) if not fit_only else read_measured(ladder.home / SPECTRA_FILE)
     parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := doubts(ladder, results)) else []
     draw_grid({size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.home / "rates.png")
     if pairs := pairs_of(ladder, results, spectra):

@@ -5,7 +5,7 @@ Training watches means over groups; here every matrix is looked at, in the check
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,14 +16,15 @@ from moonlight.files import write_json
 from moonlight.optim.groups import MATRIX_GROUPS, group_of
 from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points
 from moonlight.scaling.results import Result, losses
+from moonlight.scaling.study import P, Study
 
 if TYPE_CHECKING:
     import torch
 
 SPECTRA_FILE = "svd_entropy.json"
 
-Spectra = dict[str, dict[str, float]]
-"""Entropy by run and by Hugging Face name of the matrix."""
+Measured = dict[str, dict[str, float]]
+"""By run and by name: an entropy by the Hugging Face name of its matrix."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +56,38 @@ def entropies_of(run_folder: Path) -> dict[str, float]:
     return {name: entropy(matrix) for name, matrix in matrices_of(run_folder)}
 
 
-def read_spectra(ladder: Ladder) -> Spectra:
-    """What has been looked at already; what cannot be read is made again."""
+def read_measured(path: Path) -> Measured:
+    """What has been measured already; what cannot be read is measured again."""
     try:
-        content = json.loads((ladder.home / SPECTRA_FILE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def look(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> Spectra:
-    """Entropies of the best runs, those that are not in the ladder's folder yet from their checkpoints."""
-    best = best_points(ladder, losses(results)).values()
-    known = read_spectra(ladder)
-    spectra = {}
-    for point in best:
-        folder = ladder.home / "points" / point.name
+def measure(
+    study: Study[P], points: Iterable[P], file_name: str, of_run: Callable[[Path], dict[str, float]]
+) -> Measured:
+    """`of_run` of the folders of `points`: from a file of the study, or from checkpoints and kept there."""
+    path = study.home / file_name
+    known, found = read_measured(path), {}
+    for point in points:
+        folder = study.home / "points" / point.name
         if point.name in known:
-            spectra[point.name] = known[point.name]
+            found[point.name] = known[point.name]
         elif (folder / "checkpoints").is_dir():
-            spectra[point.name] = entropies_of(folder)
-    if spectra != known:
-        write_json(ladder.home / SPECTRA_FILE, spectra)
-    return spectra
+            found[point.name] = of_run(folder)
+    if found != known:
+        write_json(path, found)
+    return found
 
 
-def pairs_of(ladder: Ladder, results: Mapping[Point, Result[Point]], spectra: Spectra) -> list[Pair]:
+def look(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> Measured:
+    """Entropies of the best runs."""
+    return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, entropies_of)
+
+
+def pairs_of(ladder: Ladder, results: Mapping[Point, Result[Point]], spectra: Measured) -> list[Pair]:
     """Every matrix that was looked at in the best runs of both optimizers at one size."""
     best = best_points(ladder, losses(results))
     found = []

@@ -137,8 +137,11 @@ def load_study(cls: type[S], path: Path) -> S:
         raise UserError(f"{start}: validation_share is {study.validation_share}: it must be between 0 and 1")
     study.check()
     runs: dict[str, Run] = {}
-    for group in study.groups:
-        run = dataclasses.replace(study.run(study.first_point(group)), name="")
+    own = sorted(study.of_the_point | {"runs_folder"})
+    for group, values in study.groups.items():
+        if taken := [key for key in own if key in study.settings | values]:
+            raise UserError(f"{start}, {study.part} {group}: {taken[0]} is not free: the {study.kind} sets it itself")
+        run = dataclasses.replace(study.run(study.first_point(group)), name=study.kind)
         if run.stages:
             raise UserError(f"{start}: recipe {study.recipe} has stages: a {study.kind} needs one with a schedule")
         if run.model.vocab_size < 2:
