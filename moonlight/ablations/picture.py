@@ -26,7 +26,7 @@ def draw(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path
         _losses_over_numbers(left, ablation, known)
         _weights_over_numbers(right, ablation, known, weight_rms)
     else:
-        colors = dict(zip(outcomes, cycle(COLORS)))  # noqa: B905 (the colours have no end)
+        colors = dict(zip(outcomes, cycle(COLORS)))
         _curves(left, known, colors)
         _differences(right, ablation, known, colors)
     for axes in (left, right):
