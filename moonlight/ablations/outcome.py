@@ -56,6 +56,6 @@ def curve_differences(own: Runs, base: Runs) -> list[tuple[list[float], list[flo
     for seed, run in own.items():
         other = base[seed].curve if seed in base else []
         tokens = [at for at, _ in run.curve]
-        if tokens and tokens == [at for at, _ in other]:
+        if tokens and tokens == [at for at, _ in other] and tokens == (found[0][0] if found else tokens):
             found.append((tokens, [loss - theirs for (_, loss), (_, theirs) in zip(run.curve, other, strict=True)]))
     return found

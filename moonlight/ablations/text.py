@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from moonlight.ablations.ablation import Ablation, Trial
@@ -55,7 +56,7 @@ def course_table(ablation: Ablation, outcomes: Outcomes) -> str:
         found = [less for _, less in curve_differences(outcome.runs, outcomes[ablation.baseline].runs)]
         if variant != ablation.baseline and found and len(found[0]) >= PARTS:
             ends = [part * len(found[0]) // PARTS for part in range(PARTS + 1)]
-            parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+            parts = [slice(*pair) for pair in pairwise(ends)]
             lines += _rows([variant, *(_spread([fmean(less[part]) for less in found]) for part in parts)], head=False)
     head = ["variant", *(f"{100 * part // PARTS} to {100 * (part + 1) // PARTS}%" for part in range(PARTS))]
     return "\n".join([*_rows(head), *lines]) if lines else ""
