@@ -11,9 +11,9 @@ from moonlight.ablations.text import course_table, doubts, loss_table, matrices_
 from moonlight.ablations.weights import WEIGHTS_FILE, look
 from moonlight.errors import UserError
 from moonlight.files import folder_lock, write_text
+from moonlight.scaling.measured import read_measured
 from moonlight.scaling.results import Result, read_results
 from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
-from moonlight.scaling.spectra import read_measured
 
 
 def ablate(paths: Sequence[Path], *, draw_only: bool, dry_run: bool) -> None:

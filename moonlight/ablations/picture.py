@@ -10,8 +10,8 @@ import numpy as np
 from moonlight.ablations.ablation import Ablation
 from moonlight.ablations.outcome import Outcome, curve_differences
 from moonlight.ablations.text import Outcomes
+from moonlight.scaling.measured import Measured
 from moonlight.scaling.picture import new_figure, save
-from moonlight.scaling.spectra import Measured
 
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
 WATCHED = ("attention query", "MLP")

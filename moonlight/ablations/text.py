@@ -10,8 +10,8 @@ from moonlight.ablations.outcome import Outcome, curve_differences, differences
 from moonlight.ablations.weights import KINDS
 from moonlight.optim.groups import MATRIX_GROUPS
 from moonlight.scaling.grid import on_edge
+from moonlight.scaling.measured import Measured
 from moonlight.scaling.results import Result, losses
-from moonlight.scaling.spectra import Measured
 
 Outcomes = Mapping[str, Outcome]
 PARTS = 4

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moonlight.ablations.ablation import Ablation, Trial
+from moonlight.scaling.measured import Measured, matrices_of, measure
 from moonlight.scaling.results import Result
-from moonlight.scaling.spectra import Measured, matrices_of, measure
 
 WEIGHTS_FILE = "weight_rms.json"
 KINDS = ("attention query", "attention key-value", "attention output", "MLP", "router")

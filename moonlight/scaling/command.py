@@ -8,10 +8,11 @@ from moonlight.errors import UserError
 from moonlight.files import folder_lock, write_text
 from moonlight.scaling.fit import Cell, Comparison, compare
 from moonlight.scaling.ladder import Ladder, Point, load_ladder, losses_at
+from moonlight.scaling.measured import read_measured
 from moonlight.scaling.picture import draw_entropies, draw_grid, draw_laws
 from moonlight.scaling.results import Result, losses, read_results
 from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
-from moonlight.scaling.spectra import SPECTRA_FILE, look, pairs_of, read_measured, spectra_text
+from moonlight.scaling.spectra import SPECTRA_FILE, look, pairs_of, spectra_text
 from moonlight.scaling.text import cells_of, doubts, grid_table, laws_text
 
 

@@ -3,28 +3,19 @@
 Training watches means over groups; here every matrix is looked at, in the checkpoint that the run ended with.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from moonlight import mapping
-from moonlight.files import write_json
 from moonlight.optim.groups import MATRIX_GROUPS, group_of
 from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points
+from moonlight.scaling.measured import Measured, matrices_of, measure
 from moonlight.scaling.results import Result, losses
-from moonlight.scaling.study import P, Study
-
-if TYPE_CHECKING:
-    import torch
 
 SPECTRA_FILE = "svd_entropy.json"
-
-Measured = dict[str, dict[str, float]]
-"""By run and by name: an entropy by the Hugging Face name of its matrix."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +29,6 @@ class Pair:
     adamw: float
 
 
-def matrices_of(run_folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Every matrix that Muon would move, by its Hugging Face name, from the run's newest checkpoint."""
-    from checkpoints.reader import open_checkpoint
-
-    checkpoint = open_checkpoint(run_folder)
-    for row in mapping.table(checkpoint.model):
-        for part in row.parts:
-            if part.kind == "matrix" and group_of(row.key) in MATRIX_GROUPS:
-                yield part.name, checkpoint.part(row, part)
-
-
 def entropies_of(run_folder: Path) -> dict[str, float]:
     """Entropy of each of `matrices_of`."""
     from moonlight.optim.spectrum import entropy
@@ -56,34 +36,8 @@ def entropies_of(run_folder: Path) -> dict[str, float]:
     return {name: entropy(matrix) for name, matrix in matrices_of(run_folder)}
 
 
-def read_measured(path: Path) -> Measured:
-    """What has been measured already; what cannot be read is measured again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def measure(
-    study: Study[P], points: Iterable[P], file_name: str, of_run: Callable[[Path], dict[str, float]]
-) -> Measured:
-    """`of_run` of the folders of `points`: from a file of the study, or from checkpoints and kept there."""
-    path = study.home / file_name
-    known, found = read_measured(path), {}
-    for point in points:
-        folder = study.home / "points" / point.name
-        if point.name in known:
-            found[point.name] = known[point.name]
-        elif (folder / "checkpoints").is_dir():
-            found[point.name] = of_run(folder)
-    if found != known:
-        write_json(path, found)
-    return found
-
-
 def look(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> Measured:
-    """Entropies of the best runs."""
+    """Entropies of the best runs, by the Hugging Face names of their matrices."""
     return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, entropies_of)
 
 
