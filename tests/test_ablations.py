@@ -43,7 +43,7 @@ def write(tmp_path, data_folder, tokenizer_folder):
 def result(trial, loss, **more):
     diverged = "" if math.isfinite(loss) else "the loss is not finite"
     known = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {"router": 0.5}}
-    curve = [] if diverged else [[256.0 * number, loss + 1 / number] for number in range(1, 9)]
+    curve = [] if diverged else [[256.0 * number, loss + 1 / number] for number in range(1, 21)]
     known |= {"curve": curve, "update_rms": {"router": 0.2}}
     return Result(point=trial, diverged=diverged, loss=None if diverged else loss, **known | more)
 
@@ -127,12 +127,27 @@ def test_differences_pair_the_seeds(write):
     table = loss_table(ablation, outcomes).splitlines()
     assert table[2] == "| large | 0.008 | 4.0600 | 4.0000 | 4.1200 | -0.1900 [-0.2000, -0.1800] | 1 |"
     assert table[3] == "| small | 0.008 | 4.2500 | 4.2000 | 4.3000 | baseline | 1 |"
-    assert "| adamw | +0.3000 [+0.3000, +0.3000] |" in course_table(ablation, outcomes)
+    course = course_table(ablation, outcomes).splitlines()
+    assert course[-1] == "| adamw | " + 4 * "+0.3000 [+0.3000, +0.3000] | " + "never |"
     assert "| large | 0.5000 |" in matrices_text(outcomes, {})
     tokens, less = curve_differences(outcomes["adamw"].runs, outcomes["small"].runs)[1]
-    assert tokens == [256.0 * number for number in range(1, 9)] and less == pytest.approx([0.3] * 8)
+    assert tokens == [256.0 * number for number in range(1, 21)] and less == pytest.approx([0.3] * 20)
     assert "least at 0.4, the upper end: not yet an optimum" in verdict(ablation, outcomes)
     assert doubts(ablation, outcomes) == []
+
+
+def test_a_crossing_is_told(write):
+    """One seed is ahead for 11 of 20 points, the other for 13: in tenths and together up to the twelfth."""
+    ablation = load_ablation(write())
+    results = results_of(ablation, {"large": 4.0, "small": 4.0, "adamw": 4.0})
+    for seed, ahead in ((1, 11), (2, 13)):
+        curve = [[1e6 * n, 4.0 + (-0.1 if n <= ahead else 0.1)] for n in range(1, 21)]
+        results[Trial("large", 0.008, seed)] = result(Trial("large", 0.008, seed), 4.1, curve=curve)
+        flat = [[tokens, 4.0] for tokens, _ in curve]
+        results[Trial("small", 0.008, seed)] = result(Trial("small", 0.008, seed), 4.0, curve=flat)
+    course = course_table(ablation, outcomes_of(ablation, results)).splitlines()
+    assert len(course) == 3 and "| 0 to 25% | 25 to 50% | 50 to 75% | 75 to 100% |" in course[0]
+    assert course[2].startswith("| large | -0.1000 [-0.1000, -0.1000] |") and course[2].endswith("| 12.00 |")
 
 
 def test_an_optimum_has_two_ends_that_are_worse(write):

@@ -14,8 +14,8 @@ from moonlight.scaling.measured import Measured
 from moonlight.scaling.results import Result, losses
 
 Outcomes = Mapping[str, Outcome]
-PARTS = 4
-"""Of a run, over which differences of the training loss are told."""
+PARTS, TENTHS = 4, 10
+"""Of a run: over which differences of the training loss are told, and after which changes of sign are looked for."""
 
 
 def loss_table(ablation: Ablation, outcomes: Outcomes) -> str:
@@ -50,16 +50,24 @@ def _rows(cells: Sequence[str], *, head: bool = True) -> list[str]:
 
 
 def course_table(ablation: Ablation, outcomes: Outcomes) -> str:
-    """Training loss less the baseline's, over the parts of the run; empty if no curves are known."""
+    """Training loss less the baseline's, over the parts of the run, and where it changes its sign, tenths of the run
+    taken as one; empty if no curves are known."""
     lines = []
     for variant, outcome in outcomes.items():
-        found = [less for _, less in curve_differences(outcome.runs, outcomes[ablation.baseline].runs)]
-        if variant != ablation.baseline and found and len(found[0]) >= PARTS:
-            ends = [part * len(found[0]) // PARTS for part in range(PARTS + 1)]
-            parts = [slice(*pair) for pair in pairwise(ends)]
-            lines += _rows([variant, *(_spread([fmean(less[part]) for less in found]) for part in parts)], head=False)
+        found = curve_differences(outcome.runs, outcomes[ablation.baseline].runs)
+        if variant != ablation.baseline and found and len(found[0][0]) >= TENTHS:
+            tokens, every = found[0][0], [less for _, less in found]
+            parts = [_spread([fmean(less[part]) for less in every]) for part in _parts(len(tokens), PARTS)]
+            tenths = [(part.stop, fmean(fmean(less[part]) for less in every)) for part in _parts(len(tokens), TENTHS)]
+            signs = [tokens[stop - 1] / 1e6 for (stop, mean), (_, then) in pairwise(tenths) if mean * then < 0]
+            where = ", ".join(f"{millions:.2f}" for millions in signs) or "never"
+            lines += _rows([variant, *parts, where], head=False)
     head = ["variant", *(f"{100 * part // PARTS} to {100 * (part + 1) // PARTS}%" for part in range(PARTS))]
-    return "\n".join([*_rows(head), *lines]) if lines else ""
+    return "\n".join([*_rows([*head, "changes sign at (million tokens)"]), *lines]) if lines else ""
+
+
+def _parts(length: int, count: int) -> list[slice]:
+    return [slice(part * length // count, (part + 1) * length // count) for part in range(count)]
 
 
 def matrices_text(outcomes: Outcomes, weight_rms: Measured) -> str:
