@@ -1,5 +1,6 @@
 """An ablation: named variants of one recipe, each trained with every learning rate and seed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ class Ablation(Study[Trial]):
         return [trial for trial in every if trial not in losses]
 
     def kept(self, losses: Mapping[Trial, float]) -> set[Trial]:
-        """All of them: the weights are looked at when all runs have ended."""
-        return set(losses)
+        """All that ended well: their weights are looked at when all runs have ended."""
+        return {trial for trial, loss in losses.items() if math.isfinite(loss)}
 
 
 def load_ablation(path: Path) -> Ablation:

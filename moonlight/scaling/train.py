@@ -186,10 +186,10 @@ def result_of(study: Study[P], point: P, code: int, log: Path) -> Result[P]:
 
 
 def _last_by_group(entries: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """What the last step that has such keys says, by what follows the prefix."""
+    """What the last step that has such keys says, by what follows the prefix; without what is not finite."""
     for entry in reversed(entries):
         if found := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}:
-            return found
+            return {name: value for name, value in found.items() if math.isfinite(value)}
     return {}
 
 
