@@ -52,7 +52,7 @@ def differences(own: Runs, base: Runs) -> list[float]:
 
 def curve_differences(own: Runs, base: Runs) -> list[tuple[list[float], list[float]]]:
     """Tokens, and training loss less the baseline's on the same batches, of each seed that both have."""
-    found = []
+    found: list[tuple[list[float], list[float]]] = []
     for seed, run in own.items():
         other = base[seed].curve if seed in base else []
         tokens = [at for at, _ in run.curve]

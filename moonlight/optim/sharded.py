@@ -230,8 +230,8 @@ class ShardedOptimizer:
         """Orthogonal matrices as updates [rows, columns] and the factors that give them the RMS of AdamW's: still to be
         multiplied on a GPU, where updates stay in their dtype, and already in float32 on a CPU."""
         updates = [result.reshape(owned.gradient.shape) for owned, result in zip(members, results, strict=True)]
-        how = (self.config.rms_match, self.config.rms_matching, self._hidden_size)
-        factors = [muon_scale(*owned.whole_shape, *how) for owned in members]
+        rms, matching = self.config.rms_match, self.config.rms_matching
+        factors = [muon_scale(*owned.whole_shape, rms, matching, self._hidden_size) for owned in members]
         if members and members[0].gradient.device.type != "cpu":
             return updates, factors
         return [u.float() * factor for u, factor in zip(updates, factors, strict=True)], [1.0] * len(members)
