@@ -167,7 +167,7 @@ def test_damaged_results_are_refused(write, content):
         ({"nmae": "x"}, "unknown key 'nmae'"),
         ({"name": "a/b"}, "one folder name"),
         ({"recipe": "none.yaml"}, "none.yaml"),
-        ({"settings": {"schedule.lr": 0.1}}, "size small: schedule.lr is not free"),
+        ({"settings": {"schedule.lr": 0.1}}, "schedule.lr is not free: the ladder"),
         ({"sizes": {"a": SIZES["small"], "b": SIZES["small"]}}, "sizes a and b are the same run"),
     ],
 )
