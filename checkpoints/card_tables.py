@@ -119,8 +119,8 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
         yield (
             "optimizer",
             f"Muon on matrices (momentum {optimizer.momentum:g}{nesterov}, {optimizer.num_newton_schulz_steps} "
-            f"Newton-Schulz steps with the {optimizer.coefficients} coefficients, update scaled by "
-            f"{optimizer.rms_match:g} * sqrt(max(rows, columns)){one_matrix}); {adamw} on embedding, head and norms",
+            f"Newton-Schulz steps with the {optimizer.coefficients} coefficients, update scaled "
+            f"{_update_scale(run)}{one_matrix}); {adamw} on embedding, head and norms",
         )
     else:
         yield "optimizer", f"{adamw} on every parameter"
@@ -213,6 +213,16 @@ def steps(count: int) -> str:
 
 def _documents(count: int) -> str:
     return f"{count:,} document" if count == 1 else f"{count:,} documents"
+
+
+def _update_scale(run: Run) -> str:
+    """What gives an orthogonal update its RMS, in words."""
+    rms = f"{run.optimizer.rms_match:g}"
+    return {
+        "adjusted_lr": f"by {rms} * sqrt(max(rows, columns))",
+        "update_norm": f"to an RMS of {rms}",
+        "baseline": f"by {rms} * sqrt({run.model.hidden_size})",
+    }[run.optimizer.rms_matching]
 
 
 def _learning_rate(schedule: Schedule) -> str:

@@ -34,6 +34,7 @@ PART_OF_QUICKSTART = "MOONLIGHT_PART_OF_QUICKSTART"
 """Set for the commands that quickstart runs: it speaks for them when it is interrupted."""
 
 _AFTER_INTERRUPT = {
+    "ablate": "the same command goes on: runs that have ended are kept, the others go on from their checkpoints",
     "eval": "the same command goes on with the benchmarks that are not finished",
     "pretrain": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
     "sft": "the same command goes on from the newest checkpoint, or begins again if there is none yet",
@@ -127,6 +128,18 @@ def scaling(
     from moonlight.scaling.command import scaling as climb
 
     climb(ladders, fit_only=fit_only, dry_run=dry_run, out=out)
+
+
+@app.command(epilog="Example: moonlight ablate configs/ablations/*.yaml")
+def ablate(
+    ablations: Annotated[list[Path], typer.Argument(help="One ablation of configs/ablations/, or several.")],
+    draw_only: Annotated[bool, typer.Option("--draw-only", help="Train nothing: tables and pictures again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
+) -> None:
+    """Train variants of a recipe side by side, and compare each with a baseline: loss, weights, updates."""
+    from moonlight.ablations.command import ablate as compare
+
+    compare(ablations, draw_only=draw_only, dry_run=dry_run)
 
 
 @app.command(epilog="Example: moonlight plan configs/moonlight_16b_a3b/pretrain.yaml --gpus 64 --gpu h200")

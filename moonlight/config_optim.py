@@ -17,7 +17,10 @@ class Optimizer:
     num_newton_schulz_steps: int = 5
     coefficients: str = "moonlight"
     rms_match: float = 0.2
-    """Update scale c in c * sqrt(max(rows, columns)): the RMS that AdamW's update would have."""
+    """The RMS c that an update is to have, as AdamW's would."""
+    rms_matching: str = "adjusted_lr"
+    """How it gets that (arXiv 2502.16982, 3.1). adjusted_lr: times c * sqrt(max(rows, columns)), right for any shape;
+    update_norm: divided by its own RMS, times c; baseline: times c * sqrt(hidden_size), for all shapes alike."""
     newton_schulz_dtype: str = "bfloat16"
     matrices: str = "per_matrix"
     """What is orthogonalised as one matrix. per_matrix: what the Hugging Face model calls one. per_head: besides, the
@@ -42,6 +45,7 @@ class Optimizer:
         one_of("optimizer.name", self.name, ("muon", "adamw"))
         one_of("optimizer.newton_schulz_dtype", self.newton_schulz_dtype, ("float32", "bfloat16"))
         one_of("optimizer.matrices", self.matrices, ("per_matrix", "per_head"))
+        one_of("optimizer.rms_matching", self.rms_matching, ("adjusted_lr", "update_norm", "baseline"))
         one_of("optimizer.momentum_dtype", self.momentum_dtype, ("float32", "bfloat16"))
         one_of("optimizer.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
         one_of("optimizer.master_weights", self.master_weights, ("float32", "split"))

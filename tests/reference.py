@@ -21,16 +21,34 @@ def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
     return x
 
 
+def slow_scale(orthogonal: np.ndarray, matching: str = "adjusted_lr", hidden_size: int = 0) -> np.ndarray:
+    """The update of an orthogonal matrix: an RMS of 0.2 by its shape or by itself, or scaled alike for any shape."""
+    if matching == "update_norm":
+        rms = math.sqrt(np.mean(orthogonal**2))
+        return 0.2 * orthogonal / rms if rms else orthogonal
+    return 0.2 * math.sqrt(hidden_size if matching == "baseline" else max(orthogonal.shape)) * orthogonal
+
+
 class SlowMuon:
     """Muon on one matrix: M = mu M + G, W <- W - lr (0.2 sqrt(max(rows, columns)) O + wd W)."""
 
-    def __init__(self, weight: np.ndarray, *, nesterov: bool = True, steps: int = 5, name: str = "moonlight") -> None:
+    def __init__(
+        self,
+        weight: np.ndarray,
+        *,
+        nesterov: bool = True,
+        steps: int = 5,
+        name: str = "moonlight",
+        matching: str = "adjusted_lr",
+        hidden_size: int = 0,
+    ) -> None:
         self.weight = weight.astype(np.float64)
         self.momentum = np.zeros_like(self.weight)
         self.nesterov, self.steps, self.name = nesterov, steps, name
+        self.matching, self.hidden_size = matching, hidden_size
 
     def step(self, gradient: np.ndarray, learning_rate: float, decay: float = 0.1, mu: float = 0.95) -> None:
         self.momentum = mu * self.momentum + gradient
         direction = gradient + mu * self.momentum if self.nesterov else self.momentum
-        update = 0.2 * math.sqrt(max(direction.shape)) * slow_newton_schulz(direction, self.steps, self.name)
+        update = slow_scale(slow_newton_schulz(direction, self.steps, self.name), self.matching, self.hidden_size)
         self.weight = self.weight - learning_rate * (update + decay * self.weight)

@@ -129,6 +129,7 @@ def test_corpus_too_small_for_one_sequence(refuses, tiny_run, tmp_path):
         ("schedule.decay=step", "schedule.decay is 'step': accepted are 'cosine', 'linear', 'constant'"),
         ("optimizer.gradient_dtype=float16", "optimizer.gradient_dtype is 'float16': accepted are 'float32'"),
         ("optimizer.gradient_dtype=bfloat16", "optimizer.gradient_dtype is 'bfloat16': it needs train.dtype bfloat16"),
+        ("optimizer.rms_matching=max", "optimizer.rms_matching is 'max': accepted are 'adjusted_lr'"),
         ("optimizer.nesterov=1", "optimizer.nesterov is 1: expected bool"),
         ("model.num_experts=true", "model.num_experts is True: expected int"),
         ("model.vocab_size=1000", "model.vocab_size is 1000: id "),

@@ -151,6 +151,16 @@ def test_adamw_is_not_called_muon(known):
     assert rows(text)["optimizer"].endswith("on every parameter") and "uon" not in text.replace("Muon is", "")
 
 
+def test_the_scale_of_updates_is_told(known):
+    for matching, words in (
+        ("adjusted_lr", "update scaled by 0.2 * sqrt(max(rows, columns))); AdamW"),
+        ("update_norm", "update scaled to an RMS of 0.2); AdamW"),
+        ("baseline", f"update scaled by 0.2 * sqrt({known['run'].model.hidden_size})); AdamW"),
+    ):
+        optimizer = replace(known["run"].optimizer, rms_matching=matching)
+        assert words in rows(model_card(**known | {"run": replace(known["run"], optimizer=optimizer)}))["optimizer"]
+
+
 def test_a_table_of_evaluation_lies_below_the_results(known):
     text = model_card(**known | {"evaluation": "# Tasks\n\n| task | score |\n|---|---|\n| arc_easy | 0.31 |\n"})
     headings = re.findall(r"^#+ .*", text, re.MULTILINE)

@@ -11,8 +11,8 @@ from moonlight.errors import UserError
 from moonlight.timeline import Timeline
 
 ROOT = Path(__file__).parent.parent
-LADDERS = ROOT / "configs" / "scaling"
-RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent != LADDERS)
+STUDIES = [ROOT / "configs" / name for name in ("scaling", "ablations")]
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent not in STUDIES)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ LEVELS = (
         "moonlight.quickstart_chat",
         "moonlight.bench",
         "moonlight.report",
+        "moonlight.ablations",
         "moonlight.scaling",
     ),
     ("pretrain", "checkpoints", "eval"),

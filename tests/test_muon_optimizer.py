@@ -51,6 +51,34 @@ def test_three_steps_equal_the_slow_twin(nesterov, name):
                 assert np.linalg.norm(matrix - twin.weight) <= 1e-5 * np.linalg.norm(twin.weight)
 
 
+@pytest.mark.parametrize("matching", ["adjusted_lr", "update_norm", "baseline"])
+def test_each_way_to_match_the_rms_equals_the_slow_twin(matching):
+    """Matrices of one shape are batched; the RMS is that of each alone."""
+    shapes = [*SHAPES, (20, 12)]  # the last without a gradient that is not zero
+    params = parameters(shapes)
+    how = {"matching": matching, "hidden_size": 37}
+    twins = [[SlowMuon(matrix, **how) for matrix in as_matrices(p)] for p in params]
+    optimizer = Muon(params, lr=1e-2, rms_matching=matching, hidden_size=37, dtype=torch.float32)
+    for step in (1, 2):
+        gradients = give_gradients(params, step)
+        params[-1].grad = gradients[-1] = torch.zeros(20, 12)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        for parameter, gradient, matrices in zip(params, gradients, twins, strict=True):
+            for matrix, own, twin in zip(as_matrices(parameter), as_matrices(gradient), matrices, strict=True):
+                twin.step(own, 1e-2)
+                assert np.linalg.norm(matrix - twin.weight) <= 1e-5 * np.linalg.norm(twin.weight)
+        if matching == "update_norm":
+            for old, parameter in zip(before[:-1], params, strict=False):
+                for update in as_matrices((old * (1 - 1e-3) - parameter) / 1e-2):
+                    assert math.sqrt(np.mean(update**2)) == pytest.approx(0.2, rel=1e-3)
+
+
+def test_baseline_needs_the_hidden_size():
+    with pytest.raises(ValueError, match=r"^hidden_size is 0: it must be an integer of at least 1 for baseline"):
+        Muon(parameters([(4, 6)]), lr=1e-2, rms_matching="baseline")
+
+
 def test_chunks_and_groups_change_nothing_but_rounding(monkeypatch):
     shapes = [(12, 20), (7, 12, 20), (12, 20), (20, 12)]
     whole, cut = parameters(shapes), parameters(shapes)
@@ -209,6 +237,9 @@ def test_a_muon_group_takes_matrices_only(shape):
         ("num_steps", 2.5),
         ("coefficients", "other"),
         ("rms_match", 0.0),
+        ("rms_matching", "other"),
+        ("hidden_size", -1),
+        ("hidden_size", 2.0),
         ("dtype", torch.float16),
         ("betas", (0.9, 1.0)),
         ("betas", 0.9),

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moonlight.flops import count_parameters
-from moonlight.scaling.ladder import OPTIMIZERS, load_ladder, train_flops, wanted
+from moonlight.scaling.ladder import OPTIMIZERS, load_ladder
+from moonlight.scaling.study import train_flops
 
 ROOT = Path(__file__).parent.parent
 LADDERS = sorted((ROOT / "configs" / "scaling").glob("*.yaml"))
@@ -19,7 +20,7 @@ def test_shipped_ladders_climb(path):
     flops = [train_flops(run) for run in runs]
     assert ladder.name == path.stem and len(runs) >= 5 and len(ladder.seeds) >= 2
     assert flops == sorted(set(flops)) and flops[-1] > 15 * flops[0]
-    assert {point.optimizer for point in wanted(ladder, {})} == set(OPTIMIZERS)
+    assert {point.optimizer for point in ladder.wanted({})} == set(OPTIMIZERS)
     dense = path.stem.endswith("dense")
     assert all(run.model.has_experts is not dense for run in runs)
     each = 20 if ladder.needs_gpu else 10

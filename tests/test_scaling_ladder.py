@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,31 +10,22 @@ import yaml
 from bad_input import check_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import recipe
+from studies import call, call_interrupted, ended, steps_of, write_recipe
 
-from moonlight.config_io import to_yaml
 from moonlight.data.prepare import prepare
 from moonlight.errors import UserError
-from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, load_ladder, wanted
+from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, load_ladder
 from moonlight.scaling.results import Result, read_results, write_results
 from moonlight.scaling.text import cells_of, doubts, grid_table
 from moonlight.scaling.train import divergence
 
-ROOT = Path(__file__).parent.parent
-PATIENCE_S = 120
 SIZES = {"small": {"model.hidden_size": 32}, "large": {"model.hidden_size": 48}, "huge": {"model.hidden_size": 64}}
 
 
 @pytest.fixture
 def write(tmp_path, data_folder, tokenizer_folder):
     """Writes a ladder of dense models over a small recipe, and returns its path."""
-    run = recipe(train_steps=4, threads_per_process=1, save_every_steps=2)
-    run = replace(
-        run,
-        model=replace(run.model, vocab_size=1024, first_k_dense_replace=4),
-        data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
-    )
-    (tmp_path / "recipe.yaml").write_text(to_yaml(run))
+    write_recipe(tmp_path / "recipe.yaml", data_folder, tokenizer_folder, first_k_dense_replace=4)
 
     def make(**keys):
         tree = {"name": "test", "recipe": "recipe.yaml", "rates": [0.004, 0.008, 0.016], "sizes": SIZES}
@@ -53,10 +39,7 @@ def write(tmp_path, data_folder, tokenizer_folder):
 def result(point, loss, flops=1e12):
     diverged = "" if math.isfinite(loss) else "the loss is not finite"
     return Result(
-        size=point.size,
-        optimizer=point.optimizer,
-        rate=point.rate,
-        seed=point.seed,
+        point=point,
         diverged=diverged,
         loss=None if diverged else loss,
         steps=4,
@@ -75,14 +58,13 @@ def loss_of(point, best):
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-3, 0.1), st.floats(1e-3, 0.1), st.randoms(use_true_random=False))
 def test_any_order_of_ends_leads_to_the_same_runs(muon, adamw, random):
-    ladder = Ladder(
-        Path("ladder.yaml"), "test", "recipe.yaml", (0.004, 0.008, 0.016), SIZES, most_rates=30, seeds=(1, 2, 3)
-    )
+    rates = {"rates": (0.004, 0.008, 0.016), "most_rates": 30, "seeds": (1, 2, 3)}
+    ladder = Ladder(path=Path("ladder.yaml"), name="test", recipe="recipe.yaml", sizes=SIZES, **rates)
     best = {"muon": muon, "adamw": adamw}
     found = []
     for shuffled in (False, True):
         losses = {}
-        while missing := wanted(ladder, losses):
+        while missing := ladder.wanted(losses):
             assert not losses.keys() & set(missing)
             point = random.choice(missing) if shuffled else missing[0]
             losses[point] = loss_of(point, best)
@@ -101,7 +83,7 @@ def test_runs_that_diverged_are_said_and_left_out(write):
     ladder = load_ladder(write(seeds=[1, 2]))
     best = {"muon": 0.008, "adamw": 0.008}
     results = {}
-    while missing := wanted(ladder, {point: r.loss or math.inf for point, r in results.items()}):
+    while missing := ladder.wanted({point: r.loss or math.inf for point, r in results.items()}):
         for point in missing:
             bad = point.rate > 0.01 or (point.size == "huge" and point.optimizer == "adamw" and point.seed == 2)
             results[point] = result(point, math.inf if bad else loss_of(point, best))
@@ -117,7 +99,7 @@ def test_runs_that_diverged_are_said_and_left_out(write):
 
 def test_a_best_at_the_edge_is_no_optimum(write):
     ladder = load_ladder(write(most_rates=3, seeds=[1]))
-    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in wanted(ladder, {})}
+    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.wanted({})}
     said = doubts(ladder, results)
     assert sum("Muon is best at 0.016, the upper edge of the grid: not yet an optimum" in line for line in said) == 3
     assert len(said) == 3
@@ -125,8 +107,15 @@ def test_a_best_at_the_edge_is_no_optimum(write):
 
 def test_results_are_kept_and_those_of_other_settings_refused(write):
     ladder = load_ladder(write())
-    results = {point: result(point, 4.5) for point in wanted(ladder, {})[:3]}
+    results = {point: result(point, 4.5) for point in ladder.wanted({})[:3]}
     write_results(ladder, results)
+    assert read_results(ladder) == results
+    # What was written before a setting existed has its default.
+    file = ladder.home / "results.json"
+    content = json.loads(file.read_text())
+    for settings_there in content["settings"].values():
+        del settings_there["optimizer.rms_matching"]
+    file.write_text(json.dumps(content))
     assert read_results(ladder) == results
     # A longer grid, more seeds and more sizes leave what there is as it is.
     more = load_ladder(write(rates=[0.002, 0.004], seeds=[1, 2, 3], sizes=SIZES | {"more": {"train.train_steps": 9}}))
@@ -142,7 +131,7 @@ def test_results_are_kept_and_those_of_other_settings_refused(write):
 
 def test_results_of_other_text_are_refused(write):
     ladder = load_ladder(write())
-    write_results(ladder, {point: result(point, 4.5) for point in wanted(ladder, {})[:1]})
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})[:1]})
     path = ladder.home / "results.json"
     content = json.loads(path.read_text())
     ((name, digest),) = content["data"].items()
@@ -178,6 +167,8 @@ def test_damaged_results_are_refused(write, content):
         ({"nmae": "x"}, "unknown key 'nmae'"),
         ({"name": "a/b"}, "one folder name"),
         ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"settings": {"schedule.lr": 0.1}}, "schedule.lr is not free: the ladder"),
+        ({"sizes": {"a": SIZES["small"], "b": SIZES["small"]}}, "sizes a and b are the same run"),
     ],
 )
 def test_bad_ladders_are_refused(write, refuses, keys, words):
@@ -188,8 +179,8 @@ def test_too_few_results_for_a_fit(write, refuses):
     path = write(sizes={"small": SIZES["small"]}, most_rates=3, seeds=[1])
     ladder = load_ladder(path)
     refuses(["scaling", path, "--fit-only"], "no results yet")
-    write_results(ladder, {point: result(point, 4.5) for point in wanted(ladder, {})})
-    process = subprocess.run(command(path, "--fit-only"), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})})
+    process = call("scaling", path, "--fit-only")
     check_line(process.returncode, process.stderr, ["1 sizes", "at least 3"])
 
 
@@ -207,10 +198,6 @@ def test_what_counts_as_diverged(write):
     assert divergence([], run) == ""
 
 
-def command(path, *options):
-    return [sys.executable, "-m", "moonlight.cli", "scaling", str(path), *options]
-
-
 def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
     """Killed after its first result, then asked to stop after its second; what had ended stays as it was."""
     small = SIZES["small"] | {"train.train_steps": 40}  # enough to be better than guessing, else a run has diverged
@@ -224,46 +211,18 @@ def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus,
         side_by_side=2,
         settings={"data.path": str(data)},
     )
-    home = tmp_path / "scaling" / "test"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done: dict[str, bytes] = {}
-    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
-        process = subprocess.Popen(command(path), cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + PATIENCE_S
-        while count(home) < number and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(end)
-        process.communicate(timeout=PATIENCE_S)
-        done |= {name: events(home, name) for name in names(home) if name not in done}
-        assert number <= len(done)
-    whole = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE_S}
-    process = subprocess.run(command(path), **whole)
+    ladder = load_ladder(path)
+    process = call_interrupted(ladder, "scaling", path)
     check_line(process.returncode, process.stderr, ["1 sizes"])
-    assert len(names(home)) == len(set(names(home))) == 4
-    for name, before in done.items():
-        assert events(home, name) == before
-    again = subprocess.run(command(path), **whole)
+    assert len(ended(ladder)) == 4
+    again = call("scaling", path)
     assert "all done" in again.stdout and again.returncode == 2
-    assert len(list((home / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
-    spectra = json.loads((home / "svd_entropy.json").read_text())
+    assert len(list((ladder.home / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
+    spectra = json.loads((ladder.home / "svd_entropy.json").read_text())
     assert len(spectra) == 2
     for entropies in spectra.values():
         assert len(entropies) == 4 * 7 and all(0.5 < value <= 1 for value in entropies.values())
-    for name in names(home):
-        steps = [
-            json.loads(line)["step"] for line in (home / "points" / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert steps == list(range(1, 41))
-
-
-def names(home):
-    content = json.loads((home / "results.json").read_text()) if (home / "results.json").exists() else {"points": []}
-    return [Point(*(entry[key] for key in ("size", "optimizer", "rate", "seed"))).name for entry in content["points"]]
-
-
-def count(home):
-    return len(names(home))
-
-
-def events(home, name):
-    return (home / "points" / name / "events.jsonl").read_bytes()
+    assert "| attention_qo | 8 |" in again.stdout and "| dense | 12 |" in again.stdout
+    assert (ladder.home / "svd_entropy.png").read_bytes().startswith(b"\x89PNG")
+    for name in ended(ladder):
+        assert steps_of(ladder, name) == list(range(1, 41))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import LAYOUTS, Parallel, assemble, recipe
+from reference import slow_scale
 from synthetic import normal_gradient, updates, weights_after, zero_experts
 
 from moonlight import mapping
@@ -80,7 +81,8 @@ def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradien
             for index in matrices:
                 expert = direction.dim() == 3  # the model has them as [in, out], and rounds in that order
                 matrix = direction[index].T.contiguous() if expert else direction[index]
-                update = 0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix).double().numpy()
+                orthogonal = newton_schulz(matrix).double().numpy()
+                update = slow_scale(orthogonal, run.optimizer.rms_matching, run.model.hidden_size)
                 found[key][index] = update.T if expert else update
         yield found, norm
 
@@ -158,6 +160,23 @@ def test_matrices_of_heads(pool, layout, q_lora_rank):
     answers = pool.run(world_size, weights_after, run, 3)
     # Batches of such small matrices are summed in another order than single ones.
     check(answers, list(slow_updates(run, indices=indices, steps=3)), run, indices, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("layout", ["1", "DP4", "TP2", "EP2xTP2-ETP2-4", "PP2", "EP2xDP2"])
+@pytest.mark.parametrize("matching", ["update_norm", "baseline"])
+def test_each_way_to_match_the_rms_knows_whole_matrices(pool, layout, matching):
+    """The RMS of an update is that of the whole matrix, and the hidden size that of the whole model, in any layout."""
+    world_size, parallel = LAYOUTS[layout]
+    run = replace(recipe(parallel), optimizer=replace(recipe().optimizer, rms_matching=matching))
+    check(pool.run(world_size, weights_after, run, 3), list(slow_updates(run, steps=3)), run)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tensor_parallel_size=2)])
+def test_the_rms_of_a_matrix_with_several_owners_is_that_of_the_whole(pool, parallel):
+    run = wide(parallel, rms_matching="update_norm")
+    answers = pool.run(4, weights_after, run, 3)
+    assert sum(answer["cut"] for answer in answers) > 0
+    check(answers, list(slow_updates(wide(rms_matching="update_norm"), steps=3)), run)
 
 
 def errors_of(found, reference) -> list[float]:

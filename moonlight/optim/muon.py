@@ -12,12 +12,21 @@ from typing import Any
 import torch
 
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
-from moonlight.optim.rules import adamw_updates, apply_updates, can_fuse, directions_and_norms, muon_scale
+from moonlight.optim.rules import (
+    RMS_MATCHINGS,
+    adamw_updates,
+    apply_updates,
+    can_fuse,
+    directions_and_norms,
+    muon_scale,
+    to_unit_rms,
+)
 
 ELEMENTS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
 """Most elements whose updates exist at the same time, but for a single larger matrix; on a CPU, what caches hold."""
 
 ALGORITHMS = ("muon", "adamw")
+_SCALE_SETTINGS = ("rms_match", "rms_matching", "hidden_size")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -47,6 +56,9 @@ class Muon(torch.optim.Optimizer):
         num_steps: Newton-Schulz steps.
         coefficients: a name in `newton_schulz.COEFFICIENTS`.
         rms_match: the factor that gives updates the RMS of AdamW's.
+        rms_matching: how it does: "adjusted_lr" as above; "update_norm": rms_match O / RMS(O); "baseline": rms_match
+            sqrt(hidden_size) O, whatever the shape (arXiv 2502.16982, 3.1).
+        hidden_size: of the model; for "baseline" alone.
         dtype: of the Newton-Schulz iteration, torch.bfloat16 or torch.float32.
         betas, eps: of AdamW.
 
@@ -64,6 +76,8 @@ class Muon(torch.optim.Optimizer):
         num_steps: int = 5,
         coefficients: str = "moonlight",
         rms_match: float = 0.2,
+        rms_matching: str = "adjusted_lr",
+        hidden_size: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -77,6 +91,8 @@ class Muon(torch.optim.Optimizer):
             "num_steps": num_steps,
             "coefficients": coefficients,
             "rms_match": rms_match,
+            "rms_matching": rms_matching,
+            "hidden_size": hidden_size,
             "dtype": dtype,
             "betas": betas,
             "eps": eps,
@@ -132,8 +148,7 @@ class Muon(torch.optim.Optimizer):
         for (algorithm, *_), parts in together.items():
             for chunk in _chunks(parts):
                 if algorithm == "muon":
-                    rows, columns = _matrices(chunk[0].weight).shape[-2:]
-                    _apply(chunk, _muon_updates(chunk), muon_scale(rows, columns, chunk[0].group["rms_match"]))
+                    _apply(chunk, _muon_updates(chunk), _muon_scale(chunk[0]))
                 else:
                     _apply(chunk, self._adamw_updates(chunk), 1.0)
         return loss
@@ -177,8 +192,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def _muon_key(parameter: torch.Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
-    settings = ("momentum", "nesterov", "num_steps", "coefficients", "rms_match", "dtype")
+    settings = ("momentum", "nesterov", "num_steps", "coefficients", *_SCALE_SETTINGS, "dtype")
     return ("muon", *(group[name] for name in settings), _matrices(parameter).shape[-2:])
+
+
+def _muon_scale(part: _Part) -> float:
+    rows, columns = _matrices(part.weight).shape[-2:]
+    return muon_scale(rows, columns, *(part.group[name] for name in _SCALE_SETTINGS))
 
 
 def _matrices(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,6 +220,8 @@ def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
     )
     matrices = [_matrices(direction) for direction in directions]
     updates = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"], norms)
+    if group["rms_matching"] == "update_norm":
+        to_unit_rms(updates)
     return [update.view(part.weight.shape) for update, part in zip(updates, parts, strict=True)]
 
 
@@ -282,8 +304,16 @@ def _check_settings(values: dict[str, Any]) -> None:
     steps = values["num_steps"]
     require("num_steps", isinstance(steps, int) and not isinstance(steps, bool) and steps > 0, "an integer above 0")
     require("nesterov", isinstance(values["nesterov"], bool), "True or False")
-    for name, choices in (("algorithm", ALGORITHMS), ("coefficients", tuple(COEFFICIENTS)), ("dtype", WEIGHT_DTYPES)):
+    for name, choices in (
+        ("algorithm", ALGORITHMS),
+        ("coefficients", tuple(COEFFICIENTS)),
+        ("rms_matching", RMS_MATCHINGS),
+        ("dtype", WEIGHT_DTYPES),
+    ):
         require(name, values[name] in choices, f"one of {', '.join(map(str, choices))}")
+    size, needed = values["hidden_size"], values["rms_matching"] == "baseline"
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= needed
+    require("hidden_size", whole, f"an integer of at least {int(needed)}{' for baseline' * needed}")
 
 
 def _is_number(value: object) -> bool:

@@ -3,11 +3,15 @@
 All arithmetic is float32. Gradients are scaled on the way in (clipping), never in place.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 Tensors = list[torch.Tensor]
+
+RMS_MATCHINGS = ("adjusted_lr", "update_norm", "baseline")
+"""See `muon_scale`."""
 
 
 def can_fuse(tensors: Iterable[torch.Tensor]) -> bool:
@@ -63,9 +67,26 @@ def directions_and_norms(
     return [direction for direction, _ in passes], [norms for _, norms in passes]
 
 
-def muon_scale(rows: int, columns: int, rms_match: float) -> float:
-    """Factor of an orthogonal update: rms_match * sqrt(max(rows, columns)) (arXiv 2502.16982, eq. 4)."""
-    return rms_match * max(rows, columns) ** 0.5
+def muon_scale(
+    rows: int, columns: int, rms_match: float, rms_matching: str = "adjusted_lr", hidden_size: int = 0
+) -> float:
+    """Factor of an orthogonal update that gives it the RMS of AdamW's (arXiv 2502.16982, eq. 4 and section 3.1).
+
+    adjusted_lr: rms_match * sqrt(max(rows, columns)), from its shape; baseline: rms_match * sqrt(hidden_size), the same
+    for all; update_norm: rms_match, of an update that `to_unit_rms` has seen.
+    """
+    if rms_matching == "update_norm":
+        return rms_match
+    return rms_match * (hidden_size if rms_matching == "baseline" else max(rows, columns)) ** 0.5
+
+
+@torch.no_grad()
+def to_unit_rms(updates: Tensors) -> Tensors:
+    """Divide each matrix of tensors [..., rows, columns] by its RMS, in place: whole matrices only. Zeros stay zero."""
+    for update in updates:
+        norms = torch.linalg.matrix_norm(update.float(), keepdim=True)
+        update.div_((norms / math.sqrt(update.shape[-2] * update.shape[-1])).clamp_(min=1e-30))
+    return updates
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.owned import Owned
 from moonlight.optim.parameters import Rectangle
 from moonlight.optim.routing import rules_of
-from moonlight.optim.rules import adamw_updates, directions_and_norms, muon_directions, muon_scale
+from moonlight.optim.rules import adamw_updates, directions_and_norms, muon_directions, muon_scale, to_unit_rms
 
 MOMENTA = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -36,8 +36,9 @@ MOMENTA = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
 class ShardedOptimizer:
     """Updates the rows that this rank owns, and sends them on their way to the others."""
 
-    def __init__(self, data_parallel: DataParallel, config: Optimizer) -> None:
-        self.data_parallel, self.config = data_parallel, config
+    def __init__(self, data_parallel: DataParallel, config: Optimizer, hidden_size: int) -> None:
+        """`hidden_size`: of the model, which one kind of `rms_matching` scales by."""
+        self.data_parallel, self.config, self._hidden_size = data_parallel, config, hidden_size
         self.owned: list[Owned] = []
         low = torch.bfloat16 if config.momentum_dtype == "bfloat16" else torch.float32
         for parameter, fragment, gradient in data_parallel.own():
@@ -219,8 +220,10 @@ class ShardedOptimizer:
     def _orthogonalize(
         self, matrices: Sequence[torch.Tensor], norms: Sequence[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
+        """Of whole matrices, wherever they were brought together: what is one matrix's alone is done here."""
         config = self.config
-        return orthogonalize_all(matrices, config.num_newton_schulz_steps, config.coefficients, self._dtype, norms)
+        results = orthogonalize_all(matrices, config.num_newton_schulz_steps, config.coefficients, self._dtype, norms)
+        return to_unit_rms(results) if config.rms_matching == "update_norm" else results
 
     def _scaled(
         self, members: Sequence[Owned], results: Sequence[torch.Tensor]
@@ -228,7 +231,8 @@ class ShardedOptimizer:
         """Orthogonal matrices as updates [rows, columns] and the factors that give them the RMS of AdamW's: still to be
         multiplied on a GPU, where updates stay in their dtype, and already in float32 on a CPU."""
         updates = [result.reshape(owned.gradient.shape) for owned, result in zip(members, results, strict=True)]
-        factors = [muon_scale(*owned.whole_shape, self.config.rms_match) for owned in members]
+        rms, matching = self.config.rms_match, self.config.rms_matching
+        factors = [muon_scale(*owned.whole_shape, rms, matching, self._hidden_size) for owned in members]
         if members and members[0].gradient.device.type != "cpu":
             return updates, factors
         return [u.float() * factor for u, factor in zip(updates, factors, strict=True)], [1.0] * len(members)
@@ -299,4 +303,5 @@ def make_optimizer(models: Sequence[GPTModel], run: Run) -> ShardedOptimizer:
     """The optimizer that a recipe asks for, over this rank's model chunks."""
     rules = rules_of(run.optimizer, run.model)
     dtype = torch.bfloat16 if run.optimizer.gradient_dtype == "bfloat16" else torch.float32
-    return ShardedOptimizer(DataParallel(models, rules, run.parallel.bucket_size, dtype), run.optimizer)
+    data_parallel = DataParallel(models, rules, run.parallel.bucket_size, dtype)
+    return ShardedOptimizer(data_parallel, run.optimizer, run.model.hidden_size)

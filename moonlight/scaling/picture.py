@@ -1,14 +1,19 @@
 """Pictures that appear whole, in the colours of the two optimizers."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moonlight.errors import naming
+from moonlight.optim.groups import MATRIX_GROUPS
 from moonlight.scaling.fit import PFLOPS_DAY, Cell, Comparison
+
+if TYPE_CHECKING:
+    from moonlight.scaling.spectra import Pair
 
 COLORS = {"muon": "#1f6fb4", "adamw": "#d1495b"}
 LABELS = {"muon": "Muon", "adamw": "AdamW"}
@@ -99,4 +104,25 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
     limits = [axes.get_ylim() for axes in every]
     for axes in every:
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    save(figure, out)
+
+
+def draw_entropies(pairs: Sequence["Pair"], out: Path) -> None:
+    """The paper's figure: SVD entropy by group of matrices; a small dot for each size, a large one for all."""
+    figure, (axes,) = new_figure(1)
+    groups = [name for name in MATRIX_GROUPS if any(pair.group == name for pair in pairs)]
+    for shift, name in ((-0.12, "muon"), (0.12, "adamw")):
+        for place, group in enumerate(groups):
+            by_size: dict[str, list[float]] = {}
+            for pair in pairs:
+                if pair.group == group:
+                    by_size.setdefault(pair.size, []).append(getattr(pair, name))
+            means = [fmean(values) for values in by_size.values()]
+            axes.plot([place + shift] * len(means), means, "o", markersize=4, alpha=0.45, color=COLORS[name])
+            every = fmean(value for values in by_size.values() for value in values)
+            label = LABELS[name] if place == 0 else None
+            axes.plot(place + shift, every, "D", markersize=9, color=COLORS[name], label=label)
+    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+    axes.set(xlim=(-0.5, len(groups) - 0.5), ylabel="SVD entropy of the weights, mean")
+    axes.legend(frameon=False)
     save(figure, out)

@@ -1,33 +1,30 @@
-"""The file of results of a ladder: one entry for every run that has ended, written whole after each."""
+"""The file of results of a study: one entry for every run that has ended, written whole after each."""
 
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from moonlight.data.manifest import load_manifest
 from moonlight.errors import UserError
 from moonlight.files import make_folder, read_json, write_json
-from moonlight.scaling.ladder import Ladder, Point
+from moonlight.scaling.study import P, Study
 from moonlight.train.run_folder import FREE_TO_CHANGE, flat
 
 RESULTS_FILE = "results.json"
 VERSION = 1
-OF_THE_POINT = frozenset({"name", "optimizer.name", "schedule.lr", "train.seed"})
-"""Settings in which the points of one size differ."""
+_SINCE = {"optimizer.rms_matching": "adjusted_lr"}
+"""Settings that results of before them lack, and what they were meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run of the ladder came to."""
+class Result(Generic[P]):
+    """What a run of a study came to."""
 
-    size: str
-    optimizer: str
-    rate: float
-    seed: int
+    point: P
     diverged: str
     """Why it counts as diverged; empty if it does not."""
     loss: float | None
@@ -40,82 +37,89 @@ class Result:
     """Of its steps, by the clock."""
     svd_entropy: dict[str, float]
     """By group of matrices, the last that was watched."""
+    update_rms: dict[str, float] = field(default_factory=dict)
+    """By group of parameters, of the last step's update before the learning rate."""
+    curve: list[list[float]] = field(default_factory=list)
+    """Tokens seen, and the mean training loss since the point before: nats per token."""
 
-    @property
-    def point(self) -> Point:
-        return Point(self.size, self.optimizer, self.rate, self.seed)
 
-
-def settings_of(ladder: Ladder, size: str) -> dict[str, Any]:
-    """All that decides what the runs of a size come to, besides their point."""
-    every = flat(dataclasses.asdict(ladder.run(ladder.first_point(size))))
-    free = FREE_TO_CHANGE | OF_THE_POINT
+def settings_of(study: Study[P], group: str) -> dict[str, Any]:
+    """All that decides what the runs of a group come to, besides their point."""
+    every = flat(dataclasses.asdict(study.run(study.first_point(group))))
+    free = FREE_TO_CHANGE | study.of_the_point
     return {key: value for key, value in every.items() if not {key, key.split(".")[0]} & free}
 
 
-def data_of(ladder: Ladder) -> dict[str, str]:
+def data_of(study: Study[P]) -> dict[str, str]:
     """Checksum of the text behind each source that is prepared here."""
-    sources = ladder.run(ladder.first_point(next(iter(ladder.sizes)))).data.mixture
+    sources = study.first_run().data.mixture
     folders = {name: Path(source.path) for name, source in sources.items() if Path(source.path).is_dir()}
     return {name: str(load_manifest(folder).get("inputs_sha256", "")) for name, folder in folders.items()}
 
 
-def read_results(ladder: Ladder) -> dict[Point, Result]:
-    """What there is of a ladder, by point.
+def read_results(study: Study[P]) -> dict[P, Result[P]]:
+    """What there is of a study, by point.
 
     Raises:
-        UserError: the file is damaged, or of a ladder with other settings; the first that differs is named.
+        UserError: the file is damaged, or of a study with other settings; the first that differs is named.
     """
-    path = ladder.home / RESULTS_FILE
+    path = study.home / RESULTS_FILE
     if not path.exists():
         return {}
     content = read_json(path, ("version", "settings", "data", "points"))
     if content["version"] != VERSION:
         raise UserError(f"{path} has version {content['version']}: this program reads version {VERSION}")
     try:
-        results = [Result(**entry) for entry in content["points"]]
+        results = [_from_entry(study, entry) for entry in content["points"]]
         there: dict[str, dict[str, Any]] = dict(content["settings"])
         assert isinstance(content["data"], dict)
         for result in results:
             number = result.loss is None or math.isfinite(result.loss)
-            assert number and (result.loss is None) == bool(result.diverged) and result.size in there
-    except (TypeError, ValueError, AssertionError):
+            assert number and (result.loss is None) == bool(result.diverged) and result.point.group in there
+    except (KeyError, TypeError, ValueError, AssertionError):
         raise UserError(f"{path} is damaged: an entry of its points cannot be read; remove it to begin again") from None
-    for name, digest in data_of(ladder).items():
+    for name, digest in data_of(study).items():
         if content["data"].get(name, digest) != digest:
             raise UserError(
                 f"{path} is of other text: that of {name} has checksum {str(content['data'][name])[:12]} there and "
-                f"{digest[:12]} now; give this ladder another name, or remove that folder"
+                f"{digest[:12]} now; give this {study.kind} another name, or remove that folder"
             )
-    for size, before in there.items():
-        if size not in ladder.sizes:
+    for group, before in there.items():
+        if group not in study.groups:
             raise UserError(
-                f"{path} is of another ladder: it has the size {size}, {ladder.path} has {', '.join(ladder.sizes)}; "
-                "give this one another name"
+                f"{path} is of another {study.kind}: it has the {study.part} {group}, {study.path} has "
+                f"{', '.join(study.groups)}; give this one another name"
             )
-        now = json.loads(json.dumps(settings_of(ladder, size)))
+        now, before = json.loads(json.dumps(settings_of(study, group))), _SINCE | before
         for key in before | now:
             if before.get(key) != now.get(key):
                 raise UserError(
-                    f"{path} is of another recipe: at size {size}, {key} is {before.get(key)!r} there and "
-                    f"{now.get(key)!r} now; give this ladder another name, or remove that folder"
+                    f"{path} is of another recipe: at {study.part} {group}, {key} is {before.get(key)!r} there and "
+                    f"{now.get(key)!r} now; give this {study.kind} another name, or remove that folder"
                 )
     return {result.point: result for result in results}
 
 
-def write_results(ladder: Ladder, results: Mapping[Point, Result]) -> None:
+def _from_entry(study: Study[P], entry: Mapping[str, Any]) -> Result[P]:
+    names = [one.name for one in dataclasses.fields(study.point_type)]
+    point = study.point_type(**{name: entry[name] for name in names})
+    return Result(point=point, **{key: value for key, value in entry.items() if key not in names})
+
+
+def write_results(study: Study[P], results: Mapping[P, Result[P]]) -> None:
     """Write all results, in one step."""
+    entries = [dataclasses.asdict(result) for result in results.values()]
     content = {
         "version": VERSION,
-        "ladder": ladder.name,
-        "settings": {size: settings_of(ladder, size) for size in ladder.sizes},
-        "data": data_of(ladder),
-        "points": [asdict(result) for result in results.values()],
+        study.kind: study.name,
+        "settings": {group: settings_of(study, group) for group in study.groups},
+        "data": data_of(study),
+        "points": [entry.pop("point") | entry for entry in entries],
     }
-    make_folder(ladder.home)
-    write_json(ladder.home / RESULTS_FILE, content)
+    make_folder(study.home)
+    write_json(study.home / RESULTS_FILE, content)
 
 
-def losses(results: Mapping[Point, Result]) -> dict[Point, float]:
+def losses(results: Mapping[P, Result[P]]) -> dict[P, float]:
     """Loss by point, infinite where a run diverged."""
     return {point: math.inf if result.loss is None else result.loss for point, result in results.items()}

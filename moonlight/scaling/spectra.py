@@ -3,84 +3,83 @@
 Training watches means over groups; here every matrix is looked at, in the checkpoint that the run ended with.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
-from moonlight.files import write_json
+from moonlight import mapping
+from moonlight.optim.groups import MATRIX_GROUPS, group_of
 from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points
+from moonlight.scaling.measured import Measured, matrices_of, measure
 from moonlight.scaling.results import Result, losses
 
 SPECTRA_FILE = "svd_entropy.json"
 
-Spectra = dict[str, dict[str, float]]
-"""Entropy by run and by Hugging Face name of the matrix."""
+
+@dataclass(frozen=True)
+class Pair:
+    """One matrix's entropy under each optimizer."""
+
+    size: str
+    group: str
+    """One of MATRIX_GROUPS."""
+    muon: float
+    adamw: float
 
 
 def entropies_of(run_folder: Path) -> dict[str, float]:
-    """Entropy of every matrix that Muon would move, by its Hugging Face name, from the run's newest checkpoint."""
-    from checkpoints.reader import open_checkpoint
-    from moonlight import mapping
-    from moonlight.optim.groups import MATRIX_GROUPS, group_of
+    """Entropy of each of `matrices_of`."""
     from moonlight.optim.spectrum import entropy
 
-    checkpoint = open_checkpoint(run_folder)
-    found = {}
-    for row in mapping.table(checkpoint.model):
-        for part in row.parts:
-            if part.kind == "matrix" and group_of(row.key) in MATRIX_GROUPS:
-                found[part.name] = entropy(checkpoint.part(row, part))
+    return {name: entropy(matrix) for name, matrix in matrices_of(run_folder)}
+
+
+def look(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> Measured:
+    """Entropies of the best runs, by the Hugging Face names of their matrices."""
+    return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, entropies_of)
+
+
+def pairs_of(ladder: Ladder, results: Mapping[Point, Result[Point]], spectra: Measured) -> list[Pair]:
+    """Every matrix that was looked at in the best runs of both optimizers at one size."""
+    best = best_points(ladder, losses(results))
+    found = []
+    for size in ladder.sizes:
+        muon, adamw = (spectra.get(point.name, {}) if (point := best.get((size, name))) else {} for name in OPTIMIZERS)
+        groups = {
+            part.name: group_of(row.key)
+            for row in mapping.table(ladder.run(ladder.first_point(size)).model)
+            for part in row.parts
+            if part.kind == "matrix"
+        }
+        for name in muon:
+            if name in adamw and math.isfinite(muon[name] + adamw[name]):
+                found.append(Pair(size, groups[name], muon[name], adamw[name]))
     return found
 
 
-def read_spectra(ladder: Ladder) -> Spectra:
-    """What has been looked at already; what cannot be read is made again."""
-    try:
-        content = json.loads((ladder.home / SPECTRA_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def look(ladder: Ladder, results: Mapping[Point, Result]) -> Spectra:
-    """Entropies of the best runs, those that are not in the ladder's folder yet from their checkpoints."""
-    best = best_points(ladder, losses(results)).values()
-    known = read_spectra(ladder)
-    spectra = {}
-    for point in best:
-        folder = ladder.home / "points" / point.name
-        if point.name in known:
-            spectra[point.name] = known[point.name]
-        elif (folder / "checkpoints").is_dir():
-            spectra[point.name] = entropies_of(folder)
-    if spectra != known:
-        write_json(ladder.home / SPECTRA_FILE, spectra)
-    return spectra
-
-
-def compare_spectra(ladder: Ladder, results: Mapping[Point, Result], spectra: Spectra) -> str:
-    """In how many matrices Muon's entropy is the higher one, by size; empty where nothing was looked at."""
-    best = best_points(ladder, losses(results))
-    lines = ["| size | matrices | Muon higher in | mean, Muon | mean, AdamW |", "|---|---|---|---|---|"]
-    higher_in_all, in_all = 0, 0
-    for size in ladder.sizes:
-        pair = [best.get((size, name)) for name in OPTIMIZERS]
-        muon, adamw = (spectra.get(point.name, {}) if point else {} for point in pair)
-        names = [name for name in muon if name in adamw and math.isfinite(muon[name] + adamw[name])]
-        if not names:
-            continue
-        higher = sum(muon[name] > adamw[name] for name in names)
-        higher_in_all, in_all = higher_in_all + higher, in_all + len(names)
-        means = " | ".join(f"{_mean([one[name] for name in names]):.4f}" for one in (muon, adamw))
-        lines.append(f"| {size} | {len(names)} | {higher} | {means} |")
-    if not in_all:
-        return ""
-    share = f"Muon's is higher in {higher_in_all} of {in_all} matrices, {100 * higher_in_all / in_all:.1f}%."
+def spectra_text(pairs: Sequence[Pair]) -> str:
+    """In how many matrices Muon's entropy is the higher one, by size and by group."""
+    higher = sum(pair.muon > pair.adamw for pair in pairs)
+    sizes = list(dict.fromkeys(pair.size for pair in pairs))
+    groups = [name for name in MATRIX_GROUPS if any(pair.group == name for pair in pairs)]
     return "\n".join(
-        ["SVD entropy of every matrix, same budget, each optimizer at its best rate:\n", *lines, "", share]
+        [
+            "SVD entropy of every matrix, same budget, each optimizer at its best rate:\n",
+            *_table("size", {size: [pair for pair in pairs if pair.size == size] for size in sizes}),
+            "",
+            *_table("group", {name: [pair for pair in pairs if pair.group == name] for name in groups}),
+            "",
+            f"Muon's is higher in {higher} of {len(pairs)} matrices, {100 * higher / len(pairs):.1f}%.",
+        ]
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _table(head: str, parts: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+    yield f"| {head} | matrices | Muon higher in | mean, Muon | mean, AdamW |"
+    yield "|---|---|---|---|---|"
+    for name, pairs in parts.items():
+        higher = sum(pair.muon > pair.adamw for pair in pairs)
+        muon, adamw = fmean(pair.muon for pair in pairs), fmean(pair.adamw for pair in pairs)
+        yield f"| {name} | {len(pairs)} | {higher} | {muon:.4f} | {adamw:.4f} |"

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from moonlight.scaling.fit import Cell, Comparison, Interval
 from moonlight.scaling.grid import best_rate, on_edge
-from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points, losses_at, wanted
+from moonlight.scaling.ladder import OPTIMIZERS, Ladder, Point, best_points, losses_at
 from moonlight.scaling.picture import LABELS
 from moonlight.scaling.results import Result, losses
 
 PAPER = "Moonlight's, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052, AdamW 2.608 C^-0.054, share 0.519"
 
 
-def cells_of(ladder: Ladder, results: Mapping[Point, Result]) -> dict[str, dict[str, Cell]]:
+def cells_of(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> dict[str, dict[str, Cell]]:
     """By optimizer and size, the losses at the best learning rate; without sizes where no run has ended well."""
     cells: dict[str, dict[str, Cell]] = {name: {} for name in OPTIMIZERS}
     for (size, name), best in best_points(ladder, losses(results)).items():
@@ -23,7 +23,7 @@ def cells_of(ladder: Ladder, results: Mapping[Point, Result]) -> dict[str, dict[
     return cells
 
 
-def grid_table(ladder: Ladder, results: Mapping[Point, Result]) -> str:
+def grid_table(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> str:
     """Loss at every size, optimizer and learning rate, as Markdown; the best in bold, with its other seeds."""
     rates = sorted({point.rate for point in results})
     if not rates:
@@ -42,7 +42,7 @@ def grid_table(ladder: Ladder, results: Mapping[Point, Result]) -> str:
     return "\n".join(lines)
 
 
-def doubts(ladder: Ladder, results: Mapping[Point, Result]) -> list[str]:
+def doubts(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> list[str]:
     """What keeps the table from being the last word: runs that diverged or are missing, bests at an edge."""
     said = [
         f"{point.name} diverged ({result.diverged}): it is left out of the fit."
@@ -55,7 +55,7 @@ def doubts(ladder: Ladder, results: Mapping[Point, Result]) -> list[str]:
                 best = best_rate(values)
                 why = "every run diverged" if math.isinf(values[best]) else f"{LABELS[name]} is best at {best:g}"
                 said.append(f"{size}: {why}, the {edge} edge of the grid: not yet an optimum.")
-    if missing := wanted(ladder, losses(results)):
+    if missing := ladder.wanted(losses(results)):
         names = ", ".join(point.name for point in missing[:3])
         said.append(f"At least {len(missing)} runs are still to be done: {names}{', ...' if missing[3:] else ''}.")
     return said

@@ -1,7 +1,7 @@
-"""The runs of a ladder, each a process of `moonlight pretrain`, side by side; interrupted at any moment it goes on.
+"""The runs of a study, each a process of `moonlight pretrain`, side by side; interrupted at any moment it goes on.
 
 One thread starts, watches and ends the processes: the kernel ends a child when the thread that started it ends, so
-nothing goes on training behind a ladder that was killed.
+nothing goes on training behind a study that was killed.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from moonlight.config import Run
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import make_folder
 from moonlight.flops import train_flops_per_token
-from moonlight.scaling.ladder import STANDARD_LIBRARY, Ladder, Point, best_points, flops_of, wanted
 from moonlight.scaling.results import Result, losses, write_results
+from moonlight.scaling.study import STANDARD_LIBRARY, P, Study, flops_of
 from moonlight.timeline import Timeline
 from moonlight.train import run_folder
 from moonlight.train.metrics import read_metrics
@@ -30,6 +30,9 @@ from pretrain.local import die_with_parent
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SAVE = 60.0
 """For runs that were asked to save and stop."""
+CURVE_POINTS = 60
+"""Of the training loss that is kept of a run; each is a mean over as many steps."""
+_Running = dict[P, tuple[subprocess.Popen, IO[bytes]]]
 
 
 def cores() -> int:
@@ -37,33 +40,33 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def side_by_side(ladder: Ladder) -> int:
+def side_by_side(study: Study[P]) -> int:
     """How many runs go on at a time."""
-    run = ladder.run(ladder.first_point(next(iter(ladder.sizes))))
+    run = study.first_run()
     each = run.parallel.num_processes * max(1, run.train.threads_per_process)
-    return ladder.side_by_side or max(1, cores() // each)
+    return study.side_by_side or max(1, cores() // each)
 
 
-def prepare_data(ladder: Ladder) -> None:
-    """Make tokenizer and data if the ladder names a corpus and they are missing.
+def prepare_data(study: Study[P]) -> None:
+    """Make tokenizer and data if the study names a corpus and they are missing.
 
     Raises:
         UserError: the corpus does not exist, or a step failed.
     """
-    if not ladder.corpus:
+    if not study.corpus:
         return
     import sysconfig
 
-    corpus = Path(sysconfig.get_path("stdlib") if ladder.corpus == STANDARD_LIBRARY else ladder.corpus)
+    corpus = Path(sysconfig.get_path("stdlib") if study.corpus == STANDARD_LIBRARY else study.corpus)
     if not corpus.exists():
-        raise UserError(f"corpus {corpus} of ladder {ladder.path} does not exist: give a folder or file of text")
-    run = ladder.run(ladder.first_point(next(iter(ladder.sizes))))
+        raise UserError(f"corpus {corpus} of {study.kind} {study.path} does not exist: give a folder or file of text")
+    run = study.first_run()
     tokenizer, data = Path(run.data.tokenizer), Path(run.data.path)
     if not tokenizer.exists():
         vocabulary = ("--vocab-size", run.model.vocab_size)
         _step("tokenizer", "train", "--input", corpus, *vocabulary, "--out", tokenizer)
     if not data.exists():
-        share = ("--validation-share", ladder.validation_share)
+        share = ("--validation-share", study.validation_share)
         _step("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data, *share)
 
 
@@ -73,43 +76,43 @@ def _step(*arguments: object) -> None:
         raise UserError(f"moonlight {' '.join(map(str, arguments))} failed: it has said why")
 
 
-def train_ladder(ladder: Ladder, results: dict[Point, Result]) -> None:
+def train_all(study: Study[P], results: dict[P, Result[P]]) -> None:
     """Do all runs that are wanted and not in `results`, which grows, and is written after each.
 
     Raises:
         UserError: a run failed in another way than by diverging; its log is named.
     """
-    logs, points = ladder.home / "logs", ladder.home / "points"
+    logs, points = study.home / "logs", study.home / "points"
     for folder in (logs, points):
         make_folder(folder)
-    _forget_checkpoints(ladder, results)
-    jobs, started, done_flops = side_by_side(ladder), time.monotonic(), 0.0
-    running: dict[Point, tuple[subprocess.Popen, IO[bytes]]] = {}
-    if wanted(ladder, losses(results)):
+    _forget_checkpoints(study, results)
+    jobs, started, done_flops = side_by_side(study), time.monotonic(), 0.0
+    running: _Running[P] = {}
+    if study.wanted(losses(results)):
         print(f"{jobs} side by side; how each is getting on stands in {logs}", flush=True)
     with _ending(running):
         while True:
-            todo = wanted(ladder, losses(results))
+            todo = study.wanted(losses(results))
             for point in [one for one in todo if one not in running][: jobs - len(running)]:
                 output = (logs / f"{point.name}.log").open("ab")
-                running[point] = (_start(ladder, point, output), output)
+                running[point] = (_start(study, point, output), output)
             if not running:
                 return
             point = _next_ended(running)
             process, log = running.pop(point)
             log.close()
-            results[point] = result_of(ladder, point, process.returncode, logs / f"{point.name}.log")
-            write_results(ladder, results)
-            _forget_checkpoints(ladder, results)
-            done_flops += flops_of(ladder, [point])
-            left = flops_of(ladder, wanted(ladder, losses(results)))
+            results[point] = result_of(study, point, process.returncode, logs / f"{point.name}.log")
+            write_results(study, results)
+            _forget_checkpoints(study, results)
+            done_flops += flops_of(study, [point])
+            left = flops_of(study, study.wanted(losses(results)))
             speed = done_flops / (time.monotonic() - started)
             _say(results[point], len(results), left / speed)
 
 
-def _start(ladder: Ladder, point: Point, log: IO[bytes]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(ladder.recipe_path), *ladder.overrides(point)]
-    # A session of its own: Ctrl-C is for the ladder, which then lets its runs save.
+def _start(study: Study[P], point: P, log: IO[bytes]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(study.recipe_path), *study.overrides(point)]
+    # A session of its own: Ctrl-C is for this command, which then lets its runs save.
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -120,7 +123,7 @@ def _start(ladder: Ladder, point: Point, log: IO[bytes]) -> subprocess.Popen:
     )
 
 
-def _next_ended(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Point:
+def _next_ended(running: _Running[P]) -> P:
     while True:
         for point, (process, _) in running.items():
             if process.poll() is not None:
@@ -129,7 +132,7 @@ def _next_ended(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Poi
 
 
 @contextlib.contextmanager
-def _ending(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Iterator[None]:
+def _ending(running: _Running[P]) -> Iterator[None]:
     """However the block ends, let what still runs save and stop. SIGTERM ends the block."""
 
     def stop(number: int, frame: Any) -> None:
@@ -154,38 +157,52 @@ def _ending(running: dict[Point, tuple[subprocess.Popen, IO[bytes]]]) -> Iterato
             log.close()
 
 
-def result_of(ladder: Ladder, point: Point, code: int, log: Path) -> Result:
+def result_of(study: Study[P], point: P, code: int, log: Path) -> Result[P]:
     """What a run that ended came to.
 
     Raises:
         UserError: it failed, and not because its loss was not finite any more.
     """
-    run = ladder.run(point)
+    run = study.run(point)
     folder = run_folder.path(run)
     entries = read_metrics(folder)
     why = divergence(entries, run)
     if not why and (code or not entries or "loss/held_out" not in entries[-1]):
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise UserError(f"run {point.name} failed with code {code}: {lines[-1][:300]} (all of it is in {log})")
-    entropies = [entry for entry in entries if any(key.startswith("optim/svd_entropy/") for key in entry)]
     tokens = entries[-1]["consumed_tokens"]
     return Result(
-        size=point.size,
-        optimizer=point.optimizer,
-        rate=point.rate,
-        seed=point.seed,
+        point=point,
         diverged=why,
         loss=None if why else entries[-1]["loss/held_out"],
         steps=entries[-1]["step"],
         tokens=tokens,
         flops=tokens * train_flops_per_token(run.model, run.data.sequence_length),
         seconds=sum(entry["time/step_seconds"] for entry in entries),
-        svd_entropy={
-            key.removeprefix("optim/svd_entropy/"): value
-            for key, value in (entropies[-1] if entropies else {}).items()
-            if key.startswith("optim/svd_entropy/")
-        },
+        svd_entropy=_last_by_group(entries, "optim/svd_entropy/"),
+        update_rms=_last_by_group(entries, "optim/update_rms/"),
+        curve=[] if why else _curve(entries),
     )
+
+
+def _last_by_group(entries: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """What the last step that has such keys says, by what follows the prefix; without what is not finite."""
+    for entry in reversed(entries):
+        if found := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}:
+            return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {}
+
+
+def _curve(entries: list[dict[str, Any]]) -> list[list[float]]:
+    """Tokens and the mean training loss up to there, in CURVE_POINTS parts; steps that were skipped are left out."""
+    points, start = [], 0
+    for number in range(1, CURVE_POINTS + 1):
+        stop = number * len(entries) // CURVE_POINTS
+        known = [loss for entry in entries[start:stop] if math.isfinite(loss := entry["loss/train"])]
+        if known:
+            points.append([entries[stop - 1]["consumed_tokens"], sum(known) / len(known)])
+            start = stop
+    return points
 
 
 def divergence(entries: list[dict[str, Any]], run: Run) -> str:
@@ -205,15 +222,15 @@ def divergence(entries: list[dict[str, Any]], run: Run) -> str:
     return ""
 
 
-def _forget_checkpoints(ladder: Ladder, results: dict[Point, Result]) -> None:
-    """Of runs whose results are kept, but for the best ones so far: they are what takes space."""
-    best = set(best_points(ladder, losses(results)).values())
+def _forget_checkpoints(study: Study[P], results: dict[P, Result[P]]) -> None:
+    """Of runs whose results are kept, but for those that are still looked at: they are what takes space."""
+    kept = study.kept(losses(results))
     for point in results:
-        for name in (".order", *["checkpoints"] * (point not in best)):
-            shutil.rmtree(ladder.home / "points" / point.name / name, ignore_errors=True)
+        for name in (".order", *["checkpoints"] * (point not in kept)):
+            shutil.rmtree(study.home / "points" / point.name / name, ignore_errors=True)
 
 
-def _say(result: Result, count: int, seconds_left: float) -> None:
+def _say(result: Result[P], count: int, seconds_left: float) -> None:
     said = f"diverged, {result.diverged}" if result.diverged else f"held-out loss {result.loss:.4f}"
     left = f"at least {seconds_left / 60:.0f} min left" if seconds_left else "none left"
     print(f"{result.point.name}: {said} ({result.seconds:.0f} s of steps); {count} runs done, {left}", flush=True)

@@ -1,0 +1,1 @@
+"""Ablations: variants of one recipe, trained side by side and compared with a baseline."""

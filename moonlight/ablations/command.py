@@ -1,0 +1,62 @@
+"""`moonlight ablate`: ablations run, put into tables and drawn."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moonlight.ablations.ablation import Ablation, Trial, load_ablation
+from moonlight.ablations.outcome import outcomes_of
+from moonlight.ablations.picture import draw
+from moonlight.ablations.text import course_table, doubts, loss_table, matrices_text, verdict
+from moonlight.ablations.weights import WEIGHTS_FILE, look
+from moonlight.errors import UserError
+from moonlight.files import folder_lock, write_text
+from moonlight.scaling.measured import read_measured
+from moonlight.scaling.results import Result, read_results
+from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
+
+
+def ablate(paths: Sequence[Path], *, draw_only: bool, dry_run: bool) -> None:
+    """Run what the ablations lack, then write the table and the picture of each.
+
+    Args:
+        draw_only: run nothing.
+        dry_run: say what would run, and stop.
+
+    Raises:
+        UserError: an ablation or its results cannot be used, a run failed, or there are no results to draw.
+    """
+    ablations = [load_ablation(path) for path in paths]
+    check_apart(ablations)
+    known = [read_results(ablation) for ablation in ablations]
+    if dry_run:
+        for ablation, results in zip(ablations, known, strict=True):
+            print(plan_text(ablation, results))
+        return
+    if not draw_only:
+        check_gpu(ablations)
+    for ablation in ablations:
+        with folder_lock(ablation.home) if not draw_only else contextlib.nullcontext():
+            results = read_results(ablation) if draw_only else run_all(ablation)
+            _conclude(ablation, results, draw_only=draw_only)
+
+
+def _conclude(ablation: Ablation, results: Mapping[Trial, Result[Trial]], *, draw_only: bool) -> None:
+    """Table and picture of one ablation, into its folder and on the screen."""
+    if not results:
+        raise UserError(
+            f"{ablation.home} has no results yet: run `moonlight ablate {ablation.path}` without --draw-only"
+        )
+    weight_rms = read_measured(ablation.home / WEIGHTS_FILE) if draw_only else look(ablation, results)
+    outcomes = outcomes_of(ablation, results)
+    parts = [f"# {ablation.name}", "Held-out loss, nats per token:", loss_table(ablation, outcomes)]
+    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := doubts(ablation, outcomes)) else []
+    parts += [said] if (said := verdict(ablation, outcomes)) else []
+    if course := course_table(ablation, outcomes):
+        parts += ["Training loss less the baseline's, on the same batches, over parts of the run:", course]
+    parts += [text] if (text := matrices_text(outcomes, weight_rms)) else []
+    parts.append("Differences are means over seeds, each against the baseline with that seed [least, largest].")
+    print("\n\n".join(parts), flush=True)
+    write_text(ablation.home / "results.md", "\n\n".join(parts) + "\n")
+    draw(ablation, outcomes, weight_rms, ablation.home / "ablation.png")
+    print(f"\n{ablation.home}: results.json, results.md, ablation.png")
