@@ -1,6 +1,7 @@
 """Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
 
 import json
+import platform
 import socket
 import sys
 import time
@@ -13,15 +14,17 @@ from eval.answers import last_number, score_completion, score_number, score_prog
 from eval.data_sets import TASKS
 from eval.sandbox import Limits, run_code
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=4)
+SHORT = Limits(cpu_seconds=1, wall_seconds=4, memory_bytes=1 << 29)
 
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
     "the standard library": "import bisect, decimal, functools, hashlib, heapq, itertools, json, math, re, typing",
-    "a thread": "import threading\nseen = []\nthread = threading.Thread(target=seen.append, args=(1,))\n"
-    "thread.start()\nthread.join()\nassert seen == [1]",
     "much output": "print('x' * 10**7)",
     "reading": "open('/proc/self/stat').read()",
+    "clocks and chance": "import random, time\ntime.sleep(0.01)\nassert random.SystemRandom().random() < time.time()",
+    "an alarm of its own": "import signal\nrang = []\nsignal.signal(signal.SIGALRM, lambda *_: rang.append(1))\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()\nassert rang",
+    "a text as a file": "import io\nassert sum(1 for line in io.StringIO('a\\nb')) == 2",
 }
 
 WRONG = {
@@ -35,6 +38,9 @@ WRONG = {
 }
 
 NO = "PermissionError: [Errno 1]"
+LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+RAISE = "raise OSError(ctypes.get_errno(), 'refused')"
+CLONE = {"x86_64": 56, "aarch64": 220}[platform.machine()]
 HOSTILE = {
     "loops": ("while True:\n    pass", "CPU limit of 1 s"),
     "sleeps": ("import time\ntime.sleep(60)", "wall limit of 4 s"),
@@ -46,20 +52,47 @@ HOSTILE = {
         "CPU limit",
     ),
     "forks below Python": (
-        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "found = [libc.fork(), libc.vfork(), libc.clone(0, 0, 17, 0)]\nraise OSError(found)",
+        f"{LIBC}found = [libc.fork(), libc.vfork(), libc.clone(0, 0, 17, 0)]\nraise OSError(found)",
         "OSError: [-1, -1, -1]",
     ),
     "starts a program": ("import subprocess\nsubprocess.run(['true'])", NO),
     "becomes a program": ("import os\nos.execv('/bin/true', ['true'])", NO),
-    "many threads": (
-        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()",
-        "RuntimeError",
+    "starts a thread": (
+        "import threading\nthreading.Thread(target=print).start()",
+        "RuntimeError: can't start new thread",
     ),
+    "starts a small thread below Python": (
+        f"{LIBC}flags = 0x10f00\nlibc.syscall({CLONE}, flags, 0, 0, 0, 0)\n{RAISE}",
+        NO,
+    ),
+    "opens many files": ("import os\nkept = []\nwhile True:\n    kept += os.pipe()", "[Errno 24]"),
+    "prints for ever": ("while True:\n    print('x' * 65536, flush=True)", "CPU limit"),
+    "ignores what would end it": (
+        "import signal, time\nfor number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_IGN)\ntime.sleep(60)",
+        "wall limit",
+    ),
+    "ignores the CPU limit": (
+        "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass",
+        "CPU limit",
+    ),
+    "fails for ever": (
+        "class Endless(Exception):\n    def __str__(self):\n        while True:\n            pass\nraise Endless",
+        "CPU limit",
+    ),
+    "fails at length": ("raise ValueError('x' * 10**7)", "ValueError: xxx"),
     "opens a socket": ("import socket\nsocket.socket()", NO),
     "opens a pair": ("import socket\nsocket.socketpair()", NO),
     "kills its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", NO),
     "kills all": ("import os, signal\nos.kill(-1, signal.SIGKILL)", NO),
+    "signals by a pipe": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", NO),
+    "types at a terminal": ("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')", NO),
+    "locks a file": ("import fcntl, os\nfcntl.flock(os.open('/', os.O_RDONLY), fcntl.LOCK_EX)", NO),
+    "slows others": ("import os\nos.setpriority(os.PRIO_USER, 0, 19)", NO),
+    "moves its parent": ("import os\nos.sched_setaffinity(os.getppid(), {0})", NO),
+    "shares memory": (f"{LIBC}libc.shmat(0, 0, 0)\n{RAISE}", NO),
+    "removes shared memory": (f"{LIBC}libc.shmctl(0, 0, 0)\n{RAISE}", NO),
+    "uses a newer call": (f"{LIBC}libc.syscall(425, 1, ctypes.create_string_buffer(120))\n{RAISE}", "[Errno 38]"),
     "raises its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)",
         "not allowed to raise",
@@ -149,8 +182,8 @@ def test_no_environment_and_an_empty_folder(monkeypatch):
 
 
 def test_nothing_is_left_running():
-    """A program that hangs is gone, with its threads, when the verdict is there."""
-    run_code("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n", SHORT)
+    """A program that hangs is gone when the verdict is there."""
+    run_code("import time\ntime.sleep(60)\n", SHORT)
     assert not [child.cmdline() for child in psutil.Process().children() if "confine.py" in str(child.cmdline())]
 
 
