@@ -57,8 +57,13 @@ def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
 
 
 def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) -> UserError:
-    """What is said of a data set that could not be loaded."""
+    """What is said of a data set that could not be loaded, or lacks what the benchmark needs."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if "scripts are no longer supported" in reason:
+        return UserError(
+            f"{title}: the data set {name} is a script ({reason}), which is never run: put its files into "
+            f"{data_dir / name if data_dir else f'DIR/{name} and give --data-dir DIR'}, as docs/evaluation.md shows"
+        )
     if data_dir is not None:
         return UserError(f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name)}")
     return UserError(

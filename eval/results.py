@@ -8,6 +8,8 @@ from typing import Any
 from eval.suites import COLUMNS, HELD_OUT, Benchmark
 
 CURVE_FILE = "curve.png"
+COLOURS = 10
+"""That matplotlib takes in turn: the eleventh line has the first again."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ def draw_curve(path: Path, suite: str, models: Sequence[Model], results: Results
     tokens = [model.tokens for model in points]
     for axis, kind in zip(axes[0], kinds, strict=True):
         scale = 100 if kind == "percent" else 1
-        for name, entry in entries.items():
-            if _kind(entry) == kind:
-                scores = [scale * results[model.label][name]["score"] for model in points]
-                axis.plot(tokens, scores, marker="o", markersize=4, label=entry["title"])
+        names = [name for name, entry in entries.items() if _kind(entry) == kind]
+        for number, name in enumerate(names):
+            scores = [scale * results[model.label][name]["score"] for model in points]
+            line = "-" if number < COLOURS else "--"
+            axis.plot(tokens, scores, line, marker="o", markersize=4, label=entries[name]["title"])
         axis.set(xlabel="tokens seen", ylabel=kind)
         axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axis.spines[["top", "right"]].set_visible(False)
