@@ -59,6 +59,8 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
     _check(options)
     models = _models(folders)
     out = out or models[0].folder.resolve().parent / "evaluation" / options.suite
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}: a file stands there, choose another folder")
     if options.suite == HELD_OUT:
         found = _held_out(models, options, out)
         table = results.held_out_table(models, found)

@@ -114,15 +114,8 @@ def draw_curve(path: Path, suite: str, models: Sequence[Model], results: Results
             found = [results[model.label][name] for model in points]
             style = {"linestyle": "-" if number < COLOURS else "--", "color": f"C{number % COLOURS}"}
             errors = [scale * (one.get("stderr") or 0) for one in found]
-            axis.errorbar(tokens, [scale * one["score"] for one in found], errors, fmt="none", **style, alpha=0.35)
-            axis.plot(
-                tokens,
-                [scale * one["score"] for one in found],
-                **style,
-                marker="o",
-                markersize=4,
-                label=entries[name]["title"],
-            )
+            scores, label = [scale * one["score"] for one in found], entries[name]["title"]
+            axis.errorbar(tokens, scores, errors, **style, elinewidth=0.6, marker="o", markersize=4, label=label)
         if kind == "percent":
             axis.set_ylim(bottom=max(axis.get_ylim()[0], -1))
         axis.set(xlabel="tokens seen", ylabel=kind)

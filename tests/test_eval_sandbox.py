@@ -195,6 +195,21 @@ def test_the_solutions_of_the_offline_suite_pass():
         assert score_completion(row, ["    return None\n"]) == {"pass@1": 0}, row
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "return [bytearray(1 << 26) for _ in range(1 << 20)]",
+        "import os; os.fork(); return a + b",
+        "import socket; socket.socket(); return a + b",
+    ],
+)
+def test_hostile_answers_are_scored_as_failures(body):
+    """The sum would be right, were it not for what stands before it."""
+    row = json.loads((TASKS / "offline_code.jsonl").read_text().splitlines()[0])
+    assert score_completion(row, [f"    {body}\n"]) == {"pass@1": 0}
+
+
 def test_programs_are_scored_as_mbpp_asks():
     document = {
         "test_setup_code": "import math",

@@ -120,6 +120,11 @@ def test_bad_options(ready, refuses, tmp_path, options, words, tmp_path_factory)
     refuses(["eval", ready, "--out", tmp_path / "out", *options], words)
 
 
+def test_a_file_in_the_way(ready, refuses, tmp_path):
+    (tmp_path / "out").touch()
+    refuses(["eval", ready, "--out", tmp_path / "out"], "out: a file stands there")
+
+
 def test_folders_that_are_no_models(ready, refuses, tmp_path):
     refuses(["eval", tmp_path / "none"], "none", "no config.json")
     (tmp_path / "bare").mkdir()
