@@ -5,7 +5,8 @@
 What holds, whatever the program does: limits of the kernel on CPU time, address space, open files and size of files; no
 capabilities even for root; and a seccomp filter that refuses sockets, new processes and threads, other programs,
 signals, memory shared with others, new limits and priorities, and any change to files. A refused call fails with EPERM
-as an ordinary OSError. What the user may read can be read, but there is no way out for it. Linux on x86-64 or aarch64.
+as an ordinary OSError. Where the kernel has Landlock, nothing can be read but Python and the system's libraries;
+elsewhere what the user may read, with no way out for it. Linux on x86-64 or aarch64.
 
 TOKEN_FD is read after the program has run to its end and its content goes to RESULT_FD, so a program that ends itself
 early has not passed.
@@ -142,6 +143,21 @@ _ONLY: dict[tuple[int, int], tuple[int, ...]] = {
 }
 """Calls that do many things by their second argument: those that are allowed."""
 
+_READABLE = (
+    sys.base_prefix,
+    *sys.path,
+    ".",
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/nix/store",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_READ_FILE, _READ_FOLDER, _ANYTHING = 1 << 2, 1 << 3, (1 << 13) - 1
+"""Of Landlock's first version; it has the same numbers of calls everywhere."""
+
 _ARCHITECTURES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
 """Column in the table above, and the kernel's name of the architecture."""
 
@@ -195,6 +211,24 @@ def _filter(machine: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
+def _read_little(libc: ctypes.CDLL) -> None:
+    """Let no file be read but those of `_READABLE` and `_DEVICES`, where the kernel has Landlock (since Linux 5.13)."""
+    handled = struct.pack("=Q", _ANYTHING)
+    rules = libc.syscall(444, handled, len(handled), 0)
+    if rules < 0:
+        return
+    for path in _READABLE + _DEVICES:
+        with contextlib.suppress(FileNotFoundError):
+            place = os.open(path, os.O_PATH)
+            access = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
+            if libc.syscall(445, rules, 1, struct.pack("=Qi", access, place), 0):
+                raise OSError(ctypes.get_errno(), "landlock_add_rule")
+            os.close(place)
+    if libc.syscall(446, rules, 0):
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(rules)
+
+
 def confine(limits: dict[str, int]) -> None:
     """Give up, for good, all that a code answer has no need of.
 
@@ -226,6 +260,7 @@ def confine(limits: dict[str, int]) -> None:
     if libc.capset(header, empty):
         raise OSError(ctypes.get_errno(), "capset")
     call(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _read_little(libc)
     buffer = ctypes.create_string_buffer(program, len(program))
     described = struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     call(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described, 0, 0)

@@ -1,5 +1,6 @@
 """Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
 
+import ctypes
 import json
 import platform
 import socket
@@ -19,8 +20,10 @@ SHORT = Limits(cpu_seconds=1, wall_seconds=4, memory_bytes=1 << 29)
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
     "the standard library": "import bisect, decimal, functools, hashlib, heapq, itertools, json, math, re, typing",
+    "more of it": "import asyncio, ctypes.util, datetime, inspect, multiprocessing, statistics, time, unittest, zoneinfo\n"
+    "assert time.localtime()",
     "much output": "print('x' * 10**7)",
-    "reading": "open('/proc/self/stat').read()",
+    "reading Python": "import os\nassert 'posix' in open(os.__file__).read()\nassert open('/dev/null').read() == ''",
     "clocks and chance": "import random, time\ntime.sleep(0.01)\nassert random.SystemRandom().random() < time.time()",
     "an alarm of its own": "import signal\nrang = []\nsignal.signal(signal.SIGALRM, lambda *_: rang.append(1))\n"
     "signal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()\nassert rang",
@@ -87,7 +90,7 @@ HOSTILE = {
     "kills all": ("import os, signal\nos.kill(-1, signal.SIGKILL)", NO),
     "signals by a pipe": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", NO),
     "types at a terminal": ("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')", NO),
-    "locks a file": ("import fcntl, os\nfcntl.flock(os.open('/', os.O_RDONLY), fcntl.LOCK_EX)", NO),
+    "locks a file": ("import fcntl, os\nfcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX)", NO),
     "slows others": ("import os\nos.setpriority(os.PRIO_USER, 0, 19)", NO),
     "moves its parent": ("import os\nos.sched_setaffinity(os.getppid(), {0})", NO),
     "shares memory": (f"{LIBC}libc.shmat(0, 0, 0)\n{RAISE}", NO),
@@ -162,6 +165,16 @@ def test_nothing_is_written_anywhere(tmp_path, change):
     after = path.stat()
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "as it was"
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+@pytest.mark.skipif(ctypes.CDLL(None).syscall(444, None, 0, 1) < 1, reason="a kernel without Landlock")
+@pytest.mark.parametrize(
+    "read", ["open({path!r})", "__import__('os').listdir({folder!r})", "open('/proc/self/environ')"]
+)
+def test_nothing_of_the_user_is_read(tmp_path, read):
+    (tmp_path / "secret").write_text("of mine")
+    verdict = run_code(read.format(path=str(tmp_path / "secret"), folder=str(tmp_path)), SHORT)
+    assert not verdict.passed and "PermissionError: [Errno 13]" in verdict.reason, verdict
 
 
 def test_no_network_of_this_machine_is_reached():
