@@ -1,9 +1,12 @@
 """Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
 
 import ctypes
+import errno
 import json
+import os
 import platform
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from eval import confine
 from eval.answers import last_number, score_completion, score_number, score_program
 from eval.data_sets import TASKS
 from eval.sandbox import Limits, run_code
@@ -20,7 +24,7 @@ SHORT = Limits(cpu_seconds=1, wall_seconds=4, memory_bytes=1 << 29)
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
     "the standard library": "import bisect, decimal, functools, hashlib, heapq, itertools, json, math, re, typing",
-    "more of it": "import asyncio, ctypes.util, datetime, inspect, multiprocessing, statistics, time, unittest, zoneinfo\n"
+    "more of it": "import asyncio, datetime, inspect, multiprocessing, statistics, time, unittest, zoneinfo\n"
     "assert time.localtime()",
     "much output": "print('x' * 10**7)",
     "reading Python": "import os\nassert 'posix' in open(os.__file__).read()\nassert open('/dev/null').read() == ''",
@@ -268,3 +272,61 @@ def test_a_machine_that_cannot_confine_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="Linux only"):
         run_code("pass", SHORT)
+
+
+ALLOWED, REFUSED, MISSING, KILLED = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x80000000
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def verdict_of(program, audit, number, *arguments):
+    """What the filter says of a system call: classic BPF, carried out instruction by instruction."""
+    data = struct.pack("=IIQ6Q", number, audit, 0, *(*arguments, *(0,) * (6 - len(arguments))))
+    code, place = list(struct.iter_unpack("=HBBI", program)), 0
+    while True:
+        kind, if_true, if_false, value = code[place]
+        place += 1
+        if kind == 0x20:
+            (loaded,) = struct.unpack_from("=I", data, value)
+        elif kind == 0x06:
+            return value
+        else:
+            holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: bool(loaded & value)}[kind]
+            place += if_true if holds else if_false
+
+
+CALLS = {
+    "read": ((0, 63), (), ALLOWED),
+    "mmap": ((9, 222), (), ALLOWED),
+    "openat to read": ((257, 56), (0, 0, os.O_RDONLY | os.O_CLOEXEC), ALLOWED),
+    "openat to write": ((257, 56), (0, 0, os.O_WRONLY), REFUSED),
+    "openat to read and write": ((257, 56), (0, 0, os.O_RDWR), REFUSED),
+    "openat to make": ((257, 56), (0, 0, os.O_CREAT), REFUSED),
+    "socket": ((41, 198), (2, 1), REFUSED),
+    "clone of a process": ((56, 220), (17,), REFUSED),
+    "clone of a thread": ((56, 220), (0x10F00,), REFUSED),
+    "clone3": ((435, 435), (), MISSING),
+    "io_uring_setup": ((425, 425), (), MISSING),
+    "a call of the future": ((999, 999), (), MISSING),
+    "fcntl F_DUPFD_CLOEXEC": ((72, 25), (3, 1030), ALLOWED),
+    "fcntl F_SETOWN": ((72, 25), (3, 8), REFUSED),
+    "fcntl F_SETSIG": ((72, 25), (3, 10), REFUSED),
+    "ioctl TCGETS": ((16, 29), (0, 0x5401), ALLOWED),
+    "ioctl TIOCSTI": ((16, 29), (0, 0x5412), REFUSED),
+    "unlinkat": ((263, 35), (), REFUSED),
+    "kill": ((62, 129), (), REFUSED),
+}
+
+
+@pytest.mark.parametrize("machine", AUDIT)
+def test_the_filter_of_each_machine(machine):
+    """Also of the one that this is not."""
+    program = confine._filter(machine)
+    for name, (numbers, arguments, wanted) in CALLS.items():
+        number = numbers[list(AUDIT).index(machine)]
+        assert verdict_of(program, AUDIT[machine], number, *arguments) == wanted, name
+        assert verdict_of(program, 0x40000003, number, *arguments) == KILLED, name  # as of i386, on the same machine
+    for name, row in confine._REFUSED.items():
+        assert verdict_of(program, AUDIT[machine], row[list(AUDIT).index(machine)]) == REFUSED, name
+    if machine == "x86_64":
+        assert verdict_of(program, AUDIT[machine], 2, 0, os.O_WRONLY) == REFUSED
+        assert verdict_of(program, AUDIT[machine], 0x40000000 | 1) == REFUSED  # the x32 interface
