@@ -67,7 +67,7 @@ def run_code(program: str, limits: Limits = Limits()) -> Verdict:
         try:
             process.communicate(program.encode("utf-8", "replace"), timeout=limits.wall_seconds)
         except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out = process.poll() is None  # not if only this process was held up
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
