@@ -1,5 +1,6 @@
 """Data sets of the tasks: from the Hub, a local folder, or our own beside the task. Missing ones are named first."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,21 @@ def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
         raise UserError(
             f"{title} needs the data set {name}: put it into {data_dir / name} ({how_to_get(name)}){others}"
         )
+
+
+def local_copy(name: str, data_dir: Path) -> dict[str, Any]:
+    """What a task's configuration needs to take a data set from a folder.
+
+    `datasets` keeps what it has read under the folder's name, and takes that for any folder of the name. Here each has
+    a cache of its own, for its files as they are now.
+    """
+    import datasets
+
+    folder = (data_dir / name).resolve()
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*.*"))
+    digest = hashlib.sha256(json.dumps([str(folder), files]).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"moonlight-{digest}"
+    return {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
 
 
 def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) -> UserError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.data_sets import TASKS, check_local, hub_names, unreachable
+from eval.data_sets import TASKS, check_local, hub_names, local_copy, unreachable
 from eval.folder import load_tokenizer, read_config, unusable
 from eval.suites import OWN, Benchmark
 from moonlight.errors import UserError
@@ -72,7 +72,7 @@ def load_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None) -> dict[s
     for benchmark in benchmarks:
         names = wanted[benchmark.title]
         assert len(names) <= 1, names
-        changes = {"dataset_path": str(data_dir.resolve() / names[0])} if names and data_dir is not None else {}
+        changes = local_copy(names[0], data_dir) if names and data_dir is not None else {}
         try:
             # The factory hands changes on to every task of a group; in 0.4.13 nothing public does.
             entry = manager.task_index[benchmark.task]

@@ -3,6 +3,7 @@
 In the model's place stands one that knows the answer, or gives that of another question: all points, or none.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -76,6 +77,13 @@ class Knowing(LM):
         raise AssertionError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """All eleven data sets."""
@@ -83,9 +91,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     for benchmark in PAPER:
         write_set(folder, benchmark.name, list(leaves(index, benchmark.task)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield folder
+    return folder
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -145,6 +151,19 @@ def test_drawn_examples_are_the_same_every_time(data_dir):
         )
         prompts.append(model.prompts)
     assert prompts[0] == prompts[1]
+
+
+def test_a_folder_is_read_as_it_is_now(tmp_path):
+    """`datasets` alone would give the first folder's rows for another of its name, and for changed files."""
+    (benchmark,) = choose("paper", ["cmath"])
+    configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
+    for place in ("one", "other"):
+        write_set(tmp_path / place, "cmath", configs)
+        file = tmp_path / place / "weitianwen" / "cmath" / "default" / "test.jsonl"
+        for word in ("梨", "苹果"):
+            file.write_text(json.dumps({"question": f"{place}{word}", "golden": "3"}) + "\n")
+            (task,) = load_tasks([benchmark], tmp_path / place)["cmath"]["tasks"].values()
+            assert task.eval_docs[0]["question"] == f"{place}{word}"
 
 
 def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir, tmp_path):
