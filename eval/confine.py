@@ -2,9 +2,11 @@
 
     python -I -S -B confine.py LIMITS RESULT_FD TOKEN_FD < PROGRAM
 
-What holds, whatever the program does: limits of the kernel on CPU time, address space and size of files; no
-capabilities even for root; and a seccomp filter that refuses sockets, new processes, other programs, signals, new
-limits, and any change to files. A refused call fails with EPERM as an ordinary OSError. Linux on x86-64 or aarch64.
+What holds, whatever the program does: limits of the kernel on CPU time, address space, open files and size of files; no
+capabilities even for root; and a seccomp filter that refuses sockets, new processes and threads, other programs,
+signals, memory shared with others, new limits and priorities, and any change to files. A refused call fails with EPERM
+as an ordinary OSError. Where the kernel has Landlock, nothing can be read but Python and the system's libraries;
+elsewhere what the user may read, with no way out for it. Linux on x86-64 or aarch64.
 
 TOKEN_FD is read after the program has run to its end and its content goes to RESULT_FD, so a program that ends itself
 early has not passed.
@@ -21,24 +23,26 @@ import struct
 import sys
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
-_CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_THREAD = 0x1000_0000, 0x4000_0000, 0x0001_0000
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_OPEN_FILES = 64
 
 # Numbers of system calls: {name: (x86-64, aarch64)}, None where the architecture has none.
-_REFUSED: dict[str, tuple[int | None, int]] = {
+_REFUSED: dict[str, tuple[int, int]] = {
     # network
     "socket": (41, 198),
     "socketpair": (53, 199),
-    "io_uring_setup": (425, 425),
-    # processes and programs
+    # processes, threads and programs
+    "clone": (56, 220),
     "execve": (59, 221),
     "execveat": (322, 281),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438),
+    "setpgid": (109, 154),
+    "setsid": (112, 157),
     "setns": (308, 268),
     "unshare": (272, 97),
     "chroot": (161, 51),
@@ -57,17 +61,37 @@ _REFUSED: dict[str, tuple[int | None, int]] = {
     "tgkill": (234, 131),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    # limits
+    # limits, and what other processes of the user get of the machine
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),
-    # memory that no limit of address space counts
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    # memory that no limit of address space counts, or that is another process's too
     "memfd_create": (319, 279),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     # files and what is known of them
+    "open_by_handle_at": (304, 265),
+    "flock": (73, 32),
     "truncate": (76, 45),
     "ftruncate": (77, 46),
     "renameat": (264, 38),
@@ -79,7 +103,6 @@ _REFUSED: dict[str, tuple[int | None, int]] = {
     "symlinkat": (266, 36),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
-    "fchmodat2": (452, 452),
     "fchown": (93, 55),
     "fchownat": (260, 54),
     "utimensat": (280, 88),
@@ -108,8 +131,32 @@ _REFUSED_X86 = {
     "utimes": 235,
     "futimesat": 261,
 }
-_MISSING = {"clone3": 435, "openat2": 437}
-"""Their arguments lie in memory that a filter cannot read. ENOSYS lets callers use the older call."""
+_MISSING_FROM = 424
+"""Calls since Linux 5.1, such as io_uring, clone3 and openat2, have the same numbers everywhere. A filter cannot read
+the arguments of many; and what comes next is not known. ENOSYS lets callers use the older calls."""
+
+_ONLY: dict[tuple[int, int], tuple[int, ...]] = {
+    # fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. With others it sends signals, and locks.
+    (72, 25): (0, 1, 2, 3, 4, 1030),
+    # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others are for devices, owners and attributes.
+    (16, 29): (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+}
+"""Calls that do many things by their second argument: those that are allowed."""
+
+_READABLE = (
+    sys.base_prefix,
+    *sys.path,
+    ".",
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/nix/store",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_READ_FILE, _READ_FOLDER, _ANYTHING = 1 << 2, 1 << 3, (1 << 13) - 1
+"""Of Landlock's first version; it has the same numbers of calls everywhere."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
 """Column in the table above, and the kernel's name of the architecture."""
@@ -140,20 +187,18 @@ def _filter(machine: str) -> bytes:
     if machine == "x86_64":
         code.append((0x35, 0, 1, 0x4000_0000))  # calls of the x32 interface have other numbers
         end(refuse)
-    numbers = [row[column] for row in _REFUSED.values()] + (list(_REFUSED_X86.values()) if column == 0 else [])
-    for number in numbers:
-        assert number is not None
+    code.append((0x35, 0, 1, _MISSING_FROM))
+    end(missing)
+    for number in (*(row[column] for row in _REFUSED.values()), *(_REFUSED_X86.values() if column == 0 else ())):
         if_equal(number)
         end(refuse)
-    for number in _MISSING.values():
-        if_equal(number)
-        end(missing)
-    # Threads may begin, processes may not.
-    code.append((0x15, 0, 4, (56, 220)[column]))
-    load(argument(0))
-    code.append((0x45, 1, 0, _CLONE_THREAD))
-    end(refuse)
-    end(_ALLOW)
+    for numbers, allowed in _ONLY.items():
+        code.append((0x15, 0, 1 + 2 * len(allowed) + 1, numbers[column]))
+        load(argument(1))
+        for value in allowed:
+            if_equal(value)
+            end(_ALLOW)
+        end(refuse)
     # Files may be opened for reading.
     opens = [((257, 56)[column], 2)] + ([(2, 1)] if column == 0 else [])
     for number, flags in opens:
@@ -164,6 +209,24 @@ def _filter(machine: str) -> bytes:
         end(_ALLOW)
     end(_ALLOW)
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def _read_little(libc: ctypes.CDLL) -> None:
+    """Let no file be read but those of `_READABLE` and `_DEVICES`, where the kernel has Landlock (since Linux 5.13)."""
+    handled = struct.pack("=Q", _ANYTHING)
+    rules = libc.syscall(444, handled, len(handled), 0)
+    if rules < 0:
+        return
+    for path in _READABLE + _DEVICES:
+        with contextlib.suppress(FileNotFoundError):
+            place = os.open(path, os.O_PATH)
+            access = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
+            if libc.syscall(445, rules, 1, struct.pack("=Qi", access, place), 0):
+                raise OSError(ctypes.get_errno(), "landlock_add_rule")
+            os.close(place)
+    if libc.syscall(446, rules, 0):
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(rules)
 
 
 def confine(limits: dict[str, int]) -> None:
@@ -186,8 +249,9 @@ def confine(limits: dict[str, int]) -> None:
     seconds = limits["cpu_seconds"]
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"],) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+    for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_SIGPENDING):
+        resource.setrlimit(nothing, (0, 0))
     # A second wall where the kernel allows it: a network of its own without any device.
     with contextlib.suppress(OSError):
         if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
@@ -196,6 +260,7 @@ def confine(limits: dict[str, int]) -> None:
     if libc.capset(header, empty):
         raise OSError(ctypes.get_errno(), "capset")
     call(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _read_little(libc)
     buffer = ctypes.create_string_buffer(program, len(program))
     described = struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
     call(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described, 0, 0)

@@ -1,5 +1,6 @@
 """Data sets of the tasks: from the Hub, a local folder, or our own beside the task. Missing ones are named first."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,9 +57,29 @@ def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
         )
 
 
+def local_copy(name: str, data_dir: Path) -> dict[str, Any]:
+    """What a task's configuration needs to take a data set from a folder.
+
+    `datasets` keeps what it has read under the folder's name, and takes that for any folder of the name. Here each has
+    a cache of its own, for its files as they are now.
+    """
+    import datasets
+
+    folder = (data_dir / name).resolve()
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*.*"))
+    digest = hashlib.sha256(json.dumps([str(folder), files]).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"moonlight-{digest}"
+    return {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
+
+
 def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) -> UserError:
-    """What is said of a data set that could not be loaded."""
+    """What is said of a data set that could not be loaded, or lacks what the benchmark needs."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if "scripts are no longer supported" in reason:
+        return UserError(
+            f"{title}: the data set {name} is a script ({reason}), which is never run: put its files into "
+            f"{data_dir / name if data_dir else f'DIR/{name} and give --data-dir DIR'}, as docs/evaluation.md shows"
+        )
     if data_dir is not None:
         return UserError(f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name)}")
     return UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import harness, heldout, items, results
+from eval.folder import context_of, read_config
 from eval.results import Model
 from eval.suites import HELD_OUT, SUITES, Benchmark, choose
 from moonlight.errors import UserError
@@ -58,6 +59,8 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
     _check(options)
     models = _models(folders)
     out = out or models[0].folder.resolve().parent / "evaluation" / options.suite
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}: a file stands there, choose another folder")
     if options.suite == HELD_OUT:
         found = _held_out(models, options, out)
         table = results.held_out_table(models, found)
@@ -95,17 +98,21 @@ def _check(options: Options) -> None:
             raise UserError("--suite heldout needs --data: a folder of `moonlight data prepare`")
         if options.backend != "transformers":
             raise UserError(f"--backend is {options.backend!r}: the suite {HELD_OUT} runs by transformers")
+        if options.limit is not None:
+            raise UserError(f"--limit is {options.limit}: the suite {HELD_OUT} reads all of its text")
     elif options.data:
         raise UserError(f"--data is for --suite {HELD_OUT}: the suite {options.suite} has data sets of its own")
+    elif options.sequence_length is not None:
+        raise UserError(f"--sequence-length is for --suite {HELD_OUT}: the suite {options.suite} has items of its own")
 
 
 def _models(folders: Sequence[Path]) -> list[Model]:
     """The folders with labels that tell them apart, after a look at what must be in them."""
     models: list[Model] = []
     for folder in folders:
-        for name in ("config.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} is no Hugging Face folder with a tokenizer: it has no {name}")
+        read_config(folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            raise UserError(f"{folder} is no Hugging Face folder with a tokenizer: it has no tokenizer_config.json")
         place = folder.resolve()
         if place in {model.folder.resolve() for model in models}:
             raise UserError(f"{folder} is given twice: give each folder once")
@@ -142,7 +149,7 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
     open_ones = [b for b in benchmarks if any(b.name not in found[model.label] for model in models)]
     loaded = harness.load_tasks(open_ones, options.data_dir) if open_ones else {}
     for model in models:
-        context = harness.context_of(model.folder)
+        context = context_of(model.folder)
         for benchmark in open_ones:
             longest = harness.longest_answer(loaded[benchmark.name])
             if context is not None and longest >= context:
@@ -150,7 +157,6 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
                     f"{model.label} has a context of {context} tokens, {benchmark.title} lets it generate {longest}: "
                     "leave it out with --tasks"
                 )
-    make_folder(out)
     for model in models:
         todo = [benchmark for benchmark in benchmarks if benchmark.name not in found[model.label]]
         if not todo:
@@ -194,7 +200,7 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
         raise UserError("--data has two folders of the same name: rename one of them")
     plans, lengths = {}, {}
     for model in models:
-        context = harness.context_of(model.folder)
+        context = context_of(model.folder)
         length = options.sequence_length
         if length is None:
             length = _of_training(model.folder, "sequence_length") or context

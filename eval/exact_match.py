@@ -1,11 +1,14 @@
 """Answers of an exported chat model, greedily by plain transformers, beside the ones wanted."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moonlight.errors import UserError
+from rich.progress import track
+
+from eval.folder import load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,12 @@ def answers(
         batch: conversations at once, the longest together; shorter prompts are padded on the left.
 
     Raises:
-        UserError: `folder` is no Hugging Face folder.
+        UserError: `folder` is no Hugging Face folder that can be used.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json; make one with `moonlight export`")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     # So that markers become control ids and the same words inside a message stay letters.
-    tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer, model = load_tokenizer(folder, split_special_tokens=False), load_model(folder)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -58,7 +55,8 @@ def answers(
     ]
     by_length = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     found: dict[int, Answer] = {}
-    for start in range(0, len(by_length), batch):
+    starts = range(0, len(by_length), batch)
+    for start in track(starts, f"{folder}: answers", disable=not sys.stderr.isatty()):
         numbers = by_length[start : start + batch]
         longest = len(prompts[numbers[0]])
         ids = torch.tensor([[pad] * (longest - len(prompts[number])) + prompts[number] for number in numbers])

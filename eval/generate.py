@@ -1,7 +1,9 @@
 """A completion from an exported folder, by plain transformers."""
 
+import sys
 from pathlib import Path
 
+from eval.folder import context_of, load_model, load_tokenizer
 from moonlight.errors import UserError
 
 MAX_TEMPERATURE = 10.0
@@ -17,29 +19,17 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, *, temperature: flo
     Raises:
         UserError: `folder` is no Hugging Face folder, or the prompt leaves no room in the model's context.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no Hugging Face folder: it has no config.json; make one with `moonlight export`")
     if not 0 <= temperature <= MAX_TEMPERATURE:
         raise UserError(f"temperature is {temperature}: it must be from 0 to {MAX_TEMPERATURE}")
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        most = AutoConfig.from_pretrained(folder, trust_remote_code=False).max_position_embeddings - 1
-    except Exception as error:  # transformers raises many kinds for a folder that it cannot read
-        raise _unusable(folder, error) from error
+    tokenizer = load_tokenizer(folder)
+    most = (context_of(folder) or sys.maxsize) - 1
     # Training documents begin after an end-of-text id, so that is how a prompt begins.
     ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     if len(ids) > most:
         raise UserError(f"the prompt has {len(ids)} tokens: at most {most} leave room for an answer")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    except Exception as error:
-        raise _unusable(folder, error) from error
+    model = load_model(folder)
     torch.manual_seed(seed)
     tokens = torch.tensor([ids])
     with torch.no_grad():
@@ -52,8 +42,3 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, *, temperature: flo
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.decode(output[0, 1:], skip_special_tokens=True)
-
-
-def _unusable(folder: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{folder} is no usable Hugging Face folder ({reason}): make one with `moonlight export`")

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.data_sets import TASKS, check_local, hub_names, unreachable
+from eval.data_sets import TASKS, check_local, hub_names, local_copy, unreachable
+from eval.folder import load_tokenizer, read_config, unusable
 from eval.suites import OWN, Benchmark
 from moonlight.errors import UserError
 
@@ -62,7 +62,7 @@ def load_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None) -> dict[s
     """The harness's tasks of each benchmark by its name, with their data, shots and seed.
 
     Raises:
-        UserError: a data set is missing; which one, and where to put it.
+        UserError: a data set is missing, or lacks what its benchmark asks; which one, and where to put it.
     """
     manager = task_manager(benchmarks)
     wanted = {benchmark.title: hub_names(manager.task_index, benchmark.task) for benchmark in benchmarks}
@@ -72,20 +72,23 @@ def load_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None) -> dict[s
     for benchmark in benchmarks:
         names = wanted[benchmark.title]
         assert len(names) <= 1, names
-        changes = {"dataset_path": str(data_dir.resolve() / names[0])} if names and data_dir is not None else {}
+        changes = local_copy(names[0], data_dir) if names and data_dir is not None else {}
         try:
             # The factory hands changes on to every task of a group; in 0.4.13 nothing public does.
             entry = manager.task_index[benchmark.task]
             tasks = manager.load([manager._factory.build(entry, overrides=changes, registry=manager.task_index)])
+            for task in tasks["tasks"].values():
+                task.set_config("num_fewshot", benchmark.shots)
+                task.set_fewshot_seed(FEW_SHOT_SEED)
+                # A column or examples that are missing show here, before a model is loaded.
+                task.fewshot_context(task.eval_docs[0], benchmark.shots)
+                task.set_fewshot_seed(FEW_SHOT_SEED)  # the examples drawn are again those of this seed
         except UserError:
             raise
         except Exception as error:  # datasets, huggingface_hub and the network raise many kinds
             if not names or isinstance(error, ImportError):
                 raise
             raise unreachable(benchmark.title, names[0], error, data_dir) from error
-        for task in tasks["tasks"].values():
-            task.set_config("num_fewshot", benchmark.shots)
-            task.set_fewshot_seed(FEW_SHOT_SEED)
         loaded[benchmark.name] = tasks
     return loaded
 
@@ -134,13 +137,12 @@ def load_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"--backend {backend} needs the package {error.name}, which is not installed") from error
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} cannot be loaded by {backend} ({reason})") from error
+        raise unusable(folder, error, by=backend) from error
 
 
 def _fit_vllm(folder: Path) -> None:
     """Before vLLM is imported: its kernels for latent attention know one width, and others take the plain way."""
-    config = _config(folder)
+    config = read_config(folder)
     width = config.get("kv_lora_rank") and config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)
     if width and width != _VLLM_LATENT_WIDTH:
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
@@ -192,9 +194,7 @@ def _prefix_id(folder: Path) -> int | None:
     A tokenizer that never puts its [BOS] before a text belongs to a model that has not seen one there. Documents of
     such a model's training follow an end-of-text id.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer("a")["input_ids"]
     return None if tokenizer.bos_token_id in ids else tokenizer.eos_token_id
 
@@ -252,31 +252,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def context_of(folder: Path) -> int | None:
-    """Tokens of context that config.json states; None if it states none."""
-    value = _config(folder).get("max_position_embeddings")
-    return value if type(value) is int else None
-
-
 def resolved_dtype(folder: Path, dtype: str) -> str:
     """What `auto` means: the folder's own dtype on a GPU, float32 without one."""
     if dtype != "auto":
         return dtype
     import torch
 
-    config = _config(folder)
+    config = read_config(folder)
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return own if torch.cuda.is_available() else "float32"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it is not a JSON object")
-    return config
 
 
 def _import_quietly() -> None:

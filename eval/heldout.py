@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.progress import track
 
-from moonlight.data.manifest import check_tokenizer, load_manifest
+from eval.folder import load_model
+from moonlight.data.manifest import check_tokenizer, is_chat, load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 
@@ -29,9 +30,11 @@ def open_held_out(folder: Path) -> HeldOut:
     """Read the manifest of a folder of `moonlight data prepare`.
 
     Raises:
-        UserError: it is none, is damaged, or nothing was held out.
+        UserError: it is none, is damaged, holds conversations, or nothing was held out.
     """
     manifest = load_manifest(folder)
+    if is_chat(manifest):
+        raise UserError(f"data {folder} holds conversations: give a folder of text, made by `moonlight data prepare`")
     split = manifest["splits"].get("validation")
     if split is None:
         raise UserError(f"data {folder} has no held-out documents: prepare it with --validation-share above 0")
@@ -64,21 +67,13 @@ def bits_per_byte(
         `loss` in nats per token, and `bits_per_byte`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     from moonlight.data.loader import ValidationSamples, stack
     from moonlight.train.validate import bits_per_byte as in_bits
 
-    logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     samples = ValidationSamples(data.folder, sequence_length, check_same_tokenizer(data, model_folder))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{model_folder} cannot be loaded by transformers ({reason})") from error
-    model = model.to(device).eval()
+    model = load_model(model_folder, dtype).to(device)
     nats = tokens = 0.0
     starts = range(0, len(samples), batch_size)
     with torch.no_grad():

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.suites import COLUMNS, HELD_OUT, Benchmark
+from moonlight.files import write_figure
 
 CURVE_FILE = "curve.png"
+COLOURS = 10
+"""That matplotlib takes in turn: the eleventh line has the first again."""
 
 
 @dataclass(frozen=True)
@@ -85,35 +88,53 @@ def _notes(benchmarks: Sequence[Benchmark], results: Results) -> list[str]:
 
 
 def draw_curve(path: Path, suite: str, models: Sequence[Model], results: Results) -> bool:
-    """Scores over tokens as PNG, if at least two models say how many they have seen. Returns whether it was drawn."""
+    """Scores over tokens as PNG, if at least two models say how many they have seen. Returns whether it was drawn.
+
+    Bars are one standard error of the benchmark's items, where it is known.
+    """
     points = sorted((model for model in models if model.tokens is not None), key=lambda model: model.tokens or 0)
     if len({model.tokens for model in points}) < 2:
         return False
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
 
     entries = results[points[0].label]
     kinds = [kind for kind in ("percent", "bits per byte") if any(_kind(entry) == kind for entry in entries.values())]
-    figure, axes = plt.subplots(1, len(kinds), figsize=(6.4 * len(kinds), 4.2), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=(6.8 * len(kinds), 4.2), dpi=120, squeeze=False, layout="constrained"
+    )
     tokens = [model.tokens for model in points]
     for axis, kind in zip(axes[0], kinds, strict=True):
         scale = 100 if kind == "percent" else 1
-        for name, entry in entries.items():
-            if _kind(entry) == kind:
-                scores = [scale * results[model.label][name]["score"] for model in points]
-                axis.plot(tokens, scores, marker="o", markersize=4, label=entry["title"])
+        names = [name for name, entry in entries.items() if _kind(entry) == kind]
+        for number, name in enumerate(names):
+            found = [results[model.label][name] for model in points]
+            style = {"linestyle": "-" if number < COLOURS else "--", "color": f"C{number % COLOURS}"}
+            errors = [scale * (one.get("stderr") or 0) for one in found]
+            scores, label = [scale * one["score"] for one in found], entries[name]["title"]
+            axis.errorbar(tokens, scores, errors, **style, elinewidth=0.6, marker="o", markersize=4, label=label)
+        if kind == "percent":
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], -1))
         axis.set(xlabel="tokens seen", ylabel=kind)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _short(count)))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     title = "bits per byte of held-out text" if suite == HELD_OUT else f"{suite} suite"
     figure.suptitle(f"{title} over training")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_figure(path, figure)
     return True
+
+
+def _short(count: float) -> str:
+    """A number of tokens as people write it: 400K, 1.2M, 33B, 5.7T."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.4g}{letter}"
+    return f"{count:.4g}"
 
 
 def _kind(entry: Mapping[str, Any]) -> str:

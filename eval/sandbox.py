@@ -39,8 +39,8 @@ def run_code(program: str, limits: Limits = Limits()) -> Verdict:
     """Run a Python program: passed if it runs to its end without an exception.
 
     It gets an empty temporary folder, no environment, Python's standard library and nothing else; it can open no
-    socket, start no process and change no file. This stops accidents and mischief of a model's answers; it is no
-    judge of answers that look for the grader in order to cheat.
+    socket, start no process or thread, reach no other process and change no file. This stops accidents and mischief of
+    a model's answers; it is no judge of answers that look for the grader in order to cheat.
 
     Raises:
         UserError: this machine cannot confine it (no Linux, or a kernel without seccomp). Nothing was run.
@@ -67,7 +67,7 @@ def run_code(program: str, limits: Limits = Limits()) -> Verdict:
         try:
             process.communicate(program.encode("utf-8", "replace"), timeout=limits.wall_seconds)
         except subprocess.TimeoutExpired:
-            timed_out = True
+            timed_out = process.poll() is None  # not if only this process was held up
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 from moonlight.errors import UserError
-from moonlight.files import folder_lock, read_json, write_json, write_text
+from moonlight.files import folder_lock, read_json, write_figure, write_json, write_text
 from moonlight.scaling.grid import best_rate, on_edge, wanted_rates
-from moonlight.scaling.picture import COLORS, LABELS, mark_rates, new_figure, save
+from moonlight.scaling.picture import COLORS, LABELS, mark_rates, new_figure
 
 OPTIMIZERS = ("muon", "adamw")
 FACTOR = 2.0
@@ -188,7 +188,7 @@ def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) ->
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     figure.suptitle(f"{task.name}, seeds {', '.join(map(str, seeds))}")
-    save(figure, out)
+    write_figure(out, figure)
 
 
 def cores() -> int:

@@ -158,6 +158,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as PNG, replacing `path` in one step, and close it."""
+    from matplotlib import pyplot
+
+    part = path.with_name(f".{path.stem}.part.png")
+    try:
+        with naming(path):
+            figure.savefig(part)
+            part.replace(path)
+    finally:
+        pyplot.close(figure)
+        part.unlink(missing_ok=True)
+
+
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """The object in `path`, which has at least `keys`.
 

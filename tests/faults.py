@@ -1,5 +1,6 @@
 """Runs that something happens to: starting them, finding their processes, waiting for what they do."""
 
+import random
 import subprocess
 import sys
 import time
@@ -70,3 +71,11 @@ def reached(folder, step):
         return bool(entries) and entries[-1]["step"] >= step
 
     return has
+
+
+def kill_after(process, run_folder, steps):
+    """kill -9 of the command, at some moment after its run has written `steps` steps."""
+    wait_until(lambda: len(read_metrics(run_folder)) >= steps, process)
+    time.sleep(random.random() / 4)
+    process.kill()
+    process.communicate()

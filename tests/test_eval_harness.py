@@ -184,6 +184,26 @@ def test_other_architectures_take_the_same_path(family, tmp_path, tokenizer_fold
         assert len(items(found.out / family, name)) == count
 
 
+@pytest.mark.parametrize("family", ["llama", "unheard_of"])
+def test_code_of_a_folder_is_never_run(family, tmp_path, tokenizer_folder):
+    """A known architecture is transformers' own, whatever the folder brings along; another one is refused."""
+    folder, ran = write_dense(tmp_path / "llama", "llama", tokenizer_folder), tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    classes = {name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    for file, auto_map in (("config.json", classes), ("tokenizer_config.json", {"AutoTokenizer": ["code.T", None]})):
+        content = json.loads((folder / file).read_text()) | {"auto_map": auto_map}
+        if "model_type" in content:
+            content["model_type"] = family
+        (folder / file).write_text(json.dumps(content))
+    options = Options(suite="offline", tasks=("choice",), limit=2)
+    if family == "llama":
+        assert evaluate([folder], options, tmp_path / "out").table
+    else:
+        with pytest.raises(UserError, match="llama is no usable Hugging Face folder, transformers says: "):
+            evaluate([folder], options, tmp_path / "out")
+    assert not ran.exists()
+
+
 def test_a_benchmark_of_the_paper_from_a_local_folder(tmp_path, tokenizer_folder):
     """The harness's own task, with four examples, on a data set in a folder; beside the published scores."""
     folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder, max_position_embeddings=1024)

@@ -6,13 +6,16 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from chats import write_chats
 from evaluations import write_dense
 
 from checkpoints.card import missing_of_card
 from checkpoints.card_evaluation import fill_card, with_evaluation
+from checkpoints.export import export
 from checkpoints.release import check
 from eval.evaluate import Options, evaluate
 from moonlight.data.prepare import prepare
+from moonlight.data.prepare_chat import prepare_chat
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of
 from moonlight.train.metrics import read_metrics
@@ -60,6 +63,9 @@ def test_data_that_cannot_be_used(folder, tmp_path, small_corpus, tokenizer_fold
     refuses([*command, tmp_path / "other"], "prepared with the tokenizer of checksum", "give the same tokenizer")
     refuses([*command, tmp_path / "none"], "no held-out documents", "--validation-share")
     refuses([*command, tmp_path / "nowhere"], "nowhere", "moonlight data prepare")
+    chats = write_chats(tmp_path / "chats.jsonl")
+    prepare_chat([chats], tokenizer_folder, tmp_path / "chats", sequence_length=128, validation_share=0.2)
+    refuses([*command, tmp_path / "chats"], "chats holds conversations", "a folder of text")
     fitting = tmp_path / "fitting"
     prepare([small_corpus], tokenizer_folder, fitting, validation_share=0.1)
     refuses([*command, fitting, "--sequence-length", "65"], "--sequence-length is 65", "from 1 to the 64 of")
@@ -117,14 +123,24 @@ def test_a_table_that_the_run_brought_along_is_kept():
 
 
 def test_the_command_does_all_of_it(folder, tiny_run, tmp_path, monkeypatch, capfd):
+    """Two checkpoints of a run: a table, a curve, and both in the card of each; done once."""
     from moonlight.cli import main
 
-    command = ["eval", folder, "--suite", "heldout", "--data", tiny_run.data, "--card"]
+    earlier = tmp_path / "step-2"
+    export(tiny_run.folder, earlier, revision_step=2)
+    command = ["eval", folder, earlier, "--suite", "heldout", "--data", tiny_run.data, "--card"]
     monkeypatch.setattr("sys.argv", ["moonlight", *map(str, command)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    out = capfd.readouterr().out
-    assert "| held-out text |" in out and "README.md: the table was put in" in out
-    assert "| held-out text |" in (folder / "README.md").read_text()
-    assert (tmp_path / "runs" / "evaluation" / "heldout" / "results.json").is_file()
+    for again in (False, True):
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        out = capfd.readouterr().out
+        assert "| held-out text | bytes | runs | step-2 |" in out and out.count("README.md: the table was put in") == 2
+        assert out.count("evaluated already") == (2 if again else 0)
+    place = tmp_path / "runs" / "evaluation" / "heldout"
+    assert (place / "results.json").is_file()
+    for one in (folder, earlier):
+        card = (one / "README.md").read_text()
+        assert card.count("| held-out text | bytes | runs | step-2 |") == 1 and "(evaluation-heldout.png)" in card
+        assert (one / "evaluation-heldout.png").read_bytes() == (place / "curve.png").read_bytes()
+        check_sums(one)

@@ -1,7 +1,12 @@
 """Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
 
+import ctypes
+import errno
 import json
+import os
+import platform
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -9,19 +14,27 @@ from pathlib import Path
 import psutil
 import pytest
 
+from eval import confine
 from eval.answers import last_number, score_completion, score_number, score_program
 from eval.data_sets import TASKS
 from eval.sandbox import Limits, run_code
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=4)
+SHORT = Limits(cpu_seconds=1, wall_seconds=20, memory_bytes=1 << 29)
+"""A second of CPU time may take many on a busy machine."""
+WAITING = Limits(cpu_seconds=1, wall_seconds=2, memory_bytes=1 << 29)
+"""For programs that use hardly any."""
 
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
     "the standard library": "import bisect, decimal, functools, hashlib, heapq, itertools, json, math, re, typing",
-    "a thread": "import threading\nseen = []\nthread = threading.Thread(target=seen.append, args=(1,))\n"
-    "thread.start()\nthread.join()\nassert seen == [1]",
+    "more of it": "import asyncio, datetime, inspect, multiprocessing, statistics, time, unittest, zoneinfo\n"
+    "assert time.localtime()",
     "much output": "print('x' * 10**7)",
-    "reading": "open('/proc/self/stat').read()",
+    "reading Python": "import os\nassert 'posix' in open(os.__file__).read()\nassert open('/dev/null').read() == ''",
+    "clocks and chance": "import random, time\ntime.sleep(0.01)\nassert random.SystemRandom().random() < time.time()",
+    "an alarm of its own": "import signal\nrang = []\nsignal.signal(signal.SIGALRM, lambda *_: rang.append(1))\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()\nassert rang",
+    "a text as a file": "import io\nassert sum(1 for line in io.StringIO('a\\nb')) == 2",
 }
 
 WRONG = {
@@ -35,9 +48,12 @@ WRONG = {
 }
 
 NO = "PermissionError: [Errno 1]"
+LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+RAISE = "raise OSError(ctypes.get_errno(), 'refused')"
+CLONE = {"x86_64": 56, "aarch64": 220}[platform.machine()]
 HOSTILE = {
     "loops": ("while True:\n    pass", "CPU limit of 1 s"),
-    "sleeps": ("import time\ntime.sleep(60)", "wall limit of 4 s"),
+    "sleeps": ("import time\ntime.sleep(60)", "wall limit of 2 s"),
     "allocates at once": ("x = bytearray(1 << 34)", "MemoryError"),
     "allocates": ("x = []\nwhile True:\n    x.append(bytearray(1 << 26))", "MemoryError"),
     "forks": ("import os\nos.fork()", NO),
@@ -46,20 +62,47 @@ HOSTILE = {
         "CPU limit",
     ),
     "forks below Python": (
-        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "found = [libc.fork(), libc.vfork(), libc.clone(0, 0, 17, 0)]\nraise OSError(found)",
+        f"{LIBC}found = [libc.fork(), libc.vfork(), libc.clone(0, 0, 17, 0)]\nraise OSError(found)",
         "OSError: [-1, -1, -1]",
     ),
     "starts a program": ("import subprocess\nsubprocess.run(['true'])", NO),
     "becomes a program": ("import os\nos.execv('/bin/true', ['true'])", NO),
-    "many threads": (
-        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()",
-        "RuntimeError",
+    "starts a thread": (
+        "import threading\nthreading.Thread(target=print).start()",
+        "RuntimeError: can't start new thread",
     ),
+    "starts a small thread below Python": (
+        f"{LIBC}flags = 0x10f00\nlibc.syscall({CLONE}, flags, 0, 0, 0, 0)\n{RAISE}",
+        NO,
+    ),
+    "opens many files": ("import os\nkept = []\nwhile True:\n    kept += os.pipe()", "[Errno 24]"),
+    "prints for ever": ("while True:\n    print('x' * 65536, flush=True)", "CPU limit"),
+    "ignores what would end it": (
+        "import signal, time\nfor number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_IGN)\ntime.sleep(60)",
+        "wall limit",
+    ),
+    "ignores the CPU limit": (
+        "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass",
+        "CPU limit",
+    ),
+    "fails for ever": (
+        "class Endless(Exception):\n    def __str__(self):\n        while True:\n            pass\nraise Endless",
+        "CPU limit",
+    ),
+    "fails at length": ("raise ValueError('x' * 10**7)", "ValueError: xxx"),
     "opens a socket": ("import socket\nsocket.socket()", NO),
     "opens a pair": ("import socket\nsocket.socketpair()", NO),
     "kills its parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", NO),
     "kills all": ("import os, signal\nos.kill(-1, signal.SIGKILL)", NO),
+    "signals by a pipe": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", NO),
+    "types at a terminal": ("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')", NO),
+    "locks a file": ("import fcntl, os\nfcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX)", NO),
+    "slows others": ("import os\nos.setpriority(os.PRIO_USER, 0, 19)", NO),
+    "moves its parent": ("import os\nos.sched_setaffinity(os.getppid(), {0})", NO),
+    "shares memory": (f"{LIBC}libc.shmat(0, 0, 0)\n{RAISE}", NO),
+    "removes shared memory": (f"{LIBC}libc.shmctl(0, 0, 0)\n{RAISE}", NO),
+    "uses a newer call": (f"{LIBC}libc.syscall(425, 1, ctypes.create_string_buffer(120))\n{RAISE}", "[Errno 38]"),
     "raises its limits": (
         "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY,) * 2)",
         "not allowed to raise",
@@ -97,10 +140,10 @@ def test_wrong_programs_fail(program, reason):
 
 @pytest.mark.parametrize("program, reason", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_programs_meet_a_limit(program, reason):
-    before = time.monotonic()
-    verdict = run_code(program, SHORT)
+    limits, before = WAITING if "wall" in reason else SHORT, time.monotonic()
+    verdict = run_code(program, limits)
     assert not verdict.passed and reason in verdict.reason, verdict
-    assert time.monotonic() - before < SHORT.wall_seconds + 5
+    assert time.monotonic() - before < limits.wall_seconds + 5
 
 
 @pytest.mark.parametrize(
@@ -131,6 +174,16 @@ def test_nothing_is_written_anywhere(tmp_path, change):
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
 
 
+@pytest.mark.skipif(ctypes.CDLL(None).syscall(444, None, 0, 1) < 1, reason="a kernel without Landlock")
+@pytest.mark.parametrize(
+    "read", ["open({path!r})", "__import__('os').listdir({folder!r})", "open('/proc/self/environ')"]
+)
+def test_nothing_of_the_user_is_read(tmp_path, read):
+    (tmp_path / "secret").write_text("of mine")
+    verdict = run_code(read.format(path=str(tmp_path / "secret"), folder=str(tmp_path)), SHORT)
+    assert not verdict.passed and "PermissionError: [Errno 13]" in verdict.reason, verdict
+
+
 def test_no_network_of_this_machine_is_reached():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(1)
@@ -149,8 +202,8 @@ def test_no_environment_and_an_empty_folder(monkeypatch):
 
 
 def test_nothing_is_left_running():
-    """A program that hangs is gone, with its threads, when the verdict is there."""
-    run_code("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()\n", SHORT)
+    """A program that hangs is gone when the verdict is there."""
+    run_code("import time\ntime.sleep(60)\n", WAITING)
     assert not [child.cmdline() for child in psutil.Process().children() if "confine.py" in str(child.cmdline())]
 
 
@@ -160,6 +213,21 @@ def test_the_solutions_of_the_offline_suite_pass():
     for row in rows:
         assert score_completion(row, [row["solution"]]) == {"pass@1": 1}, row
         assert score_completion(row, ["    return None\n"]) == {"pass@1": 0}, row
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "return [bytearray(1 << 26) for _ in range(1 << 20)]",
+        "import os; os.fork(); return a + b",
+        "import socket; socket.socket(); return a + b",
+    ],
+)
+def test_hostile_answers_are_scored_as_failures(body):
+    """The sum would be right, were it not for what stands before it."""
+    row = json.loads((TASKS / "offline_code.jsonl").read_text().splitlines()[0])
+    assert score_completion(row, [f"    {body}\n"]) == {"pass@1": 0}
 
 
 def test_programs_are_scored_as_mbpp_asks():
@@ -207,3 +275,61 @@ def test_a_machine_that_cannot_confine_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="Linux only"):
         run_code("pass", SHORT)
+
+
+ALLOWED, REFUSED, MISSING, KILLED = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x80000000
+AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def verdict_of(program, audit, number, *arguments):
+    """What the filter says of a system call: classic BPF, carried out instruction by instruction."""
+    data = struct.pack("=IIQ6Q", number, audit, 0, *(*arguments, *(0,) * (6 - len(arguments))))
+    code, place = list(struct.iter_unpack("=HBBI", program)), 0
+    while True:
+        kind, if_true, if_false, value = code[place]
+        place += 1
+        if kind == 0x20:
+            (loaded,) = struct.unpack_from("=I", data, value)
+        elif kind == 0x06:
+            return value
+        else:
+            holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: bool(loaded & value)}[kind]
+            place += if_true if holds else if_false
+
+
+CALLS = {
+    "read": ((0, 63), (), ALLOWED),
+    "mmap": ((9, 222), (), ALLOWED),
+    "openat to read": ((257, 56), (0, 0, os.O_RDONLY | os.O_CLOEXEC), ALLOWED),
+    "openat to write": ((257, 56), (0, 0, os.O_WRONLY), REFUSED),
+    "openat to read and write": ((257, 56), (0, 0, os.O_RDWR), REFUSED),
+    "openat to make": ((257, 56), (0, 0, os.O_CREAT), REFUSED),
+    "socket": ((41, 198), (2, 1), REFUSED),
+    "clone of a process": ((56, 220), (17,), REFUSED),
+    "clone of a thread": ((56, 220), (0x10F00,), REFUSED),
+    "clone3": ((435, 435), (), MISSING),
+    "io_uring_setup": ((425, 425), (), MISSING),
+    "a call of the future": ((999, 999), (), MISSING),
+    "fcntl F_DUPFD_CLOEXEC": ((72, 25), (3, 1030), ALLOWED),
+    "fcntl F_SETOWN": ((72, 25), (3, 8), REFUSED),
+    "fcntl F_SETSIG": ((72, 25), (3, 10), REFUSED),
+    "ioctl TCGETS": ((16, 29), (0, 0x5401), ALLOWED),
+    "ioctl TIOCSTI": ((16, 29), (0, 0x5412), REFUSED),
+    "unlinkat": ((263, 35), (), REFUSED),
+    "kill": ((62, 129), (), REFUSED),
+}
+
+
+@pytest.mark.parametrize("machine", AUDIT)
+def test_the_filter_of_each_machine(machine):
+    """Also of the one that this is not."""
+    program = confine._filter(machine)
+    for name, (numbers, arguments, wanted) in CALLS.items():
+        number = numbers[list(AUDIT).index(machine)]
+        assert verdict_of(program, AUDIT[machine], number, *arguments) == wanted, name
+        assert verdict_of(program, 0x40000003, number, *arguments) == KILLED, name  # as of i386, on the same machine
+    for name, row in confine._REFUSED.items():
+        assert verdict_of(program, AUDIT[machine], row[list(AUDIT).index(machine)]) == REFUSED, name
+    if machine == "x86_64":
+        assert verdict_of(program, AUDIT[machine], 2, 0, os.O_WRONLY) == REFUSED
+        assert verdict_of(program, AUDIT[machine], 0x40000000 | 1) == REFUSED  # the x32 interface

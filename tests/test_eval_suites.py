@@ -102,6 +102,8 @@ BAD_WORDS = {
     "no data folder": (["--data-dir", "nowhere"], "--data-dir is nowhere: no such folder"),
     "held-out text without data": (["--suite", "heldout"], "needs --data"),
     "data for another suite": (["--data", "x"], "--data is for --suite heldout"),
+    "a length for another suite": (["--sequence-length", "9"], "--sequence-length is for --suite heldout"),
+    "a limit of held-out text": (["--suite", "heldout", "--data", "x", "--limit", "9"], "reads all of its text"),
     "code that is not allowed": (["--tasks", "choice,code"], "code executes code that the model writes"),
     "held-out text by vLLM": (["--suite", "heldout", "--data", "x", "--backend", "vllm"], "runs by transformers"),
     "a long answer": (
@@ -118,6 +120,11 @@ def test_bad_options(ready, refuses, tmp_path, options, words, tmp_path_factory)
     refuses(["eval", ready, "--out", tmp_path / "out", *options], words)
 
 
+def test_a_file_in_the_way(ready, refuses, tmp_path):
+    (tmp_path / "out").touch()
+    refuses(["eval", ready, "--out", tmp_path / "out"], "out: a file stands there")
+
+
 def test_folders_that_are_no_models(ready, refuses, tmp_path):
     refuses(["eval", tmp_path / "none"], "none", "no config.json")
     (tmp_path / "bare").mkdir()
@@ -126,6 +133,8 @@ def test_folders_that_are_no_models(ready, refuses, tmp_path):
     refuses(["eval", ready, ready], "given twice")
     (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
     refuses(["eval", tmp_path / "bare", "--card"], "no export of `moonlight export`")
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    refuses(["eval", tmp_path / "bare"], "bare is no usable Hugging Face folder, transformers says: ")
     (tmp_path / "bare" / "config.json").write_text("[]")
     refuses(["eval", tmp_path / "bare"], "config.json", "damaged")
 

@@ -1,16 +1,13 @@
 """A run that was stopped and continued against one that never stopped: the same bits."""
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from faults import kill_after
 from layouts import LAYOUTS, make_run, train_run
 
 from checkpoints.reader import open_checkpoint
@@ -116,13 +113,7 @@ def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path)
     metrics = tmp_path / "killed" / "EP2"
     for steps in (7, 18):
         process = pretrain(recipe_file)
-        deadline = time.monotonic() + 60
-        while len(read_metrics(metrics)) < steps and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(random.random() / 4)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_after(process, metrics, steps)
     process = pretrain(recipe_file)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

@@ -1,19 +1,18 @@
 """`moonlight sft`: killed and started again it ends with the same bits; what it cannot use it says in one line."""
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from chats import tuning_recipe, write_chats
+from faults import kill_after
 from layouts import LAYOUTS, make_run
 from test_resume import check_same
 
+from checkpoints.export import export
+from checkpoints.hf_import import import_folder
 from moonlight.config_io import load_recipe, to_yaml
 from moonlight.data.prepare_chat import prepare_chat
 from moonlight.errors import UserError
@@ -86,13 +85,7 @@ def test_killed_tuning_ends_the_same(place):
     metrics = place.folder / "killed" / "tuned"
     for steps in (3, 9):
         process = sft(place, killed)
-        deadline = time.monotonic() + 60
-        while len(read_metrics(metrics)) < steps and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(random.random() / 4)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill_after(process, metrics, steps)
     _, errors = finish(sft(place, killed))
     assert "going on after step" in errors
     whole = run_folder.count_steps(load_recipe(place.recipe))
@@ -101,6 +94,22 @@ def test_killed_tuning_ends_the_same(place):
     check_same(whole, replace(whole, runs_folder=str(place.folder / "killed")))
     losses = [entry["loss/train"] for entry in read_metrics(place.folder / "whole" / "tuned")]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_path):
+    """The same weights by way of a Hugging Face folder give the same losses; AdamW parts from Muon after a step."""
+    export(tiny_run.folder, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    losses = {}
+    for name, override in (
+        ("own", "train.seed=1"),
+        ("imported", f"train.initial_checkpoint={tmp_path / 'imported'}"),
+        ("adamw", "optimizer.name=adamw"),
+    ):
+        finish(sft(place, f"runs_folder={tmp_path / name}", "train.seed=1", "train.stop_at_step=3", override))
+        losses[name] = [entry["loss/train"] for entry in read_metrics(tmp_path / name / "tuned")]
+    assert losses["imported"] == losses["own"] and len(losses["own"]) == 3
+    assert losses["adamw"][0] == losses["own"][0] and losses["adamw"][2] != losses["own"][2]
 
 
 @pytest.mark.parametrize(

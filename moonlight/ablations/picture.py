@@ -10,8 +10,9 @@ import numpy as np
 from moonlight.ablations.ablation import Ablation
 from moonlight.ablations.outcome import Outcome, curve_differences
 from moonlight.ablations.text import Outcomes
+from moonlight.files import write_figure
 from moonlight.scaling.measured import Measured
-from moonlight.scaling.picture import new_figure, save
+from moonlight.scaling.picture import new_figure
 
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
 WATCHED = ("attention query", "MLP")
@@ -32,7 +33,7 @@ def draw(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    save(figure, out)
+    write_figure(out, figure)
 
 
 def _losses_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moonlight.errors import UserError, naming
+from moonlight.errors import UserError
+from moonlight.files import write_figure
 
 NAME = re.compile(r"(?P<benchmark>.+)-(?P<date>\d{4}-\d{2}-\d{2})\.json")
 BAR_COLOR, MISSED_COLOR, MARK_COLOR = "#8fbcdb", "#e8a39c", "#3b3b3b"
@@ -129,11 +130,4 @@ def _draw(lines: list[Line], out: Path) -> None:
         fontsize=9.5,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.stem}.part.png")
-    try:
-        with naming(out):
-            figure.savefig(part)
-            part.replace(out)
-    finally:
-        pyplot.close(figure)
-        part.unlink(missing_ok=True)
+    write_figure(out, figure)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moonlight.errors import naming
+from moonlight.files import write_figure
 from moonlight.optim.groups import MATRIX_GROUPS
 from moonlight.scaling.fit import PFLOPS_DAY, Cell, Comparison
 
@@ -45,20 +45,6 @@ def mark_rates(axes: Any, rates: Iterable[float]) -> None:
     axes.set_xlabel("learning rate")
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure to `path` in one step, and close it."""
-    from matplotlib import pyplot
-
-    part = path.with_name(f".{path.stem}.part.png")
-    try:
-        with naming(path):
-            figure.savefig(part)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-        pyplot.close(figure)
-
-
 def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, Cell]], Comparison]], out: Path) -> None:
     """The paper's figure: loss over training FLOPs of both optimizers, with the fitted laws; ladders on one figure."""
     figure, (axes,) = new_figure(1, height=5.2)
@@ -84,7 +70,7 @@ def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, Cell]], Comp
     axes.yaxis.set_minor_formatter("{x:.2f}")
     axes.yaxis.set_major_formatter("{x:.2f}")
     axes.legend(frameon=False)
-    save(figure, out)
+    write_figure(out, figure)
 
 
 def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Path) -> None:
@@ -104,7 +90,7 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
     limits = [axes.get_ylim() for axes in every]
     for axes in every:
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    save(figure, out)
+    write_figure(out, figure)
 
 
 def draw_entropies(pairs: Sequence["Pair"], out: Path) -> None:
@@ -125,4 +111,4 @@ def draw_entropies(pairs: Sequence["Pair"], out: Path) -> None:
     axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
     axes.set(xlim=(-0.5, len(groups) - 0.5), ylabel="SVD entropy of the weights, mean")
     axes.legend(frameon=False)
-    save(figure, out)
+    write_figure(out, figure)

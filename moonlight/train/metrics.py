@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moonlight.errors import UserError, naming
-from moonlight.files import write_text
+from moonlight.files import write_figure, write_text
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -216,11 +216,4 @@ def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -
     rate.set_ylabel("learning rate", color="tab:green")
     rate.ticklabel_format(axis="y", scilimits=(0, 0))
     rate.grid(alpha=0.3)
-    part = path.with_name(f".{path.stem}.part.png")
-    try:
-        with naming(path):
-            figure.savefig(part)
-            part.replace(path)
-    finally:
-        pyplot.close(figure)
-        part.unlink(missing_ok=True)
+    write_figure(path, figure)
