@@ -1,7 +1,7 @@
 """`moonlight ablate`: ablations run, put into tables and drawn."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from moonlight.ablations.ablation import Ablation, Trial, load_ablation
@@ -10,10 +10,10 @@ from moonlight.ablations.picture import draw
 from moonlight.ablations.text import course_table, doubts, loss_table, matrices_text, verdict
 from moonlight.ablations.weights import WEIGHTS_FILE, look
 from moonlight.errors import UserError
-from moonlight.files import folder_lock, write_text
+from moonlight.files import write_text
 from moonlight.scaling.measured import read_measured
-from moonlight.scaling.results import Result, read_results
-from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
+from moonlight.scaling.results import Result
+from moonlight.scaling.runs import conclude_all
 
 
 def ablate(paths: Sequence[Path], *, draw_only: bool, dry_run: bool) -> None:
@@ -27,18 +27,7 @@ def ablate(paths: Sequence[Path], *, draw_only: bool, dry_run: bool) -> None:
         UserError: an ablation or its results cannot be used, a run failed, or there are no results to draw.
     """
     ablations = [load_ablation(path) for path in paths]
-    check_apart(ablations)
-    known = [read_results(ablation) for ablation in ablations]
-    if dry_run:
-        for ablation, results in zip(ablations, known, strict=True):
-            print(plan_text(ablation, results))
-        return
-    if not draw_only:
-        check_gpu(ablations)
-    for ablation in ablations:
-        with folder_lock(ablation.home) if not draw_only else contextlib.nullcontext():
-            results = read_results(ablation) if draw_only else run_all(ablation)
-            _conclude(ablation, results, draw_only=draw_only)
+    conclude_all(ablations, partial(_conclude, draw_only=draw_only), run_none=draw_only, dry_run=dry_run)
 
 
 def _conclude(ablation: Ablation, results: Mapping[Trial, Result[Trial]], *, draw_only: bool) -> None:

@@ -1,17 +1,17 @@
 """`moonlight scaling`: ladders trained, fitted, printed and drawn."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from moonlight.errors import UserError
-from moonlight.files import folder_lock, write_text
+from moonlight.files import write_text
 from moonlight.scaling.fit import Cell, Comparison, compare
 from moonlight.scaling.ladder import Ladder, Point, load_ladder, losses_at
 from moonlight.scaling.measured import read_measured
 from moonlight.scaling.picture import draw_entropies, draw_grid, draw_laws
-from moonlight.scaling.results import Result, losses, read_results
-from moonlight.scaling.runs import check_apart, check_gpu, plan_text, run_all
+from moonlight.scaling.results import Result, losses
+from moonlight.scaling.runs import conclude_all
 from moonlight.scaling.spectra import SPECTRA_FILE, look, pairs_of, spectra_text
 from moonlight.scaling.text import cells_of, doubts, grid_table, laws_text
 
@@ -28,20 +28,8 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
         UserError: a ladder or its results cannot be used, a run failed, or there are too few results for a fit.
     """
     ladders = [load_ladder(path) for path in paths]
-    check_apart(ladders)
-    known = [read_results(ladder) for ladder in ladders]
-    if dry_run:
-        for ladder, results in zip(ladders, known, strict=True):
-            print(plan_text(ladder, results))
-        return
-    if not fit_only:
-        check_gpu(ladders)
-    fitted: dict[str, tuple[Mapping[str, Mapping[str, Cell]], Comparison]] = {}
-    for ladder in ladders:
-        with folder_lock(ladder.home) if not fit_only else contextlib.nullcontext():
-            results = read_results(ladder) if fit_only else run_all(ladder)
-            fitted[ladder.name] = _conclude(ladder, results, fit_only=fit_only)
-    if len(fitted) > 1 or out:
+    fitted = conclude_all(ladders, partial(_conclude, fit_only=fit_only), run_none=fit_only, dry_run=dry_run)
+    if len(fitted) > 1 or (fitted and out):
         figure = out or Path(ladders[0].folder) / "scaling.png"
         draw_laws(fitted, figure)
         print(f"{figure}: written")

@@ -1,13 +1,46 @@
 """What every command does that makes the runs of studies: its checks, its plan, and the runs."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from moonlight.errors import UserError
+from moonlight.files import folder_lock
 from moonlight.flops import count_parameters
 from moonlight.scaling.results import Result, losses, read_results
 from moonlight.scaling.study import P, Study, flops_of, train_flops
 from moonlight.timeline import Timeline
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Study)
+
+
+def conclude_all(
+    studies: Sequence[S], conclude: Callable[[S, dict[Any, Result[Any]]], T], *, run_none: bool, dry_run: bool
+) -> dict[str, T]:
+    """Do what each study lacks, then give it with all its results to `conclude`, its folder locked meanwhile.
+
+    Args:
+        run_none: take what results there are.
+        dry_run: print what would run, and conclude nothing.
+
+    Returns:
+        What `conclude` made of each, by its name.
+    """
+    check_apart(studies)
+    known = [read_results(study) for study in studies]
+    if dry_run:
+        for study, results in zip(studies, known, strict=True):
+            print(plan_text(study, results))
+        return {}
+    if not run_none:
+        check_gpu(studies)
+    concluded = {}
+    for study in studies:
+        with folder_lock(study.home) if not run_none else contextlib.nullcontext():
+            concluded[study.name] = conclude(study, read_results(study) if run_none else run_all(study))
+    return concluded
 
 
 def check_apart(studies: Sequence[Study]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,27 +21,27 @@ from moonlight.timeline import Timeline
 STANDARD_LIBRARY = "python"
 
 
-class AnyPoint:
+class AnyPoint(ABC):
     """One run of a study: a frozen dataclass of plain values, which stand in the file of results."""
 
     seed: int
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Of its run."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def group(self) -> str:
         """Whose settings it has."""
-        raise NotImplementedError
 
 
 P = TypeVar("P", bound=AnyPoint)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Generic[P]):
+class Study(ABC, Generic[P]):
     """A YAML file that says which runs are to be made."""
 
     kind: ClassVar[str]
@@ -69,29 +70,29 @@ class Study(Generic[P]):
     folder: str
 
     @property
+    @abstractmethod
     def groups(self) -> dict[str, dict[str, Any]]:
         """Settings of each group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first_point(self, group: str) -> P:
         """One that stands for its group: all others differ in `of_the_point` alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_settings(self, point: P) -> dict[str, Any]:
         """Those of a point, besides its group's and its seed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wanted(self, losses: Mapping[P, float]) -> list[P]:
         """The runs that are still to be done, as far as `losses` of those that are done tell (infinite: diverged).
 
         It depends on `losses` alone, so that a study that was interrupted goes on with the very runs that it would have
         done.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, losses: Mapping[P, float]) -> set[P]:
         """The points, of those in `losses`, whose checkpoints are still looked at."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise UserError for values that do not go together."""
