@@ -140,8 +140,11 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
     Data is loaded before the first model, which may take long.
     """
     whole = SUITES[options.suite]
+    data_dir = None if options.data_dir is None else str(options.data_dir.resolve())
     plans = {
-        model.label: {b.name: _made_with(model, options) | {"task": b.task, "shots": b.shots} for b in whole}
+        model.label: {
+            b.name: _made_with(model, options) | {"task": b.task, "shots": b.shots, "data_dir": data_dir} for b in whole
+        }
         for model in models
     }
     asked = {benchmark.name for benchmark in benchmarks}

@@ -208,14 +208,15 @@ def run(model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, back
             if task.OUTPUT_TYPE == "generate_until":
                 # As with transformers, where special tokens are no part of an answer.
                 task.set_config("generation_kwargs", {"skip_special_tokens": True}, update=True)
-    found = evaluate(
-        lm=model,
-        task_dict=tasks,
-        limit=limit,
-        bootstrap_iters=1 if benchmark.higher_is_better else 0,  # means have a formula for their error
-        log_samples=True,
-        confirm_run_unsafe_code=allow_code,
-    )
+    with _shown_execution(tasks, limit) if benchmark.runs_code else contextlib.nullcontext():
+        found = evaluate(
+            lm=model,
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=1 if benchmark.higher_is_better else 0,  # means have a formula for their error
+            log_samples=True,
+            confirm_run_unsafe_code=allow_code,
+        )
     metric, _, name = benchmark.metric.partition(",")
     result = found["results"].get(benchmark.task) or found["groups"][benchmark.task]
     stderr = result.get(f"{metric}_stderr,{name}")
@@ -226,6 +227,28 @@ def run(model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, back
         samples=[sample for sample in samples if sample["filter"] == name],
         version=str(found["versions"].get(benchmark.task, "")),
     )
+
+
+@contextlib.contextmanager
+def _shown_execution(tasks: Any, limit: int | None) -> Iterator[None]:
+    """A bar like the harness's own while answers are executed, each for up to ten seconds."""
+    from tqdm import tqdm
+
+    (task,) = tasks["tasks"].values()
+    count, execute = len(task.eval_docs), task.process_results
+    # With a delay it is drawn with the first answer, not now, before the harness's bar of requests.
+    with tqdm(total=min(limit or count, count), desc="Executing answers", delay=1e-9) as bar:
+
+        def execute_one(*args: Any) -> Any:
+            found = execute(*args)
+            bar.update()
+            return found
+
+        task.process_results = execute_one
+        try:
+            yield
+        finally:
+            del task.process_results  # the class's own again
 
 
 def count_truncated(model: Any, samples: Sequence[dict[str, Any]], tasks: Any) -> int:

@@ -1,5 +1,6 @@
 """The harness on our exports and on other architectures: likelihoods, the offline suite, answers, what is kept."""
 
+import dataclasses
 import json
 import shutil
 
@@ -176,9 +177,10 @@ def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_other_architectures_take_the_same_path(family, tmp_path, tokenizer_folder):
+def test_other_architectures_take_the_same_path(family, tmp_path, tokenizer_folder, capsys):
     folder = write_dense(tmp_path / family, family, tokenizer_folder)
     found = evaluate([folder], OFFLINE)
+    assert "Executing answers: 100%" in capsys.readouterr().err
     assert found.out == tmp_path / "evaluation" / "offline"
     for name, count in (("choice", 24), ("recall", 25), ("code", 10), ("text", 8)):
         assert len(items(found.out / family, name)) == count
@@ -212,5 +214,7 @@ def test_a_benchmark_of_the_paper_from_a_local_folder(tmp_path, tokenizer_folder
     found = evaluate([folder], options, tmp_path / "out")
     answers = items(tmp_path / "out" / "llama", "gsm8k")
     assert [item["target"] for item in answers] == [row["answer"] for row in GSM8K[:3]]
+    with pytest.raises(UserError, match=r"gsm8k\.json was made with another data_dir"):
+        evaluate([folder], dataclasses.replace(options, data_dir=write_gsm8k(tmp_path / "other")), tmp_path / "out")
     row = next(line for line in found.table.splitlines() if line.startswith("| GSM8K"))
     assert row == "| GSM8K | 4 | 0.0 ± 0.0 | 34.0 | 79.1 | 41.1 | 77.4 |"
