@@ -1,24 +1,43 @@
 """The commands of `moonlight bench`."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moonlight.errors import CODE_STOPPED
+from moonlight.files import check_output_file
+
 bench_app = typer.Typer(help="Measure against other implementations.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def _can_be_written(path: Path | None) -> Path | None:
+    if path is not None:
+        check_output_file("--json", path)
+    return path
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(CODE_STOPPED)
+
+
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which the cases take turns.")]
+Json = Annotated[Path | None, typer.Option(help="File to write the figures to as well.", callback=_can_be_written)]
 
 
 @bench_app.callback()
 def bench() -> None:
     """Measure against other implementations."""
+    signal.signal(signal.SIGTERM, _end)  # an exception, so that temporary folders are removed
 
 
 @bench_app.command("train-step", epilog="Example: moonlight bench train-step --rounds 5 --json train-step.json")
 def bench_train_step(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the best settings of both sides take turns.")] = 5,
+    rounds: Rounds = 5,
     model: Annotated[list[str], typer.Option(help="quickstart or 0.1b; may be given more than once.")] = ["quickstart"],  # noqa: B006
     optimizer: Annotated[str, typer.Option(help="Ours: muon or adamw. The peer has AdamW.")] = "muon",
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    json: Json = None,
 ) -> None:
     """A whole training step beside transformers' DeepseekV3. Exits 1 if a figure misses its gate or bar."""
     from moonlight.bench.train_step import bench_train_step as measure
@@ -31,9 +50,9 @@ def bench_train_step(
 def bench_profile(
     recipe: Annotated[Path, typer.Argument(help="Recipe of the run, which one process takes steps of.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps under the profiler, after some that warm up.")] = 4,
-    threads: Annotated[int, typer.Option(help="Threads of a processor.")] = 1,
-    json: Annotated[Path | None, typer.Option(help="File to write the parts to as well.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler, after some that warm up.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a processor.")] = 1,
+    json: Json = None,
 ) -> None:
     """Where the time of a training step goes."""
     from moonlight.bench.profile import bench_profile as measure
@@ -43,9 +62,9 @@ def bench_profile(
 
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
 def bench_optimizer(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    rounds: Rounds = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    json: Json = None,
 ) -> None:
     """Muon's accuracy, then its speed against other Muons. Exits 1 if a figure misses its gate or bar."""
     from moonlight.bench.optimizer import bench_optimizer as measure
@@ -56,12 +75,12 @@ def bench_optimizer(
 
 @bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
 def bench_export(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
-    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 4,
+    rounds: Rounds = 3,
+    layers: Annotated[int, typer.Option(min=2, help="Layers of the model, which else is the recipe's.")] = 4,
     recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
         "configs/moonlight_16b_a3b/pretrain.yaml"
     ),
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    json: Json = None,
 ) -> None:
     """CPU time and memory of export and import beside save_pretrained. Exits 1 if a figure misses its bar."""
     from moonlight.bench.export import bench_export as measure
@@ -72,9 +91,11 @@ def bench_export(
 
 @bench_app.command("loader", epilog="Example: moonlight bench loader --rounds 7 --json loader.json")
 def bench_loader(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
-    tokens: Annotated[int, typer.Option(help="Tokens of each of three sources, 4 bytes each on disk.")] = 50_000_000,
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    rounds: Rounds = 7,
+    tokens: Annotated[
+        int, typer.Option(min=1_000_000, help="Tokens of each of three sources, 4 bytes each on disk.")
+    ] = 50_000_000,
+    json: Json = None,
 ) -> None:
     """Tokens per second of one core beside Megatron's GPTDataset. Exits 1 if a figure misses its gate or bar."""
     from moonlight.bench.loader import bench_loader as measure
@@ -85,8 +106,8 @@ def bench_loader(
 
 @bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
 def bench_monitors(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    rounds: Rounds = 5,
+    json: Json = None,
 ) -> None:
     """What monitors cost at their default cadence, as a share of a step. Exits 1 if a figure misses its bar."""
     from moonlight.bench.monitors import bench_monitors as measure
@@ -97,10 +118,10 @@ def bench_monitors(
 
 @bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
 def bench_checkpoint(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
-    layers: Annotated[int, typer.Option(help="Layers of the model, which else is the recipe's.")] = 3,
+    rounds: Rounds = 5,
+    layers: Annotated[int, typer.Option(min=2, help="Layers of the model, which else is the recipe's.")] = 3,
     recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    json: Json = None,
 ) -> None:
     """How long a save stops training, and how fast it writes. Exits 1 if a figure misses its bar."""
     from moonlight.bench.checkpoint import bench_checkpoint as measure
@@ -111,9 +132,9 @@ def bench_checkpoint(
 
 @bench_app.command("startup", epilog="Example: moonlight bench startup --rounds 5 --json startup.json")
 def bench_startup(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 5,
+    rounds: Rounds = 5,
     recipe: Annotated[Path, typer.Option(help="Recipe of the run.")] = Path("configs/quickstart.yaml"),
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    json: Json = None,
 ) -> None:
     """Seconds until a command answers, and until the first step of a run. Exits 1 if a figure misses its bar."""
     from moonlight.bench.startup import bench_startup as measure
@@ -139,9 +160,9 @@ def bench_picture(
 
 @bench_app.command("tokenizer", epilog="Example: moonlight bench tokenizer --rounds 3 --json tokenizer.json")
 def bench_tokenizer(
-    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 3,
-    megabytes: Annotated[int, typer.Option(help="Text to encode.")] = 20,
-    json: Annotated[Path | None, typer.Option(help="File to write the figures to as well.")] = None,
+    rounds: Rounds = 3,
+    megabytes: Annotated[int, typer.Option(min=1, help="Text to encode.")] = 20,
+    json: Json = None,
 ) -> None:
     """Text to ids beside sentencepiece and transformers. Exits 1 if a figure misses its gate or bar."""
     from moonlight.bench.tokenizer import bench_tokenizer as measure

@@ -131,6 +131,17 @@ def check_output(path: Path, mark: str) -> None:
         raise UserError(f"folder {there} cannot be written: choose a folder that can be made for {path.name}")
 
 
+def check_output_file(option: str, path: Path) -> None:
+    """Raise UserError, before long work, unless the file `path` that `option` names can be written."""
+    if path.is_dir():
+        raise UserError(f"{option} is {path}, a folder: give the name of a file in it")
+    there = next(place for place in path.absolute().parents if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} is {path}: {there} is a file; give a path in a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} is {path}: the folder {there} cannot be written; give another place")
+
+
 def fsync(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,10 +2,10 @@
 
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from matplotlib import image
 from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu, picture, startup, tokenizer
 from moonlight.bench.report import Figure, against_bar, hardware, report, speed
 from moonlight.config import Schedule
-from moonlight.errors import UserError
+from moonlight.errors import CODE_STOPPED, UserError
+from moonlight.files import check_output_file
 from moonlight.train.checkpoint_files import TrainState, step_folder
 from moonlight.train.saver import Saver
 
@@ -194,15 +195,40 @@ def test_the_cost_of_monitors_follows_from_their_cadence():
     assert not monitors._figure("case", {part: [1.0] for part in times}, True).passed
 
 
-def test_bad_arguments_of_the_checkpoint_benchmark():
-    with pytest.raises(UserError, match="--layers 1: at least 1 and 2 are accepted"):
-        checkpoint.bench_checkpoint(1, 1, Path("configs/moonlight_family/a0.1b.yaml"))
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("loader --rounds 0", "'--rounds': Input should be greater than or equal to 1"),
+        ("export --layers 1", "'--layers': Input should be greater than or equal to 2"),
+        ("startup --json docs", "--json is docs, a folder: give the name of a file in it"),
+        ("train-step --json README.md/x.json", "README.md is a file; give a path in a folder"),
+        ("optimizer --device tpu", "--device is tpu: it must be cpu or cuda"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(command, message):
+    ended = subprocess.run(
+        [sys.executable, "-m", "moonlight.cli", "bench", *command.split()], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("rounds", "device", "message"), [(0, "cpu", "--rounds is 0"), (1, "tpu", "--device is tpu")])
-def test_bad_arguments_are_named(rounds, device, message):
-    with pytest.raises(UserError, match=message):
-        optimizer.bench_optimizer(rounds, device)
+def test_figures_are_written_into_a_folder_that_is_made(tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    check_output_file("--json", path)
+    report("title", [against_bar("case", [1.0], 2.0, True, "s", 1.0)], hardware("cpu"), (), path)
+    assert json.loads(path.read_text())["figures"][0]["own_limit"]
+
+
+def test_an_ended_benchmark_leaves_no_files(tmp_path):
+    command = [sys.executable, "-m", "moonlight.cli", "bench", "loader", "--rounds", "1000", "--tokens", "5000000"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "round 1 of 1000" not in (line := process.stderr.readline()):
+            assert line, "it ended by itself"
+        assert list(tmp_path.glob(".bench-*"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == CODE_STOPPED
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_peer_is_named_with_its_command(monkeypatch):

@@ -44,7 +44,6 @@ def test_what_fails_the_gate():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        ((0, ["quickstart"], "muon"), "--rounds is 0"),
         ((1, ["16b"], "muon"), "--model is 16b: quickstart and 0.1b are accepted"),
         ((1, ["0.1b"], "sgd"), "--optimizer is sgd: muon and adamw are accepted"),
     ),

@@ -31,11 +31,10 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
-from moonlight.bench.report import hardware, report, speed
+from moonlight.bench.report import hardware, report, speed, told_rounds
 from moonlight.config import Parallel, Run
 from moonlight.config_io import load_recipe
 from moonlight.direct import DirectFile
-from moonlight.errors import UserError
 from moonlight.files import check_space
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
@@ -59,14 +58,13 @@ SEQUENCE_LENGTH = 256
 VOCAB_SIZE = 16384
 """A small one, so that most of the bytes are experts, as they are in a large model."""
 SAVE_ROOM = 1.2
+PEERS = {"direct": "the disk alone", "raw": "write + fsync", "torch.save": "torch.save + fsync", "DCP": "torch's DCP"}
 CPU = ", CPU"
 """After the name of a case: its CPU time."""
 
 
 def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | None = None) -> bool:
     """Measure, print the table, and return whether every gate and bar has passed."""
-    if rounds < 1 or layers < 2:
-        raise UserError(f"--rounds is {rounds} and --layers {layers}: at least 1 and 2 are accepted")
     overrides = {"model.num_hidden_layers": layers, "model.vocab_size": VOCAB_SIZE, "train.global_batch_size": 1}
     overrides |= {"train.micro_batch_size": 1, "data.sequence_length": SEQUENCE_LENGTH}
     run = load_recipe(recipe, [f"{key}={value}" for key, value in overrides.items()])
@@ -100,7 +98,7 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
             content = torch.cat(
                 [values.contiguous().flatten().view(torch.uint8) for values in tensors.values()]
             ).numpy()
-            for step in range(1, rounds + 2):
+            for step in (number + 1 for number in told_rounds(rounds)):
                 found = _round(folder, savers, partial(_train_step, models, optimizer, run), step, content, tensors)
                 if step > 1:  # the first warms up
                     for name, seconds in found.items():
@@ -108,11 +106,14 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
             same = all(_is_equal(step_folder(folder / name, rounds + 1), optimizer) for name in savers)
     finally:
         parallel.leave_world()
-    waited = {peer: (times["waiting"], times[peer]) for peer in ("direct", "raw", "torch.save", "DCP")}
+    waited = {peer: (times["waiting"], times[peer]) for peer in PEERS}
     worked = {peer: (times["waiting" + CPU], times[peer + CPU]) for peer in waited}
     figures = [
-        speed("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
-        speed("step beside a save, step", times["step beside"], times["step"], 0.0, same, "s"),
+        replace(
+            speed("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
+            own_limit=True,
+        ),
+        speed("training step beside a save, without one", times["step beside"], times["step"], 0.0, same, "s"),
         speed(
             "asynchronous save, write + fsync", times["beside"], times["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM
         ),
@@ -120,7 +121,7 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
         speed("synchronous save, write + fsync", *waited["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM),
         speed("synchronous save, torch.save + fsync", *waited["torch.save"], TORCH_SAVE_BAR, same, "s", TORCH_SAVE_AIM),
         speed("synchronous save, torch's DCP", *waited["DCP"], 0.0, same, "s"),
-        *(speed(f"the same in CPU time, {peer}", *pair, 0.0, same, "s") for peer, pair in worked.items()),
+        *(speed(f"synchronous save, CPU time, {PEERS[peer]}", *pair, 0.0, same, "s") for peer, pair in worked.items()),
     ]
     notes = [
         f"{nbytes / 1e9:.2f} GB of state in {len(tensors)} tensors, {rounds} rounds after one to warm up",

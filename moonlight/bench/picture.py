@@ -10,7 +10,8 @@ from moonlight.errors import UserError
 from moonlight.files import write_figure
 
 NAME = re.compile(r"(?P<benchmark>.+)-(?P<date>\d{4}-\d{2}-\d{2})\.json")
-BAR_COLOR, MISSED_COLOR, MARK_COLOR = "#8fbcdb", "#e8a39c", "#3b3b3b"
+PEER_COLOR, LIMIT_COLOR, MISSED_COLOR, MARK_COLOR = "#8fbcdb", "#cfcfcf", "#e8a39c", "#3b3b3b"
+SPREAD_COLOR = "#4a7ba1"
 INCHES_WIDE, INCHES_A_LINE, DPI = 10.0, 0.25, 120
 """1200 pixels wide."""
 
@@ -26,6 +27,7 @@ class Line:
     high: float
     bar: float | None
     passed: bool
+    own_limit: bool
 
 
 def newest(folder: Path) -> dict[str, Path]:
@@ -38,6 +40,7 @@ def newest(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.glob("*.json")):  # dates sort as text
         if match := NAME.fullmatch(path.name):
             found[match["benchmark"]] = path
+    found = dict(sorted(found.items()))
     if not found:
         raise UserError(f"{folder} holds no <name>-<date>.json: write some with `moonlight bench NAME --json PATH`")
     return found
@@ -54,7 +57,9 @@ def lines_of(benchmark: str, content: dict[str, Any]) -> list[Line]:
         middle, low, high = (figure["ratio"][name] for name in ("median", "minimum", "maximum"))
         if relation == "<=":  # per cent that ours adds to the peer; its inverse is how many times less it takes
             middle, low, high, bar = (100 / value for value in (middle, high, low, float(number)))
-        lines.append(Line(benchmark, figure["case"], middle, low, high, bar or None, figure["passed"]))
+        lines.append(
+            Line(benchmark, figure["case"], middle, low, high, bar or None, figure["passed"], figure["own_limit"])
+        )
     return lines
 
 
@@ -80,6 +85,8 @@ def _draw(lines: list[Line], out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter
 
     # A line for the name of each benchmark above its bars.
@@ -98,9 +105,9 @@ def _draw(lines: list[Line], out: Path) -> None:
     axes.set_ylim(place, -0.8)
     axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
     for where, line in zip(places, lines, strict=True):
-        color = BAR_COLOR if line.passed else MISSED_COLOR
+        color = MISSED_COLOR if not line.passed else LIMIT_COLOR if line.own_limit else PEER_COLOR
         axes.barh(where, line.ratio - 1, left=1, height=0.66, color=color)
-        axes.plot([line.low, line.high], [where, where], color="#4a7ba1", linewidth=1.6, solid_capstyle="butt")
+        axes.plot([line.low, line.high], [where, where], color=SPREAD_COLOR, linewidth=1.6, solid_capstyle="butt")
         if line.bar is not None:
             axes.plot([line.bar] * 2, [where - 0.42, where + 0.42], color=MARK_COLOR, linewidth=2.2)
         axes.annotate(
@@ -124,10 +131,13 @@ def _draw(lines: list[Line], out: Path) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.set_title(
-        "How many times better than the peer: median, spread of the rounds (line), and the bar to pass (black mark)",
-        loc="left",
-        fontsize=9.5,
-    )
+    kinds = {
+        "times better than the peer (left of 1×: worse)": Patch(color=PEER_COLOR),
+        "times better than a limit of ours, or another way of ours": Patch(color=LIMIT_COLOR),
+        "bar not met": Patch(color=MISSED_COLOR),
+        "the bar": Line2D([], [], color=MARK_COLOR, linewidth=2.2, marker="|", linestyle=""),
+        "spread of the rounds": Line2D([], [], color=SPREAD_COLOR, linewidth=1.6),
+    }
+    figure.legend(kinds.values(), kinds, loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_figure(out, figure)

@@ -6,7 +6,6 @@ be won; their rate says what the machine's library makes of them. A profiler cos
 trusted more than sums, which `moonlight bench train-step` measures.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from moonlight.bench.monitors import NEVER, random_batches
 from moonlight.bench.report import hardware
 from moonlight.config import Parallel
 from moonlight.config_io import load_recipe
-from moonlight.errors import UserError
+from moonlight.files import make_folder, write_json
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
 from moonlight.optim.sharded import make_optimizer
@@ -71,8 +70,6 @@ class Part:
 
 def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, json_path: Path | None = None) -> None:
     """Take `steps` steps of the recipe in one process, and print what their parts took."""
-    if steps < 1 or threads < 1:
-        raise UserError(f"--steps is {steps} and --threads {threads}: at least 1 is accepted")
     run = replace(load_recipe(recipe, overrides), parallel=Parallel(), monitor=NEVER)
     parallel.join_alone()
     try:
@@ -120,7 +117,8 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
             "machine": str(machine),
             "parts": {name: asdict(part) for name, part in parts.items()},
         }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+        make_folder(json_path.parent)
+        write_json(json_path, content)
 
 
 def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]:

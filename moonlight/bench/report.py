@@ -1,14 +1,13 @@
 """What every benchmark prints and keeps: figures, ours and a peer's, each with its rounds and its bar."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from moonlight.files import make_folder, write_json
 
 LIBRARIES = {
     "megatron-core": "megatron",
@@ -50,6 +51,8 @@ class Figure:
     """Of every round; empty where there was one measurement."""
     aim: float | None = None
     """What the ratio is hoped to reach; the bar is what it must."""
+    own_limit: bool = False
+    """Whether the place of the peer is taken by a limit of ours, or by another way of ours."""
 
     def as_json(self) -> dict[str, Any]:
         """All of it, with median and extremes of the rounds."""
@@ -58,7 +61,7 @@ class Figure:
             middle = getattr(self, name)
             rounds = list(getattr(self, f"{name}_rounds")) or [middle]
             content[name] = {"median": middle, "minimum": min(rounds), "maximum": max(rounds), "rounds": rounds}
-        content |= {"bar": self.bar, "aim": self.aim, "passed": self.passed}
+        content |= {"bar": self.bar, "aim": self.aim, "passed": self.passed, "own_limit": self.own_limit}
         return content if self.weights_apart is None else content | {"weights_apart": self.weights_apart}
 
 
@@ -106,7 +109,14 @@ def speed(
 
 def against_bar(case: str, ours: list[float], bar: float, gate: bool, unit: str, aim: float) -> Figure:
     """Times of all rounds beside the most that they may be, which takes the place of a peer."""
-    return speed(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim)
+    return replace(speed(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim), own_limit=True)
+
+
+def told_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
+    """0 to `rounds`, 0 to warm up, or 1 to `rounds`; standard error is told which, because some take minutes."""
+    for number in range(0 if warms_up else 1, rounds + 1):
+        print(f"round {number} of {rounds}" if number else "warming up", file=sys.stderr, flush=True)
+        yield number
 
 
 def hardware(device: str) -> Machine:
@@ -127,13 +137,14 @@ def report(
 ) -> bool:
     """Print the table with `notes` below it, write it as JSON too if asked, and return whether every bar was met."""
     table = Table(title=title, caption=str(machine))
-    for name in ("case", "ours", "peer", "ratio", "spread", "bar", "gate"):
+    for name in ("case", "ours", "peer", "ratio", "spread", "bar", "aim", "gate"):
         table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
     for figure in figures:
         digits = 1 if figure.unit == "ms" else 2 if figure.unit else 5
         numbers = [f"{value:.{digits}f} {figure.unit}".strip() for value in (figure.ours, figure.peer)]
         gate = "passed" if figure.passed else "FAILED"
-        table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, gate)
+        aim = "" if figure.aim is None else f"{figure.aim:.3g}"
+        table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, aim, gate)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     for note in notes:
@@ -150,7 +161,8 @@ def report(
             "figures": [figure.as_json() for figure in figures],
             "notes": list(notes),
         }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+        make_folder(json_path.parent)
+        write_json(json_path, content)
     return all(figure.passed for figure in figures)
 
 

@@ -1,13 +1,12 @@
 """`moonlight report`: from run folders to a page in a file."""
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from moonlight.errors import UserError
-from moonlight.files import make_folder, write_text
+from moonlight.files import check_output_file, make_folder, write_text
 from moonlight.report.history import check_folder, load
 from moonlight.report.page import build
 
@@ -32,7 +31,7 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
         check_folder(folder)
     if out is None:
         out = folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE)
-    _check_out(out)
+    check_output_file("--out", out)
     histories = [load(folder, len(folders)) for folder in folders]
     empty = [history for history in histories if history.metrics is None]
     if len(empty) == len(histories):
@@ -51,17 +50,6 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
             print(f"warning: {warning}", file=sys.stderr)
     write_text(out, build(histories))
     return out
-
-
-def _check_out(out: Path) -> None:
-    """Raise UserError, before long reading, unless `out` can be written."""
-    if out.is_dir():
-        raise UserError(f"--out is {out}, a folder: give the name of a file, such as {out / PAGE_FILE}")
-    there = next(place for place in out.absolute().parents if place.exists())
-    if not there.is_dir():
-        raise UserError(f"--out is {out}: {there} is a file; give a path in a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"folder {there} cannot be written: give another place for the page with --out")
 
 
 def _different(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
