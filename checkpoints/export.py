@@ -210,8 +210,9 @@ def _first_weights(origin: dict[str, Any], run: Run | None) -> str | None:
         content = read_state(find(Path(initial)), check_files=False)
         _, before = recipe_of(content)
     except UserError:  # it was moved since then
-        return initial
-    return _first_weights(content.get("origin", {}), before) or initial
+        return str(Path(initial).absolute())
+    # The whole path, because `runs/base` would read as a name on the Hub.
+    return _first_weights(content.get("origin", {}), before) or str(Path(initial).absolute())
 
 
 def _manifests(run: Run | None) -> dict[str, dict[str, Any]] | None:

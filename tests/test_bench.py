@@ -199,6 +199,7 @@ def test_the_cost_of_monitors_follows_from_their_cadence():
     ("command", "message"),
     [
         ("loader --rounds 0", "'--rounds': Input should be greater than or equal to 1"),
+        ("profile configs/quickstart.yaml --threads 0", "'--threads': Input should be greater than or equal to 1"),
         ("export --layers 1", "'--layers': Input should be greater than or equal to 2"),
         ("startup --json docs", "--json is docs, a folder: give the name of a file in it"),
         ("train-step --json README.md/x.json", "README.md is a file; give a path in a folder"),

@@ -3,12 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from moonlight.bench import profile
-from moonlight.errors import UserError
 
 VOCABULARY, HIDDEN, TOKENS, LAYERS = 256, 64, 3 * 32, 2
 TINY = (
@@ -47,9 +45,3 @@ def test_operations_of_products():
     assert profile.operations("aten::mm", [[3, 4], [4, 5], [3, 5]]) == 2 * 3 * 4 * 5
     assert profile.operations("aten::addmm", [[3, 5], [3, 4], [4, 5], [], []]) == 2 * 3 * 4 * 5
     assert profile.operations("aten::bmm", [[7, 3, 4], [7, 4, 5]]) == 2 * 7 * 3 * 4 * 5
-
-
-@pytest.mark.parametrize(("steps", "threads"), ((0, 1), (1, 0)))
-def test_bad_arguments_are_named(steps, threads):
-    with pytest.raises(UserError, match=f"--steps is {steps} and --threads {threads}"):
-        profile.bench_profile(Path("configs/quickstart.yaml"), [], steps, threads)

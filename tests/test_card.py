@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from checkpoints.card import missing_of_card, model_card
-from checkpoints.export import export
+from checkpoints.export import _first_weights, export
 from moonlight.config_io import load_recipe
 from moonlight.flops import count_parameters, train_flops_per_token
 from moonlight.train.metrics import read_metrics
@@ -173,6 +173,14 @@ def python_of(text, folder):
     """The card's Python snippet, for `folder`; few tokens, for the context of the tiny model is short."""
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return snippet.replace("someone/tiny", str(folder)).replace("max_new_tokens=32", "max_new_tokens=3")
+
+
+def test_a_run_on_this_machine_is_no_model_of_the_hub(known, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = replace(known["run"], train=replace(known["run"].train, initial_checkpoint="runs/base"))
+    card = model_card(**known | {"imported_from": _first_weights({}, run)})
+    assert "beginning with the weights of `base`" in card and "huggingface.co/runs" not in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
 
 
 def test_the_snippet_of_a_base_model_runs(known, exported, capfd):
