@@ -121,9 +121,9 @@ def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_p
         ("sft", ("train.initial_checkpoint=''",), ["train.initial_checkpoint is missing"]),
         ("sft", ("data.mask_documents=false",), ["data.conversations needs data.mask_documents=true"]),
         ("sft", ("data.sequence_length=32",), ["data.sequence_length is 32", "was packed for 64"]),
-        ("sft", ("train.train_steps=7",), ["train.train_steps is 7", "leave one of them out"]),
+        ("sft", ("train.train_steps=7",), ["train.train_steps is 7", "set one of them to 0"]),
         ("sft", ("train.initial_checkpoint=nowhere",), ["nowhere"]),
-        ("sft", ("schedule.warmup_steps=500",), ["schedule.warmup_steps is 500"]),
+        ("sft", ("schedule.warmup_steps=500",), ["train.epochs", "steps of", "fewer than schedule.warmup_steps (500)"]),
     ],
 )
 def test_refused(place, refuses, tmp_path, command, override, words):

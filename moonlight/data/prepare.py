@@ -192,7 +192,7 @@ def check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inp
         if not split["documents"]:
             raise UserError(
                 f"validation_share is {validation_share}: no document of {', '.join(map(str, inputs))} falls "
-                f"into {name}; choose another share, or 0 for no validation split"
+                f"into {name}; choose another --validation-share, or 0 for data that is only trained on"
             )
 
 

@@ -156,7 +156,12 @@ def count_steps(run: Run) -> Run:
     if train.train_steps not in (0, steps):
         raise UserError(
             f"train.train_steps is {train.train_steps}: train.epochs {train.epochs:g} are {steps} steps of "
-            f"{run.data.path}; leave one of them out"
+            f"{run.data.path}; set one of them to 0"
+        )
+    if steps < run.schedule.warmup_steps:
+        raise UserError(
+            f"train.epochs {train.epochs:g} are {steps} steps of {run.data.path}, fewer than schedule.warmup_steps "
+            f"({run.schedule.warmup_steps}): raise the one or lower the other"
         )
     return dataclasses.replace(run, train=dataclasses.replace(train, train_steps=steps))
 
