@@ -60,11 +60,11 @@ PRESETS = {
         batch=16,
         at_once=16,
         warmup_steps=10,
-        most_steps=800,
+        most_steps=1000,
         test_every=10,
         test_sequences=64,
         decays=False,
-        target=1.9,
+        target=2.15,
         rates="0.005,0.01,0.02",
     ),
     "124m": Preset(

@@ -158,7 +158,7 @@ def count_steps(run: Run) -> Run:
             f"train.train_steps is {train.train_steps}: train.epochs {train.epochs:g} are {steps} steps of "
             f"{run.data.path}; set one of them to 0"
         )
-    if steps < run.schedule.warmup_steps:
+    if run.schedule and steps < run.schedule.warmup_steps:
         raise UserError(
             f"train.epochs {train.epochs:g} are {steps} steps of {run.data.path}, fewer than schedule.warmup_steps "
             f"({run.schedule.warmup_steps}): raise the one or lower the other"
