@@ -14,7 +14,7 @@ bench_app = typer.Typer(help="Measure against other implementations.", no_args_i
 
 def _can_be_written(path: Path | None) -> Path | None:
     if path is not None:
-        check_output_file("--json", path)
+        check_output_file("--json", path, "figures.json")
     return path
 
 

@@ -131,10 +131,10 @@ def check_output(path: Path, mark: str) -> None:
         raise UserError(f"folder {there} cannot be written: choose a folder that can be made for {path.name}")
 
 
-def check_output_file(option: str, path: Path) -> None:
+def check_output_file(option: str, path: Path, example: str) -> None:
     """Raise UserError, before long work, unless the file `path` that `option` names can be written."""
     if path.is_dir():
-        raise UserError(f"{option} is {path}, a folder: give the name of a file in it")
+        raise UserError(f"{option} is {path}, a folder: give the name of a file, such as {path / example}")
     there = next(place for place in path.absolute().parents if place.exists())
     if not there.is_dir():
         raise UserError(f"{option} is {path}: {there} is a file; give a path in a folder")

@@ -201,7 +201,7 @@ def test_the_cost_of_monitors_follows_from_their_cadence():
         ("loader --rounds 0", "'--rounds': Input should be greater than or equal to 1"),
         ("profile configs/quickstart.yaml --threads 0", "'--threads': Input should be greater than or equal to 1"),
         ("export --layers 1", "'--layers': Input should be greater than or equal to 2"),
-        ("startup --json docs", "--json is docs, a folder: give the name of a file in it"),
+        ("startup --json docs", "--json is docs, a folder: give the name of a file, such as docs/figures.json"),
         ("train-step --json README.md/x.json", "README.md is a file; give a path in a folder"),
         ("optimizer --device tpu", "--device is tpu: it must be cpu or cuda"),
     ],
@@ -215,7 +215,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(command, message)
 
 def test_figures_are_written_into_a_folder_that_is_made(tmp_path):
     path = tmp_path / "new" / "figures.json"
-    check_output_file("--json", path)
+    check_output_file("--json", path, "figures.json")
     report("title", [against_bar("case", [1.0], 2.0, True, "s", 1.0)], hardware("cpu"), (), path)
     assert json.loads(path.read_text())["figures"][0]["own_limit"]
 

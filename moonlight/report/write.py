@@ -31,7 +31,7 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
         check_folder(folder)
     if out is None:
         out = folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE)
-    check_output_file("--out", out)
+    check_output_file("--out", out, PAGE_FILE)
     histories = [load(folder, len(folders)) for folder in folders]
     empty = [history for history in histories if history.metrics is None]
     if len(empty) == len(histories):
