@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both prepare .venv first if it is missing.
+# The commands that README.md begins with. Each prepares .venv first if it is missing.
 PYTHON ?= python3
 CORPUS ?=
 VENV := .venv

@@ -224,8 +224,9 @@ def _usage(model: Model, name: str, *, chat: bool, trained: bool) -> str:
     """Snippets for transformers and two servers; `trained`: by this project, with a tokenizer of its own."""
     snippet = _CHAT if chat else _COMPLETE if trained else _COMPLETE_IMPORTED
     native = model.kv_lora_rank + model.qk_rope_head_dim == _NATIVE_MLA_WIDTH
+    place = "its name on the Hub" if _HUB_NAME.fullmatch(name) else "to be replaced by the path of this folder"
     text = [
-        f"With transformers, without remote code (`{name}` is the folder of this file, or its name on the Hub):",
+        f"With transformers, without remote code (`{name}` is {place}):",
         snippet.format(name=name),
         "Served over an OpenAI-compatible API by vLLM or SGLang:",
         _SERVE.format(name=name, switch="" if native else "VLLM_MLA_DISABLE=1 "),

@@ -2,18 +2,17 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from moonlight.errors import UserError, naming
 from moonlight.files import SUMS_FILE, read_sums, sha256_of
+from moonlight.progress import counted
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -137,7 +136,7 @@ def check_listed_sums(folder: HuggingFaceFolder) -> None:
         return
     sums = read_sums(folder.path / SUMS_FILE)
     listed = [name for name in folder.files if name in sums]
-    for name in track(listed, description="checksums", transient=True, disable=not sys.stderr.isatty()):
+    for name in counted(listed, "checksums"):
         if sha256_of(folder.path / name) != sums[name]:
             raise UserError(
                 f"{folder.path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed"

@@ -53,7 +53,7 @@ def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
         rest = [name for _, name in missing[1:]]
         others = f"; also missing: {', '.join(rest)}" if rest else ""
         raise UserError(
-            f"{title} needs the data set {name}: put it into {data_dir / name} ({how_to_get(name)}){others}"
+            f"{title} needs the data set {name}: put it into {data_dir / name} ({how_to_get(name, data_dir)}){others}"
         )
 
 
@@ -72,8 +72,13 @@ def local_copy(name: str, data_dir: Path) -> dict[str, Any]:
     return {"dataset_path": str(folder), "dataset_kwargs": {"cache_dir": str(cache)}}
 
 
-def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) -> UserError:
-    """What is said of a data set that could not be loaded, or lacks what the benchmark needs."""
+def unreachable(
+    title: str, name: str, error: Exception, data_dir: Path | None, untried: Sequence[str] = ()
+) -> UserError:
+    """What is said of a data set that could not be loaded, or lacks what the benchmark needs.
+
+    `untried` are those that would have come next.
+    """
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if "scripts are no longer supported" in reason:
         return UserError(
@@ -81,13 +86,16 @@ def unreachable(title: str, name: str, error: Exception, data_dir: Path | None) 
             f"{data_dir / name if data_dir else f'DIR/{name} and give --data-dir DIR'}, as docs/evaluation.md shows"
         )
     if data_dir is not None:
-        return UserError(f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name)}")
+        return UserError(
+            f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name, data_dir)}"
+        )
+    others = f"; needed too, and not tried: {', '.join(untried)}" if untried else ""
     return UserError(
         f"{title} needs the data set {name}, which is not here and did not come from the Hub ({reason}): "
-        f"{how_to_get(name)} where there is a network, and give --data-dir DIR"
+        f"{how_to_get(name)} where there is a network, and give --data-dir DIR{others}"
     )
 
 
-def how_to_get(name: str) -> str:
+def how_to_get(name: str, data_dir: Path | None = None) -> str:
     """The command that copies a data set into a folder."""
-    return f"hf download {name} --repo-type dataset --local-dir DIR/{name}"
+    return f"hf download {name} --repo-type dataset --local-dir {data_dir or 'DIR'}/{name}"

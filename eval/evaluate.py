@@ -49,8 +49,9 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
     """Evaluate folders one after the other; what `out` holds of the same evaluation already is not done again.
 
     Returns:
-        The folder of the results (by default `evaluation/<suite>` beside the first model), the table, and the curve if
-        at least two models say how many tokens they have seen.
+        The folder of the results (by default `evaluation/<suite>` beside the first model, with a limit
+        `evaluation/<suite>-first-<limit>`), the table, and the curve if at least two models say how many tokens they
+        have seen.
 
     Raises:
         UserError: a name, an option, a folder or a data set cannot be used. Found before a model is loaded.
@@ -58,7 +59,8 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
     benchmarks = choose(options.suite, options.tasks)
     _check(options)
     models = _models(folders)
-    out = out or models[0].folder.resolve().parent / "evaluation" / options.suite
+    name = options.suite if options.limit is None else f"{options.suite}-first-{options.limit}"
+    out = out or models[0].folder.resolve().parent / "evaluation" / name
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {out}: a file stands there, choose another folder")
     if options.suite == HELD_OUT:
@@ -288,7 +290,7 @@ def _known(folder: Path, plan: dict[str, dict[str, Any]], asked: set[str]) -> di
         if before != made_with and name in asked:
             changed = [key for key in made_with if before.get(key) != made_with[key]]
             raise UserError(
-                f"{path} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
+                f"{path} was made with another {', '.join(changed)}: choose another --out, or remove this file"
             )
         if before == made_with:
             known[name] = entry

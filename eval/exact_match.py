@@ -1,14 +1,12 @@
 """Answers of an exported chat model, greedily by plain transformers, beside the ones wanted."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
-from eval.folder import load_model, load_tokenizer
+from eval.folder import chat_ids, load_chat_tokenizer, load_model
+from moonlight.progress import counted
 
 
 @dataclass(frozen=True)
@@ -42,21 +40,15 @@ def answers(
     """
     import torch
 
-    # So that markers become control ids and the same words inside a message stay letters.
-    tokenizer, model = load_tokenizer(folder, split_special_tokens=False), load_model(folder)
+    tokenizer, model = load_chat_tokenizer(folder), load_model(folder)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    prompts = [
-        tokenizer.apply_chat_template(
-            list(messages[:-1]), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
-        for messages in conversations
-    ]
+    prompts = [chat_ids(tokenizer, messages[:-1]) for messages in conversations]
     by_length = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     found: dict[int, Answer] = {}
     starts = range(0, len(by_length), batch)
-    for start in track(starts, f"{folder}: answers", disable=not sys.stderr.isatty()):
+    for start in counted(starts, f"{folder}: answers"):
         numbers = by_length[start : start + batch]
         longest = len(prompts[numbers[0]])
         ids = torch.tensor([[pad] * (longest - len(prompts[number])) + prompts[number] for number in numbers])

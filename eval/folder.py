@@ -1,6 +1,7 @@
 """Loading a Hugging Face folder by plain transformers. No code of the folder runs."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,27 @@ def context_of(folder: Path) -> int | None:
 def load_tokenizer(folder: Path, **settings: Any) -> Any:
     """The tokenizer of a folder, with transformers' `settings`; raise UserError if there is none that can be used."""
     return _load("AutoTokenizer", folder, **settings)
+
+
+def load_chat_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a chat model, whose markers become control ids; raise UserError if it has no chat template."""
+    tokenizer = load_tokenizer(folder, split_special_tokens=False)
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder} has no chat template: export a model tuned on conversations with --chat")
+    return tokenizer
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation so far and of the beginning of an answer.
+
+    Args:
+        tokenizer: of `load_chat_tokenizer`.
+        messages: with `role` and `content`. What spells a special token in them stays text.
+    """
+    ids: list[int] = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    return ids
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Any:

@@ -68,7 +68,7 @@ def load_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None) -> dict[s
     wanted = {benchmark.title: hub_names(manager.task_index, benchmark.task) for benchmark in benchmarks}
     if data_dir is not None:
         check_local(wanted, data_dir)
-    loaded = {}
+    loaded: dict[str, Any] = {}
     for benchmark in benchmarks:
         names = wanted[benchmark.title]
         assert len(names) <= 1, names
@@ -88,7 +88,10 @@ def load_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None) -> dict[s
         except Exception as error:  # datasets, huggingface_hub and the network raise many kinds
             if not names or isinstance(error, ImportError):
                 raise
-            raise unreachable(benchmark.title, names[0], error, data_dir) from error
+            untried = [
+                name for later in benchmarks[len(loaded) + 1 :] for name in wanted[later.title] if name != names[0]
+            ]
+            raise unreachable(benchmark.title, names[0], error, data_dir, untried) from error
         loaded[benchmark.name] = tasks
     return loaded
 
@@ -220,7 +223,11 @@ def run(model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, back
     metric, _, name = benchmark.metric.partition(",")
     result = found["results"].get(benchmark.task) or found["groups"][benchmark.task]
     stderr = result.get(f"{metric}_stderr,{name}")
-    samples = [sample | {"task": task} for task in sorted(found["samples"]) for sample in found["samples"][task]]
+    samples = [
+        sample | {"task": task, "question": tasks["tasks"][task].doc_to_text(sample["doc"])}
+        for task in sorted(found["samples"])
+        for sample in found["samples"][task]
+    ]
     return Outcome(
         score=float(result[benchmark.metric]),
         stderr=float(stderr) if isinstance(stderr, float | int) else None,

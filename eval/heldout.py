@@ -1,16 +1,14 @@
 """Bits per byte of held-out text, as validation in training counts them, by plain transformers."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.progress import track
 
 from eval.folder import load_model
 from moonlight.data.manifest import check_tokenizer, is_chat, load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
+from moonlight.progress import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ def bits_per_byte(
     nats = tokens = 0.0
     starts = range(0, len(samples), batch_size)
     with torch.no_grad():
-        for start in track(starts, f"{data.folder.name}: held-out text", disable=not sys.stderr.isatty()):
+        for start in counted(starts, f"{data.folder.name}: held-out text"):
             numbers = range(start, min(start + batch_size, len(samples)))
             inputs, labels, mask = (part.to(device) for part in stack([samples[number] for number in numbers]))
             logits = model(inputs).logits.float()

@@ -9,8 +9,9 @@ from eval.suites import Benchmark
 
 
 def items_of(benchmark: Benchmark, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The harness's samples in short: task, number, answer, target, score, and a checksum of the prompt.
+    """The harness's samples in short: task, number, question, answer, target, score, and a checksum of the prompt.
 
+    The question is the prompt without its examples.
     An answer is the text that counted; of a multiple choice the number of the likeliest choice, with the
     log-likelihoods in nats; of a text its log-likelihood alone.
     """
@@ -23,6 +24,7 @@ def _item(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
     item: dict[str, Any] = {
         "task": sample["task"],
         "item": sample["doc_id"],
+        "question": sample["question"],
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest()[:16],
         "target": sample["target"],
     }

@@ -78,7 +78,7 @@ def _notes(benchmarks: Sequence[Benchmark], results: Results) -> list[str]:
         notes.append(f"**Only the first {limits[0]} items of each task were asked: no result to compare with others.**")
     done = set().union(*results.values())
     if titles := [benchmark.title for benchmark in benchmarks if benchmark.name not in done]:
-        notes.append(f"Not run: {', '.join(titles)} executes code that the model writes, which needs `--allow-code`.")
+        notes.append(f"Not run without `--allow-code`: {', '.join(titles)} (executing code that the model writes).")
     if cut := [
         (label, entry) for label, by_name in results.items() for entry in by_name.values() if entry["truncated"]
     ]:

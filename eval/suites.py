@@ -207,6 +207,10 @@ def choose(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:
         if name not in known:
             if suite == HELD_OUT:
                 raise UserError(f"--tasks has {name!r}: the suite {HELD_OUT} has no tasks, give --data")
+            elsewhere = [other for other, those in SUITES.items() if name in {one.name for one in those}]
+            if elsewhere:
+                place, accepted = f"which is in --suite {elsewhere[0]}", ", ".join(known)
+                raise UserError(f"--tasks has {name!r}, {place}: accepted in {suite} are {accepted}")
             raise UserError(f"--tasks has {name!r}: {_accepted(name, known)}")
     return tuple(benchmark for name, benchmark in known.items() if not names or name in names)
 
@@ -218,4 +222,4 @@ def _accepted(name: str, known: Iterable[str]) -> str:
     plain = name.lower().replace("-", "").replace("_", "")
     near = difflib.get_close_matches(plain, titles, n=1, cutoff=0.5)
     hint = f"did you mean {titles[near[0]]}? " if near else ""
-    return f"{hint}Accepted are {', '.join(known)}"
+    return f"{hint}{'A' if hint else 'a'}ccepted are {', '.join(known)}"

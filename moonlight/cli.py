@@ -299,15 +299,16 @@ def release(
 @app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main(" --temperature 0.6')
 def generate(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat, what a user says.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Ask a chat model: the answer to the prompt alone.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
-    """Continue a text with an exported model, by plain transformers."""
+    """Continue a text with an exported model, or ask a chat model, by plain transformers."""
     from eval.generate import generate as complete
 
-    print(complete(folder, prompt, max_new_tokens, temperature=temperature, seed=seed))
+    print(complete(folder, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
 
 
 app.command("eval", epilog=EVAL_EXAMPLE)(evaluate)

@@ -66,7 +66,7 @@ def prepare_chat(
     if manifest["bad_records"]:
         print(f"{manifest['bad_records']:,} cannot be used and are listed in {out / 'quarantine.jsonl'}:")
         for kind, count in manifest["bad_by_reason"].items():
-            print(f"  {count:,} {kind}; the first is {manifest['first_bad'][kind]}")
+            print(f"  {count:,} {kind}; the first is {manifest['first_bad'][kind].replace(f': {kind}: ', ': ')}")
 
 
 def describe(split: dict[str, Any], sequence_length: int) -> str:

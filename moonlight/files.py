@@ -7,15 +7,14 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
-from rich.progress import track
 
 from moonlight.errors import UserError, naming
+from moonlight.progress import counted
 
 SUMS_FILE = "SHA256SUMS"
 VERIFICATION_FILE = "verification.json"
@@ -54,8 +53,7 @@ def check_sums(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder} lacks {missing[0]}, which its {SUMS_FILE} lists: make the folder again")
     if unnamed := sorted(found - sums.keys()):
         raise UserError(f"{folder / unnamed[0]} is not listed in {SUMS_FILE}: remove it, or make the folder again")
-    names = track(sums, description="checksums", transient=True, disable=not sys.stderr.isatty())
-    for name in names:
+    for name in counted(list(sums), "checksums"):
         if (digest := sha256_of(folder / name)) != sums[name]:
             raise UserError(
                 f"{folder / name} has SHA-256 {digest[:12]}, {SUMS_FILE} says {sums[name][:12]}: "

@@ -1,8 +1,9 @@
-"""How far long work on files has come."""
+"""How far long work has come: a bar on a terminal, else a line every 10 seconds."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
@@ -10,9 +11,27 @@ from rich.console import Console
 SECONDS_BETWEEN_LINES = 10
 
 
+Item = TypeVar("Item")
+
+
+def counted(items: Sequence[Item], name: str) -> Iterator[Item]:
+    """The items one by one, telling how many are done."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from progress.track(items, name, console=console, transient=True)
+        return
+    started = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES:
+            said, left = now, (len(items) - done) * (now - started) / done
+            console.print(f"{name}: {done:,} of {len(items):,}, {left:.0f} s left", highlight=False)
+        yield item
+
+
 @contextlib.contextmanager
 def byte_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to tell the bytes done so far: a bar on a terminal, else a line every 10 seconds."""
+    """Give a function to tell the bytes done so far."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (

@@ -76,7 +76,7 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
         )
 
     console = Console(highlight=False)
-    console.rule(f"done in {time.monotonic() - started:.0f} s")
+    console.rule(f"done, {time.monotonic() - started:.0f} s in this call")
     for name, path in (
         ("tokenizer", tokenizer),
         ("data", data),

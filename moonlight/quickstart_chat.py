@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -57,27 +58,31 @@ def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
         own_before = shares["before"][task]["exact"]
         table.add_row(task, f"{found['conversations']}", f"{own_before:.1%}", f"{found['exact']:.1%}")
     console = Console(highlight=False)
-    console.rule(f"done in {time.monotonic() - started:.0f} s")
+    console.rule(f"done, {time.monotonic() - started:.0f} s in this call")
     console.print(table)
     console.print(f"answers: {folder / RESULT_FILE}\nmodel:   {after}", soft_wrap=True)
+    more = f'ask it:  .venv/bin/moonlight generate {after} --chat --prompt "Repeat: red blue"'
+    console.print(more, markup=False, soft_wrap=True)
 
 
-def _measure(folders: dict[str, Path], held_out: Path, out: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Shares of exact answers by task for each folder; kept in `out` with the answers, and read from there again."""
-    made_from = {name: sha256_of(path / "export.json") for name, path in folders.items()}
-    made_from["conversations"] = sha256_of(held_out)
-    if out.is_file():
-        known = json.loads(out.read_text(encoding="utf-8"))
-        if known["made_from"] == made_from:
-            print("== exact match: done already")
-            return known["shares"]
+def _measure(folders: dict[str, Path], held_out: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """Shares of exact answers by task for each folder. `out` keeps them with every answer, folder by folder."""
     from eval.exact_match import answers, share_exact
 
-    print("== exact match: greedy answers by plain transformers", flush=True)
     lines = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
-    conversations, names = [line["messages"] for line in lines], [line["task"] for line in lines]
-    given = {name: answers(path, conversations) for name, path in folders.items()}
-    shares = {name: share_exact(found, names) for name, found in given.items()}
-    said = {name: [dataclasses.asdict(answer) for answer in found] for name, found in given.items()}
-    write_json(out, {"made_from": made_from, "shares": shares, "answers": said})
-    return shares
+    conversations, tasks = [line["messages"] for line in lines], [line["task"] for line in lines]
+    known = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    for name, path in folders.items():
+        made_from = {"export": sha256_of(path / "export.json"), "conversations": sha256_of(held_out)}
+        if name in known and known[name]["made_from"] == made_from:
+            print(f"== exact match, {name}: done already")
+            continue
+        print(f"== exact match, {name}: greedy answers by plain transformers", flush=True)
+        given = answers(path, conversations)
+        said = [
+            {"task": task, "conversation": messages[:-1], **dataclasses.asdict(answer), "exact": answer.is_exact}
+            for task, messages, answer in zip(tasks, conversations, given, strict=True)
+        ]
+        known[name] = {"made_from": made_from, "shares": share_exact(given, tasks), "answers": said}
+        write_json(out, known)
+    return {name: known[name]["shares"] for name in folders}

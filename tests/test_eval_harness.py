@@ -168,6 +168,16 @@ def test_results_of_another_evaluation_are_not_mixed_in(offline, exported):
         evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), offline.out)
 
 
+def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
+    """So that it never stands in the way of the whole suite."""
+    folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder)
+    found = evaluate([folder], Options(suite="offline", tasks=("choice",), limit=2))
+    assert found.out == tmp_path / "evaluation" / "offline-first-2"
+    first, second = items(found.out / "llama", "choice")
+    assert first["question"] == "def area(width, height):\n    return width *"
+    assert second["question"] == "for index, item in"
+
+
 def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
     found = evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), tmp_path / "out")
     assert "code: not run" in capsys.readouterr().out

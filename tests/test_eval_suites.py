@@ -92,8 +92,11 @@ def ready(tiny_run, tmp_path_factory):
 BAD_WORDS = {
     "a suite with a typo": (["--suite", "papr"], "did you mean paper? Accepted are paper, offline, heldout"),
     "a task with a typo": (["--suite", "paper", "--tasks", "mmlu,human_evl"], "did you mean humaneval?"),
-    "a task of another suite": (["--suite", "offline", "--tasks", "mmlu"], "Accepted are choice, recall, code, text"),
-    "a task like nothing": (["--suite", "paper", "--tasks", "zzz"], "'zzz': Accepted are mmlu, mmlu-pro"),
+    "a task of another suite": (
+        ["--suite", "offline", "--tasks", "mmlu"],
+        "'mmlu', which is in --suite paper: accepted in offline are choice, recall, code, text",
+    ),
+    "a task like nothing": (["--suite", "paper", "--tasks", "zzz"], "'zzz': accepted are mmlu, mmlu-pro"),
     "a task of held-out text": (["--suite", "heldout", "--tasks", "mmlu"], "no tasks, give --data"),
     "a backend": (["--backend", "vlm"], "accepted are transformers, vllm"),
     "a dtype": (["--dtype", "float8"], "accepted are auto, float32"),
@@ -144,7 +147,7 @@ def test_data_sets_missing_in_a_folder(ready, refuses, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     command = ["eval", ready, "--suite", "paper", "--tasks", "mmlu,cmath", "--data-dir", data, "--out", out]
-    how = "hf download cais/mmlu --repo-type dataset --local-dir DIR/cais/mmlu"
+    how = f"hf download cais/mmlu --repo-type dataset --local-dir {data}/cais/mmlu"
     refuses(command, "MMLU needs the data set cais/mmlu", f"put it into {data / 'cais/mmlu'}", how, "weitianwen/cmath")
     (data / "cais" / "mmlu").mkdir(parents=True)
     (data / "weitianwen" / "cmath").mkdir(parents=True)
@@ -153,9 +156,10 @@ def test_data_sets_missing_in_a_folder(ready, refuses, tmp_path):
 
 def test_data_sets_missing_without_a_network(ready, tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
-    arguments = ["eval", ready, "--suite", "paper", "--tasks", "gsm8k", "--out", tmp_path / "out"]
+    arguments = ["eval", ready, "--suite", "paper", "--tasks", "gsm8k,math,cmath", "--out", tmp_path / "out"]
     code, _, err = run_command(*arguments, env=env)
     words = ["GSM8K needs the data set openai/gsm8k", "hf download openai/gsm8k", "--data-dir DIR"]
+    words += ["needed too, and not tried: EleutherAI/hendrycks_math, weitianwen/cmath"]
     check_line(code, err, words)
     assert not (tmp_path / "out").exists()
 

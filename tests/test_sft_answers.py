@@ -10,6 +10,7 @@ from chats import CHATS, tuning_recipe
 
 from checkpoints.export import export
 from eval.exact_match import Answer, answers, share_exact
+from eval.generate import generate
 from moonlight import quickstart_chat
 from moonlight.config_io import load_recipe, to_yaml
 from moonlight.errors import UserError
@@ -52,6 +53,22 @@ def test_exact_is_the_same_text_and_nothing_after_it():
     }
 
 
+def test_one_question(chat_export):
+    """`generate --chat` gives the answer that exact match is counted from, and nothing else."""
+    (answer,) = answers(
+        chat_export, [[{"role": "user", "content": "Repeat: red"}, {"role": "assistant", "content": ""}]]
+    )
+    assert answer.text
+    assert generate(chat_export, "Repeat: red", 32, chat=True) == answer.text
+
+
+def test_a_folder_without_a_chat_template_is_refused(chat_export, refuses, tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(chat_export, folder)
+    (folder / "chat_template.jinja").unlink()
+    refuses(["generate", folder, "--chat", "--prompt", "Hello"], "hf has no chat template", "--chat")
+
+
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"it has no config\.json"):
         answers(tmp_path, [])
@@ -78,8 +95,11 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     first = capfd.readouterr().out
     folder = tmp_path / "runs" / "chat"
     result = json.loads((folder / "exact_match.json").read_text())
-    assert result["shares"]["before"]["all"]["conversations"] == 12 == len(result["answers"]["after"])
+    assert result["before"]["shares"]["all"]["conversations"] == 12 == len(result["after"]["answers"])
+    asked = result["after"]["answers"][0]
+    assert asked["conversation"][-1]["role"] == "user" and asked["task"] in first and not asked["exact"]
     assert "held-out task" in first and "exact after" in first
+    assert "moonlight generate" in first and "--chat --prompt" in first
     card = (folder / "hf" / "README.md").read_text()
     assert "on what the assistant says" in card and "padding included" in card
     generation = json.loads((folder / "hf" / "generation_config.json").read_text())
@@ -88,9 +108,14 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
         base / "tokenizer" / "chat_template.jinja"
     ).read_text()
 
+    del result["after"]  # as if it had been interrupted between the two
+    (folder / "exact_match.json").write_text(json.dumps(result))
+    quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
+    resumed = capfd.readouterr().out
+    assert "exact match, before: done already" in resumed and "exact match, after: greedy answers" in resumed
     quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
     again = capfd.readouterr().out
-    for done in ("have been prepared already", "this run has finished already", "exact match: done already"):
+    for done in ("have been prepared already", "this run has finished already", "exact match, after: done already"):
         assert done in again
     assert again.count("this checkpoint has been exported already") == 2
     with pytest.raises(UserError, match="has no checkpoint: `make quickstart`"):

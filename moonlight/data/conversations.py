@@ -50,7 +50,10 @@ def _messages_of(value: dict[str, Any], field: str) -> tuple[str | None, str]:
     """The messages as JSON of roles and texts alone, or None and why they cannot be used."""
     messages = value.get(field)
     if not isinstance(messages, list):
-        return None, f"no messages: field {field!r} with a list of them is expected"
+        hint = ""
+        if isinstance(value.get("conversations"), list):  # the shape of ShareGPT
+            hint = "; 'conversations' of from and value must be written as messages of role and content"
+        return None, f"no messages: field {field!r} with a list of them is expected{hint}"
     found = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
