@@ -81,9 +81,9 @@ def _mixture(run: Run, tokens: int, manifests: Manifests) -> Iterable[str]:
 
 
 def _sums(manifests: Manifests, split: str, names: Sequence[str]) -> dict[str, int]:
-    """Sums over the splits of this name; empty if a source has none."""
+    """Sums over the splits of this name; empty if a source has none, or there is no source."""
     found = [manifest["splits"].get(split) for manifest in manifests.values()]
-    return {name: sum(one[name] for one in found) for name in names} if all(found) else {}
+    return {name: sum(one[name] for one in found) for name in names} if found and all(found) else {}
 
 
 def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> Iterable[tuple[str, str]]:

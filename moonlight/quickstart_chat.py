@@ -49,7 +49,7 @@ def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
     )
     step("tuning", "sft", recipe, *overrides)
     before, after = folder / "before", folder / "hf"
-    step("export, before", "export", base, "--out", before, "--chat")
+    step("export, before", "export", base, "--out", before, "--chat", "--tokenizer", run.data.tokenizer)
     step("export, after", "export", folder, "--out", after, "--chat")
     shares = _measure({"before": before, "after": after}, tasks / HELD_OUT_FILE, folder / RESULT_FILE)
 
