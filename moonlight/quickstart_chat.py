@@ -61,7 +61,7 @@ def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
     console.rule(f"done, {time.monotonic() - started:.0f} s in this call")
     console.print(table)
     console.print(f"answers: {folder / RESULT_FILE}\nmodel:   {after}", soft_wrap=True)
-    more = f'ask it:  .venv/bin/moonlight generate {after} --chat --prompt "Repeat: red blue"'
+    more = f'ask it:  .venv/bin/moonlight generate {after} --chat --prompt "Last word: read the file"'
     console.print(more, markup=False, soft_wrap=True)
 
 
