@@ -80,7 +80,15 @@ def _from_folder(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _from_hub(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     from huggingface_hub import hf_hub_download
 
-    return read_parquet(Path(hf_hub_download(HUB_REPOSITORY, HUB_FILES[split], repo_type="dataset")))
+    try:
+        path = hf_hub_download(HUB_REPOSITORY, HUB_FILES[split], repo_type="dataset")
+    except (OSError, ValueError, RuntimeError) as error:  # of the network, of the Hub, of its offline mode
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--data is {HUB}: {HUB_REPOSITORY} is not here and did not come from the Hub ({reason}); give a folder "
+            "with CIFAR-10's binary files"
+        ) from error
+    return read_parquet(Path(path))
 
 
 def read_parquet(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

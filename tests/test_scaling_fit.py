@@ -26,6 +26,14 @@ def cells(laws, noise=0.0, seeds=1, seed=0, flops=FLOPS):
     }
 
 
+def flops_of(cell):
+    return cell.flops
+
+
+def loss_of(cell):
+    return cell.losses[0]
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(20, 40), st.floats(-1, 3)), min_size=3, max_size=9, unique_by=lambda p: round(p[0]))
@@ -92,6 +100,31 @@ def test_a_size_of_one_optimizer_alone_is_used_for_it():
 def test_what_lies_beyond_the_ladder_is_said():
     found = compare(cells({"muon": (2.5 * 0.5**0.06, -0.06), "adamw": (2.5, -0.06)}), draws=10)
     assert [share.is_measured for share in found.shares] == [False, True, True]
+
+
+def test_shares_are_read_off_between_sizes():
+    """On a law without noise they are the law's; beyond Muon's sizes nothing is read off."""
+    share = 0.8
+    made = cells({"muon": (2.5 * share**0.06, -0.06), "adamw": (2.5, -0.06)}, flops=(1e12, 2e12, 4e12))
+    below, *others = compare(made, draws=50).read_off
+    assert below.share == 0 and below.interval == (0, pytest.approx(1)) and not below.is_measured
+    for at in others:
+        assert at.share == pytest.approx(share, rel=1e-6) and at.is_measured
+        assert at.interval == pytest.approx((share, share), rel=1e-6)
+    worse = cells({"muon": (2.5, -0.06), "adamw": (2.5 * share**0.06, -0.06)}, flops=(1e12, 2e12, 4e12))
+    above = compare(worse, draws=50).read_off[-1]
+    assert above.share == math.inf and above.interval == (pytest.approx(1), math.inf)
+
+
+def test_a_law_that_bends_shows_in_the_distance_from_the_line():
+    made = cells(PAPER)
+    assert compare(made, draws=10).laws["muon"].farthest == pytest.approx(0, abs=1e-9)
+    bent = made["muon"]["s2"]
+    made["muon"]["s2"] = Cell(bent.flops, tuple(1.02 * loss for loss in bent.losses))
+    found = compare(made, draws=10)
+    line = np.polyfit(*(np.log([pick(cell) for cell in made["muon"].values()]) for pick in (flops_of, loss_of)), 1)
+    apart = [np.log(loss_of(cell)) - np.polyval(line, np.log(flops_of(cell))) for cell in made["muon"].values()]
+    assert found.laws["muon"].farthest == pytest.approx(np.expm1(np.abs(apart).max()), rel=1e-6)
 
 
 def test_the_same_results_give_the_same_intervals():

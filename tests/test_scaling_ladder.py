@@ -152,6 +152,21 @@ def test_damaged_results_are_refused(write, content):
         read_results(ladder)
 
 
+@pytest.mark.parametrize("change", [{"optimizer": "sgd"}, {"loss": -3.0}, {"loss": 0.0}, {"seed": 2}])
+def test_results_that_cannot_be_are_refused(write, change):
+    """An optimizer that no ladder has, a loss that is none, and with seed 2 one run twice."""
+    ladder = load_ladder(write(seeds=[1, 2]))
+    first = ladder.wanted({})[0]
+    write_results(ladder, {point: result(point, 4.5) for point in (first, replace(first, seed=2))})
+    assert len(read_results(ladder)) == 2
+    path = ladder.home / "results.json"
+    content = json.loads(path.read_text())
+    content["points"][0] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="an entry of its points cannot be read"):
+        read_results(ladder)
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from moonlight.errors import UserError
-from moonlight.files import write_text
+from moonlight.files import check_output_file, write_text
 from moonlight.scaling.fit import Cell, Comparison, compare
 from moonlight.scaling.ladder import Ladder, Point, load_ladder, losses_at
 from moonlight.scaling.measured import read_measured
@@ -27,6 +27,8 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
     Raises:
         UserError: a ladder or its results cannot be used, a run failed, or there are too few results for a fit.
     """
+    if out:
+        check_output_file("--out", out, "scaling.png")
     ladders = [load_ladder(path) for path in paths]
     fitted = conclude_all(ladders, partial(_conclude, fit_only=fit_only), run_none=fit_only, dry_run=dry_run)
     if len(fitted) > 1 or (fitted and out):
@@ -52,8 +54,11 @@ def _conclude(
     cells = cells_of(ladder, results)
     comparison = compare(cells)
     parts.append(laws_text(comparison))
+    if found:
+        parts[-1] += f"\n\nNot the last word: {len(found)} reasons for doubt stand under the table of losses."
     print("\n" + parts[-1])
     write_text(ladder.home / "results.md", "\n\n".join(parts) + "\n")
     draw_laws({ladder.name: (cells, comparison)}, ladder.home / "scaling.png")
-    print(f"{ladder.home}: results.json, results.md, scaling.png, rates.png, svd_entropy.png")
+    entropies = ", svd_entropy.png" if pairs else ""
+    print(f"{ladder.home}: results.json, results.md, scaling.png, rates.png{entropies}")
     return cells, comparison

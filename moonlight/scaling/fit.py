@@ -2,7 +2,7 @@
 
 Intervals come from a bootstrap that draws sizes with replacement, the same ones for both optimizers, and then at each
 drawn size its seeds, the optimizers' apart. It knows the scatter of sizes about the line and that of seeds; not that a
-grid of learning rates is coarse, nor that a law may bend.
+grid of learning rates is coarse, nor that a law may bend. What is read off between Muon's sizes needs no law.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +39,8 @@ class Law:
     b: float
     a_interval: Interval
     b_interval: Interval
+    farthest: float
+    """The largest distance of a size from the line, as a share of its loss."""
     log_a: np.ndarray
     """Natural logarithms of a, [draws]."""
     slopes: np.ndarray
@@ -60,7 +62,8 @@ class Share:
     share: float
     interval: Interval
     is_measured: bool
-    """Muon's FLOPs lie between the least and the most that it was trained with; else its law is prolonged."""
+    """Muon's FLOPs lie between the least and the most that it was trained with; else its law is prolonged, and what is
+    read off is 0 or infinite, with the interval from there to what Muon's own sizes show."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Comparison:
     laws: dict[str, Law]
     shares: tuple[Share, ...]
     """At the least FLOPs of the ladder, in the geometric middle, at the most."""
+    read_off: tuple[Share, ...]
+    """At AdamW's sizes, the smallest first, between Muon's neighbouring ones; intervals know the seeds alone."""
 
     @property
     def middle(self) -> Share:
@@ -121,7 +126,7 @@ def compare(cells: Mapping[str, Mapping[str, Cell]], draws: int = DRAWS, seed: i
     muon = [cell.flops for cell in cells["muon"].values()]
     ends = (min(muon), max(muon))
     shares = tuple(_share(laws["muon"], laws["adamw"], flops, ends) for flops in (low, (low * high) ** 0.5, high))
-    return Comparison(laws, shares)
+    return Comparison(laws, shares, _read_off(cells, draws, generator))
 
 
 def _draw_sizes(
@@ -147,6 +152,7 @@ def _laws(
         x = np.log([cell.flops / PFLOPS_DAY for cell in own.values()])
         y = np.log([np.mean(cell.losses) for cell in own.values()])
         log_a, b = least_squares(x, y)
+        farthest = float(np.expm1(np.abs(y - log_a - b * x).max()))
         # Every time that a size is drawn its seeds are drawn anew, [draws, sizes]; NaN: a size that is not there.
         some_x, some_y = np.full(drawn.shape, np.nan), np.full(drawn.shape, np.nan)
         for number, size in enumerate(sizes):
@@ -156,7 +162,8 @@ def _laws(
                 picked = values[generator.integers(len(values), size=(int(here.sum()), len(values)))]
                 some_x[here], some_y[here] = np.log(own[size].flops / PFLOPS_DAY), np.log(picked.mean(-1))
         many_a, many_b = _masked_least_squares(some_x, some_y)
-        laws[name] = Law(float(np.exp(log_a)), float(b), interval(np.exp(many_a)), interval(many_b), many_a, many_b)
+        intervals = interval(np.exp(many_a)), interval(many_b)
+        laws[name] = Law(float(np.exp(log_a)), float(b), *intervals, farthest, many_a, many_b)
     return laws
 
 
@@ -183,3 +190,41 @@ def _share(muon: Law, adamw: Law, flops: float, ends: Interval) -> Share:
     many = share(muon.log_a, muon.slopes, adamw.log_a, adamw.slopes)
     is_measured = 0.999 * ends[0] <= point * flops <= 1.001 * ends[1]
     return Share(flops, adamw.loss(flops), point, interval(many), is_measured)
+
+
+def _read_off(cells: Mapping[str, Mapping[str, Cell]], draws: int, generator: np.random.Generator) -> tuple[Share, ...]:
+    """For AdamW's loss at each size, log C between the neighbouring sizes of Muon, log L in a line between them."""
+    muon = sorted(cells["muon"].values(), key=lambda cell: cell.flops)
+    x = np.log([cell.flops for cell in muon])
+    y = np.log([np.mean(cell.losses) for cell in muon])
+    drawn_y = np.stack([_drawn_means(cell, draws, generator) for cell in muon], -1)
+    found = []
+    for cell in sorted(cells["adamw"].values(), key=lambda cell: cell.flops):
+        loss = float(np.mean(cell.losses))
+        share = float(np.exp(_crossing(x, y, np.log(loss)) - np.log(cell.flops)))
+        many = np.exp(_crossing(x, drawn_y, _drawn_means(cell, draws, generator)) - np.log(cell.flops))
+        is_measured = 0 < share < np.inf
+        least, most = np.exp(x[[0, -1]] - np.log(cell.flops))
+        known = interval(many) if is_measured else (0.0, float(least)) if share == 0 else (float(most), np.inf)
+        found.append(Share(cell.flops, loss, share, known, is_measured))
+    return tuple(found)
+
+
+def _drawn_means(cell: Cell, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Logarithms of mean losses of seeds drawn with replacement, [draws]."""
+    values = np.array(cell.losses)
+    return np.log(values[generator.integers(len(values), size=(draws, len(values)))].mean(-1))
+
+
+def _crossing(x: np.ndarray, y: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least x at which the lines through [points] and [..., points] have come down to `target`.
+
+    Minus infinity where the first point is below it already, infinity where none is.
+    """
+    found = np.full(np.shape(target), np.inf)
+    for number in reversed(range(len(x) - 1)):
+        before, after = y[..., number], y[..., number + 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            here = x[number] + (x[number + 1] - x[number]) * (before - target) / (before - after)
+        found = np.where((after <= target) & (target <= before) & (after < before), here, found)
+    return np.where(target > y[..., 0], -np.inf, found)

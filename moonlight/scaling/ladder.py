@@ -24,6 +24,10 @@ class Point(AnyPoint):
     rate: float
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(self.optimizer)
+
     @property
     def name(self) -> str:
         return f"{self.size}-{self.optimizer}-lr{self.rate:g}-seed{self.seed}"

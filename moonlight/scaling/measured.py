@@ -34,7 +34,9 @@ def read_measured(path: Path) -> Measured:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    known = isinstance(content, dict) and all(isinstance(own, dict) for own in content.values())
+    known = known and all(isinstance(value, float | int) for own in content.values() for value in own.values())
+    return content if known else {}
 
 
 def measure(

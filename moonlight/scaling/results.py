@@ -74,8 +74,9 @@ def read_results(study: Study[P]) -> dict[P, Result[P]]:
         there: dict[str, dict[str, Any]] = dict(content["settings"])
         assert isinstance(content["data"], dict)
         for result in results:
-            number = result.loss is None or math.isfinite(result.loss)
+            number = result.loss is None or 0 < result.loss < math.inf
             assert number and (result.loss is None) == bool(result.diverged) and result.point.group in there
+        assert len({result.point for result in results}) == len(results)
     except (KeyError, TypeError, ValueError, AssertionError):
         raise UserError(f"{path} is damaged: an entry of its points cannot be read; remove it to begin again") from None
     for name, digest in data_of(study).items():

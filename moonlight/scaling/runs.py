@@ -35,7 +35,11 @@ def conclude_all(
             print(plan_text(study, results))
         return {}
     if not run_none:
+        from moonlight.scaling.train import corpus_of
+
         check_gpu(studies)
+        for study in studies:
+            corpus_of(study)
     concluded = {}
     for study in studies:
         with folder_lock(study.home) if not run_none else contextlib.nullcontext():
@@ -63,8 +67,8 @@ def run_all(study: Study[P]) -> dict[P, Result[P]]:
     """Do what a study still lacks, and return all its results; its folder must be locked."""
     from moonlight.scaling.train import prepare_data, train_all
 
-    results = read_results(study)
     prepare_data(study)
+    results = read_results(study)  # after the text is there, so that results of another text are refused
     print(plan_text(study, results), flush=True)
     train_all(study, results)
     return results

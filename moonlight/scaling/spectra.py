@@ -54,7 +54,7 @@ def pairs_of(ladder: Ladder, results: Mapping[Point, Result[Point]], spectra: Me
             if part.kind == "matrix"
         }
         for name in muon:
-            if name in adamw and math.isfinite(muon[name] + adamw[name]):
+            if name in adamw and name in groups and math.isfinite(muon[name] + adamw[name]):
                 found.append(Pair(size, groups[name], muon[name], adamw[name]))
     return found
 

@@ -53,7 +53,8 @@ def doubts(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> list[str]:
         for name, values in losses_at(ladder, size, losses(results)).items():
             if values and (edge := on_edge(values)):
                 best = best_rate(values)
-                why = "every run diverged" if math.isinf(values[best]) else f"{LABELS[name]} is best at {best:g}"
+                why = f"every run of {LABELS[name]} diverged" if math.isinf(values[best]) else ""
+                why = why or f"{LABELS[name]} is best at {best:g}"
                 said.append(f"{size}: {why}, the {edge} edge of the grid: not yet an optimum.")
     if missing := ladder.wanted(losses(results)):
         names = ", ".join(point.name for point in missing[:3])
@@ -69,16 +70,28 @@ def _between(values: Interval, digits: int) -> str:
 def laws_text(comparison: Comparison) -> str:
     """The fitted laws and the share of FLOPs, with 95% intervals."""
     lines = ["L = a C^b, C in PFLOP/s-days; 95% intervals by bootstrap over sizes and seeds:\n"]
-    lines += ["| optimizer | a | b |", "|---|---|---|"]
+    lines += ["| optimizer | a | b | farthest size from the line |", "|---|---|---|---|"]
     for name, law in comparison.laws.items():
         lines.append(
             f"| {LABELS[name]} | {law.a:.4f} {_between(law.a_interval, 4)} | "
-            f"{law.b:.4f} {_between(law.b_interval, 4)} |"
+            f"{law.b:.4f} {_between(law.b_interval, 4)} | {law.farthest:.1%} of its loss |"
         )
     lines += ["", "| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
     for share in comparison.shares:
         beyond = "" if share.is_measured else ", beyond the ladder"
         said = f"{share.share:.3f} {_between(share.interval, 3)}{beyond}"
+        lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {said} |")
+    lines += [
+        "",
+        "Without a law: at each size of AdamW, between the neighbouring sizes of Muon; 95% intervals of the seeds.\n",
+    ]
+    lines += ["| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
+    for share in comparison.read_off:
+        said = f"{share.share:.3f} {_between(share.interval, 3)}"
+        if share.share == 0:
+            said = f"below {share.interval[1]:.3f}: Muon's smallest size has less loss"
+        elif math.isinf(share.share):
+            said = f"above {share.interval[0]:.3f}: Muon's largest size has more loss"
         lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {said} |")
     middle = comparison.middle
     low, high = middle.interval

@@ -47,19 +47,27 @@ def side_by_side(study: Study[P]) -> int:
     return study.side_by_side or max(1, cores() // each)
 
 
+def corpus_of(study: Study[P]) -> Path | None:
+    """The text that a study names, if it names one; raise UserError if there is no such text."""
+    if not study.corpus:
+        return None
+    import sysconfig
+
+    corpus = Path(sysconfig.get_path("stdlib") if study.corpus == STANDARD_LIBRARY else study.corpus)
+    if not corpus.exists():
+        raise UserError(f"corpus {corpus} of {study.kind} {study.path} does not exist: give a folder or file of text")
+    return corpus
+
+
 def prepare_data(study: Study[P]) -> None:
     """Make tokenizer and data if the study names a corpus and they are missing.
 
     Raises:
         UserError: the corpus does not exist, or a step failed.
     """
-    if not study.corpus:
+    corpus = corpus_of(study)
+    if corpus is None:
         return
-    import sysconfig
-
-    corpus = Path(sysconfig.get_path("stdlib") if study.corpus == STANDARD_LIBRARY else study.corpus)
-    if not corpus.exists():
-        raise UserError(f"corpus {corpus} of {study.kind} {study.path} does not exist: give a folder or file of text")
     run = study.first_run()
     tokenizer, data = Path(run.data.tokenizer), Path(run.data.path)
     if not tokenizer.exists():
