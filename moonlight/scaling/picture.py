@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 COLORS = {"muon": "#1f6fb4", "adamw": "#d1495b"}
 LABELS = {"muon": "Muon", "adamw": "AdamW"}
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D")
-"""Of several ladders on one figure."""
 DPI = 120
 
 
@@ -46,30 +44,39 @@ def mark_rates(axes: Any, rates: Iterable[float]) -> None:
 
 
 def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, Cell]], Comparison]], out: Path) -> None:
-    """The paper's figure: loss over training FLOPs of both optimizers, with the fitted laws; ladders on one figure."""
-    figure, (axes,) = new_figure(1, height=5.2)
-    for number, (ladder, (cells, comparison)) in enumerate(ladders.items()):
+    """The paper's figure: loss over training FLOPs of both optimizers, with the fitted laws; ladders side by side."""
+    figure, every = new_figure(len(ladders), height=5.2)
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
+
+    for axes, (ladder, (cells, comparison)) in zip(every, ladders.items(), strict=True):
         for name, law in comparison.laws.items():
             points = sorted((cell.flops, cell.losses) for cell in cells[name].values())
             flops = np.geomspace(points[0][0] / 1.3, points[-1][0] * 1.3, 50)
-            label = f"{LABELS[name]}: {law.a:.3f} C^{law.b:.4f}" + (f" ({ladder})" if len(ladders) > 1 else "")
             line = flops / PFLOPS_DAY
-            axes.plot(line, [law.loss(c) for c in flops], color=COLORS[name], linestyle=STYLES[number % 4], label=label)
+            label = f"{LABELS[name]}: {law.a:.3f} C^{law.b:.4f}"
+            axes.plot(line, [law.loss(c) for c in flops], color=COLORS[name], label=label)
             low, high = zip(*(law.loss_interval(c) for c in flops), strict=True)
             axes.fill_between(line, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
             for c, losses in points:
-                axes.plot([c / PFLOPS_DAY] * len(losses), losses, MARKERS[number % 4], color=COLORS[name], markersize=4)
+                axes.plot([c / PFLOPS_DAY] * len(losses), losses, "o", color=COLORS[name], markersize=4)
         middle = comparison.middle
         low_share, high_share = middle.interval
-        text = f"{ladder}: {middle.share:.2f} of AdamW's FLOPs, 95% from {low_share:.2f} to {high_share:.2f}"
+        text = f"{middle.share:.2f} of AdamW's FLOPs, 95% from {low_share:.2f} to {high_share:.2f}"
         place = (middle.share * middle.flops / PFLOPS_DAY, middle.loss)
         axes.annotate("", place, (middle.flops / PFLOPS_DAY, middle.loss), arrowprops={"arrowstyle": "->"})
-        axes.text(0.02, 0.03 + 0.06 * number, text, transform=axes.transAxes)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs of the model (PFLOP/s-days)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.legend(frameon=False)
+        axes.text(0.02, 0.03, text, transform=axes.transAxes)
+        axes.set(xscale="log", yscale="log", xlabel="training FLOPs of the model (PFLOP/s-days)", title=ladder)
+        axes.set_ylabel("held-out loss (nats per token)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
+        axes.yaxis.set_major_locator(MaxNLocator(8))
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False)
+    limits = [axes.get_ylim() for axes in every]
+    for axes in every:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     write_figure(out, figure)
 
 
@@ -104,7 +111,7 @@ def draw_entropies(pairs: Sequence["Pair"], out: Path) -> None:
                 if pair.group == group:
                     by_size.setdefault(pair.size, []).append(getattr(pair, name))
             means = [fmean(values) for values in by_size.values()]
-            axes.plot([place + shift] * len(means), means, "o", markersize=4, alpha=0.45, color=COLORS[name])
+            axes.plot([place + 1.8 * shift] * len(means), means, "o", markersize=4, alpha=0.45, color=COLORS[name])
             every = fmean(value for values in by_size.values() for value in values)
             label = LABELS[name] if place == 0 else None
             axes.plot(place + shift, every, "D", markersize=9, color=COLORS[name], label=label)
