@@ -124,7 +124,11 @@ def scaling(
         Path | None, typer.Option(help="Figure of all ladders; by default runs/scaling/scaling.png for several.")
     ] = None,
 ) -> None:
-    """Train a ladder of sizes with Muon and AdamW, fit the scaling laws, and say how many of the FLOPs Muon needs."""
+    """Train a ladder of sizes with Muon and AdamW, fit the scaling laws, and say how many of the FLOPs Muon needs.
+
+    Writes results, tables and pictures into runs/scaling/NAME/, and goes on where it was interrupted. A ladder for two
+    cores takes an hour and a half.
+    """
     from moonlight.scaling.command import scaling as climb
 
     climb(ladders, fit_only=fit_only, dry_run=dry_run, out=out)
@@ -136,7 +140,11 @@ def ablate(
     draw_only: Annotated[bool, typer.Option("--draw-only", help="Train nothing: tables and pictures again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
 ) -> None:
-    """Train variants of a recipe side by side, and compare each with a baseline: loss, weights, updates."""
+    """Train variants of a recipe side by side, and compare each with a baseline: loss, weights, updates.
+
+    Writes results, tables and pictures into runs/ablations/NAME/, and goes on where it was interrupted. All five take
+    about an hour on two cores.
+    """
     from moonlight.ablations.command import ablate as compare
 
     compare(ablations, draw_only=draw_only, dry_run=dry_run)

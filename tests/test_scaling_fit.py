@@ -66,14 +66,14 @@ def test_the_papers_laws_give_its_share():
 
 
 def test_intervals_hold_what_is_true_about_as_often_as_they_say():
-    """A bootstrap of five sizes is narrow: intervals of 95% should hold in most cases, not in nearly all."""
+    """A bootstrap of five sizes is somewhat narrow or wide: intervals of 95% hold in nine of ten cases at least."""
     laws = {"muon": (2.5, -0.06), "adamw": (2.6, -0.06)}
     true = (2.5 / 2.6) ** (1 / 0.06)
     held = 0
     for seed in range(60):
         low, high = compare(cells(laws, noise=0.002, seeds=2, seed=seed), draws=400).middle.interval
         held += low <= true <= high
-    assert 42 <= held <= 60
+    assert held >= 54
 
 
 def test_seeds_and_sizes_both_widen_the_interval():
