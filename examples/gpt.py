@@ -12,7 +12,7 @@ import functools
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ PRESETS = {
         test_sequences=64,
         decays=False,
         target=2.15,
-        rates="0.005,0.01,0.02",
+        rates="0.0025,0.005,0.01,0.02",
     ),
     "124m": Preset(
         layers=12,
@@ -203,7 +203,11 @@ def main() -> None:
             name=f"GPT ({size})",
             measured="held-out loss",
             target=preset.target,
-            settings={"data": Path(given.data).name, "preset": repr(preset), "weight_decay": WEIGHT_DECAY},
+            settings={
+                "data": Path(given.data).name,
+                "preset": repr(replace(preset, rates="")),
+                "weight_decay": WEIGHT_DECAY,
+            },
             train=functools.partial(train, given.data, preset, given.device),
         )
         run(task, given, preset.rates, f"gpt-{size}")

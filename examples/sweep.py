@@ -169,6 +169,8 @@ def describe(task: Task, points: dict[str, Any], seeds: Sequence[int]) -> tuple[
 def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) -> None:
     """Steps over learning rate, and the curves at the best rates."""
     figure, (left, right) = new_figure(2)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for name, own in _rates(points, seeds).items():
         color, label = COLORS[name], LABELS[name]
         reached = {rate: _value(runs)[0] for rate, runs in sorted(own.items()) if _value(runs)[0] < float("inf")}
@@ -184,6 +186,9 @@ def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) ->
     left.set_ylabel(f"steps to {task.measured} {task.target:g}")
     right.axhline(task.target, color="#555555", linewidth=0.8, linestyle="--")
     right.set(xlabel="step", ylabel=task.measured, yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    right.yaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
