@@ -71,7 +71,8 @@ def _measure(folders: dict[str, Path], held_out: Path, out: Path) -> dict[str, d
 
     lines = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     conversations, tasks = [line["messages"] for line in lines], [line["task"] for line in lines]
-    known = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    there = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    known = {name: there[name] for name in folders if name in there}
     for name, path in folders.items():
         made_from = {"export": sha256_of(path / "export.json"), "conversations": sha256_of(held_out)}
         if name in known and known[name]["made_from"] == made_from:

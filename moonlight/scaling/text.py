@@ -53,8 +53,8 @@ def doubts(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> list[str]:
         for name, values in losses_at(ladder, size, losses(results)).items():
             if values and (edge := on_edge(values)):
                 best = best_rate(values)
-                why = f"every run of {LABELS[name]} diverged" if math.isinf(values[best]) else ""
-                why = why or f"{LABELS[name]} is best at {best:g}"
+                diverged, label = math.isinf(values[best]), LABELS[name]
+                why = f"every run of {label} diverged" if diverged else f"{label} is best at {best:g}"
                 said.append(f"{size}: {why}, the {edge} edge of the grid: not yet an optimum.")
     if missing := ladder.wanted(losses(results)):
         names = ", ".join(point.name for point in missing[:3])
