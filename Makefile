@@ -34,7 +34,7 @@ test: install
 test-full: install
 	$(BIN)/python -m pytest -m "not faults"
 
-# Runs killed, checkpoints damaged, links cut. The hosts of tests/test_two_hosts.py are network namespaces: Linux, root.
+# Runs killed, checkpoints damaged, links cut. The hosts of tests/pretrain/test_two_hosts.py are network namespaces: Linux, root.
 test-faults: install
 	$(BIN)/python -m pytest -m faults
 
@@ -53,6 +53,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -7,10 +7,10 @@ import torch
 
 from checkpoints.reader import open_checkpoint
 from checkpoints.writer import is_made_already, write_checkpoint
-from moonlight import mapping
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.state import STATE_FILE, complete_checkpoints
 from moonlight.errors import UserError
 from moonlight.files import check_output, sha256_of
-from moonlight.train.checkpoint_files import STATE_FILE, complete_checkpoints
 
 
 def average(run: Path, last: int, out: Path) -> list[int]:
@@ -45,7 +45,7 @@ def average(run: Path, last: int, out: Path) -> list[int]:
     if is_made_already(out, origin):
         return []
 
-    def mean(row: mapping.Row, part: mapping.Part) -> torch.Tensor:
+    def mean(row: hf_mapping.Row, part: hf_mapping.Part) -> torch.Tensor:
         total = torch.zeros(part.shape, dtype=torch.float64)
         for checkpoint in checkpoints:
             total += checkpoint.part(row, part)
@@ -59,7 +59,7 @@ def average(run: Path, last: int, out: Path) -> list[int]:
         state=newest.state,
         origin=origin,
         tokenizer_sha256=newest.tokenizer_sha256,
-        dtypes={row.key: torch.float32 for row in mapping.table(newest.model)},
+        dtypes={row.key: torch.float32 for row in hf_mapping.table(newest.model)},
         read=mean,
         add_files=lambda part: None,
     )

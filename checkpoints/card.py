@@ -20,10 +20,10 @@ from checkpoints.card_tables import (
 )
 from checkpoints.licenses import HUB_LICENSES, slug_of
 from moonlight import __version__
-from moonlight.config import Run
-from moonlight.config_model import Model
-from moonlight.flops import count_parameters
-from moonlight.timeline import Timeline
+from moonlight.config.model import Model
+from moonlight.config.run import Run
+from moonlight.config.timeline import Timeline
+from moonlight.plan.flops import count_parameters
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PLACEHOLDERS = re.compile(r"\[(?i:more information needed)\]|\b(?:TODO|TBD|FIXME)\b|\{\{.*?\}\}")

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoints.hf_config import hf_config
-from moonlight.config import Run
-from moonlight.config_model import Model
-from moonlight.config_stages import Schedule
+from moonlight.config.model import Model
+from moonlight.config.run import Run
+from moonlight.config.schedule import Schedule
+from moonlight.config.timeline import Timeline
 from moonlight.data.mixture import mixture_of
-from moonlight.flops import count_parameters, train_flops_per_token
-from moonlight.timeline import Timeline
+from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.train.metrics import CURVE_FILE
 
 Manifests = Mapping[str, dict[str, Any]]

@@ -14,12 +14,13 @@ from checkpoints.hf_folder import GENERATION_FILE, read_json
 from checkpoints.licenses import check_license
 from checkpoints.reader import Checkpoint, open_checkpoint
 from checkpoints.shards import Entry, plan_shards, write_shard
-from moonlight import mapping
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.data.chat_template import TEMPLATE_FILE, set_chat_mode
 from moonlight.data.manifest import load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.state import find, read_state, recipe_of
 from moonlight.errors import UserError
 from moonlight.files import (
     check_output,
@@ -33,7 +34,6 @@ from moonlight.files import (
     write_text,
 )
 from moonlight.progress import byte_progress
-from moonlight.train.checkpoint_files import find, read_state, recipe_of
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -112,7 +112,7 @@ def export(
         return False
     end_ids = _end_ids(tokenizer, ids, tuned_on, chat) if tokenizer and ids else []
     model = replace(checkpoint.model, tie_word_embeddings=checkpoint.model.tie_word_embeddings and not untie)
-    shards = plan_shards(mapping.table(model), DTYPES[dtype], max_shard_bytes)
+    shards = plan_shards(hf_mapping.table(model), DTYPES[dtype], max_shard_bytes)
     check_space(out, sum(entry.nbytes for shard in shards for entry in shard) + BESIDE_WEIGHTS_BYTES)
     with whole_folder(out) as part:
         sums = _write_weights(checkpoint, part, shards)

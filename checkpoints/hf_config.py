@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moonlight.config_io import model_from_dict
-from moonlight.config_model import Model
+from moonlight.config.load import model_from_dict
+from moonlight.config.model import Model
 from moonlight.errors import UserError
 
 

@@ -18,13 +18,13 @@ from checkpoints.hf_folder import (
 )
 from checkpoints.reader import TOKENIZER_FOLDER
 from checkpoints.writer import is_made_already, write_checkpoint
-from moonlight import mapping
-from moonlight.config_model import Model
+from moonlight.config.model import Model
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.state import STATE_FILE, TrainState
 from moonlight.errors import UserError
 from moonlight.files import check_output, sha256_of, write_text
-from moonlight.train.checkpoint_files import STATE_FILE, TrainState
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -81,7 +81,7 @@ def import_folder(folder: Path, out: Path) -> bool:
         state=TrainState(),
         origin=origin,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
-        dtypes={row.key: _stored_dtype(source, row) for row in mapping.table(model)},
+        dtypes={row.key: _stored_dtype(source, row) for row in hf_mapping.table(model)},
         read=lambda row, part: source.tensors[part.name].read().to(_stored_dtype(source, row)),
         add_files=add_files,
     )
@@ -101,7 +101,7 @@ def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
             f"{config} asks for {experts} tensors of experts (num_hidden_layers {model.num_hidden_layers}, "
             f"n_routed_experts {model.num_experts}), {source.path} has {len(source.tensors)} tensors in all"
         )
-    wanted = {part.name: part for row in mapping.table(model) for part in row.parts}
+    wanted = {part.name: part for row in hf_mapping.table(model) for part in row.parts}
     for name, part in wanted.items():
         tensor = source.tensors.get(name)
         if tensor is None:
@@ -120,7 +120,7 @@ def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
             raise UserError(f"{tensor.file}: {name} has no place in the model that {config} declares")
 
 
-def _stored_dtype(source: HuggingFaceFolder, row: mapping.Row) -> torch.dtype:
+def _stored_dtype(source: HuggingFaceFolder, row: hf_mapping.Row) -> torch.dtype:
     """bfloat16 if all of the row's tensors are; router biases are always float32."""
     kinds = {source.tensors[part.name].dtype for part in row.parts}
     return torch.bfloat16 if kinds == {"BF16"} and row.parts[0].kind != "bias" else torch.float32

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from moonlight import mapping
-from moonlight.config import Run
-from moonlight.config_model import Model
-from moonlight.direct import direct_checksum_of
+from moonlight.config.model import Model
+from moonlight.config.run import Run
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.direct_io import direct_checksum_of
+from moonlight.dist_checkpoint.index import StoredTensors
+from moonlight.dist_checkpoint.state import TrainState, check_file, find, read_state, recipe_of
 from moonlight.errors import UserError
-from moonlight.train.checkpoint_files import TrainState, check_file, find, read_state, recipe_of
-from moonlight.train.index import StoredTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Checkpoint:
         """Folder of the run that wrote it, for its metrics; None for one that no run wrote."""
         return self.folder.parent.parent if self.run and not self.origin else None
 
-    def part(self, row: mapping.Row, part: mapping.Part) -> torch.Tensor:
+    def part(self, row: hf_mapping.Row, part: hf_mapping.Part) -> torch.Tensor:
         """One tensor as Hugging Face shapes it, in the dtype it is stored in, read past the page cache.
 
         Tied embeddings are the head, too.
@@ -53,7 +53,7 @@ class Checkpoint:
             key = EMBEDDING
         value: torch.Tensor | None = None
         for offset, sizes in self.stored.rectangles(key).items():
-            if common := mapping.overlap(part, row, offset, sizes):
+            if common := hf_mapping.overlap(part, row, offset, sizes):
                 part_index, rectangle_index = common
                 found = self.stored.read(key, offset, sizes, rectangle_index)
                 if tuple(found.shape) == part.shape:
@@ -94,7 +94,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     model, run = recipe_of(content)
     stored = StoredTensors(folder)
     shapes = stored.shapes
-    for row in mapping.table(model):
+    for row in hf_mapping.table(model):
         if shapes.get(row.key) != row.shape:
             raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")
     return Checkpoint(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from moonlight.direct import DirectFile
-from moonlight.mapping import Part, Row, some_rows
+from moonlight.dist_checkpoint.direct_io import DirectFile
+from moonlight.dist_checkpoint.hf_mapping import Part, Row, some_rows
 
 CHUNK_BYTES = 1 << 20
 """Rounded, hashed and copied at once: as much as a processor's cache holds."""

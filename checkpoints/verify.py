@@ -12,10 +12,10 @@ from rich.table import Table
 from checkpoints.hf_config import NAMES, OF_TRAINING, model_of
 from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
-from moonlight import mapping
-from moonlight.config import Data, Run, Train
-from moonlight.config_model import Model
-from moonlight.config_stages import Schedule
+from moonlight.config.model import Model
+from moonlight.config.run import Data, Run, Train
+from moonlight.config.schedule import Schedule
+from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json
 
@@ -141,7 +141,7 @@ def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFol
     """
     problems: list[str] = []
     names = set()
-    for row in mapping.table(model):
+    for row in hf_mapping.table(model):
         for part in row.parts:
             names.add(part.name)
             tensor = folder.tensors.get(part.name)

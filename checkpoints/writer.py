@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from moonlight import mapping
-from moonlight.config import Run
-from moonlight.config_model import Model
+from moonlight.config.model import Model
+from moonlight.config.run import Run
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.chunks import Streamed
+from moonlight.dist_checkpoint.state import STATE_FILE, TrainState, read_state, write_state
+from moonlight.dist_checkpoint.tensors import save_tensors
 from moonlight.files import check_output, check_space, checksum_of, something_else, whole_folder
-from moonlight.model.pieces import Streamed
 from moonlight.progress import byte_progress
-from moonlight.train.checkpoint_files import STATE_FILE, TrainState, read_state, write_state
-from moonlight.train.checkpoint_tensors import save_tensors
 
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
 """Room for tokenizer and index."""
 
-Read = Callable[[mapping.Row, mapping.Part], torch.Tensor]
+Read = Callable[[hf_mapping.Row, hf_mapping.Part], torch.Tensor]
 
 
 def write_checkpoint(
@@ -48,13 +48,13 @@ def write_checkpoint(
     Raises:
         UserError: no room.
     """
-    rows = mapping.table(model)
+    rows = hf_mapping.table(model)
     total = sum(torch.Size(row.shape).numel() * dtypes[row.key].itemsize for row in rows)
     check_space(out, total + BESIDE_WEIGHTS_BYTES)
     done = 0
     with whole_folder(out) as part, byte_progress(name, total) as advance:
 
-        def maker(row: mapping.Row, hf: mapping.Part, sizes: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+        def maker(row: hf_mapping.Row, hf: hf_mapping.Part, sizes: tuple[int, ...]) -> Callable[[], torch.Tensor]:
             def make() -> torch.Tensor:
                 nonlocal done
                 value = read(row, hf)
@@ -69,7 +69,7 @@ def write_checkpoint(
         for row in rows:
             rectangles = {}
             for hf in row.parts:
-                offset, sizes = mapping.place(hf, row)
+                offset, sizes = hf_mapping.place(hf, row)
                 rectangles[offset] = (sizes, maker(row, hf, sizes))
             tensors[row.key] = Streamed(row.shape, dtypes[row.key], rectangles)
         files = save_tensors(part, tensors)

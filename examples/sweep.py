@@ -15,8 +15,8 @@ import torch
 
 from moonlight.errors import UserError
 from moonlight.files import folder_lock, read_json, write_figure, write_json, write_text
-from moonlight.scaling.grid import best_rate, on_edge, wanted_rates
-from moonlight.scaling.picture import COLORS, LABELS, mark_rates, new_figure
+from moonlight.studies.grid import best_rate, on_edge, wanted_rates
+from moonlight.studies.scaling_picture import COLORS, LABELS, mark_rates, new_figure
 
 OPTIMIZERS = ("muon", "adamw")
 FACTOR = 2.0

@@ -5,13 +5,13 @@ import os
 import sys
 from datetime import timedelta
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from moonlight.config import Parallel
+from moonlight.config.run import Parallel
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
 """Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.errors import UserError, report_errors
 
 
@@ -26,7 +26,7 @@ def work(run: Run, *, force: bool = False) -> None:
 
     from moonlight import parallel
     from moonlight.train.loop import group_timeout, train
-    from moonlight.train.memory import explaining_memory
+    from moonlight.train.oom import explaining_memory
 
     with explaining_memory(run):
         parallel.join_world(run.train.threads_per_process, group_timeout(run))
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
     with report_errors(debug="--debug" in sys.argv):
         arguments = parser.parse_intermixed_args()
-        from moonlight.config_io import load_recipe
+        from moonlight.config.load import load_recipe
 
         work(load_recipe(arguments.recipe, arguments.overrides), force=arguments.force)
         return 0

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
 from moonlight.errors import UserError
 from moonlight.train import run_folder
-from moonlight.train.tracking import check_installed
+from moonlight.train.wandb_log import check_installed
 from pretrain.local import launch, under_launcher
 
 

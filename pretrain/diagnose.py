@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.errors import UserError, message_of
 from moonlight.files import make_folder
 from moonlight.train import run_folder

@@ -8,7 +8,7 @@ import argparse
 import sys
 from datetime import timedelta
 
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
 from moonlight.errors import UserError, report_errors
 from pretrain.__main__ import Parser
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import hypothesis  # noqa: F401  (early: after the tests of endless nesting CPython 3.11 may fail to compile it)
 import pytest
 import torch
-from bad_input import check_line
-from pool import Pool
+
+from tests.support.bad_input import check_line
+from tests.support.pool import Pool
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
@@ -72,7 +73,7 @@ def tokenizer_folder(small_corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiktoken_folder(small_corpus, tmp_path_factory):
     """A tokenizer as Moonlight's is published, with 2,048 ids for text."""
-    from foreign_tokenizers import write_tiktoken
+    from tests.support.foreign_tokenizers import write_tiktoken
 
     return write_tiktoken(tmp_path_factory.mktemp("tiktoken") / "small", small_corpus)
 
@@ -80,7 +81,7 @@ def tiktoken_folder(small_corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def fast_folder(small_corpus, tmp_path_factory):
     """A Hugging Face fast tokenizer of another family, with a template, truncation and code of its own."""
-    from foreign_tokenizers import write_fast
+    from tests.support.foreign_tokenizers import write_fast
 
     return write_fast(tmp_path_factory.mktemp("fast") / "small", small_corpus)
 
@@ -109,10 +110,9 @@ class TinyRun:
 @pytest.fixture(scope="session")
 def tiny_run(small_corpus, tokenizer_folder, tmp_path_factory):
     """A run that `moonlight pretrain` finished in a process of its own."""
-    from layouts import recipe
-
-    from moonlight.config_io import to_yaml
+    from moonlight.config.load import to_yaml
     from moonlight.data.prepare import prepare
+    from tests.support.layouts import recipe
 
     place = tmp_path_factory.mktemp("tiny")
     prepare([small_corpus], tokenizer_folder, place / "data", validation_share=0.1)
@@ -135,7 +135,7 @@ def tiny_run(small_corpus, tokenizer_folder, tmp_path_factory):
 def refuses(tmp_path, monkeypatch, capfd):
     """Calls the command in this process, and checks the line and that nothing came or went in `tmp_path`."""
 
-    from moonlight.cli import main
+    from moonlight.cli.main import main
 
     def call(arguments, *words):
         before = sorted(tmp_path.rglob("*"))
@@ -166,7 +166,7 @@ def runs(tiny_run, tmp_path):
 @pytest.fixture(scope="session")
 def ready_export(tiny_run, tmp_path_factory):
     """The tiny run exported, with all that a release needs; not to be changed."""
-    from exports import make_ready
+    from tests.support.exports import make_ready
 
     out = tmp_path_factory.mktemp("ready") / "hf"
     make_ready(tiny_run.folder, out)
@@ -176,7 +176,7 @@ def ready_export(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory):
     """A model in one file and the same in shards, both without a tokenizer; to be copied."""
-    from hugging_face import make_folder
+    from tests.support.hugging_face import make_folder
 
     place = tmp_path_factory.mktemp("models")
     make_folder(place / "single", num_hidden_layers=2)
@@ -200,8 +200,9 @@ def import_refused(refuses, tmp_path):
 def hub(monkeypatch, tmp_path_factory):
     """A Hub without repositories, which the client in this process takes for the real one."""
     import huggingface_hub.constants as constants
-    from exports import OWNER, TOKEN
-    from hub import Hub
+
+    from tests.support.exports import OWNER, TOKEN
+    from tests.support.hub import Hub
 
     hub = Hub(TOKEN, OWNER)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -32,16 +32,16 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
 from moonlight.bench.report import hardware, report, speed, told_rounds
-from moonlight.config import Parallel, Run
-from moonlight.config_io import load_recipe
-from moonlight.direct import DirectFile
+from moonlight.config.load import load_recipe
+from moonlight.config.run import Parallel, Run
+from moonlight.config.timeline import Timeline
+from moonlight.dist_checkpoint.async_save import PAUSE, Saver
+from moonlight.dist_checkpoint.direct_io import DirectFile
+from moonlight.dist_checkpoint.state import TrainState, step_folder
 from moonlight.files import check_space
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
-from moonlight.optim.sharded import ShardedOptimizer, make_optimizer
-from moonlight.timeline import Timeline
-from moonlight.train.checkpoint_files import TrainState, step_folder
-from moonlight.train.saver import PAUSE, Saver
+from moonlight.optim.distributed_muon import ShardedOptimizer, make_optimizer
 from moonlight.train.step import Batch, train_step
 
 PAUSE_BAR = 10.0

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
 from moonlight.files import check_space, write_sums
-from moonlight.flops import count_parameters
+from moonlight.plan.flops import count_parameters
 
 CPU_TIME_BAR = 1 / 0.7
 """Of save_pretrained and the sums of its files, over an export with its sums."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import numpy as np
 import torch
@@ -23,21 +23,21 @@ from megatron.core import parallel_state
 
 from moonlight import parallel
 from moonlight.bench.report import Figure, hardware, report
-from moonlight.config import Parallel, Run
-from moonlight.config_io import load_recipe
-from moonlight.config_monitor import Monitor
-from moonlight.config_stages import Schedule
+from moonlight.config.load import load_recipe
+from moonlight.config.monitor import Monitor
+from moonlight.config.run import Parallel, Run
+from moonlight.config.schedule import Schedule
+from moonlight.config.timeline import Timeline
+from moonlight.dist_checkpoint.state import TrainState
 from moonlight.model.attention import max_logits
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
-from moonlight.optim.sharded import make_optimizer
-from moonlight.optim.spectrum import entropy
-from moonlight.timeline import Timeline
-from moonlight.train.checkpoint_files import TrainState
-from moonlight.train.describe import describe
+from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.optim.svd_entropy import entropy
 from moonlight.train.metrics import Metrics
 from moonlight.train.monitors import watch
 from moonlight.train.step import Batch, StepResult, attentions, routers, train_step
+from moonlight.train.step_metrics import describe
 
 BAR_PERCENT = 1.0
 NEVER = Monitor(every_steps=0, svd_entropy_every_steps=0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moonlight.bench.optimizer import (
+from moonlight.bench.peers import (
     PEERS,
     WEIGHT_TOLERANCE,
     Made,

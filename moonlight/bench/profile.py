@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 from rich.console import Console
@@ -22,13 +22,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moonlight import parallel
 from moonlight.bench.monitors import NEVER, random_batches
 from moonlight.bench.report import hardware
-from moonlight.config import Parallel
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
+from moonlight.config.run import Parallel
+from moonlight.config.timeline import Timeline
 from moonlight.files import make_folder, write_json
 from moonlight.model.build import build_model
 from moonlight.model.shards import initialize
-from moonlight.optim.sharded import make_optimizer
-from moonlight.timeline import Timeline
+from moonlight.optim.distributed_muon import make_optimizer
 from moonlight.train.step import train_step
 
 WARM_UP_STEPS = 3

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from moonlight.bench.report import against_bar, hardware, report, told_rounds
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
 from moonlight.train.metrics import METRICS_FILE
 
 HELP_BAR, HELP_AIM = 500.0, 300.0

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
-from moonlight.config import Parallel, Run
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
+from moonlight.config.run import Parallel, Run
 from moonlight.errors import UserError
 from moonlight.files import write_json
 

@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 
 from moonlight import parallel
 from moonlight.bench.monitors import NEVER, random_batches
-from moonlight.config import Parallel, Run
-from moonlight.config_io import load_recipe
+from moonlight.config.load import load_recipe
+from moonlight.config.run import Parallel, Run
 
 SECONDS = 4.0
 """Steps are timed for about so long, at least LEAST_STEPS of them, after one that does not count."""
@@ -31,10 +31,10 @@ micro-batches it has (the norm of the gradient, clipping, the update), and retur
 
 def ours(run: Run, setting: dict[str, Any], folder: Path) -> Step:
     """This project's step, as its loop takes it."""
+    from moonlight.config.timeline import Timeline
+    from moonlight.dist_checkpoint.lifecycle import load_weights
     from moonlight.model.build import build_model
-    from moonlight.optim.sharded import make_optimizer
-    from moonlight.timeline import Timeline
-    from moonlight.train.checkpoint import load_weights
+    from moonlight.optim.distributed_muon import make_optimizer
     from moonlight.train.step import data_parallel_share, train_step
 
     layout = Parallel(expert_parallel_size=setting["expert_parallel_size"])

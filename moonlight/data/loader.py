@@ -5,13 +5,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.data.index_cache import IndexCache, Order
 from moonlight.data.mixture import Mixture, mixture_of, samples_per_epoch
 from moonlight.errors import UserError

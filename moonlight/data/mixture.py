@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 
 BLOCK = 1024
 """Samples whose order is shuffled together. Another value is another order of every mixture."""

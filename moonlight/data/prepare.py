@@ -205,7 +205,7 @@ def import_indexed_dataset() -> Any:
     """Megatron's indexed dataset, without its warnings about optional packages, and without a compiler."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+        import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

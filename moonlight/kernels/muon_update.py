@@ -1,8 +1,9 @@
 """The element-wise passes of an update over large tensors: momentum before Newton-Schulz, weights after it.
 
-Every operation is float32 and rounds as the torch code does that says what is computed: `moonlight.optim.rules` and
-`moonlight.optim.master`, which also choose between the two. Multiplications and additions round apart, but for sums
-with a factor, which torch fuses (`tl.fma` here); the compiler may fuse no others: `enable_fp_fusion=False`.
+Every operation is float32 and rounds as its torch reference in `moonlight.optim.update_rules` and
+`moonlight.optim.master_weights`, which also choose between the two. Multiplications and additions round separately,
+except sums with a factor, which torch fuses (`tl.fma` here); `enable_fp_fusion=False` keeps the compiler from fusing
+others.
 """
 
 from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton

@@ -1,6 +1,6 @@
 """From a recipe to this rank's part of the model on Megatron-Core."""
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from moonlight.config import Data, Run
+from moonlight.config.pipeline import head_counts_as_layer
+from moonlight.config.run import Data, Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts
 from moonlight.model.language_model import LanguageModel, Layer
@@ -25,7 +26,6 @@ from moonlight.model.latent_attention import LatentAttention
 from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
 from moonlight.model.mlp import DenseMLP, Mixture, SharedExperts
 from moonlight.model.router import Router
-from moonlight.pipeline import head_counts_as_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from moonlight.kernels.chunk_sizes import ALIGNMENT
 from moonlight.kernels.permute import Order, align_runs, combine_rows, gather_rows
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
-from moonlight.tiles import ALIGNMENT
 
 
 class SortedExperts(torch.autograd.Function):

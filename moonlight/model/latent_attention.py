@@ -4,14 +4,17 @@ anew in every document of a sequence."""
 from functools import lru_cache, partial
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+from moonlight.megatron_compat import replace_te_linear
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from moonlight.kernels.rope import rotate, rotate_backward
+from moonlight.model.linear import ReplicatedLinear
 from moonlight.model.recompute import free_until_backward
+
+replace_te_linear(ReplicatedLinear)
 
 
 def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:

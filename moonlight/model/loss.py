@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from moonlight.kernels.blocks import add_
+from moonlight.kernels.chunk_sizes import rows_of_logits
 from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, partial_sums
-from moonlight.tiles import rows_of_logits
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -4,7 +4,7 @@ import time
 import warnings
 from functools import lru_cache
 
-import moonlight.cpu  # noqa: F401  (stand-ins: a CPU has nothing to synchronize)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins: a CPU has nothing to synchronize)
 
 import torch
 import torch.nn.functional as F

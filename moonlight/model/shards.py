@@ -4,16 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
-from moonlight import mapping
-from moonlight.config import Model
-from moonlight.model.pieces import Pieces
+from moonlight.config.run import Model
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.chunks import Pieces
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -58,7 +58,7 @@ def turned_view(values: torch.Tensor) -> torch.Tensor:
     return values if values.dim() < 3 else values.transpose(1, 2)
 
 
-def _hugging_face_tensor(part: mapping.Part, seed: int, std: float) -> torch.Tensor:
+def _hugging_face_tensor(part: hf_mapping.Part, seed: int, std: float) -> torch.Tensor:
     """Initial value of one Hugging Face tensor, float32: a function of the seed and its name alone."""
     if part.kind == "norm":
         return torch.ones(part.shape)
@@ -76,13 +76,13 @@ def initialize(state: dict[str, Pieces], model: Model, seed: int) -> None:
     The value of an element depends on the seed and on the Hugging Face tensor it belongs to, so every layout starts
     from the same bytes. Matrices are normal with standard deviation `model.initializer_range`.
     """
-    rows = {row.key: row for row in mapping.table(model)}
+    rows = {row.key: row for row in hf_mapping.table(model)}
     for key, held in state.items():
         row = rows[key]
         assert held.shape == row.shape, (key, held.shape, row.shape)
         for offset, values in held.rectangles:
             for part in row.parts:
-                if common := mapping.overlap(part, row, offset, tuple(values.shape)):
+                if common := hf_mapping.overlap(part, row, offset, tuple(values.shape)):
                     part_index, rectangle_index = common
                     value = _hugging_face_tensor(part, seed, model.initializer_range)
                     values[rectangle_index].copy_(value[part_index])

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight.kernels.blocks import add_
 from moonlight.model.shards import Sharded, sharded_state
+from moonlight.optim.buckets import Bucket, Lane
 from moonlight.optim.parameters import (
     Parameter,
     data_parallel_group,
@@ -24,10 +25,8 @@ from moonlight.optim.parameters import (
     find_parameters,
     tensor_parallel_group,
 )
-from moonlight.optim.partition import Fragment
-from moonlight.optim.placement import place
-from moonlight.optim.routing import Rule
-from moonlight.optim.wire import Bucket, Lane
+from moonlight.placement.owners import Fragment, place
+from moonlight.placement.param_groups import Rule
 
 
 class DataParallel:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
-from moonlight.optim.rules import (
+from moonlight.optim.update_rules import (
     RMS_MATCHINGS,
     adamw_updates,
     apply_updates,

@@ -6,9 +6,9 @@ from itertools import accumulate, chain, islice, repeat
 
 import torch
 
-from moonlight.optim import gram
-from moonlight.optim.gram import Coefficients
-from moonlight.optim.placement import AT_ONCE, GRAM_FROM_SIDE
+from moonlight.optim import gram_newton_schulz as gram
+from moonlight.optim.gram_newton_schulz import Coefficients
+from moonlight.placement.owners import AT_ONCE, GRAM_FROM_SIDE
 
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[float, float, float]]] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from moonlight.config_model import Model
+from moonlight.config.model import Model
 from moonlight.model.attention import CausalAttention
 
 

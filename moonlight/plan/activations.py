@@ -1,16 +1,16 @@
 """Activations: what autograd keeps of one micro-batch until its backward pass, operation by operation.
 
-`tests/test_activations.py` compares with what a real forward pass keeps. A CPU's differs from a GPU's in two places:
-its attention (`moonlight/model/cpu_attention.py`), and the runs of its experts, which it aligns to more tokens.
+`tests/plan/test_activations.py` compares with what a real forward pass keeps. A CPU differs from a GPU in two places:
+attention (`moonlight/model/cpu_attention.py`), and the rows of each expert, which a CPU pads to more tokens.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moonlight.config import Run
-from moonlight.optim.shares import weight_bytes
-from moonlight.pipeline import layers_of_stages
-from moonlight.tiles import ALIGNMENT, rows_of_logits
+from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.run import Run
+from moonlight.kernels.chunk_sizes import ALIGNMENT, rows_of_logits
+from moonlight.placement.comm_bytes import weight_bytes
 
 
 @dataclass(frozen=True)

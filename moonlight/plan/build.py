@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from moonlight import mapping
-from moonlight.config import Run
-from moonlight.optim.routing import matrix_heights
-from moonlight.optim.shares import Share, adamw_share, momentum_bytes
+from moonlight.config.run import Run
+from moonlight.config.timeline import Timeline
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.placement.comm_bytes import Share, adamw_share, momentum_bytes
+from moonlight.placement.param_groups import matrix_heights
 from moonlight.plan.cut import PlannedParameter
 from moonlight.plan.hardware import Machine
 from moonlight.plan.owners import Lane, Rank, exact_lane, largest, mean_lane
 from moonlight.plan.speed import StepSeconds, step_seconds
 from moonlight.plan.stages import Stage, make_stages
-from moonlight.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -264,4 +264,4 @@ def _line(parameter: PlannedParameter, owners: set[int]) -> Line:
 
 
 def _num_biases(run: Run) -> int:
-    return sum(math.prod(row.shape) for row in mapping.table(run.model) if row.parts[0].kind == "bias")
+    return sum(math.prod(row.shape) for row in hf_mapping.table(run.model) if row.parts[0].kind == "bias")

@@ -2,14 +2,14 @@
 
 Per rank and step, payload of each direction, forward and backward pass together. Left out are all-reduces of a few
 numbers: router counts, sums and maxima for the metrics, sizes of the dispatch (less than 0.1% of the 16B run's).
-`tests/test_collectives.py` compares with what real processes send.
+`tests/plan/test_collectives.py` compares with what real processes send.
 """
 
 from dataclasses import dataclass
 
-from moonlight.config import Run
-from moonlight.optim.shares import Flow, weight_bytes
-from moonlight.pipeline import layers_of_stages
+from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.run import Run
+from moonlight.placement.comm_bytes import Flow, weight_bytes
 from moonlight.plan.activations import tokens_of
 
 

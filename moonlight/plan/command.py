@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moonlight.config import Run
-from moonlight.config_checks import require
-from moonlight.config_io import load_recipe
+from moonlight.config.checks import require
+from moonlight.config.load import load_recipe
+from moonlight.config.run import Run
 from moonlight.errors import UserError
 from moonlight.plan.build import make_plan
 from moonlight.plan.figures import figures
@@ -22,7 +22,7 @@ from moonlight.plan.text import print_plan
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of the command; docs in moonlight/cli.py."""
+    """The options of the command; docs in moonlight/cli/main.py."""
 
     gpus: int | None
     gpu: str
@@ -82,8 +82,8 @@ def _plan_one(run: Run, world_size: int, hardware: Machine, options: PlanOptions
         print_plan(plan, parameters=options.parameters)
     agrees = True
     if options.dry_run:
-        from moonlight.dry_run import count
         from moonlight.plan.compare import compare, comparison_figures, print_comparison
+        from moonlight.plan.dry_run import count
 
         rows = compare(plan, rank, count(run, world_size, rank))
         agrees = all(row.agrees for row in rows)

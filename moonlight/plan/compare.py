@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.dry_run import Counted
-from moonlight.optim.traffic import Traffic
 from moonlight.plan.build import Plan
+from moonlight.plan.comm_counter import Traffic
+from moonlight.plan.dry_run import Counted
 from moonlight.plan.text import gb
 
 TOLERANCE = 0.01

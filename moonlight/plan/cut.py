@@ -1,21 +1,21 @@
 """The parameters that a layout would give one rank, cut from the rows of `mapping.table` as Megatron cuts them.
 
 All ranks of a pipeline stage have parameters of the same shapes, in the same order, so one list serves for each stage.
-`tests/test_plan_cut.py` compares it with the model that is built.
+`tests/plan/test_plan_cut.py` compares it with the model that is built.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moonlight import mapping
-from moonlight.config import Run
-from moonlight.config_model import Model
-from moonlight.config_optim import Optimizer
-from moonlight.mapping import Row
-from moonlight.optim.placement import Outline
-from moonlight.optim.routing import Rule, matrix_heights, route, rules_of
-from moonlight.pipeline import layers_of_stages
+from moonlight.config.model import Model
+from moonlight.config.optimizer import Optimizer
+from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.run import Run
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.hf_mapping import Row
+from moonlight.placement.owners import Outline
+from moonlight.placement.param_groups import Rule, matrix_heights, route, rules_of
 
 EMBEDDING, FINAL_NORM, HEAD = (
     "embedding.word_embeddings.weight",
@@ -99,7 +99,7 @@ class _Rows:
 @lru_cache(maxsize=4)
 def _rows(model: Model, optimizer: Optimizer) -> tuple[_Rows, dict[str, Rule]]:
     """Of a model and an optimizer; the layouts that a search tries have them in common."""
-    trained = [row for row in mapping.table(model) if row.parts[0].kind != "bias"]
+    trained = [row for row in hf_mapping.table(model) if row.parts[0].kind != "bias"]
     by_layer: dict[int, list[str]] = {}
     for row in trained:
         if row.key.startswith("decoder.layers."):

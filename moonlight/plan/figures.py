@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from moonlight.flops import count_parameters, train_flops_per_token
-from moonlight.optim.shares import Flow
+from moonlight.placement.comm_bytes import Flow
 from moonlight.plan.build import Plan, mean_memory
+from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.plan.speed import bubble_share
 
 RESERVE = 0.06

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moonlight.errors import UserError
 from moonlight.hardware import GPUS, Gpu
-from moonlight.optim.shares import Flow
+from moonlight.placement.comm_bytes import Flow
 
 GPUS_OF_A_NODE = 8
 """Joined by NVLink; beyond it every GPU has a network card of its own."""

@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from moonlight.config import Run
-from moonlight.optim.partition import Fragment, newton_schulz_cost, newton_schulz_owners
-from moonlight.optim.placement import MAX_IN_FLIGHT, buckets, place, round_limit, rounds
-from moonlight.optim.shares import (
+from moonlight.config.run import Run
+from moonlight.placement.comm_bytes import (
     GRADIENT_BYTES,
     Flow,
     Share,
@@ -21,6 +19,16 @@ from moonlight.optim.shares import (
     momentum_bytes,
     shares,
     weight_bytes,
+)
+from moonlight.placement.owners import (
+    MAX_IN_FLIGHT,
+    Fragment,
+    buckets,
+    newton_schulz_cost,
+    newton_schulz_owners,
+    place,
+    round_limit,
+    rounds,
 )
 from moonlight.plan.cut import PlannedParameter
 from moonlight.plan.update import Matrices, update_bytes

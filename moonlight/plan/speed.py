@@ -4,8 +4,8 @@ hidden behind it. It knows no kernels, no contention and no stragglers."""
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from moonlight.config import Run
-from moonlight.optim.shares import Flow
+from moonlight.config.run import Run
+from moonlight.placement.comm_bytes import Flow
 from moonlight.plan.hardware import GPUS_OF_A_NODE, Machine
 from moonlight.plan.owners import Rank
 from moonlight.plan.stages import Stage

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moonlight.config import Run
-from moonlight.flops import train_flops_of_parts
-from moonlight.optim.shares import Flow, gradient_bytes, weight_bytes
-from moonlight.pipeline import layers_of_stages
+from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.run import Run
+from moonlight.placement.comm_bytes import Flow, gradient_bytes, weight_bytes
 from moonlight.plan.activations import loss_workspace, stage_activations, tokens_of
 from moonlight.plan.collectives import stage_flows
 from moonlight.plan.cut import PlannedParameter, stage_parameters
+from moonlight.plan.flops import train_flops_of_parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from moonlight.config import Parallel, Run
+from moonlight.config.run import Parallel, Run
 from moonlight.errors import UserError
-from moonlight.optim.shares import weight_bytes
+from moonlight.placement.comm_bytes import weight_bytes
 from moonlight.plan.build import Memory, Plan, make_plan, sketch_plan
 from moonlight.plan.figures import RESERVE, layout
 from moonlight.plan.hardware import GPUS_OF_A_NODE, Machine

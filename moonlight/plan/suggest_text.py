@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.errors import UserError
 from moonlight.plan.build import Plan, make_plan
 from moonlight.plan.figures import RESERVE, layout

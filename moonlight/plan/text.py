@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.flops import count_parameters, train_flops_per_token
 from moonlight.plan.build import Plan, mean_memory
 from moonlight.plan.figures import RESERVE, exchange_of, layout, worst_flow
+from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.plan.speed import bubble_share
 
 WIDE = 200

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from moonlight.config import Run
-from moonlight.optim.partition import newton_schulz_cost
-from moonlight.optim.placement import AT_ONCE, GRAM_FROM_SIDE
-from moonlight.optim.shares import direction_bytes
+from moonlight.config.run import Run
+from moonlight.placement.comm_bytes import direction_bytes
+from moonlight.placement.owners import AT_ONCE, GRAM_FROM_SIDE, newton_schulz_cost
 
 Shape = tuple[int, int]
 

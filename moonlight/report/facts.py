@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from moonlight.flops import count_parameters
+from moonlight.plan.flops import count_parameters
 from moonlight.report.history import History
 from moonlight.report.metrics import RECENT, Metrics, finite
 from moonlight.report.words import duration, flat, moment, short

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from moonlight.config import Run
-from moonlight.config_io import from_dict
+from moonlight.config.load import from_dict
+from moonlight.config.run import Run
+from moonlight.config.timeline import Timeline
 from moonlight.errors import UserError, message_of, naming
 from moonlight.report.metrics import Metrics, read_metrics
-from moonlight.timeline import Timeline
-from moonlight.train.events import EVENTS_FILE, read_events
 from moonlight.train.metrics import METRICS_FILE
+from moonlight.train.run_log import EVENTS_FILE, read_events
 
 CONFIG_FILE = "config.yaml"
 EVALUATION_FILE = "evaluation.json"

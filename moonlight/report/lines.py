@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moonlight.config import MAX_STEPS
+from moonlight.config.run import MAX_STEPS
 
 _STEP = re.compile(rb'\{"step": ?(\d{1,12}),')
 """How a line of the trainer begins; others are parsed for their step."""

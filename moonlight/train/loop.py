@@ -12,27 +12,28 @@ from typing import Any
 import torch.distributed as dist
 
 from moonlight import parallel
-from moonlight.config import Run
+from moonlight.config.run import Run
+from moonlight.config.timeline import Moment, Timeline
 from moonlight.data.loader import open_training, open_validation
 from moonlight.data.manifest import held_out_counts
+from moonlight.dist_checkpoint import lifecycle
+from moonlight.dist_checkpoint.async_save import Saver
+from moonlight.dist_checkpoint.recovery import check, newest_sound
+from moonlight.dist_checkpoint.state import TrainState
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import folder_lock
 from moonlight.model.build import build_model
 from moonlight.model.sdpa import choices as attention_choices
 from moonlight.model.shards import initialize
-from moonlight.optim.sharded import make_optimizer
-from moonlight.timeline import Moment, Timeline
-from moonlight.train import checkpoint, run_folder, spikes
-from moonlight.train.checkpoint_files import TrainState
-from moonlight.train.checkpoint_recovery import check, newest_sound
-from moonlight.train.describe import describe, environment, judge
-from moonlight.train.journal import Journal
-from moonlight.train.saver import Saver
+from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.train import run_folder, spikes
+from moonlight.train.run_log import Journal
 from moonlight.train.shared_folder import check_shared
+from moonlight.train.signals import Triggers
 from moonlight.train.step import StepResult, data_parallel_share, to_batches, train_step
-from moonlight.train.tracking import check_installed
-from moonlight.train.triggers import Triggers
+from moonlight.train.step_metrics import describe, environment, judge
 from moonlight.train.validate import validate
+from moonlight.train.wandb_log import check_installed
 from moonlight.train.watchdog import GROUPS, Watchdog
 
 
@@ -74,11 +75,11 @@ def train(run: Run, *, force: bool = False) -> None:
         optimizer = make_optimizer(models, run)
         newest, warnings = newest_sound(folder / "checkpoints")
         if newest is not None:
-            state = checkpoint.load(newest, run, optimizer)
+            state = lifecycle.load(newest, run, optimizer)
         else:
             state = TrainState(consumed_sequences=timeline.first_sequence)
             if initial is not None:
-                checkpoint.load_weights(initial, run, optimizer)
+                lifecycle.load_weights(initial, run, optimizer)
             else:
                 with optimizer.fill_masters() as masters:
                     initialize(masters, run.model, run.train.seed)

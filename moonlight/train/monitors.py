@@ -6,18 +6,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed as dist
 
-from moonlight.config import Run
-from moonlight.config_model import Model
+from moonlight.config.model import Model
+from moonlight.config.run import Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router
-from moonlight.optim.groups import GROUPS
-from moonlight.optim.sharded import ShardedOptimizer
-from moonlight.optim.spectrum import svd_entropies
+from moonlight.optim.distributed_muon import ShardedOptimizer
+from moonlight.optim.svd_entropy import svd_entropies
+from moonlight.placement.param_groups import GROUPS
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from moonlight.config import Run
-from moonlight.config_io import load_recipe, to_yaml
+from moonlight.config.load import load_recipe, to_yaml
+from moonlight.config.run import Run
+from moonlight.config.timeline import Timeline
 from moonlight.data.manifest import check_tokenizer, held_out_counts, is_chat, load_manifest
 from moonlight.data.mixture import mixture_of, samples_per_epoch
 from moonlight.data.tokenizer import Tokenizer
-from moonlight.errors import UserError
-from moonlight.files import write_text
-from moonlight.timeline import Timeline
-from moonlight.train.checkpoint_files import (
+from moonlight.dist_checkpoint.state import (
     DamagedError,
     check_model,
     check_optimizer,
@@ -26,6 +24,8 @@ from moonlight.train.checkpoint_files import (
     read_latest,
     read_state,
 )
+from moonlight.errors import UserError
+from moonlight.files import write_text
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"

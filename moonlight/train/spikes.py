@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from moonlight.config import Run, Train
+from moonlight.config.run import Run, Train
+from moonlight.config.timeline import Moment, Timeline
+from moonlight.dist_checkpoint import lifecycle
+from moonlight.dist_checkpoint.recovery import sound_until
+from moonlight.dist_checkpoint.state import TrainState
 from moonlight.errors import UserError
-from moonlight.optim.sharded import ShardedOptimizer
-from moonlight.timeline import Moment, Timeline
-from moonlight.train import checkpoint
-from moonlight.train.checkpoint_files import TrainState
-from moonlight.train.checkpoint_recovery import sound_until
+from moonlight.optim.distributed_muon import ShardedOptimizer
 
 FLOOR = 0.01
 """Nats. Added to the spread, so that a loss which hardly moves does not make every ripple a spike."""
@@ -72,8 +72,8 @@ def go_back(
             "loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
             "under another name"
         )
-    checkpoint.forget_after(folder)
-    back = checkpoint.load(folder, run, optimizer)
+    lifecycle.forget_after(folder)
+    back = lifecycle.load(folder, run, optimizer)
     # By the timeline: a run forced to other batches counted the steps before in another way.
     first_sequence = timeline.at(back.step + 1).first_sequence
     return dataclasses.replace(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from moonlight.config import Run
+from moonlight.config.run import Run
+from moonlight.config.timeline import Moment
 from moonlight.data.loader import Packed, Sample, stack
 from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router, update_expert_bias
+from moonlight.optim.distributed_muon import ShardedOptimizer
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
-from moonlight.optim.sharded import ShardedOptimizer
-from moonlight.timeline import Moment
 from moonlight.train.monitors import Watched, is_due, logits_by_layer, root_mean_squares, watch
 
 

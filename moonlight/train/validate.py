@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import moonlight.cpu  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from moonlight.config import Run
+from moonlight.config.run import Run
 from moonlight.data.loader import HeldOut
 from moonlight.train.step import data_parallel_share, forward_backward, to_batches
 

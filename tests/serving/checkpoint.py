@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from layouts import build, recipe
 from prompts import CHAT, CHAT_ANSWER_TOKENS
 
 from moonlight import parallel
-from moonlight.config import Model, Run
+from moonlight.config.run import Model, Run
 from moonlight.data.tokenizer import Tokenizer
-from moonlight.train.checkpoint_files import TrainState, step_folder
-from moonlight.train.saver import Saver
+from moonlight.dist_checkpoint.async_save import Saver
+from moonlight.dist_checkpoint.state import TrainState, step_folder
+from tests.support.layouts import build, recipe
 
 VOCAB_SIZE = 2048
 CORPUS = ("argparse", "ast", "csv", "doctest", "enum", "heapq", "tarfile", "typing")

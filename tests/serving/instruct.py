@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 from checkpoint import MODEL, moonlight
-from layouts import recipe
 from prompts import INSTRUCT_ANSWER_TOKENS, INSTRUCT_CHATS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moonlight.config import Data, Schedule
-from moonlight.config_io import to_yaml
+from moonlight.config.load import to_yaml
+from moonlight.config.run import Data, Schedule
 from moonlight.data.chat_tasks import HELD_OUT_FILE, TRAIN_FILE, write_tasks
+from tests.support.layouts import recipe
 
 SEQUENCE_LENGTH = 128
 

@@ -42,7 +42,7 @@ INSTRUCT = PLACE / "instruct.json"
 MIN_PROMPT_TOKENS = 4
 """A prompt of one token is answered rightly even with a broken RoPE."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-HERE_TOO = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **OFFLINE}
+HERE_TOO = {"PYTHONPATH": str(ROOT), **OFFLINE}
 
 
 @dataclass(frozen=True, kw_only=True)

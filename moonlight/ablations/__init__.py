@@ -1,1 +1,0 @@
-"""Ablations: variants of one recipe, trained side by side and compared with a baseline."""

@@ -1,0 +1,1 @@
+"""The `moonlight` command, one module a group of commands."""

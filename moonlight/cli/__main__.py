@@ -1,0 +1,5 @@
+"""`python -m moonlight.cli`: the `moonlight` command."""
+
+from moonlight.cli.main import main
+
+main()

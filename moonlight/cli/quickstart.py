@@ -1,0 +1,105 @@
+"""The whole road in one command, every step of it a `moonlight` command of its own.
+
+Each step appears whole or not at all, so a step whose result is there is done. Going on after an interruption, at any
+moment, ends with the same bytes.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moonlight.config.load import load_recipe
+from moonlight.errors import UserError
+from moonlight.files import write_text
+from moonlight.train import run_folder
+
+PROMPT = "import os\n\n\ndef main(argv):\n"
+NEW_TOKENS = 96
+TEMPERATURE = 0.6
+VALIDATION_SHARE = 0.1
+
+
+def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> None:
+    """Train on `corpus` (None: the standard library of this Python) with `recipe`, export, verify, complete.
+
+    Raises:
+        UserError: the corpus or recipe cannot be used.
+        SystemExit: a step failed; it has said why.
+    """
+    started = time.monotonic()
+    if corpus is None:
+        corpus = Path(sysconfig.get_path("stdlib"))
+    else:
+        # A corpus of the user's own has a run folder of its own.
+        name = f"quickstart-{corpus.resolve().stem}"
+        own = {"name": name, "data.path": f"runs/{name}/data", "data.tokenizer": f"runs/{name}/tokenizer"}
+        overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
+    if not corpus.exists():
+        raise UserError(f"corpus {corpus} does not exist: give a folder or file of text")
+    if not recipe.exists():
+        raise UserError(f"recipe {recipe} does not exist: run this in the repository, or give --recipe")
+    run = load_recipe(recipe, overrides)
+    if run.data.sources:
+        raise UserError(f"recipe {recipe} has data.sources: quickstart prepares one folder, which data.path names")
+    folder = run_folder.path(run)
+    tokenizer, data, hugging_face = Path(run.data.tokenizer), Path(run.data.path), folder / "hf"
+    completion = folder / "completion.txt"
+
+    print(f"corpus: {corpus}")
+    step(
+        "tokenizer",
+        *("tokenizer", "train", "--input", corpus, "--vocab-size", run.model.vocab_size, "--out", tokenizer),
+    )
+    step(
+        "data",
+        *("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data),
+        *("--validation-share", VALIDATION_SHARE),
+    )
+    step("training", "pretrain", recipe, *overrides)
+    step("export", "export", folder, "--out", hugging_face)
+    if completion.exists() and completion.stat().st_mtime >= (hugging_face / "export.json").stat().st_mtime:
+        print("== verification, completion: done already")
+    else:
+        step("verification", "verify", folder, hugging_face)
+        step(
+            "completion",
+            *("generate", hugging_face, "--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS),
+            *("--temperature", TEMPERATURE),
+            out=completion,
+        )
+
+    console = Console(highlight=False)
+    console.rule(f"done, {time.monotonic() - started:.0f} s in this call")
+    for name, path in (
+        ("tokenizer", tokenizer),
+        ("data", data),
+        ("metrics", folder / "metrics.jsonl"),
+        ("loss curve", folder / "loss.png"),
+        ("checkpoints", folder / "checkpoints"),
+        ("model", hugging_face),
+    ):
+        console.print(f"{name:12} {path}")
+    console.rule("completion by the exported model")
+    print(completion.read_text(encoding="utf-8"))
+    console.rule()
+    more = f'more: .venv/bin/moonlight generate {hugging_face} --prompt "import os" --temperature 0.6'
+    console.print(more, markup=False, soft_wrap=True)
+
+
+def step(name: str, *arguments: object, out: Path | None = None) -> None:
+    """Run one `moonlight` command in a process of its own; with `out`, keep what it prints there."""
+    print(f"== {name}: moonlight {shlex.join(map(str, arguments))}".replace("\n", "\\n"), flush=True)
+    command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
+    environment = os.environ | {"MOONLIGHT_PART_OF_QUICKSTART": "1"}
+    result = subprocess.run(command, stdout=subprocess.PIPE if out else None, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    if out:
+        write_text(out, result.stdout)

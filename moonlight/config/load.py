@@ -1,0 +1,144 @@
+"""Recipes on disk: YAML with `base:` inheritance and dotted overrides, checked against `moonlight.config.run`."""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moonlight.config.model import Model
+from moonlight.config.run import Run
+from moonlight.errors import UserError
+
+_LARGEST_INT = 2**31 - 1
+_MOST_TOKENS = 10**15
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest known one is named), wrong type, value out of range.
+    """
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {override!r}: write it as section.key=value, for example train.seed=7")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"recipe {path}: {_first_line(error)}") from None
+    return from_dict(plain)
+
+
+def from_dict(tree: Any) -> Run:
+    """Build a Run from nested plain values, with every key and type checked."""
+    return _build(Run, tree, "")
+
+
+def model_from_dict(tree: Any) -> Model:
+    """Build the architecture section alone, with every key and type checked."""
+    return _build(Model, tree, "model.")
+
+
+def to_yaml(run: Run) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(dataclasses.asdict(run), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
+    """The YAML tree of `path` merged over the one its `base:` names (relative to the file itself)."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: its base: leads back to itself")
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:  # also when the file holds one value instead of a mapping
+        raise UserError(f"recipe {path}: {error.strerror or error}; give the path of a YAML recipe") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_first_line(error)}") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"recipe {path}: the top level must be a mapping with keys such as model, data and train")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return OmegaConf.merge(_read_tree(path.parent / str(base), (*seen, path)), tree)
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """One dataclass from one mapping."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}: a mapping of keys is expected here")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            raise UserError(f"unknown recipe key {prefix}{key}: {_hint(str(key), prefix, fields)}")
+    values = {}
+    for name, field in fields.items():
+        many = typing.get_origin(hints[name]) in (dict, tuple)
+        if name in tree and not (many and tree[name] is None):  # null: none of those that the base has
+            values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"recipe key {prefix}{name} is missing: it has no default")
+    return cls(**values)
+
+
+def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
+    """What may have been meant by an unknown key: the same key of another section, or the nearest of this one."""
+    for section, hint in typing.get_type_hints(Run).items():
+        cls = next(iter(typing.get_args(hint)), hint)
+        if dataclasses.is_dataclass(cls) and key in {field.name for field in dataclasses.fields(cls)}:
+            return f"did you mean {section}.{key}?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"accepted are {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Check one value against its type; integers are accepted as floats, and 1e-4 (text in YAML 1.1) too."""
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in accepted:
+        return None
+    (hint,) = (kind for kind in accepted if kind is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _build(hint, value, f"{name}.")
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} is {value!r}: a mapping of names is expected here")
+        kind = typing.get_args(hint)[1]
+        return {str(key): _convert(kind, item, f"{name}.{key}") for key, item in value.items()}
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} is {value!r}: a list is expected here")
+        kind = typing.get_args(hint)[0]
+        return tuple(_convert(kind, item, f"{name}[{number}]") for number, item in enumerate(value))
+    largest = _MOST_TOKENS if name.endswith("_tokens") else _LARGEST_INT
+    if type(value) is int and abs(value) > largest:
+        raise UserError(f"{name} is {value}: at most {largest} is accepted")
+    if hint is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: a finite number is expected")
+    if type(value) is hint:
+        return value
+    wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
+    raise UserError(f"{name} is {value!r}: expected {wanted}")
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

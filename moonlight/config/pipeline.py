@@ -1,0 +1,37 @@
+"""Which layers lie in which pipeline stage. No torch.
+
+Stages hold equally many layers. Where that cannot be, the head counts as one more layer, after the last: 27 layers in 4
+stages are 7, 7, 7 and 6.
+"""
+
+from moonlight.config.checks import require
+
+
+def head_counts_as_layer(num_layers: int, num_chunks: int) -> bool:
+    """Whether the last of `num_chunks` model chunks has one layer less, for the head's sake."""
+    return num_layers % num_chunks != 0
+
+
+def check_pipeline(num_layers: int, pipeline_parallel_size: int, virtual_pipeline_parallel_size: int) -> None:
+    """Raise UserError if layers, or layers and head, cannot be divided among the chunks."""
+    chunks = pipeline_parallel_size * virtual_pipeline_parallel_size
+    require(
+        num_layers % chunks == 0 or (num_layers + 1) % chunks == 0,
+        f"model.num_hidden_layers is {num_layers}: it, or one more (the head counted as a layer), must be a multiple "
+        f"of pipeline_parallel_size x virtual_pipeline_parallel_size ({chunks})",
+    )
+
+
+def layers_of_stages(
+    num_layers: int, pipeline_parallel_size: int, virtual_pipeline_parallel_size: int
+) -> list[list[range]]:
+    """Layers, counted from 0, of every chunk of every stage: `[stage][chunk]`, interleaved as Megatron does it."""
+    each = -(-num_layers // (pipeline_parallel_size * virtual_pipeline_parallel_size))
+
+    def chunk(number: int) -> range:
+        return range(number * each, min((number + 1) * each, num_layers))
+
+    return [
+        [chunk(virtual * pipeline_parallel_size + stage) for virtual in range(virtual_pipeline_parallel_size)]
+        for stage in range(pipeline_parallel_size)
+    ]

@@ -1,0 +1,106 @@
+"""What one process holds of the whole tensors of a checkpoint: rectangles, in memory or made when they are written.
+
+Torch's distributed checkpoint writes and fills them through three methods with underscores (its protocol
+`_Checkpointable`). Over all processes, rectangles of a tensor are equal (replicas, written once) or disjoint.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+class Pieces:
+    """What this rank holds of one whole tensor: rectangles of it in memory, none, one or many.
+
+    Attributes:
+        shape: of the whole tensor.
+        rectangles: (offset in the whole tensor, values) of each; the values have as many dimensions as the whole, share
+            memory with what was given, and are what loading writes into.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rectangles: list[tuple[tuple[int, ...], torch.Tensor]]) -> None:
+        self.shape = tuple(shape)
+        # An empty rectangle would take the place of a full one that begins at the same offset.
+        self.rectangles = [(tuple(offset), values.detach()) for offset, values in rectangles if values.numel()]
+        for offset, values in self.rectangles:
+            assert len(offset) == values.dim() == len(self.shape), (self.shape, offset, values.shape)
+            ends = (start + size for start, size in zip(offset, values.shape, strict=True))
+            inside = min(offset, default=0) >= 0 and all(e <= n for e, n in zip(ends, self.shape, strict=True))
+            assert inside, (self.shape, offset, values.shape)
+        self._at = dict(self.rectangles)
+        assert len(self._at) == len(self.rectangles), "two rectangles at one offset"
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=values.dtype), torch.Size(self.shape)),
+            )
+            for chunk, (_, values) in zip(self.__create_chunk_list__(), self.rectangles, strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offset), values.shape) for offset, values in self.rectangles]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        assert index.offset is not None, index
+        return self._at[index.offset]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A whole tensor that is nowhere in memory: each of its rectangles is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rectangles: dict[tuple[int, ...], tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
+    """Offset in the whole tensor -> sizes, and what makes the values."""
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties, size = TensorProperties(dtype=self.dtype), torch.Size(self.shape)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, size),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(offset), torch.Size(sizes))
+            for offset, (sizes, _) in self.rectangles.items()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        assert index.offset is not None, index
+        sizes, make = self.rectangles[tuple(index.offset)]
+        values = make()
+        assert values.shape == sizes and values.dtype == self.dtype, (index, values.shape, values.dtype)
+        return values
+
+
+class CheckpointedOptimizer(Protocol):
+    """What saving and loading need of an optimizer: its state as tensors with global names and shapes."""
+
+    def master_state(self) -> dict[str, Pieces]:
+        """Return this rank's rows of the float32 master weights and router biases, by checkpoint name."""
+
+    def momentum_state(self) -> dict[str, Pieces]:
+        """Return this rank's rows of the momenta, under `optimizer.<momentum>.<parameter>`."""
+
+    def state_parts(self) -> Iterator[dict[str, Pieces]]:
+        """Iterate over `master_state` and `momentum_state`, with float32 copies of one parameter at a time."""
+
+    def state_outline(self) -> dict[str, Pieces]:
+        """Return names, shapes and dtypes of the whole state; values that are not stored are meta tensors."""
+
+    def fill_masters(self) -> AbstractContextManager[dict[str, Pieces]]:
+        """Yield `master_state` to write into; on exit, update the model of every rank."""

@@ -1,1 +1,0 @@
-"""Learning rates and scaling laws of Muon and AdamW, measured side by side."""

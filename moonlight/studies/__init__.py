@@ -1,0 +1,1 @@
+"""Scaling ladders and ablations."""

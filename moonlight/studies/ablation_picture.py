@@ -1,0 +1,110 @@
+"""The picture of an ablation: loss over the varied number, or training loss over tokens beside the baseline's."""
+
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from moonlight.files import write_figure
+from moonlight.studies.ablation import Ablation
+from moonlight.studies.ablation_text import Outcomes
+from moonlight.studies.measured import Measured
+from moonlight.studies.outcome import Outcome, curve_differences
+from moonlight.studies.scaling_picture import new_figure
+
+COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
+WATCHED = ("attention query", "MLP")
+"""Kinds of matrices whose RMS is drawn over the varied number, those of the paper's table."""
+
+
+def draw(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path) -> None:
+    """Write the picture; variants without a run that ended well are left out."""
+    figure, (left, right) = new_figure(2)
+    known = {name: outcome for name, outcome in outcomes.items() if outcome.runs}
+    if ablation.numbers:
+        _losses_over_numbers(left, ablation, known)
+        _weights_over_numbers(right, ablation, known, weight_rms)
+    else:
+        colors = dict(zip(outcomes, cycle(COLORS)))
+        _curves(left, known, colors)
+        _differences(right, ablation, known, colors)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    write_figure(out, figure)
+
+
+def _losses_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes) -> None:
+    means: dict[float, float] = {}
+    others = iter(COLORS[1:])
+    for variant, outcome in outcomes.items():
+        values = [run.loss for run in outcome.runs.values() if run.loss is not None]
+        if (number := ablation.numbers.get(variant)) is None:
+            axes.axhline(fmean(values), color=next(others), linestyle="--", label=variant)
+        else:
+            means[number] = fmean(values)
+            axes.plot([number] * len(values), values, "o", color=COLORS[0], markersize=4, alpha=0.6)
+    axes.plot(sorted(means), [means[number] for number in sorted(means)], color=COLORS[0], label="mean of seeds")
+    _name_numbers(axes, ablation)
+    axes.set_ylabel("held-out loss (nats per token)")
+
+
+def _weights_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes, weight_rms: Measured) -> None:
+    for kind, color in zip(WATCHED, COLORS, strict=False):
+        means = {variant: value for variant, one in outcomes.items() if (value := _mean_rms(one, weight_rms, kind))}
+        over = [variant for variant in ablation.numbers if variant in means]
+        numbers = [ablation.numbers[variant] for variant in over]
+        axes.plot(numbers, [means[variant] for variant in over], "o-", color=color, label=kind)
+        for variant in means.keys() - ablation.numbers.keys():
+            axes.axhline(means[variant], color=color, linestyle="--", label=f"{kind}, {variant}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    _name_numbers(axes, ablation)
+    axes.set_ylabel("RMS of the weights at the end")
+
+
+def _mean_rms(outcome: Outcome, weight_rms: Measured, kind: str) -> float:
+    """Over seeds; 0 where nothing was measured."""
+    known = [weight_rms.get(run.point.name, {}).get(kind, 0.0) for run in outcome.runs.values()]
+    return fmean(known) if all(known) else 0.0
+
+
+def _name_numbers(axes: Any, ablation: Ablation) -> None:
+    numbers = list(ablation.numbers.values())
+    if numbers[0] > 0:
+        axes.set_xscale("log")
+        axes.set_xticks([], minor=True)
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.set_xlabel(ablation.varied)
+
+
+def _curves(axes: Any, outcomes: Outcomes, colors: dict[str, str]) -> None:
+    late: list[float] = []
+    for variant, outcome in outcomes.items():
+        for number, run in enumerate(outcome.runs.values()):
+            tokens, values = np.array(run.curve).reshape(-1, 2).T
+            axes.plot(tokens / 1e6, values, color=colors[variant], lw=1.2, alpha=0.8, label=None if number else variant)
+            late += list(values[len(values) // 10 :])
+    if late:
+        room = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - room, max(late) + room)
+    axes.set(xlabel="million tokens", ylabel="training loss (nats per token)")
+
+
+def _differences(axes: Any, ablation: Ablation, outcomes: Outcomes, colors: dict[str, str]) -> None:
+    """Mean over seeds, and from the least to the largest of them; without the first tenth, where they are large."""
+    base = outcomes[ablation.baseline].runs if ablation.baseline in outcomes else {}
+    for variant, outcome in outcomes.items():
+        found = curve_differences(outcome.runs, base)
+        if variant == ablation.baseline or not found:
+            continue
+        first = len(found[0][0]) // 10
+        tokens = np.divide(found[0][0][first:], 1e6)
+        values = np.array([less[first:] for _, less in found])
+        axes.plot(tokens, values.mean(0), color=colors[variant], label=variant)
+        axes.fill_between(tokens, values.min(0), values.max(0), color=colors[variant], alpha=0.15, linewidth=0)
+    axes.axhline(0.0, color=colors[ablation.baseline], linewidth=1.2)
+    axes.set(xlabel="million tokens", ylabel=f"training loss less that of {ablation.baseline}")

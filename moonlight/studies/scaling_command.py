@@ -1,0 +1,64 @@
+"""`moonlight scaling`: ladders trained, fitted, printed and drawn."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from moonlight.errors import UserError
+from moonlight.files import check_output_file, write_text
+from moonlight.studies.fit import Cell, Comparison, compare
+from moonlight.studies.ladder import Ladder, Point, load_ladder, losses_at
+from moonlight.studies.measured import read_measured
+from moonlight.studies.results import Result, losses
+from moonlight.studies.runs import conclude_all
+from moonlight.studies.scaling_picture import draw_entropies, draw_grid, draw_laws
+from moonlight.studies.scaling_text import cells_of, doubts, grid_table, laws_text
+from moonlight.studies.spectra import SPECTRA_FILE, look, pairs_of, spectra_text
+
+
+def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path | None) -> None:
+    """Run what the ladders lack, then fit and draw each, and all on one figure.
+
+    Args:
+        fit_only: run nothing.
+        dry_run: say what would run, and stop.
+        out: the common figure; by default scaling.png beside the folders of several ladders.
+
+    Raises:
+        UserError: a ladder or its results cannot be used, a run failed, or there are too few results for a fit.
+    """
+    if out:
+        check_output_file("--out", out, "scaling.png")
+    ladders = [load_ladder(path) for path in paths]
+    fitted = conclude_all(ladders, partial(_conclude, fit_only=fit_only), run_none=fit_only, dry_run=dry_run)
+    if len(fitted) > 1 or (fitted and out):
+        figure = out or Path(ladders[0].folder) / "scaling.png"
+        draw_laws(fitted, figure)
+        print(f"{figure}: written")
+
+
+def _conclude(
+    ladder: Ladder, results: Mapping[Point, Result[Point]], *, fit_only: bool
+) -> tuple[dict[str, dict[str, Cell]], Comparison]:
+    """Table, laws and pictures of one ladder, into its folder and on the screen."""
+    if not results:
+        raise UserError(f"{ladder.home} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only")
+    parts = [f"# {ladder.name}", "Held-out loss, nats per token:", grid_table(ladder, results)]
+    spectra = look(ladder, results) if not fit_only else read_measured(ladder.home / SPECTRA_FILE)
+    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := doubts(ladder, results)) else []
+    draw_grid({size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.home / "rates.png")
+    if pairs := pairs_of(ladder, results, spectra):
+        parts.append(spectra_text(pairs))
+        draw_entropies(pairs, ladder.home / "svd_entropy.png")
+    print("\n\n".join(parts), flush=True)
+    cells = cells_of(ladder, results)
+    comparison = compare(cells)
+    parts.append(laws_text(comparison))
+    if found:
+        parts[-1] += f"\n\nNot the last word: {len(found)} reasons for doubt stand under the table of losses."
+    print("\n" + parts[-1])
+    write_text(ladder.home / "results.md", "\n\n".join(parts) + "\n")
+    draw_laws({ladder.name: (cells, comparison)}, ladder.home / "scaling.png")
+    entropies = ", svd_entropy.png" if pairs else ""
+    print(f"{ladder.home}: results.json, results.md, scaling.png, rates.png{entropies}")
+    return cells, comparison

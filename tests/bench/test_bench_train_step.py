@@ -1,0 +1,78 @@
+"""The benchmark of a training step, with a small model: real processes of both sides, and what makes its gate fail."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moonlight.bench import train_step
+from moonlight.bench.train_step import Result, Setting, Workload
+from moonlight.config.load import load_recipe
+from moonlight.errors import UserError
+
+TINY = Workload(
+    "configs/quickstart.yaml",
+    {"model.vocab_size": 256, "model.num_hidden_layers": 2, "train.global_batch_size": 2, "data.sequence_length": 64},
+    512,
+)
+OURS = Setting("ours", "bfloat16", processes=2, expert_parallel_size=2, optimizer="muon")
+
+
+def test_both_sides_begin_with_the_same_weights_and_learn(monkeypatch):
+    tried = [OURS, replace(OURS, processes=1, expert_parallel_size=1, dtype="float32"), Setting("peer", "bfloat16")]
+    monkeypatch.setattr(train_step, "WORKLOADS", {"tiny": TINY})
+    monkeypatch.setattr(train_step, "settings", lambda name, optimizer, cores: tried)
+    figure, notes = train_step._measure("tiny", "muon", 1, 2)
+    assert figure.ours > 0 and figure.peer > 0 and figure.ours_rounds and figure.bar == ">= 1.5"
+    assert [str(setting) in note for setting, note in zip(tried, notes, strict=True)] == [True] * 3
+    assert all("(4 x " in note for note in notes)  # parts of the batch
+    firsts = [float(note.rsplit(" ", 1)[1]) for note in notes]
+    assert max(firsts) - min(firsts) < train_step.FIRST_LOSS_TOLERANCE * firsts[0]
+    assert figure.passed == (figure.ratio >= train_step.BAR)  # the gate itself was passed
+
+
+def test_what_fails_the_gate():
+    good = Result(9.0, [1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
+    assert good.step_seconds(4) == 8.5
+    assert train_step._agree([good, replace(good, losses=[6.01, 4.0])])
+    assert not train_step._agree([good, replace(good, losses=[6.1, 4.0])])
+    assert not train_step._agree([good, replace(good, losses=[6.0, 6.5])])
+    assert not train_step._agree([good, replace(good, losses=[6.0, float("nan")])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ((1, ["16b"], "muon"), "--model is 16b: quickstart and 0.1b are accepted"),
+        ((1, ["0.1b"], "sgd"), "--optimizer is sgd: muon and adamw are accepted"),
+    ),
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        train_step.bench_train_step(*arguments)
+
+
+def test_a_machine_with_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="hide it by CUDA_VISIBLE_DEVICES="):
+        train_step.bench_train_step(1, ["quickstart"], "muon")
+
+
+@pytest.mark.parametrize(
+    ("name", "by_cores"), (("quickstart", {1: 1, 2: 2, 6: 4, 12: 8, 16: 8}), ("0.1b", {2: 2, 3: 2, 8: 4}))
+)
+def test_batch_and_experts_are_dealt_out_evenly(name, by_cores):
+    workload = train_step.WORKLOADS[name]
+    run = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
+    for cores, processes in by_cores.items():
+        assert train_step.most_processes(run, cores) == processes
+        tried = train_step.settings(name, "muon", processes)
+        assert len(set(tried)) == len(tried)
+        for setting in tried:
+            assert run.train.global_batch_size % setting.processes == 0
+            assert run.model.num_experts % setting.expert_parallel_size == 0
+
+
+def test_a_large_model_is_tried_only_where_it_fits():
+    assert len(train_step.settings("quickstart", "muon", 2)) > len(train_step.settings("0.1b", "muon", 2)) == 4

@@ -1,0 +1,103 @@
+"""moonlight release: what fails a check is refused with one line before anything is sent."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, write_json, write_sums
+from tests.support.exports import REPO, seal, shards
+
+
+@pytest.fixture
+def folder(ready_export, tmp_path):
+    return shutil.copytree(ready_export, tmp_path / "hf")
+
+
+def change(name, function):
+    """A damage: a JSON file of the folder changed by `function`, with sums and verification made anew."""
+
+    def damage(folder):
+        content = json.loads((folder / name).read_text())
+        function(content)
+        write_json(folder / name, content)
+        seal(folder)
+
+    return damage
+
+
+def add(name, content=b""):
+    """A damage: a file that is listed in the sums, but belongs to no export."""
+
+    def damage(folder):
+        (folder / name).write_bytes(content)
+        seal(folder)
+
+    return damage
+
+
+def verification(**values):
+    return lambda folder: write_json(
+        folder / VERIFICATION_FILE, json.loads((folder / VERIFICATION_FILE).read_text()) | values
+    )
+
+
+def replace_with_link(folder):
+    (folder / "config.json").rename(folder.parent / "elsewhere.json")
+    (folder / "config.json").symlink_to(folder.parent / "elsewhere.json")
+    seal(folder)
+
+
+def flip_one_bit(folder):
+    path = shards(folder)[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "no export.json": (lambda folder: (folder / "export.json").unlink(), ["no export.json", "moonlight export"]),
+    "no origin": (change("export.json", lambda content: content.pop("made_from")), ["does not say from which step"]),
+    "no revision": (change("export.json", lambda content: content["made_from"].pop("revision_step")), ["which step"]),
+    "odd revision": (change("export.json", lambda c: c["made_from"].update(revision_step="x/../y")), ["whole numbers"]),
+    "no sums": (lambda folder: (folder / SUMS_FILE).unlink(), ["no SHA256SUMS"]),
+    "a bit flipped": (flip_one_bit, ["model-00002", "has SHA-256", "changed or damaged"]),
+    "a shard lost": (lambda folder: shards(folder)[0].unlink(), ["lacks model-00001"]),
+    "a file unlisted": (lambda folder: (folder / "new.json").touch(), ["new.json", "not listed"]),
+    "not verified": (lambda folder: (folder / VERIFICATION_FILE).unlink(), ["run: moonlight verify"]),
+    "failed verification": (verification(passed=False), ["does not say passed", "moonlight verify"]),
+    "odd verification": (verification(passed="yes"), ["does not say passed"]),
+    "stale verification": (lambda folder: (folder / "new.json").touch() or write_sums(folder), ["other files"]),
+    "no card": (lambda folder: (folder / "README.md").unlink() or seal(folder), ["no README.md"]),
+    "no licence": (add("README.md", b"---\nlicense: unknown\n---\n# Tiny\n"), ["README.md", "licen"]),
+    "no front matter": (add("README.md", b"# Tiny\n"), ["README.md", "front matter"]),
+    "config no JSON": (add("config.json", b"{"), ["config.json", "not JSON"]),
+    "config of no model": (add("config.json", b"{}"), ["does not load with transformers"]),
+    "generation config no JSON": (add("generation_config.json", b"[]"), ["generation_config.json", "JSON object"]),
+    "tokenizer broken": (add("tokenizer.json", b"{}"), ["does not load with transformers"]),
+    "code": (add("modeling.py", b"import os\n"), ["modeling.py", "code or a secret"]),
+    "a pickle": (add("optimizer.pt", pickle.dumps({})), ["optimizer.pt", "code or a secret"]),
+    "old weights": (add("pytorch_model.bin"), ["pytorch_model.bin", "code or a secret"]),
+    "a secret": (add(".env", b"HF_TOKEN=x"), [".env", "hidden"]),
+    "a key": (add("id_rsa"), ["id_rsa", "code or a secret"]),
+    "a link": (replace_with_link, ["config.json", "is a link"]),
+}
+
+
+@pytest.mark.parametrize("damage, words", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["real", "dry"])
+def test_what_fails_a_check_is_never_sent(hub, folder, refuses, damage, words, options):
+    damage(folder)
+    refuses(["release", folder, "--repo", REPO, *options], *words)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("repo", ["tiny", "moon/tiny/more", "moon/ti ny", "moon/--", ".moon/tiny", "", "moon/x.git"])
+def test_names_that_no_repository_can_have(hub, folder, refuses, repo):
+    refuses(["release", folder, "--repo", repo], f"--repo is {repo!r}")
+    assert not hub.requests
+
+
+def test_a_folder_that_does_not_exist(hub, tmp_path, refuses):
+    refuses(["release", tmp_path / "none", "--repo", REPO], str(tmp_path / "none"), "moonlight export")

@@ -1,0 +1,75 @@
+"""Checkpoints: written under one layout, continued under another."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from tests.support.layouts import LAYOUTS, load_frozen, recipe, restart, train_losses
+
+NAMES = list(LAYOUTS)
+SPANNING = list(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
+"""A cycle: every layout writes once and reads once."""
+
+
+@pytest.fixture(scope="module")
+def expected(pool):
+    """The losses of steps 4 to 8 of a run that never stopped."""
+    (losses,) = pool.run(1, train_losses, recipe(), 8)
+    return losses[3:]
+
+
+@pytest.fixture(scope="module")
+def saved(pool, tmp_path_factory):
+    """Folder of a checkpoint after three steps, by the layout that wrote it."""
+    folders = {}
+
+    def save(layout):
+        if layout not in folders:
+            world_size, parallel = LAYOUTS[layout]
+            folders[layout] = tmp_path_factory.mktemp("checkpoints") / layout
+            pool.run(world_size, restart, recipe(parallel), folders[layout], 3, False)
+        return folders[layout]
+
+    return save
+
+
+def check(pool, saved, expected, writer, reader):
+    world_size, parallel = LAYOUTS[reader]
+    for losses in pool.run(world_size, restart, recipe(parallel), saved(writer), 5, True):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("writer", "reader"), SPANNING)
+def test_next_losses_are_the_same_under_another_layout(pool, saved, expected, writer, reader):
+    check(pool, saved, expected, writer, reader)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("writer", "reader"), [pair for pair in itertools.permutations(NAMES, 2) if pair not in SPANNING]
+)
+def test_every_ordered_pair_of_layouts(pool, saved, expected, writer, reader):
+    check(pool, saved, expected, writer, reader)
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": "bfloat16", "master_weights": "split"}, {"name": "adamw"}])
+def test_other_states_continue_under_another_layout(pool, tmp_path, options):
+    """Bfloat16 weights round differently in another layout, so the losses agree less closely."""
+    dtype = "bfloat16" if "master_weights" in options else "float32"
+
+    def run_of(layout):
+        run = recipe(LAYOUTS[layout][1], dtype=dtype)
+        return replace(run, optimizer=replace(run.optimizer, **options))
+
+    expected = pool.run(2, restart, run_of("DP2"), tmp_path, 3, False)[0]
+    assert expected[-1] < expected[0]
+    whole = pool.run(1, train_losses, run_of("1"), 5)[0]
+    for layout in ("1", "EP2xTP2-4", "DP4"):
+        for losses in pool.run(LAYOUTS[layout][0], restart, run_of(layout), tmp_path, 2, True):
+            assert losses == pytest.approx(whole[3:], rel=2e-3 if dtype == "bfloat16" else 1e-5)
+
+
+def test_a_parameter_frozen_since_is_named(pool, saved):
+    (message,) = pool.run(1, load_frozen, recipe(), saved("1"))
+    assert "optimizer.momentum.decoder.layers.1.mlp.router.weight" in message

@@ -1,0 +1,103 @@
+"""Reading past the page cache gives what is in the file, wherever a read begins and ends."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoints.reader import open_checkpoint
+from checkpoints.shards import Entry, _read_ahead
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.chunks import Pieces
+from moonlight.dist_checkpoint.direct_io import ALIGNMENT, direct_checksum_of, read_direct
+from moonlight.dist_checkpoint.index import StoredTensors
+from moonlight.dist_checkpoint.tensors import save_tensors
+from moonlight.files import checksum_of
+
+BYTES = torch.arange(5 * ALIGNMENT + 77).to(torch.uint8).numpy().tobytes()
+EDGES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, len(BYTES) - 1, len(BYTES), len(BYTES) + ALIGNMENT]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("direct") / "file"
+    path.write_bytes(BYTES)
+    return path
+
+
+@given(
+    start=st.sampled_from(EDGES) | st.integers(0, len(BYTES)),
+    nbytes=st.sampled_from(EDGES) | st.integers(0, len(BYTES)),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_part_of_a_file(file, start, nbytes):
+    assert read_direct(file, start, nbytes).tobytes() == BYTES[start : start + nbytes]
+
+
+def test_a_file_system_that_refuses_is_read_through_the_cache():
+    path = Path("/proc/version")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(path, os.O_RDONLY | os.O_DIRECT)
+    whole = path.read_bytes()
+    assert read_direct(path, 0, len(whole) + 50).tobytes() == whole
+    assert read_direct(path, 5, 9).tobytes() == whole[5:14]
+
+
+def test_checksums_are_the_same(file, tmp_path):
+    assert direct_checksum_of(file) == checksum_of(file)
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert direct_checksum_of(empty) == checksum_of(empty)
+
+
+def test_any_part_of_a_stored_rectangle(tmp_path):
+    whole = torch.arange(4 * 6 * 5.0).view(4, 6, 5)
+    cuts = [
+        ((expert, 0, column), whole[expert : expert + 2, :, column : column + 3 - column // 3])
+        for expert in (0, 2)
+        for column in (0, 3)
+    ]
+    save_tensors(tmp_path, {"experts": Pieces((4, 6, 5), cuts)})
+    stored = StoredTensors(tmp_path)
+    for offset, sizes in stored.rectangles("experts").items():
+        rectangle = stored.map("experts", offset, sizes)
+        for index in (
+            (0, slice(1, 4), slice(0, 2)),
+            (1, slice(0, 6), slice(1, 2)),
+            (slice(1, 2), slice(2, 3), slice(0, 1)),
+            (slice(0, 2), slice(0, 6), slice(0, 2)),
+        ):
+            assert stored.read("experts", offset, sizes, index).equal(rectangle[index]), (offset, index)
+
+
+def test_rows_of_every_part_are_rows_of_the_whole(tiny_run):
+    checkpoint = open_checkpoint(tiny_run.folder)
+    for row in hf_mapping.table(checkpoint.model):
+        for part in row.parts:
+            whole = checkpoint.part(row, part)
+            begin, end = len(whole) // 3, max(len(whole) // 3 + 1, len(whole) - 1)
+            assert checkpoint.part(row, hf_mapping.some_rows(part, begin, end)).equal(whole[begin:end]), part.name
+
+
+def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises():
+    part = hf_mapping.Part(name="x", shape=(10,))
+    entry = Entry(hf_mapping.Row(key="x", shape=(10,), parts=(part,)), part, torch.float32)
+    runs = [replace(entry, part=hf_mapping.some_rows(part, row, row + 1)) for row in range(10)]
+    values = torch.arange(10.0)
+
+    def read(run):
+        where = run.part.index[0]
+        if where.start == 7:
+            raise OSError("gone")
+        return values[where]
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for run, found in _read_ahead(runs, read):
+            assert found.equal(values[run.part.index[0]])
+            seen.append(run.part.index[0].start)
+    assert seen == list(range(7))

@@ -1,0 +1,230 @@
+"""The harness on our exports and on other architectures: likelihoods, the offline suite, answers, what is kept."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from checkpoints.export import export
+from checkpoints.reader import open_checkpoint
+from checkpoints.verify import _megatron
+from eval.evaluate import Options, evaluate
+from eval.harness import load_model
+from moonlight.errors import UserError
+from tests.support.evaluations import GSM8K, items, write_dense, write_gsm8k
+
+OFFLINE = Options(suite="offline", allow_code=True)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run, tmp_path_factory):
+    """The tiny run's two checkpoints, exported."""
+    place = tmp_path_factory.mktemp("exported")
+    export(tiny_run.folder, place / "tiny" / "hf")
+    export(tiny_run.folder, place / "step-2", revision_step=2)
+    return place
+
+
+@pytest.fixture(scope="module")
+def offline(exported):
+    """The offline suite on both of them."""
+    return evaluate([exported / "step-2", exported / "tiny" / "hf"], OFFLINE, exported / "out")
+
+
+def requests(*pairs):
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+
+
+PAIRS = [
+    ("import os\nimport", " sys"),
+    ("class Stack:\n    def __init__(self):", "\n        self.items = []"),
+    ("The opposite of left is", " right"),
+    ("月光照在", "河面上"),
+    ("", "def main():\n    return 0"),
+    ("x " * 40 + "x", " y z"),
+]
+"""Context and continuation; the last context is longer than the model's."""
+
+
+def test_loglikelihoods_equal_our_own_forward_pass(exported, tiny_run):
+    """Megatron's logits on the checkpoint, not on the export, and sums of our own, in float64."""
+    model = load_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
+    found = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    checkpoint = open_checkpoint(tiny_run.folder)
+    eos_id = model.tokenizer.eos_token_id
+    for (context, continuation), (loglikelihood, is_greedy) in zip(PAIRS, found, strict=True):
+        before = model.tokenizer(context)["input_ids"]
+        # The harness takes the context as it is encoded alone, also where the next letters would join its last ones.
+        new = model.tokenizer(context + continuation)["input_ids"][len(before) :]
+        count = len(new)
+        whole = [*(before or [eos_id]), *new]
+        whole = whole[-(checkpoint.model.max_position_embeddings + 1) :]
+        logits, _ = _megatron(checkpoint, torch.tensor([whole[:-1]]), torch.float32)
+        logprobs = logits[0, -count:].double().log_softmax(-1)
+        labels = torch.tensor(whole[-count:])
+        assert loglikelihood == pytest.approx(logprobs.gather(1, labels[:, None]).sum().item(), abs=1e-4)
+        assert is_greedy == (logprobs.argmax(-1) == labels).all().item()
+
+
+def test_a_text_is_read_whole_in_windows(exported, tiny_run):
+    """The log-likelihood of a text of several contexts is the sum over all its tokens, each predicted once."""
+    from lm_eval.api.instance import Instance
+
+    text = "def area(width, height):\n    return width * height\n\n" * 12
+    model = load_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
+    (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    checkpoint = open_checkpoint(tiny_run.folder)
+    length = checkpoint.model.max_position_embeddings
+    ids = [model.tokenizer.eos_token_id, *model.tokenizer(text)["input_ids"]]
+    assert len(ids) > 2 * length
+    total, done = 0.0, 0
+    while done < len(ids) - 1:
+        # The harness lets the last window reach back, so that it is full.
+        new = min(length, len(ids) - 1 - done)
+        window = ids[max(0, done + new - length) : done + new + 1]
+        logits, _ = _megatron(checkpoint, torch.tensor([window[:-1]]), torch.float32)
+        logprobs = logits[0, -new:].double().log_softmax(-1)
+        total += logprobs.gather(1, torch.tensor(window[-new:])[:, None]).sum().item()
+        done += new
+    assert found == pytest.approx(total, abs=1e-3)
+
+
+def test_the_offline_suite_end_to_end(offline, exported):
+    record = json.loads((offline.out / "results.json").read_text())
+    assert [model["label"] for model in record["models"]] == ["step-2", "tiny"]
+    assert [model["tokens"] for model in record["models"]] == [512, 1024]
+    for model in record["models"]:
+        found = model["results"]
+        assert {name: entry["items"] for name, entry in found.items()} == {
+            "choice": 24,
+            "recall": 25,
+            "code": 10,
+            "text": 8,
+        }
+        answers = {name: items(offline.out / model["label"], name) for name in found}
+        for name in ("choice", "recall", "code"):
+            scores = [item["score"] for item in answers[name]]
+            assert found[name]["score"] == pytest.approx(sum(scores) / len(scores))
+        for item in answers["choice"]:
+            best = item["loglikelihoods"].index(max(item["loglikelihoods"]))
+            assert item["answer"] == best and item["score"] == (best == item["target"])
+        for item in answers["recall"]:
+            assert item["score"] == (item["answer"].lower() == item["target"].lower())
+        assert found["recall"]["truncated"] > 0, "three examples and a question are longer than 64 tokens"
+        assert 3 < found["text"]["score"] < 11, "bits per byte of a model that has hardly learned anything"
+    assert "± " in offline.table and "lm-evaluation-harness 0.4.13 through transformers in float32" in offline.table
+    assert (offline.out / "table.md").read_text() == offline.table
+    assert "Prompts longer than the context" in offline.table
+
+
+def test_several_checkpoints_give_a_curve(offline):
+    from PIL import Image
+
+    assert offline.curve == offline.out / "curve.png"
+    with Image.open(offline.curve) as picture:
+        assert picture.size[0] > 1000 and len(set(picture.convert("RGB").resize((90, 30)).getdata())) > 8
+
+
+def test_what_is_finished_is_not_done_again(offline, exported, capsys):
+    place = offline.out / "tiny"
+    before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
+    evaluate([exported / "step-2", exported / "tiny" / "hf"], OFFLINE, offline.out)
+    assert "tiny: evaluated already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before
+
+
+def test_an_interrupted_evaluation_goes_on(offline, exported, tmp_path):
+    shutil.copytree(offline.out, tmp_path / "out")
+    lost = tmp_path / "out" / "tiny" / "choice.json"
+    wanted = json.loads(lost.read_text())
+    lost.unlink()
+    kept = tmp_path / "out" / "tiny" / "text.json"
+    before = kept.stat().st_mtime_ns
+    evaluate([exported / "step-2", exported / "tiny" / "hf"], OFFLINE, tmp_path / "out")
+    again = json.loads(lost.read_text())
+    assert kept.stat().st_mtime_ns == before
+    assert again | {"seconds": 0} == wanted | {"seconds": 0}
+    assert items(tmp_path / "out" / "tiny", "choice") == items(offline.out / "tiny", "choice")
+
+
+def test_benchmarks_measured_one_by_one_come_together(offline, exported, tmp_path):
+    folder = exported / "tiny" / "hf"
+    evaluate([folder], Options(suite="offline", tasks=("text",)), tmp_path / "out")
+    found = evaluate([folder], Options(suite="offline", tasks=("choice",)), tmp_path / "out")
+    rows = [line.split(" | ")[0] for line in found.table.splitlines() if line.startswith("| ")]
+    assert rows == ["| benchmark", "| multiple choice", "| text, bits per byte"]
+    whole = json.loads((offline.out / "results.json").read_text())["models"][1]["results"]
+    (model,) = json.loads((found.out / "results.json").read_text())["models"]
+    for name in ("choice", "text"):
+        assert model["results"][name]["score"] == whole[name]["score"]
+
+
+def test_results_of_another_evaluation_are_not_mixed_in(offline, exported):
+    with pytest.raises(UserError, match="another limit: choose another --out"):
+        evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), offline.out)
+
+
+def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
+    """So that it never stands in the way of the whole suite."""
+    folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder)
+    found = evaluate([folder], Options(suite="offline", tasks=("choice",), limit=2))
+    assert found.out == tmp_path / "evaluation" / "offline-first-2"
+    first, second = items(found.out / "llama", "choice")
+    assert first["question"] == "def area(width, height):\n    return width *"
+    assert second["question"] == "for index, item in"
+
+
+def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
+    found = evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), tmp_path / "out")
+    assert "code: not run" in capsys.readouterr().out
+    assert "| code | 0 | not run |" in found.table and "no result to compare" in found.table
+    assert not (tmp_path / "out" / "tiny" / "code.json").exists()
+    assert found.curve is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_other_architectures_take_the_same_path(family, tmp_path, tokenizer_folder, capsys):
+    folder = write_dense(tmp_path / family, family, tokenizer_folder)
+    found = evaluate([folder], OFFLINE)
+    assert "Executing answers: 100%" in capsys.readouterr().err
+    assert found.out == tmp_path / "evaluation" / "offline"
+    for name, count in (("choice", 24), ("recall", 25), ("code", 10), ("text", 8)):
+        assert len(items(found.out / family, name)) == count
+
+
+@pytest.mark.parametrize("family", ["llama", "unheard_of"])
+def test_code_of_a_folder_is_never_run(family, tmp_path, tokenizer_folder):
+    """A known architecture is transformers' own, whatever the folder brings along; another one is refused."""
+    folder, ran = write_dense(tmp_path / "llama", "llama", tokenizer_folder), tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    classes = {name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    for file, auto_map in (("config.json", classes), ("tokenizer_config.json", {"AutoTokenizer": ["code.T", None]})):
+        content = json.loads((folder / file).read_text()) | {"auto_map": auto_map}
+        if "model_type" in content:
+            content["model_type"] = family
+        (folder / file).write_text(json.dumps(content))
+    options = Options(suite="offline", tasks=("choice",), limit=2)
+    if family == "llama":
+        assert evaluate([folder], options, tmp_path / "out").table
+    else:
+        with pytest.raises(UserError, match="llama is no usable Hugging Face folder, transformers says: "):
+            evaluate([folder], options, tmp_path / "out")
+    assert not ran.exists()
+
+
+def test_a_benchmark_of_the_paper_from_a_local_folder(tmp_path, tokenizer_folder):
+    """The harness's own task, with four examples, on a data set in a folder; beside the published scores."""
+    folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder, max_position_embeddings=1024)
+    data = write_gsm8k(tmp_path / "data")
+    options = Options(suite="paper", tasks=("gsm8k",), data_dir=data, limit=3)
+    found = evaluate([folder], options, tmp_path / "out")
+    answers = items(tmp_path / "out" / "llama", "gsm8k")
+    assert [item["target"] for item in answers] == [row["answer"] for row in GSM8K[:3]]
+    with pytest.raises(UserError, match=r"gsm8k\.json was made with another data_dir"):
+        evaluate([folder], dataclasses.replace(options, data_dir=write_gsm8k(tmp_path / "other")), tmp_path / "out")
+    row = next(line for line in found.table.splitlines() if line.startswith("| GSM8K"))
+    assert row == "| GSM8K | 4 | 0.0 ± 0.0 | 34.0 | 79.1 | 41.1 | 77.4 |"

@@ -1,0 +1,214 @@
+"""Every benchmark of the paper, from a folder of the data set's own columns to its score: prompts, filters, metrics.
+
+In the model's place stands one that knows the answer, or gives that of another question: all points, or none.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+
+import datasets
+import pytest
+from lm_eval.api.model import LM
+
+from eval.data_sets import leaves
+from eval.harness import load_tasks, run, task_manager
+from eval.items import items_of
+from eval.suites import PAPER, choose
+from moonlight.errors import UserError
+from tests.support.bad_input import ROOT
+from tests.support.paper_sets import LETTERS, ROWS, write_set
+
+SAYS = {
+    "mmlu": lambda row: f" {LETTERS[row['answer']]}",
+    "mmlu-pro": lambda row: f" It is said in the question. The answer is ({row['answer']}).",
+    "bbh": lambda row: f"We look at it step by step. So the answer is {row['target']}.",
+    "triviaqa": lambda row: f" {row['answer']['aliases'][1].upper()}\n\nQuestion: What else?",
+    "humaneval": lambda row: row["canonical_solution"] + "\n\ndef another():\n    return nothing\n",
+    "mbpp": lambda row: row["code"] + "\n[DONE]\nand more",
+    "gsm8k": lambda row: f" {row['answer']}\n\nQuestion: What else?\n#### 7",
+    "math": lambda row: (
+        f" {row['solution']}\nFinal Answer: The final answer is {row['solution'].split()[-1]} I hope it is correct.\n\n"
+        "Problem:\nHalve $14$.\n\nSolution: It is $\\boxed{7}$."
+    ),
+    "cmath": lambda row: f"我们来算，1+1=2。所以答案是{row['golden']}。\n\n问题：1+1=？答案：2",
+    "ceval": lambda row: f" {row['answer']}",
+    "cmmlu": lambda row: f" {row['Answer']}",
+}
+"""What a base model goes on with that has understood the examples: the answer, and then another question."""
+
+MARK = {
+    "mmlu": "\nAnswer:",
+    "mmlu-pro": "Question:\n",
+    "bbh": "Q: ",
+    "triviaqa": "Question: ",
+    "humaneval": "def ",
+    "mbpp": "[BEGIN]",
+    "gsm8k": "Question: ",
+    "math": "Problem:\n",
+    "cmath": "问题：",
+    "ceval": "\n答案：",
+    "cmmlu": "\n答案：",
+}
+"""What stands in a prompt once for each example and once for the question."""
+
+
+class Knowing(LM):
+    """Answers with what `says` makes of the row, cut where the task ends an answer, as backends do."""
+
+    def __init__(self, says):
+        super().__init__()
+        self.says, self.prompts = says, []
+
+    def loglikelihood(self, requests):
+        self.prompts += [request.args[0] for request in requests]
+        return [(0.0 if request.args[1] == self.says(request.doc) else -1.0, False) for request in requests]
+
+    def generate_until(self, requests):
+        self.prompts += [request.args[0] for request in requests]
+        ends = [request.args[1]["until"] for request in requests]
+        return [
+            re.split("|".join(map(re.escape, end)), self.says(request.doc))[0]
+            for request, end in zip(requests, ends, strict=True)
+        ]
+
+    def loglikelihood_rolling(self, requests):
+        raise AssertionError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All eleven data sets."""
+    index = task_manager(PAPER).task_index
+    folder = tmp_path_factory.mktemp("paper")
+    for benchmark in PAPER:
+        write_set(folder, benchmark.name, list(leaves(index, benchmark.task)))
+    return folder
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
+    (benchmark,) = choose("paper", [name])
+    tasks = load_tasks([benchmark], data_dir)[name]
+    right = SAYS[name]
+    numbers = iter(range(10**6))
+
+    def wrong(row):
+        """What is right of another row: of one with other choices, the next letter."""
+        text = right(row)
+        if name in ("mmlu", "ceval", "cmmlu", "mmlu-pro"):
+            return re.sub(r"[A-J](?=\)?\.?$)", lambda found: "BCDAFGHIJE"["ABCDEFGHIJ".index(found[0])], text)
+        if name == "bbh":
+            return right({"target": "no such thing"})
+        return right(ROWS[name](next(numbers) + 5000, "x"))
+
+    for says, score in ((right, 1), (wrong, 0)):
+        model = Knowing(says)
+        found = run(model, benchmark, tasks, limit=2, backend="transformers", allow_code=True)
+        assert found.score == score
+        answers = items_of(benchmark, found.samples)
+        assert len(answers) == 2 * len(tasks["tasks"])
+        assert {item["score"] for item in answers} == {score}
+        for prompt in model.prompts:
+            assert prompt.count(MARK[name]) == benchmark.shots + 1, prompt
+
+
+def test_examples_are_answered_and_the_question_is_not(data_dir):
+    """What a prompt looks like, of the tasks that are our own."""
+    (benchmark,) = choose("paper", ["mbpp"])
+    model = Knowing(SAYS["mbpp"])
+    run(model, benchmark, load_tasks([benchmark], data_dir)["mbpp"], limit=1, backend="transformers", allow_code=True)
+    (prompt,) = model.prompts
+    assert re.findall(r"to add (\d+)\.", prompt) == ["2", "3", "4", "11"]
+    assert prompt.count("\n[DONE]\n\nYou are an expert") == 3 and prompt.endswith("assert add(2) == 13\n[BEGIN]\n")
+    (benchmark,) = choose("paper", ["cmath"])
+    model = Knowing(SAYS["cmath"])
+    run(model, benchmark, load_tasks([benchmark], data_dir)["cmath"], limit=1, backend="transformers", allow_code=False)
+    (prompt,) = model.prompts
+    assert prompt.count("所以答案是") == 3 and prompt.endswith("加2等于多少？\n答案：")
+
+
+def test_drawn_examples_are_the_same_every_time(data_dir):
+    (benchmark,) = choose("paper", ["gsm8k"])
+    prompts = []
+    for _ in range(2):
+        model = Knowing(SAYS["gsm8k"])
+        run(
+            model,
+            benchmark,
+            load_tasks([benchmark], data_dir)["gsm8k"],
+            limit=3,
+            backend="transformers",
+            allow_code=False,
+        )
+        prompts.append(model.prompts)
+    assert prompts[0] == prompts[1]
+
+
+def test_a_folder_is_read_as_it_is_now(tmp_path):
+    """`datasets` alone would give the first folder's rows for another of its name, and for changed files."""
+    (benchmark,) = choose("paper", ["cmath"])
+    configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
+    for place in ("one", "other"):
+        write_set(tmp_path / place, "cmath", configs)
+        file = tmp_path / place / "weitianwen" / "cmath" / "default" / "test.jsonl"
+        for word in ("梨", "苹果"):
+            file.write_text(json.dumps({"question": f"{place}{word}", "golden": "3"}) + "\n")
+            (task,) = load_tasks([benchmark], tmp_path / place)["cmath"]["tasks"].values()
+            assert task.eval_docs[0]["question"] == f"{place}{word}"
+
+
+def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir, tmp_path):
+    (benchmark,) = choose("paper", ["gsm8k"])
+    folder = tmp_path / "openai" / "gsm8k" / "main"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        text = (data_dir / "openai" / "gsm8k" / "main" / f"{split}.jsonl").read_text()
+        (folder / f"{split}.jsonl").write_text(text.replace('"question"', '"problem"'))
+    (folder.parent / "README.md").write_text((data_dir / "openai" / "gsm8k" / "README.md").read_text())
+    with pytest.raises(UserError, match=r"GSM8K: .*gsm8k does not hold the data set openai/gsm8k .*question"):
+        load_tasks([benchmark], tmp_path)
+
+
+def test_a_set_that_is_a_script_is_never_run(tmp_path):
+    """As CMMLU is on the Hub, or was: a script beside an archive."""
+    (benchmark,) = choose("paper", ["cmmlu"])
+    folder = tmp_path / "haonan-li" / "cmmlu"
+    folder.mkdir(parents=True)
+    ran = tmp_path / "ran"
+    (folder / "cmmlu.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    with pytest.raises(UserError, match=r"CMMLU: the data set haonan-li/cmmlu is a script .*docs/evaluation\.md"):
+        load_tasks([benchmark], tmp_path)
+    assert not ran.exists()
+
+
+def test_the_document_shows_how_to_lay_down_an_archive(tmp_path):
+    """Its commands, on CSV files as CMMLU's archive holds them."""
+    (benchmark,) = choose("paper", ["cmmlu"])
+    folder = tmp_path / "haonan-li" / "cmmlu"
+    configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
+    for split in ("dev", "test"):
+        (folder / split).mkdir(parents=True)
+        for config in configs:
+            rows = [ROWS["cmmlu"](number, config["dataset_name"]) for number in range(5)]
+            lines = [",".join(["", *rows[0]])] + [",".join([str(n), *row.values()]) for n, row in enumerate(rows)]
+            (folder / split / f"{config['dataset_name']}.csv").write_text("\n".join(lines) + "\n")
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (script,) = re.findall(r"```\n(cd DIR/haonan-li/cmmlu\n.*?)```", text, re.DOTALL)
+    archive = shutil.make_archive(str(tmp_path / "made"), "zip", folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.move(archive, folder / "cmmlu_v1_0_1.zip")
+    (folder / "cmmlu.py").write_text("raise SystemExit\n")
+    subprocess.run(["bash", "-e", "-c", script.replace("DIR/", f"{tmp_path}/")], check=True)
+    model = Knowing(SAYS["cmmlu"])
+    tasks = load_tasks([benchmark], tmp_path)["cmmlu"]
+    assert run(model, benchmark, tasks, limit=1, backend="transformers", allow_code=False).score == 1

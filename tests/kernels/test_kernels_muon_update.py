@@ -1,0 +1,143 @@
+"""The fused passes of an update against the torch code that says what they compute, to the bit.
+
+Without a GPU they run in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+from moonlight.kernels import muon_update
+from moonlight.kernels.muon_update import momentum_pass, normalize_pass, weights_pass
+from moonlight.optim import master_weights
+from moonlight.optim.master_weights import Master, update_all
+from moonlight.optim.update_rules import apply_updates, directions_and_norms, muon_directions
+from tests.support.kernels import DEVICE, needs_triton, random
+
+pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
+
+
+def to_bfloat16(exact: torch.Tensor) -> torch.Tensor:
+    """As a GPU rounds, or as the interpreter does, which cuts off."""
+    if DEVICE == "cuda":
+        return exact.bfloat16()
+    return (exact.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 64, 64), (3, 50, 100), (1, 7, 11)])
+def test_momentum(shape, momentum_dtype, dtype, nesterov, scale):
+    gradient, momentum = random(*shape, dtype=dtype), random(*shape, seed=1, dtype=momentum_dtype)
+    before, exact = gradient.clone(), momentum.to(torch.float32, copy=True)
+    elements = shape[1] * shape[2]
+    settings = {"nesterov": nesterov, "scale": scale}
+    (expected,) = muon_directions([gradient], [exact], momentum=0.95, **settings)
+    direction, norms = momentum_pass(gradient, momentum, elements, factor=0.95, **settings)
+    assert direction.dtype is torch.float32 and direction.equal(expected)
+    assert momentum.equal(exact if momentum_dtype is torch.float32 else to_bfloat16(exact))
+    assert gradient.equal(before)
+    # Sums of at most 5000 squares, in float32 and in another order than torch's.
+    torch.testing.assert_close(norms, expected.flatten(1).double().norm(dim=1).float(), rtol=1e-5, atol=0)
+
+
+def test_norms_do_not_depend_on_what_else_is_in_the_tensor():
+    gradient, momentum = random(5, 70, 90), random(5, 70, 90, seed=1)
+    parts = [(gradient[i : i + 1], momentum[i : i + 1].clone()) for i in range(5)]
+    settings = {"factor": 0.95, "nesterov": True, "scale": 1.0}
+    together = momentum_pass(gradient, momentum, 6300, **settings)
+    alone = [momentum_pass(*part, 6300, **settings) for part in parts]
+    for whole, single in zip(together, zip(*alone, strict=True), strict=True):
+        assert whole.equal(torch.cat(single))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalization(dtype):
+    direction = random(3, 60, 90, dtype=dtype)
+    direction[1] = 0
+    norms = torch.linalg.vector_norm(direction, dim=(-2, -1), dtype=torch.float32)
+    out = torch.full_like(direction, torch.nan, dtype=torch.float16)
+    normalize_pass(direction, norms, out)
+    assert out.equal((direction.float() / (norms + 1e-7)[:, None, None]).half()) and out[1].eq(0).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "weights_dtype, kind", [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "split")]
+)
+@pytest.mark.parametrize("numel", [4096, 5003, 3])
+def test_weights_of_three_steps(numel, weights_dtype, kind, dtype, factor):
+    fused, twin = (Master(random(1, numel, dtype=weights_dtype), kind) for _ in range(2))
+    for step in range(3):
+        update = random(1, numel, seed=step + 1, dtype=dtype)
+        rates = {"learning_rate": 1e-2, "weight_decay": 0.1}
+        weights_pass(fused._full, fused.weights, fused._remainder, update, factor=factor, **rates)
+        values = twin.values()
+        apply_updates([values], [update.float() * factor], **rates)
+        twin.store(values)
+        assert fused.weights.equal(twin.weights) and fused.values().equal(twin.values())
+    if kind == "split":
+        assert fused._remainder.equal(twin._remainder) and fused._remainder.any()
+
+
+def test_ties_and_extremes_split_as_torch_splits_them():
+    bits = [0x3F808000, 0x3F817FFF, 0x3F818000, 0x00008000, 0x7F7FFFFF, -0x40808000, 0x00000001, 0x7F800000]
+    values = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(torch.float32).reshape(1, -1)
+    fused = Master(master_weights.round_to_bfloat16(values), "split")
+    fused._remainder.copy_(master_weights.remainder_of(values))
+    assert fused.values().view(torch.int32).equal(values.view(torch.int32))
+    zero = torch.zeros_like(values)
+    weights_pass(None, fused.weights, fused._remainder, zero, factor=1.0, learning_rate=0.0, weight_decay=0.0)
+    assert fused.values().view(torch.int32).equal(values.view(torch.int32))
+
+
+def watched(monkeypatch, name):
+    """The calls of a pass."""
+    calls = []
+    real = getattr(muon_update, name)
+
+    def counting(*arguments, **settings):
+        calls.append(name)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(muon_update, name, counting)
+    return calls
+
+
+def test_the_optimizer_would_call_the_passes_with_what_it_has(monkeypatch):
+    gradients = [random(4, 6), random(10, 3, seed=1)]
+    masters = [Master(random(4, 6, seed=2), "float32"), Master(random(10, 3, seed=3).bfloat16(), "split")]
+    found = []
+    for fused in (False, True):
+        momenta = [random(4, 6, seed=4), random(10, 3, seed=5)]
+        own = [Master(m.weights.clone(), "split" if m._remainder is not None else "float32") for m in masters]
+        with monkeypatch.context() as patch:
+            calls = watched(patch, "momentum_pass") if fused else []
+            more = watched(patch, "weights_pass") if fused else []
+            patch.setattr("moonlight.optim.update_rules.can_fuse", lambda tensors, fused=fused: fused)
+            patch.setattr("moonlight.optim.master_weights.can_fuse", lambda tensors, fused=fused: fused)
+            settings = {"momentum": 0.9, "nesterov": True, "scale": 0.5}
+            directions, norms = directions_and_norms(gradients, momenta, [12, 15], **settings)
+            update_all(own, [d.bfloat16() for d in directions], [0.7, 0.9], learning_rate=0.1, weight_decay=0.2)
+            assert (len(calls), len(more)) == ((2, 2) if fused else (0, 0))
+        found.append((directions, momenta, [m.values() for m in own], [m.weights for m in own]))
+    assert norms is not None
+    assert [len(norm) for norm in norms] == [2, 2]
+    for direction, norm in zip(directions, norms, strict=True):
+        torch.testing.assert_close(norm, direction.view(2, -1).norm(dim=1))
+    for plain, quick in zip(*found, strict=True):
+        # A vector may be shorter than what torch fuses.
+        for one, other in zip(plain, quick, strict=True):
+            torch.testing.assert_close(one, other, rtol=2**-22, atol=1e-7)
+
+
+def test_what_does_not_fit_is_refused():
+    x = random(4, 6)
+    with pytest.raises(AssertionError):
+        momentum_pass(x.mT, x.mT, 24, factor=0.9, nesterov=True, scale=1.0)
+    with pytest.raises(AssertionError):
+        momentum_pass(x, x.clone(), 5, factor=0.9, nesterov=True, scale=1.0)
+    with pytest.raises(AssertionError):
+        weights_pass(None, x.bfloat16(), None, x, factor=1.0, learning_rate=0.1, weight_decay=0.1)

@@ -1,0 +1,328 @@
+"""Tied word embeddings: one matrix as embedding and head, in every layout, on disk, and in transformers."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checkpoints.export import export
+from checkpoints.verify import verify
+from moonlight.config.load import load_recipe
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.dist_checkpoint.index import read_index
+from moonlight.dist_checkpoint.state import check_model, find
+from moonlight.dist_checkpoint.tensors import ALIGNMENT
+from moonlight.errors import UserError
+from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.optim.parameters import data_parallel_group, embedding_group
+from moonlight.plan.build import make_plan
+from moonlight.plan.comm_counter import TrafficCounter
+from moonlight.plan.dry_run import dry_run
+from tests.model.test_parity import forward, fuse_experts
+from tests.placement.test_traffic import both, exchange
+from tests.support.layouts import (
+    LAYOUTS,
+    Parallel,
+    assemble,
+    build,
+    first_gradients,
+    global_batch,
+    local_batches,
+    make_run,
+    one_step,
+    recipe,
+    restart,
+    train_losses,
+    train_run,
+)
+from tests.train.test_layouts import check_gradients, relative
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
+EMBEDDING = "embedding.word_embeddings.weight"
+CUT = ["TP2", "PP2", "PP2-interleaved", "EP2", "DP2", "EP2xPP2", "EP2xTP2-4", "TP2xPP2"]
+MORE_LAYOUTS = LAYOUTS | {"TP2xPP2": (4, Parallel(tensor_parallel_size=2, pipeline_parallel_size=2))}
+STEPS = 10
+
+
+def tied(layout: str = "1", **train: Any):
+    """The recipe of the other tests with one matrix as embedding and head; its processes and itself."""
+    world_size, parallel = MORE_LAYOUTS[layout]
+    run = recipe(parallel, **train)
+    return world_size, replace(run, model=replace(run.model, tie_word_embeddings=True))
+
+
+def transformers_model(weights: dict[str, np.ndarray], run) -> Any:
+    """The same model in transformers, its head tied by transformers itself."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from checkpoints.hf_config import hf_config
+
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(run.model))).float().eval()
+    state = {}
+    for row in hf_mapping.table(run.model):
+        for part in row.parts:
+            value = torch.from_numpy(weights[row.key])[part.index]
+            state[part.name] = value
+    missing, unexpected = model.load_state_dict(fuse_experts(state, run.model), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+def test_logits_equal_transformers(pool):
+    _, run = tied()
+    tokens = torch.randint(0, run.model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
+    ((logits, _, weights),) = pool.run(1, forward, run, tokens)
+    with torch.no_grad():
+        expected = transformers_model(assemble([weights]), run)(tokens).logits.numpy()
+    assert np.abs(logits - expected).max() <= 1e-4
+    assert np.abs(expected).max() > 0.1
+
+
+def test_the_gradient_is_that_of_both_uses(pool):
+    """Against torch's gradient of transformers' tied model, on the loss of a whole batch without the auxiliary one."""
+    world_size, run = tied("PP2")
+    run = replace(run, model=replace(run.model, aux_loss_alpha=0.0))
+    answers = pool.run(world_size, first_gradients, run)
+    model = transformers_model(assemble([answer["weights"] for answer in answers]), run)
+    tokens, _ = global_batch(run, 0)
+    loss = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    assert answers[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradients = assemble([answer["gradients"] for answer in answers])
+    assert relative(gradients[EMBEDDING], model.model.embed_tokens.weight.grad.numpy()) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def reference(pool):
+    (answer,) = pool.run(1, first_gradients, tied()[1])
+    found = answer | {name: assemble([answer[name]]) for name in ("weights", "gradients")}
+    assert EMBEDDING in found["gradients"] and "output_layer.weight" not in found["gradients"]
+    return found
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_first_step_gradients_equal_one_process(pool, reference, layout):
+    world_size, run = tied(layout)
+    answers = pool.run(world_size, first_gradients, run)
+    weights = assemble([answer["weights"] for answer in answers])
+    assert weights.keys() == reference["weights"].keys()
+    for key, value in weights.items():
+        assert value.tobytes() == reference["weights"][key].tobytes(), key
+    check_gradients(answers, reference)
+
+
+def results(run, steps: int) -> list[tuple[float, ...]]:
+    """Loss, gradient norm, and update RMS of every group, of the first steps."""
+    models, optimizer = build(run)
+    found = []
+    for step in range(1, steps + 1):
+        result = one_step(models, optimizer, run, step)
+        found.append((result.loss, result.gradient_norm, *result.update_rms.values()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference_results(pool):
+    (found,) = pool.run(1, results, tied()[1], STEPS)
+    assert found[-1][0] < found[0][0]
+    return found
+
+
+@pytest.mark.parametrize("layout", CUT)
+def test_losses_norms_and_updates_equal_one_process(pool, reference_results, layout):
+    world_size, run = tied(layout)
+    expected = np.array(reference_results)
+    for found in pool.run(world_size, results, run, STEPS):
+        np.testing.assert_allclose(np.array(found)[:, 0], expected[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def copies(run, steps: int) -> list[Any]:
+    """This rank's tied weight after some steps, if it has one: before, after, and the rows and state that it owns."""
+    models, optimizer = build(run)
+    found = [parameter for parameter in optimizer.data_parallel.parameters if parameter.on_two_stages]
+    before = [parameter.weights.float().numpy().copy() for parameter in found]
+    for step in range(1, steps + 1):
+        one_step(models, optimizer, run, step)
+    optimizer.data_parallel.finish_weights()
+    owned = [
+        (owned.fragment.start, owned.fragment.stop, owned.counts, [owned.master.values().numpy(), *owned.momenta])
+        for owned in optimizer.owned
+        if owned.parameter.on_two_stages
+    ]
+    return [(old, p.weights.float().numpy(), p.is_copy, owned) for p, old in zip(found, before, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["PP2", "PP2-interleaved", "EP2xPP2", "TP2xPP2"])
+def test_both_copies_stay_the_same_bits(pool, layout, dtype):
+    world_size, run = tied(layout, dtype=dtype)
+    if dtype == "bfloat16":
+        run = replace(run, optimizer=replace(run.optimizer, master_weights="split"))
+    answers = pool.run(world_size, copies, run, 5)
+    first_stage, last_stage = answers[: world_size // 2], answers[world_size // 2 :]
+    rows = 0
+    for ((old, new, _, owned),), ((_, copy, is_copy, copy_owned),) in zip(first_stage, last_stage, strict=True):
+        assert is_copy and new.tobytes() == copy.tobytes() and (new != old).any()
+        for (start, stop, counts, state), (a, b, copy_counts, copy_state) in zip(owned, copy_owned, strict=True):
+            assert (start, stop) == (a, b) and counts and not copy_counts
+            assert all(
+                np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(state, copy_state, strict=True)
+            )
+            rows += stop - start
+    assert rows == run.model.vocab_size
+    assert all(owned for ((_, _, _, owned),) in answers)  # every data-parallel rank has a part of it
+
+
+def used_weights(run) -> dict[str, Any]:
+    """In the pass right after a step: which uses this rank makes of the tied weight, and how many saw an old one."""
+    from moonlight.train.step import forward_backward
+
+    models, optimizer = build(run)
+    (parameter,) = [p for p in optimizer.data_parallel.parameters if p.key == EMBEDDING]
+    old = parameter.weights.clone()
+    one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for
+    under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.lanes)
+    used: dict[str, list[torch.Tensor]] = {"embedding": [], "head": []}
+
+    def look_up(module: torch.nn.Module, args: Any) -> None:
+        used["embedding"].append(module.weight.detach().clone())
+
+    def multiply(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        used["head"].append(kwargs["weight"].detach().clone())
+
+    # Registered last, so that they run after the hooks that wait.
+    for model in models:
+        if model.pre_process:
+            model.embedding.word_embeddings.register_forward_pre_hook(look_up)
+        if model.post_process:
+            model.output_layer.register_forward_pre_hook(multiply, with_kwargs=True)
+    forward_backward(models, run, local_batches(run, 2), forward_only=True)
+    optimizer.data_parallel.finish_weights()
+    new = parameter.weights
+    assert not (new == old).all(-1).any()  # every row has moved, those of other owners too
+    stale = {name: sum(not torch.equal(weight, new) for weight in weights) for name, weights in used.items()}
+    return {"under way": under_way, "uses": {name for name in used if used[name]}, "stale": stale}
+
+
+@pytest.mark.parametrize("layout", ["DP2", "DP4", "EP2xPP2"])
+def test_both_uses_wait_for_the_weight(pool, layout):
+    world_size, run = tied(layout)
+    for rank, answer in enumerate(pool.run(world_size, used_weights, run)):
+        assert answer["under way"] > 0
+        on_two_stages = "PP2" in layout
+        assert answer["uses"] == ({("embedding", "head")[rank // 2]} if on_two_stages else {"embedding", "head"})
+        assert answer["stale"] == {"embedding": 0, "head": 0}
+
+
+@pytest.fixture(scope="module")
+def later_losses(pool):
+    """Of steps 4 to 8 of a run that never stopped."""
+    return pool.run(1, train_losses, tied()[1], 8)[0][3:]
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("PP2", "TP2"), ("TP2", "PP2"), ("EP2xPP2", "1"), ("1", "PP2-interleaved"), ("PP2-interleaved", "EP2xPP2")],
+)
+def test_saved_under_one_layout_and_continued_under_another(pool, tmp_path, later_losses, writer, reader):
+    world_size, run = tied(writer)
+    pool.run(world_size, restart, run, tmp_path, 3, False)
+    folder = find(tmp_path)
+    index = read_index(folder)
+    keys = [key for key in index.state_dict_metadata if "embedding" in key or "output_layer" in key]
+    assert sorted(keys) == [EMBEDDING, f"optimizer.exp_avg.{EMBEDDING}", f"optimizer.exp_avg_sq.{EMBEDDING}"]
+    # What a second copy took would be in the files, and not in the index, which leaves no byte but the alignment out.
+    ends = dict.fromkeys((file.name for file in folder.glob("*.distcp")), 0)
+    for place in sorted(index.storage_data.values(), key=lambda place: (place.relative_path, place.offset)):
+        assert place.offset == -(-ends[place.relative_path] // ALIGNMENT) * ALIGNMENT
+        ends[place.relative_path] = place.offset + place.length
+    assert ends == {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    world_size, run = tied(reader)
+    for losses in pool.run(world_size, restart, run, tmp_path, 5, True):
+        assert losses == pytest.approx(later_losses, rel=1e-5)
+
+
+def test_an_export_is_loaded_by_plain_transformers(pool, data_folder, tokenizer_folder, tmp_path):
+    run = make_run(tmp_path / "runs", data_folder, tokenizer_folder, "PP2", train_steps=4)
+    run = replace(run, model=replace(run.model, tie_word_embeddings=True))
+    pool.run(2, train_run, run)
+    folder, out = tmp_path / "runs" / run.name, tmp_path / "hf"
+    export(folder, out)
+    names = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    report = verify(folder, out)
+    assert report.passed and report.tokens > 0, report
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; from transformers.utils import logging; "
+        "logging.disable_progress_bar(); model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "assert model.lm_head.weight is model.model.embed_tokens.weight"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script, str(out)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "world_sizes", "settings"),
+    [
+        (QUICKSTART, [2, 4, 8], ["parallel.pipeline_parallel_size=2", "parallel.expert_parallel_size=1"]),
+        (QUICKSTART, [2, 4], []),
+        (BIG, [24, 48], ["parallel.pipeline_parallel_size=3", "parallel.tensor_parallel_size=2"]),
+    ],
+)
+def test_a_plan_counts_the_embedding_once(path, world_sizes, settings):
+    run = load_recipe(path, [*settings, "model.tie_word_embeddings=true", "train.micro_batch_size=1"])
+    untied = replace(run.model, tie_word_embeddings=False)
+    whole = sum(math.prod(row.shape) for row in hf_mapping.table(untied))
+    for world_size in world_sizes:
+        plan = make_plan(run, world_size)
+        keys = [line.key for line in plan.lines]
+        assert len(keys) == len(set(keys)) and EMBEDDING in keys and "output_layer.weight" not in keys
+        counted = plan.num_parameters("muon") + plan.num_parameters("adamw") + plan.num_router_biases
+        assert counted == whole - untied.vocab_size * untied.hidden_size
+
+
+def traffic(run) -> tuple[float, float]:
+    """Bytes that this rank sends and receives in one exchange: between data-parallel ranks, and between both copies."""
+    _, optimizer = build(run)
+    return count(optimizer)
+
+
+def count(optimizer) -> tuple[float, float]:
+    with TrafficCounter() as counter:
+        exchange(optimizer)
+    tied_too = any(parameter.on_two_stages for parameter in optimizer.data_parallel.parameters)
+    groups = [data_parallel_group(expert=False), data_parallel_group(expert=True)]
+    groups += [embedding_group()] if tied_too else []
+    sent, received = zip(*(both(counter.of(group)) for group in groups), strict=True)
+    return sum(sent), sum(received)
+
+
+def test_planned_bytes_and_state_are_those_of_real_processes(pool):
+    world_size, run = tied("EP2xPP2")
+    plan = make_plan(run, world_size)
+    for rank, real in enumerate(pool.run(world_size, traffic, run)):
+        with dry_run(run, world_size, rank) as models:
+            optimizer = make_optimizer(models, run)
+            assert count(optimizer) == real == both(plan.ranks[rank])
+            assert optimizer.state_bytes() == plan.ranks[rank].state
+
+
+def test_a_checkpoint_of_the_other_kind_is_refused_and_an_older_one_is_untied():
+    run, content = recipe(), {"recipe": dataclasses.asdict(recipe())}
+    del content["recipe"]["model"]["tie_word_embeddings"]
+    check_model(Path("old"), content, run)
+    with pytest.raises(UserError, match="tie_word_embeddings False there, True here"):
+        check_model(Path("old"), content, tied()[1])

@@ -1,0 +1,58 @@
+"""The parameters that a plan cuts from the recipe against those of the model that is built."""
+
+from dataclasses import replace
+
+import pytest
+
+from moonlight.config.run import Parallel
+from moonlight.dist_checkpoint import hf_mapping
+from moonlight.model.shards import pieces, sharded_state
+from moonlight.optim.parameters import find_parameters
+from moonlight.placement.param_groups import rules_of
+from moonlight.plan.cut import stage_parameters
+from moonlight.plan.dry_run import dry_run
+from tests.support.layouts import recipe
+
+LAYOUTS = {
+    "1": (1, Parallel()),
+    "DP4": (4, Parallel()),
+    "TP2": (2, Parallel(tensor_parallel_size=2)),
+    "TP4-EP2": (8, Parallel(tensor_parallel_size=4, expert_parallel_size=2)),
+    "TP2-ETP2-EP4": (8, Parallel(tensor_parallel_size=2, expert_tensor_parallel_size=2, expert_parallel_size=4)),
+    "PP4": (4, Parallel(pipeline_parallel_size=4)),
+    "PP2-VPP2-TP2": (
+        4,
+        Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2, tensor_parallel_size=2),
+    ),
+    "PP5": (5, Parallel(pipeline_parallel_size=5)),
+    "EP8-PP2": (16, Parallel(expert_parallel_size=8, pipeline_parallel_size=2)),
+}
+MODELS = {
+    "plain": ({}, {}),
+    "q_lora, tied": ({"q_lora_rank": 24, "tie_word_embeddings": True}, {}),
+    "per head": ({}, {"matrices": "per_head"}),
+    "adamw, tied": ({"tie_word_embeddings": True}, {"name": "adamw"}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_are_the_models(layout, name):
+    world_size, parallel = LAYOUTS[layout]
+    model, optimizer = MODELS[name]
+    run = recipe(parallel)
+    run = replace(run, model=replace(run.model, **model), optimizer=replace(run.optimizer, **optimizer))
+    stages = parallel.pipeline_parallel_size
+    seen = set()
+    for stage in range(stages):
+        with dry_run(run, world_size, stage * world_size // stages) as models:
+            real = find_parameters(sharded_state(models), rules_of(run.optimizer, run.model))
+            planned = stage_parameters(run, stage)
+            assert [p.key for p in planned] == [p.key for p in real]
+            for mine, parameter in zip(planned, real, strict=True):
+                assert mine.outline == parameter.outline, mine.key
+                assert mine.whole_shape == tuple(pieces(parameter.sharded)[0].global_shape)
+                for attribute in ("rule", "slicing", "cut_axis", "is_expert", "is_copy"):
+                    assert getattr(mine, attribute) == getattr(parameter, attribute), (mine.key, attribute)
+            seen |= {p.key for p in planned}
+    assert seen == {row.key for row in hf_mapping.table(run.model) if row.parts[0].kind != "bias"}

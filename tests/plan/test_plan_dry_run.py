@@ -1,0 +1,167 @@
+"""Plans against dry runs of the real model and optimizer, and against what real processes hold."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moonlight.config.load import load_recipe
+from moonlight.plan.build import make_plan
+from moonlight.plan.compare import Compared, compare
+from moonlight.plan.cut import stage_parameters
+from moonlight.plan.dry_run import META, MetaMemory, count, dry_run
+from tests.support.layouts import LAYOUTS, build, recipe
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
+
+WORLDS = {
+    "8, EP8": (8, 1, 8),
+    "64, EP8": (64, 1, 8),
+    "512, EP8": (512, 1, 8),
+    "2048, EP8": (2048, 1, 8),
+    "8, EP2 PP4": (8, 4, 2),
+    "64, EP8 PP4": (64, 4, 8),
+    "512, EP8 PP4": (512, 4, 8),
+    "2048, EP8 PP4": (2048, 4, 8),
+}
+"""Name -> (processes, pipeline-parallel size, expert-parallel size)."""
+
+
+def agree(run, world_size, rank):
+    plan = make_plan(run, world_size)
+    rows = compare(plan, rank, count(run, world_size, rank))
+    for row in rows:
+        print(f"{world_size} rank {rank}: {row.name}: {row.planned:,.0f} {row.counted:,.0f} {row.difference:.3%}")
+    by_name = {row.name: row for row in rows}
+    # Far less than the command accepts: these are counts, not estimates.
+    exact = [row for row in rows if row.tolerance is not None]
+    assert not [row for row in exact if row.difference > 1e-9]
+    assert by_name["exchange buffers"].difference < 1e-9
+    # An upper bound, but for what small tensors need in between.
+    update = by_name["workspace of the update"]
+    assert 0.93 * update.counted <= update.planned <= 1.6 * update.counted
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_16b_plan_is_what_a_dry_run_counts(world):
+    """First rank, last, and one between."""
+    world_size, stages, experts = WORLDS[world]
+    run = load_recipe(BIG, [f"parallel.pipeline_parallel_size={stages}", f"parallel.expert_parallel_size={experts}"])
+    for rank in (0, world_size // 2 - 3, world_size - 1):
+        agree(run, world_size, rank)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=4"),
+        ("parallel.tensor_parallel_size=4", "parallel.expert_tensor_parallel_size=4"),
+        ("parallel.tensor_parallel_size=2", "optimizer.matrices=per_head", "optimizer.momentum_dtype=bfloat16"),
+        ("model.tie_word_embeddings=true", "parallel.pipeline_parallel_size=2", "optimizer.master_weights=split"),
+        ("optimizer.name=adamw",),
+        ("parallel.tensor_parallel_size=2", "optimizer.gradient_dtype=bfloat16"),
+        ("parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_parallel_size=2"),
+    ],
+)
+def test_other_layouts_and_optimizers(overrides):
+    run = load_recipe(BIG, ["parallel.expert_parallel_size=2", *overrides])
+    for rank in (0, 13, 31):
+        agree(run, 32, rank)
+
+
+def held(run):
+    """Bytes of this rank of a real world: weights, gradient sums, optimizer state."""
+    models, optimizer = build(run)
+    weights = [parameter for model in models for parameter in model.parameters()]
+    return (
+        sum(weight.numel() * weight.element_size() for weight in weights),
+        sum(weight.main_grad.numel() * weight.main_grad.element_size() for weight in weights),
+        optimizer.state_bytes(),
+        sum(buffer.numel() * buffer.element_size() for model in models for buffer in model.buffers()),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "layout", ["1", "DP4", "TP2", "TP2-ETP2", "PP2-interleaved", "EP2xTP2-4", "EP2xTP2-ETP2-4", "EP2xPP2", "EP2xDP2"]
+)
+def test_real_processes_hold_what_is_planned(pool, layout, dtype):
+    world_size, parallel = LAYOUTS[layout]
+    run = recipe(parallel, dtype=dtype, micro_batch_size=1)
+    plan = make_plan(run, world_size)
+    for rank, real in enumerate(pool.run(world_size, held, run)):
+        memory = plan.memories[rank]
+        assert (memory.weights, memory.gradient_sums, memory.masters + memory.momenta, memory.buffers) == real
+
+
+def test_a_tensor_elsewhere_is_an_error():
+    with MetaMemory(), pytest.raises(AssertionError, match="a tensor of a dry run is on cpu"):
+        torch.zeros(2)
+
+
+def test_live_bytes_are_those_of_storages():
+    with torch.device("meta"), MetaMemory() as memory:
+        kept = torch.zeros(10)
+        with memory.above() as peak:
+            view = kept[2:]
+            for _ in range(3):
+                torch.ones(5) + 1
+            del view
+        assert memory.live == 40
+        assert peak == [40]  # what is added to, and the sum
+
+
+def test_models_are_on_meta_and_the_device_comes_back():
+    before = torch.cuda.current_device()
+    with dry_run(recipe(), 1, 0) as models:
+        assert torch.cuda.current_device() == META
+        assert {parameter.device for model in models for parameter in model.parameters()} == {META}
+    assert torch.cuda.current_device() == before
+
+
+def test_differences_are_found():
+    assert not Compared("parameters", 1000, 1001, 0.0).agrees
+    assert Compared("optimizer state", 1000, 1009, 0.01).agrees
+    assert not Compared("optimizer state", 1000, 1011, 0.01).agrees
+    run = load_recipe(QUICKSTART)
+    plan = make_plan(run, 2)
+    counted = count(run, 2, 1)
+    assert all(row.agrees for row in compare(plan, 1, counted))
+    wrong = replace(counted, optimizer=int(counted.optimizer * 1.02), num_parameters=counted.num_parameters + 1)
+    assert {row.name for row in compare(plan, 1, wrong) if not row.agrees} == {
+        "optimizer state",
+        "parameters of the rank",
+    }
+    assert sum(p.numel for p in stage_parameters(run, 0)) == counted.num_parameters
+
+
+def plan_command(*arguments):
+    command = [sys.executable, "-m", "moonlight.cli", "plan", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_compares():
+    done = plan_command(QUICKSTART, "--dry-run", "--rank", "1")
+    assert done.returncode == 0 and not done.stderr
+    assert "dry run of rank 1" in done.stdout and "the plan agrees with it" in done.stdout
+    content = json.loads(plan_command(QUICKSTART, "--dry-run", "--json").stdout)
+    assert content["dry_run"]["agrees"] and content["dry_run"]["rank"] == 0
+    figures = content["dry_run"]["figures"]
+    assert figures["optimizer_state"]["planned"] == figures["optimizer_state"]["counted"] > 0
+
+
+def test_2048_processes_take_seconds_and_little_memory():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = plan_command(BIG, "--gpus", "2048", "--dry-run", "--rank", "2047")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{seconds:.1f} s of CPU, at most {after.ru_maxrss / 1e6:.2f} GB")
+    assert seconds < 60 and after.ru_maxrss < 4 * 2**20  # kB

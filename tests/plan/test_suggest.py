@@ -1,0 +1,83 @@
+"""`moonlight plan --suggest`: layouts that fit, fastest first, and one line where there are none."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moonlight.config.load import load_recipe
+from moonlight.errors import UserError
+from moonlight.plan.build import make_plan, sketch_plan
+from moonlight.plan.figures import RESERVE
+from moonlight.plan.hardware import Machine, machine
+from moonlight.plan.suggest import suggest
+from moonlight.plan.suggest_text import overrides
+from tests.support.layouts import recipe
+
+ROOT = Path(__file__).parents[2]
+BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
+
+
+def big(*settings):
+    return load_recipe(BIG, settings)
+
+
+@pytest.mark.parametrize(("gpus", "gpu"), [(64, "h100"), (2048, "h100"), (16, "h200")])
+def test_suggestions_fit_and_are_the_fastest(gpus, gpu):
+    started = time.process_time()
+    found = suggest(big(), gpus, machine(gpu))
+    assert time.process_time() - started < 40
+    times = [plan.seconds.total for plan in found.best]
+    assert len(times) == 10 and times == sorted(times)
+    room = found.machine.memory_bytes * (1 - RESERVE)
+    for plan in found.best:
+        assert plan.memories[plan.fullest].peak <= room
+        # What it says to write gives the same plan.
+        again = make_plan(big(*overrides(plan.run)), gpus, found.machine)
+        assert again.seconds == plan.seconds and again.run == plan.run
+    assert sum(count for count, _ in found.reasons) + found.num_fitting == found.num_layouts
+    assert any("memory is short" in reason for _, reason in found.reasons)
+
+
+@pytest.mark.parametrize("settings", [(), ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=4")])
+@pytest.mark.parametrize("gpus", [64, 512])
+def test_a_sketch_is_near_the_plan(gpus, settings):
+    run = big(*settings)
+    plan, sketch = make_plan(run, gpus), sketch_plan(run, gpus, Machine())
+    assert sketch.memories[sketch.fullest].peak == pytest.approx(plan.memories[plan.fullest].peak, rel=0.04)
+    assert sketch.seconds.total == pytest.approx(plan.seconds.total, rel=0.01)
+    assert sketch.memories[0].state == pytest.approx(plan.memories[0].state, rel=0.01)
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError) as caught:
+        suggest(big(), 8, machine("a100", memory_gb=20))
+    message = str(caught.value)
+    assert "fits on no layout of 8 a100 GPUs" in message and "more than 18.80 GB (94% of a GPU)" in message
+    assert "its largest part is" in message and "\n" not in message
+
+
+def test_no_layout_divides():
+    run = recipe()
+    run = replace(run, train=replace(run.train, global_batch_size=8))
+    with pytest.raises(UserError, match=r"no layout divides 13 GPUs .* nearby counts that work are 8, 10, 16, 20"):
+        suggest(run, 13, Machine())
+
+
+def test_the_command(refuses):
+    command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "512", "--suggest"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr
+    assert "why the others are not possible:" in done.stdout and "the first of them: the recipe as it is" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    changed = [*command, "parallel.tensor_parallel_size=4"]
+    done = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "\nthe first of them: parallel.tensor_parallel_size=1\n" in done.stdout
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert len(json.loads(done.stdout)["best"]) == 10
+    refuses(["plan", BIG, "--gpus", "8", "--gpu-memory", "20", "--suggest"], "fits on no layout of 8 h100 GPUs")
+    refuses(["plan", BIG, "--gpus", "2039", "--suggest"], "no layout divides 2039 GPUs", "nearby counts that work")

@@ -1,0 +1,81 @@
+"""What the tests of ladders and ablations share: a small recipe, and a command that is interrupted twice."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from moonlight.config.load import to_yaml
+from tests.support.layouts import recipe
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 120
+
+
+def write_recipe(path, data_folder, tokenizer_folder, **model):
+    """A recipe of four steps with 1,024 ids."""
+    run = recipe(train_steps=4, threads_per_process=1, save_every_steps=2)
+    run = replace(
+        run,
+        model=replace(run.model, vocab_size=1024, **model),
+        data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
+    )
+    path.write_text(to_yaml(run))
+
+
+def command(*arguments):
+    """`moonlight` with arguments, to be run in a process."""
+    return [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
+
+
+def call(*arguments):
+    """Run it to its end."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    whole = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE_S}
+    return subprocess.run(command(*arguments), **whole)
+
+
+def ended(study):
+    """Names of the runs that its results have, in their order."""
+    path = study.home / "results.json"
+    entries = json.loads(path.read_text())["points"] if path.exists() else []
+    keys = [field.name for field in dataclasses.fields(study.point_type)]
+    return [study.point_type(**{key: entry[key] for key in keys}).name for entry in entries]
+
+
+def call_interrupted(study, *arguments):
+    """Kill the command after its first result, ask it to stop after its second, then run it to its end.
+
+    What had ended before must stay as it was, and no run may be done twice.
+    """
+
+    def events(name):
+        return (study.home / "points" / name / "events.jsonl").read_bytes()
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done: dict[str, bytes] = {}
+    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
+        process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + PATIENCE_S
+        while len(ended(study)) < number and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(end)
+        process.communicate(timeout=PATIENCE_S)
+        done |= {name: events(name) for name in ended(study) if name not in done}
+        assert number <= len(done)
+    process = call(*arguments)
+    assert len(ended(study)) == len(set(ended(study)))
+    for name, before in done.items():
+        assert events(name) == before
+    return process
+
+
+def steps_of(study, name):
+    """Steps in the metrics of a run."""
+    lines = (study.home / "points" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]

@@ -1,0 +1,374 @@
+"""Bad checkpoints, run folders, disks and processes: one line, exit code 2, nothing left behind."""
+
+import json
+import os
+import pickle
+import time
+
+import psutil
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from checkpoints.reader import open_checkpoint
+from moonlight.dist_checkpoint import state as checkpoint_files
+from moonlight.errors import report_errors
+from moonlight.files import write_text
+from moonlight.train.run_log import Events, read_events
+from tests.support.bad_input import NEWEST, check_line, command, cut, flip, in_state, run_command, sign
+
+# Checkpoints
+
+KEY = "embedding.word_embeddings.weight"
+MOMENTUM = f"optimizer.exp_avg.{KEY}"
+
+
+def index_of_nothing(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"weights": 1}))
+    sign(folder)
+
+
+def in_index(change):
+    """Change what the index says of each tensor."""
+
+    def edit(folder):
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        change(index.state_dict_metadata)
+        if "extra" in index.state_dict_metadata:
+            place = index.storage_data[MetadataIndex(MOMENTUM, (0, 0))]
+            index.storage_data[MetadataIndex("extra", (0, 0))] = place
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        sign(folder)
+
+    return edit
+
+
+DAMAGED_STATE = "state.json is damaged: it does not hold what was written"
+
+
+@pytest.mark.parametrize(
+    "edit, training, exporting",
+    [
+        (lambda folder: (folder / "__0_0.distcp").unlink(), None, "is incomplete: __0_0.distcp is missing"),
+        (lambda folder: (folder / "state.json").unlink(), None, f"latest names no checkpoint ('{NEWEST}')"),
+        (cut("state.json"), None, DAMAGED_STATE),
+        (lambda folder: (folder / "state.json").write_bytes(b"\xff"), None, DAMAGED_STATE),
+        (in_state(lambda content: [content]), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(files=[1])), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(files={})), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(state={"step": "4"})), None, DAMAGED_STATE),
+        (in_state(lambda content: content.update(state={"step": 4, "stage": 2})), None, DAMAGED_STATE),
+        (
+            in_state(lambda content: content["recipe"].pop("model")),
+            None,
+            "state.json cannot be used: recipe key model is missing",
+        ),
+        (
+            in_state(lambda content: content["recipe"]["model"].update(hidden_size=64)),
+            "is of another model: hidden_size 64 there, 32 here",
+            "has shape (1024, 32), expected (1024, 64)",
+        ),
+        (
+            in_state(lambda content: content["recipe"]["optimizer"].update(name="adamw")),
+            "holds the state of adamw, the recipe wants muon",
+            None,
+        ),
+        (index_of_nothing, None, ".metadata is refused: it is no index"),
+        (
+            in_index(lambda entries: setattr(entries[KEY], "size", torch.Size([2048, 32]))),
+            None,
+            f".metadata is refused: parts of {KEY} are missing",
+        ),
+        (
+            in_index(lambda entries: entries.pop(MOMENTUM)),
+            f"lacks {MOMENTUM}, which the run needs: was a parameter frozen when it was saved",
+            None,
+        ),
+        (
+            in_index(lambda entries: entries.update(extra=entries[MOMENTUM])),
+            "holds extra, which the run does not have: was a parameter frozen or removed since it was saved",
+            None,
+        ),
+    ],
+)
+def test_damaged_checkpoint(refuses, as_worker, tiny_run, runs, tmp_path, edit, training, exporting):
+    """Exporting and going on refuse it, unless that is None; damage, which training passes by, is in test_damage."""
+    edit(runs / "tiny" / "checkpoints" / NEWEST)
+    if training is not None:
+        refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], NEWEST, training)
+    if exporting is not None:
+        refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], NEWEST, exporting)
+
+
+def test_no_sound_checkpoint_is_left(refuses, as_worker, tiny_run, runs):
+    for name in ("step-00000002", NEWEST):
+        flip(runs / "tiny" / "checkpoints" / name)
+    words = (f"{runs / 'tiny' / 'checkpoints'} holds no sound checkpoint (2 damaged: ", NEWEST, "step-00000002")
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], *words)
+
+
+def test_a_checkpoint_of_a_later_format(refuses, as_worker, monkeypatch, tiny_run, runs, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "FORMAT", 3)
+        in_state(lambda content: content.update(more=1))(runs / "tiny" / "checkpoints" / NEWEST)
+    words = f"{NEWEST} has format 3, this version of the software reads formats up to 2: use the version that wrote it"
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], words)
+    refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], words)
+
+
+def test_the_first_format_is_read(tiny_run, runs):
+    """It had no number, and no checksum of state.json."""
+    folder = runs / "tiny" / "checkpoints" / NEWEST
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in content.items() if k not in ("format", "xxh3")}))
+    tensors, expected = (open_checkpoint(place) for place in (folder, tiny_run.folder))
+    assert torch.equal(tensors.read(KEY), expected.read(KEY)) and tensors.state.step == 4
+
+
+@pytest.mark.parametrize("content", ["step-00000099", "", "..", "/etc", b"\xff", "folder"])
+def test_latest_names_no_checkpoint(refuses, runs, tmp_path, content):
+    latest = runs / "tiny" / "checkpoints" / "latest"
+    latest.unlink()
+    if content == "folder":
+        latest.mkdir()
+    else:
+        latest.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = (f"{latest} names no checkpoint", "there are step-00000002, step-00000004")
+    refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], *words)
+
+
+class Evil:
+    """Pickled, this makes whoever unpickles it create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def evil_index(folder, mark):
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(mark)))
+
+
+def evil_file(folder, mark):
+    """Pickle a trap into a file of its own, and return where it is."""
+    path = folder / "__0_9.distcp"
+    torch.save(Evil(mark), path)
+    return _StorageInfo(path.name, 0, path.stat().st_size)
+
+
+def evil_tensor(folder, mark):
+    """An honest index, but for the place of one tensor."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.storage_data[MetadataIndex(KEY, (0, 0))] = evil_file(folder, mark)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def evil_bytes(folder, mark):
+    """An honest index, but for one tensor that it calls bytes: torch unpickles those."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata[KEY] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex(KEY)] = evil_file(folder, mark)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "forge, words",
+    [
+        (evil_index, ".metadata is refused: posix.mkdir has no place in it"),
+        (evil_tensor, f"__0_9.distcp is refused: {KEY} in it is no tensor"),
+        (evil_bytes, ".metadata is refused: torch.distributed.checkpoint.metadata.BytesStorageMetadata has no place"),
+    ],
+)
+def test_malicious_checkpoint(refuses, runs, tmp_path, forge, words):
+    folder, mark = runs / "tiny" / "checkpoints" / NEWEST, tmp_path / "mark"
+    forge(folder, mark)
+    sign(folder)
+    refuses(["export", runs / "tiny", "--out", tmp_path / "hf"], str(folder), words)
+    assert not mark.exists()
+
+
+# Folders
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "below a file"])
+def test_output_is_something_else(refuses, tiny_run, small_corpus, tmp_path, there):
+    out = tmp_path / "out"
+    if there == "folder":
+        out.mkdir()
+        (out / "diary.txt").write_text("my own")
+    else:
+        out.write_text("my own")
+    if there == "below a file":
+        out = out / "deeper"
+        words = (f"folder {tmp_path / 'out'} cannot be written",)
+    else:
+        words = (f"{out} exists with something else in it: choose another folder, or remove it",)
+    refuses(["tokenizer", "train", "--input", small_corpus, "--vocab-size", 1024, "--out", out], *words)
+    prepare = ["data", "prepare", "--input", small_corpus, "--tokenizer", tiny_run.tokenizer, "--out", out]
+    refuses([*prepare, "--workers", 1], *words)
+    refuses(["export", tiny_run.folder, "--out", out], *words)
+    assert (tmp_path / "out" / "diary.txt" if there == "folder" else tmp_path / "out").read_text() == "my own"
+
+
+def test_run_folder_is_something_else(refuses, tiny_run, tmp_path):
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("my own")
+    pretrain = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}"]
+    refuses([*pretrain, "name=diary"], f"{tmp_path / 'diary'} exists with something else in it (monday.txt)")
+    (tmp_path / "note").write_text("my own")
+    refuses([*pretrain, "name=note"], f"{tmp_path / 'note'} is a file: choose another name")
+
+
+def test_run_folder_of_other_settings(refuses, tiny_run, tmp_path):
+    words = f"{tiny_run.folder} holds a run with other settings: schedule.lr (0.002 there, 0.5 now); give this one"
+    refuses(["pretrain", tiny_run.recipe, "schedule.lr=0.5"], words, "go on with the new settings by --force")
+
+
+def test_a_run_forced_to_other_settings(tiny_run, runs):
+    """It goes on from its checkpoint, and what changed is on record; the model must stay."""
+    changes = ["schedule.lr=0.001", "train.train_steps=6"]
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={runs}", "--force"]
+    code, _, err = run_command(*arguments, *changes)
+    assert code == 0, err
+    events = {event["event"]: event for event in read_events(runs / "tiny")}
+    assert events["resumed"]["step"] == events["forced"]["step"] == 4 and events["finished"]["step"] == 6
+    assert events["forced"]["changed"] == [
+        "schedule.lr (0.002 there, 0.001 now)",
+        "train.train_steps (4 there, 6 now)",
+    ]
+    code, _, err = run_command(*arguments, *changes, "model.moe_intermediate_size=48", "train.train_steps=8")
+    check_line(code, err, ("is of another model: moe_intermediate_size 24 there, 48 here",))
+
+
+# Memory
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_out_of_memory_names_what_helps(tiny_run, tmp_path, processes):
+    """A head of 40 million rows does not fit into 8 GB of address space."""
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "model.vocab_size=40000000"]
+    code, _, err = run_command(*arguments, f"parallel.num_processes={processes}", most_memory=8 << 30)
+    words = ("out of memory: ", "train.micro_batch_size (2)", "data.sequence_length (32)", "momentum_dtype (float32)")
+    check_line(code, err, (*words, "parallel.expert_parallel_size (1)", "optimizer.master_weights (float32)"))
+
+
+# A clock that goes backwards
+
+
+def test_a_clock_that_goes_backwards_is_said_once(tmp_path, capfd):
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": time.time() + 7200, "event": "saved", "step": 3}))
+    events = Events(tmp_path, writes=True)
+    events.add("resumed", 3)
+    events.add("saved", 4)
+    err = capfd.readouterr().err
+    assert err.startswith("warning: the clock of this machine is 7200 s before the last event") and err.count("\n") == 1
+    assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [
+        ("saved", 3),
+        ("resumed", 3),
+        ("saved", 4),
+    ]
+
+
+def test_run_folder_with_a_damaged_recipe(refuses, tiny_run, runs):
+    (runs / "tiny" / "config.yaml").write_text("name: tiny\n")
+    refuses(
+        ["pretrain", tiny_run.recipe, f"runs_folder={runs}"],
+        f"{runs / 'tiny'} cannot be continued, its config.yaml is damaged: recipe key model is missing",
+    )
+
+
+def test_damaged_metrics(refuses, as_worker, tiny_run, runs):
+    with (runs / "tiny" / "metrics.jsonl").open("a") as file:
+        file.write("no json\n")
+    refuses(["pretrain", tiny_run.recipe, f"runs_folder={runs}"], "metrics.jsonl is damaged: line 5 is not JSON")
+
+
+# A full disk
+
+
+def test_full_disk_names_the_file(tmp_path, capfd):
+    path = tmp_path / "file"
+    (tmp_path / ".file.part").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as ended, report_errors(debug=False):
+        write_text(path, "text")
+    words = (f"{path}: No space left on device; free some space, or choose a folder on another disk",)
+    check_line(ended.value.code, capfd.readouterr().err, words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "data", "export"])
+def test_full_disk(tiny_run, small_corpus, tmp_path, name):
+    out = tmp_path / "out"
+    arguments = {
+        "tokenizer": ["tokenizer", "train", "--input", small_corpus, "--vocab-size", 500],
+        "data": ["data", "prepare", "--input", small_corpus, "--tokenizer", tiny_run.tokenizer, "--workers", 2],
+        "export": ["export", tiny_run.folder],
+    }[name]
+    code, _, err = run_command(*arguments, "--out", out, largest_file=4096)
+    check_line(code, err, (f"{out}: File too large", "ulimit -f"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_during_a_checkpoint_of_two_processes(tiny_run, tmp_path):
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "parallel.num_processes=2"]
+    code, _, err = run_command(*arguments, largest_file=60_000)
+    lines = err.splitlines()
+    assert code == 2 and sum(line.startswith("error: ") for line in lines) == 1, err
+    places = [f"checkpoint {tmp_path / 'tiny' / 'checkpoints' / name} could" for name in ("step-00000002", NEWEST)]
+    assert any(line.startswith(f"warning: {places[0]}") and "training goes on" in line for line in lines), err
+    assert places[1] in lines[-1] and "ulimit -f" in lines[-1]
+    assert "Traceback" not in err and "bytes are free" in lines[-1]
+    assert not list((tmp_path / "tiny" / "checkpoints").iterdir())
+
+
+# Several processes
+
+
+def test_an_error_of_all_workers_is_said_once(tiny_run, runs):
+    for name in ("step-00000002", NEWEST):
+        flip(runs / "tiny" / "checkpoints" / name)
+        in_state(lambda content: content["state"].update(step=3))(runs / "tiny" / "checkpoints" / name)
+    code, _, err = run_command("pretrain", tiny_run.recipe, f"runs_folder={runs}", "parallel.num_processes=2")
+    check_line(code, err, (f"{NEWEST}/__0_0.distcp does not match its checksum",))
+
+
+def test_a_defect_keeps_its_traceback_once(tiny_run, tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "tensorboard.py").write_text("raise RuntimeError('a broken package')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}"}
+    arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path / 'runs'}", "parallel.num_processes=2"]
+    code, _, err = run_command(*arguments, env=environment)
+    assert code == 1
+    assert err.count("Traceback") == 1 and err.count("RuntimeError: a broken package") == 1, err
+    assert err.splitlines()[-1].startswith("process ") and err.endswith(" of 2 ended with code 1\n")
+
+
+def test_one_run_at_a_time_and_the_end_of_a_killed_worker(refuses, monkeypatch, tiny_run, tmp_path):
+    rarely = ("train.train_steps=100000", "train.save_every_steps=50000", "train.validate_every_steps=50000")
+    first = command("pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "parallel.num_processes=2", *rarely)
+    try:
+        deadline = time.monotonic() + 150
+        metrics = tmp_path / "tiny" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert first.poll() is None and time.monotonic() < deadline, first.communicate(timeout=5)
+            time.sleep(0.2)
+        workers = psutil.Process(first.pid).children()
+        assert len(workers) == 2
+        rank = {worker.environ()["RANK"]: worker for worker in workers}
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "1")
+            patch.setenv("RANK", "0")
+            refuses(
+                ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "train.train_steps=100000"],
+                f"{tmp_path / 'tiny'} is in use by another run (process {rank['0'].pid}): wait for it",
+            )
+        rank["1"].kill()
+        _, err = first.communicate(timeout=30)
+    finally:
+        first.kill()
+    assert first.returncode == 1
+    assert err.splitlines()[-1] == "process 1 of 2 ended with signal SIGKILL"
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)

@@ -1,0 +1,91 @@
+"""Every layout against one process: initial weights, gradients tensor by tensor, losses."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.layouts import LAYOUTS, assemble, first_gradients, recipe, train_losses
+
+
+def relative(value: np.ndarray, reference: np.ndarray) -> float:
+    """Relative Frobenius error."""
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def check_gradients(answers: list[dict], reference: dict) -> None:
+    """Loss on every rank and every tensor's gradient against one process, to 1e-5."""
+    for answer in answers:
+        assert answer["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+    gradients = assemble([answer["gradients"] for answer in answers])
+    assert gradients.keys() == reference["gradients"].keys()
+    errors = {key: relative(value, reference["gradients"][key]) for key, value in gradients.items()}
+    assert not {key: error for key, error in errors.items() if not error <= 1e-5}
+
+
+def one_process(pool, masked: float = 0.0) -> dict:
+    (answer,) = pool.run(1, first_gradients, recipe(), masked)
+    return answer | {name: assemble([answer[name]]) for name in ("weights", "gradients")}
+
+
+@pytest.fixture(scope="module")
+def reference(pool):
+    return one_process(pool)
+
+
+@pytest.fixture(scope="module")
+def masked_reference(pool):
+    return one_process(pool, 0.8)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+def test_first_step_gradients_equal_one_process(pool, reference, layout):
+    world_size, parallel = LAYOUTS[layout]
+    answers = pool.run(world_size, first_gradients, recipe(parallel))
+    weights = assemble([answer["weights"] for answer in answers])
+    assert weights.keys() == reference["weights"].keys()
+    for key, value in weights.items():
+        assert value.tobytes() == reference["weights"][key].tobytes(), key
+    check_gradients(answers, reference)
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.8])
+@pytest.mark.parametrize("layout", ["1", "TP2", "DP2"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_loss_is_the_same_however_the_batch_is_cut(pool, reference, masked_reference, layout, micro_batch_size, masked):
+    world_size, parallel = LAYOUTS[layout]
+    run = recipe(parallel, micro_batch_size=micro_batch_size)
+    answers = pool.run(world_size, first_gradients, run, masked)
+    check_gradients(answers, masked_reference if masked else reference)
+
+
+@pytest.fixture(scope="module")
+def reference_losses(pool):
+    (losses,) = pool.run(1, train_losses, recipe(), 20)
+    assert losses[-1] < losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+def test_losses_of_twenty_steps_equal_one_process(pool, reference_losses, layout):
+    world_size, parallel = LAYOUTS[layout]
+    for losses in pool.run(world_size, train_losses, recipe(parallel), 20):
+        assert losses == pytest.approx(reference_losses, rel=1e-5)
+
+
+def test_initial_weights_follow_from_seed_and_hugging_face_name(reference):
+    """Drawn again here from nothing but the recipe's seed and the name that the tensor has in an exported folder."""
+    run = recipe()
+
+    def drawn(name, shape, seed=run.train.seed):
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return run.model.initializer_range * torch.randn(shape, generator=generator).numpy()
+
+    weights = reference["weights"]
+    up = weights["decoder.layers.2.mlp.experts.up_proj"][5]
+    np.testing.assert_array_equal(up, drawn("model.layers.2.mlp.experts.5.up_proj.weight", up.shape))
+    gate, _ = np.split(weights["decoder.layers.0.mlp.linear_fc1.weight"], 2)
+    np.testing.assert_array_equal(gate, drawn("model.layers.0.mlp.gate_proj.weight", gate.shape))
+    assert (gate != drawn("model.layers.0.mlp.gate_proj.weight", gate.shape, seed=6)).any()

@@ -1,0 +1,121 @@
+"""A run that was stopped and continued against one that never stopped: the same bits."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.reader import open_checkpoint
+from moonlight.config.load import to_yaml
+from moonlight.train.metrics import UNREPEATABLE, read_metrics
+from tests.support.faults import kill_after
+from tests.support.layouts import LAYOUTS, make_run, train_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def outcome(run):
+    """Every tensor of the last checkpoint, and the metrics that must repeat."""
+    folder = Path(run.runs_folder) / run.name
+    checkpoint = open_checkpoint(folder)
+    tensors = {key: checkpoint.read(key) for key in checkpoint.stored.shapes}
+    metrics = [
+        {key: value for key, value in entry.items() if not key.startswith(UNREPEATABLE)}
+        for entry in read_metrics(folder)
+    ]
+    return checkpoint.state.step, tensors, metrics
+
+
+def check_same(run, other):
+    (step, tensors, metrics), (other_step, other_tensors, other_metrics) = outcome(run), outcome(other)
+    assert step == other_step == run.train.train_steps
+    assert metrics == other_metrics
+    assert [entry["step"] for entry in metrics] == list(range(1, step + 1))
+    assert tensors.keys() == other_tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[key]), key
+    assert any("momentum" in key for key in tensors)
+
+
+SMALL_STATE = {"momentum_dtype": "bfloat16", "master_weights": "split"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "optimizer"),
+    [
+        ("1", "float32", {}),
+        ("EP2", "bfloat16", {}),
+        ("DP2", "bfloat16", SMALL_STATE),
+        ("EP2xTP2-4", "float32", {"momentum_dtype": "bfloat16"}),
+    ],
+)
+def test_stopped_and_continued_is_bit_identical(
+    pool, data_folder, tokenizer_folder, tmp_path, layout, dtype, optimizer
+):
+    world_size, _ = LAYOUTS[layout]
+
+    def run_in(folder):
+        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype)
+        return replace(run, optimizer=replace(run.optimizer, **optimizer))
+
+    whole, parts = run_in("whole"), run_in("parts")
+    pool.run(world_size, train_run, whole)
+    pool.run(world_size, train_run, replace(parts, train=replace(parts.train, stop_at_step=5)))
+    assert outcome(parts)[0] == 5
+    pool.run(world_size, train_run, parts)
+    check_same(whole, parts)
+
+
+def test_continued_under_another_layout_sees_the_same_data(pool, data_folder, tokenizer_folder, tmp_path):
+    """Losses agree to 1e-5 for the steps right after a change of layout; float32 Newton-Schulz, no rounding noise."""
+
+    def run_of(folder, layout):
+        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout)
+        return replace(run, name="same", optimizer=replace(run.optimizer, newton_schulz_dtype="float32"))
+
+    whole = run_of("whole", "1")
+    pool.run(1, train_run, whole)
+    before, after = run_of("parts", "DP2"), run_of("parts", "EP2xPP2")
+    pool.run(2, train_run, replace(before, train=replace(before.train, stop_at_step=4)))
+    pool.run(4, train_run, after)
+    expected = [entry["loss/train"] for entry in read_metrics(tmp_path / "whole" / "same")]
+    assert [entry["loss/train"] for entry in read_metrics(tmp_path / "parts" / "same")] == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def pretrain(recipe_file):
+    command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(recipe_file)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)
+
+
+def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path):
+    """kill -9 of the command, twice, at moments a run of 40 steps may be in; its workers must end with it."""
+    runs = {}
+    for name in ("whole", "killed"):
+        run = make_run(
+            tmp_path / name,
+            data_folder,
+            tokenizer_folder,
+            "EP2",
+            train_steps=40,
+            save_every_steps=5,
+            validate_every_steps=20,
+        )
+        runs[name] = replace(run, train=replace(run.train, threads_per_process=1))
+    pool.run(2, train_run, runs["whole"])
+
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(to_yaml(runs["killed"]))
+    metrics = tmp_path / "killed" / "EP2"
+    for steps in (7, 18):
+        process = pretrain(recipe_file)
+        kill_after(process, metrics, steps)
+    process = pretrain(recipe_file)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "going on after step" in errors
+    check_same(runs["whole"], runs["killed"])

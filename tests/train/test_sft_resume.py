@@ -1,0 +1,152 @@
+"""`moonlight sft`: killed and started again it ends with the same bits; what it cannot use it says in one line."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from checkpoints.export import export
+from checkpoints.hf_import import import_folder
+from moonlight.config.load import load_recipe, to_yaml
+from moonlight.config.timeline import Timeline
+from moonlight.data.prepare_chat import prepare_chat
+from moonlight.errors import UserError
+from moonlight.train import run_folder
+from moonlight.train.metrics import read_metrics
+from tests.support.chats import tuning_recipe, write_chats
+from tests.support.faults import kill_after
+from tests.support.layouts import LAYOUTS, make_run
+from tests.train.test_resume import check_same
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Conversations, a run to begin with, and a recipe."""
+
+    folder: Path
+    recipe: Path
+    data: Path
+
+
+@pytest.fixture(scope="module")
+def place(tiny_run, tokenizer_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    write_chats(folder / "chats.jsonl")
+    prepare_chat([folder / "chats.jsonl"], tokenizer_folder, folder / "data", sequence_length=64, validation_share=0.2)
+    tiny = load_recipe(tiny_run.folder / "config.yaml")
+    run = tuning_recipe(folder / "data", tokenizer_folder, 64, parallel=LAYOUTS["EP2"][1])
+    train = replace(
+        run.train,
+        initial_checkpoint=str(tiny_run.folder),
+        train_steps=0,
+        epochs=6,
+        global_batch_size=4,
+        micro_batch_size=2,
+        save_every_steps=4,
+        validate_every_steps=10,
+        threads_per_process=1,
+    )
+    run = replace(
+        run,
+        name="tuned",
+        runs_folder=str(folder / "whole"),
+        model=tiny.model,
+        data=replace(run.data, conversations=True),
+        parallel=replace(run.parallel, num_processes=2),
+        train=train,
+    )
+    (folder / "recipe.yaml").write_text(to_yaml(run))
+    return Place(folder, folder / "recipe.yaml", folder / "data")
+
+
+def sft(place, *overrides):
+    command = [sys.executable, "-m", "moonlight.cli", "sft", str(place.recipe), *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    return out, errors
+
+
+def test_killed_tuning_ends_the_same(place):
+    """kill -9 of the command, twice; its workers end with it. Epochs become steps, and the loss falls."""
+    out, _ = finish(sft(place))
+    assert "held-out loss" in out and "bits per byte" not in out
+    assert "this run has finished already" in finish(sft(place))[0]
+    killed = f"runs_folder={place.folder / 'killed'}"
+    metrics = place.folder / "killed" / "tuned"
+    for steps in (3, 9):
+        process = sft(place, killed)
+        kill_after(process, metrics, steps)
+    _, errors = finish(sft(place, killed))
+    assert "going on after step" in errors
+    whole = run_folder.count_steps(load_recipe(place.recipe))
+    windows = run_folder.check_data(whole)["data"]["splits"]["train"]["windows"]
+    assert whole.train.train_steps == -(-6 * windows // 4) > 12
+    check_same(whole, replace(whole, runs_folder=str(place.folder / "killed")))
+    losses = [entry["loss/train"] for entry in read_metrics(place.folder / "whole" / "tuned")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_path):
+    """The same weights by way of a Hugging Face folder give the same losses; AdamW parts from Muon after a step."""
+    export(tiny_run.folder, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    losses = {}
+    for name, override in (
+        ("own", "optimizer.name=muon"),
+        ("imported", f"train.initial_checkpoint={tmp_path / 'imported'}"),
+        ("adamw", "optimizer.name=adamw"),
+    ):
+        short = ("parallel.num_processes=1", "parallel.expert_parallel_size=1", "train.stop_at_step=3")
+        finish(sft(place, f"runs_folder={tmp_path / name}", *short, override))
+        losses[name] = [entry["loss/train"] for entry in read_metrics(tmp_path / name / "tuned")]
+    assert losses["imported"] == losses["own"] and len(losses["own"]) == 3
+    assert losses["adamw"][0] == losses["own"][0] and losses["adamw"][2] != losses["own"][2]
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("pretrain", (), ["trains on conversations", "use moonlight sft"]),
+        ("sft", ("data.conversations=false", "train.epochs=0", "train.train_steps=5"), ["trains on text", "pretrain"]),
+        ("sft", ("train.initial_checkpoint=''",), ["train.initial_checkpoint is missing"]),
+        ("sft", ("data.mask_documents=false",), ["data.conversations needs data.mask_documents=true"]),
+        ("sft", ("data.sequence_length=32",), ["data.sequence_length is 32", "was packed for 64"]),
+        ("sft", ("train.train_steps=7",), ["train.train_steps is 7", "set one of them to 0"]),
+        ("sft", ("train.initial_checkpoint=nowhere",), ["nowhere"]),
+        ("sft", ("schedule.warmup_steps=500",), ["train.epochs", "steps of", "fewer than schedule.warmup_steps (500)"]),
+    ],
+)
+def test_refused(place, refuses, tmp_path, command, override, words):
+    refuses([command, place.recipe, f"runs_folder={tmp_path}", *override], *words)
+
+
+def test_conversations_and_text_are_not_taken_for_each_other(place, refuses, data_folder, tokenizer_folder, tmp_path):
+    arguments = ["sft", place.recipe, f"runs_folder={tmp_path}", "train.epochs=0", "train.train_steps=5"]
+    refuses([*arguments, f"data.path={data_folder}"], "holds text", "for `moonlight pretrain`")
+    text = make_run(tmp_path, place.data, tokenizer_folder)
+    recipe = place.folder / "text.yaml"
+    recipe.write_text(to_yaml(text))
+    refuses(["pretrain", recipe], "holds conversations", "for `moonlight sft`")
+
+
+def test_the_recipe_of_the_16b_model_is_the_papers():
+    """Muon after Muon, two epochs at 4K, 5e-5 to 0; epochs become steps by the data, so a plan needs their number."""
+    run = load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml", ["train.train_steps=1000"])
+    assert (run.optimizer.name, run.train.epochs, run.data.sequence_length) == ("muon", 2, 4096)
+    timeline = Timeline(run)
+    assert timeline.num_steps == 1000 and not run.stages and not run.train.batch_growth
+    rates = [timeline.at(step).learning_rate for step in (1, 500, 1000)]
+    assert rates == pytest.approx([5e-5 * (1 - 1 / 1000), 2.5e-5, 0])
+    assert run.model == load_recipe(ROOT / "configs" / "moonlight_16b_a3b" / "pretrain.yaml").model
+    with pytest.raises(UserError, match=r"train\.epochs is 2: .* give train\.train_steps besides"):
+        Timeline(load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml"))

@@ -1,0 +1,103 @@
+"""SIGTERM saves and stops, SIGUSR1 saves and goes on, a clock saves; and what was saved goes on to the same bits."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+from moonlight.config.load import to_yaml
+from moonlight.dist_checkpoint.state import find, latest
+from moonlight.errors import CODE_KILLED, CODE_STOPPED
+from moonlight.train.run_log import read_events
+from tests.support.faults import end, reached, start, wait_until, workers
+from tests.support.layouts import make_run, train_run
+from tests.train.test_resume import outcome
+
+FOREVER = {"train_steps": 100_000, "save_every_steps": 100_000, "validate_every_steps": 100_000}
+
+
+def events_of(folder, *names):
+    return [event for event in read_events(folder) if event["event"] in names]
+
+
+def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, data_folder, tokenizer_folder, tmp_path):
+    """SIGUSR1 to the second process only, SIGTERM to the command, then the same command until some steps later."""
+    runs = {
+        name: make_run(tmp_path / name, data_folder, tokenizer_folder, "EP2", threads_per_process=1, **FOREVER)
+        for name in ("whole", "parts")
+    }
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "parts" / "EP2"
+    recipe.write_text(to_yaml(runs["parts"]))
+
+    process = start(recipe)
+    assert wait_until(reached(folder, 2), process)
+    os.kill(workers(process)[1].pid, signal.SIGUSR1)
+    assert wait_until(lambda: events_of(folder, "saved"), process)
+    process.send_signal(signal.SIGTERM)
+    errors = end(process)
+    assert process.returncode == CODE_STOPPED, errors
+    assert "saved and stopped after step" in errors and "Traceback" not in errors
+    happened = [(event["event"], event.get("reason") or event.get("signal")) for event in read_events(folder)]
+    assert happened == [
+        ("started", None),
+        ("signal", "SIGUSR1"),
+        ("saving", "SIGUSR1"),
+        ("saved", None),
+        ("signal", "SIGTERM"),
+        ("saving", "SIGTERM"),
+        ("saved", None),
+        ("stopped", None),
+    ]
+    saved = events_of(folder, "saved")[-1]["step"]
+    assert latest(folder / "checkpoints").name == f"step-{saved:08d}"
+
+    stop = saved + 5
+    for run in runs.values():
+        pool.run(2, train_run, replace(run, train=replace(run.train, stop_at_step=stop)))
+    (_, tensors, metrics), (_, other_tensors, other_metrics) = outcome(runs["whole"]), outcome(runs["parts"])
+    assert metrics == other_metrics and [entry["step"] for entry in metrics] == list(range(1, stop + 1))
+    assert all(tensor.equal(other_tensors[key]) for key, tensor in tensors.items())
+    resumed = events_of(folder, "resumed")[0]
+    assert resumed["step"] == saved and resumed["world_size"] == 2 and resumed["restart"] == 0
+
+
+def test_torchrun_told_to_save_and_to_end(data_folder, tokenizer_folder, tmp_path):
+    run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", threads_per_process=1, **FOREVER)
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
+    recipe.write_text(to_yaml(run))
+    process = start(recipe, torchrun_restarts=3)
+    assert wait_until(reached(folder, 2), process)
+    process.send_signal(signal.SIGUSR1)
+    assert wait_until(lambda: events_of(folder, "saved"), process)
+    process.send_signal(signal.SIGTERM)
+    errors = end(process)
+    assert process.returncode == 1, errors
+    happened = [event["event"] for event in read_events(folder)]
+    assert happened == ["started", *["signal", "saving", "saved"] * 2, "stopped"]
+    assert find(folder).name == f"step-{events_of(folder, 'stopped')[0]['step']:08d}"
+
+
+def test_the_clock_saves(pool, data_folder, tokenizer_folder, tmp_path):
+    run = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", save_every_minutes=1e-6, save_every_steps=8)
+    pool.run(2, train_run, run)
+    saving, saved = (events_of(tmp_path / "DP2", name) for name in ("saving", "saved"))
+    assert [(event["step"], event["reason"]) for event in saving] == [(step, "clock") for step in range(1, 9)]
+    assert [event["step"] for event in saved] == list(range(1, 9))
+    assert find(tmp_path / "DP2").name == "step-00000008"
+
+
+def test_a_stop_that_takes_too_long_ends_the_process(data_folder, tokenizer_folder, tmp_path):
+    """The other process is frozen, so no save can end; the last checkpoint stands."""
+    run = make_run(
+        tmp_path, data_folder, tokenizer_folder, "EP2", **FOREVER | {"save_every_steps": 2}, grace_seconds=2.0
+    )
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "EP2"
+    recipe.write_text(to_yaml(run))
+    process = start(recipe)
+    assert wait_until(lambda: events_of(folder, "saved"), process)
+    os.kill(workers(process)[1].pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    errors = end(process)
+    assert process.returncode == CODE_KILLED, errors
+    assert "error: rank 0 could not save within train.grace_seconds (2.0) after SIGTERM" in errors
+    assert Path(find(folder) / "state.json").is_file()

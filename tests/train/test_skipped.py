@@ -1,0 +1,111 @@
+"""Steps whose gradient is not finite: nothing moves on any rank, and too many in a row end the training."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.bad_input import check_line
+from tests.support.layouts import LAYOUTS, Recipe, assemble, build, collect, flatten, one_step, recipe
+
+
+def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
+    """Three steps; in the second, one element of one gradient on the last rank is `poison`."""
+    import torch.distributed as dist
+
+    from moonlight.train.step import routers
+
+    models, optimizer = build(run)
+    history = []
+    for step in (1, 2, 3):
+        parameter = optimizer.data_parallel.parameters[-1].model
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = poison
+            return gradient
+
+        spoils = step == 2 and dist.get_rank() == dist.get_world_size() - 1
+        handle = parameter.register_hook(spoil) if spoils else None
+        result = one_step(models, optimizer, run, step)
+        if handle is not None:
+            handle.remove()
+        optimizer.data_parallel.finish_weights()
+        history.append(
+            {
+                "result": result,
+                "weights": collect(models),
+                "momenta": flatten(optimizer.momentum_state()),
+                "counts": [router.tokens_per_expert.sum().item() for router in routers(models)],
+            }
+        )
+    return {"history": history}
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("layout", ["1", "DP4", "PP2", "EP2xTP2-4", "EP2xDP2"])
+def test_one_bad_number_on_one_rank_skips_the_step_everywhere(pool, layout, poison):
+    world_size, parallel = LAYOUTS[layout]
+    answers = pool.run(world_size, train_with_poison, recipe(parallel), poison)
+    for answer in answers:
+        assert [entry["result"].skipped for entry in answer["history"]] == [False, True, False]
+        assert not math.isfinite(answer["history"][1]["result"].gradient_norm)
+        assert answer["history"][1]["result"].update_rms == {}
+        assert not any(count for entry in answer["history"] for count in entry["counts"])
+        for name in ("weights", "momenta"):  # router biases are among the weights
+            first, second, third = (answer["history"][step][name] for step in range(3))
+            for before, after in zip(first, second, strict=True):
+                np.testing.assert_array_equal(before[3], after[3], err_msg=before[0])
+            assert any((before[3] != after[3]).any() for before, after in zip(second, third, strict=True))
+    assemble([answer["history"][2]["weights"] for answer in answers])  # all ranks agree again
+
+
+def train_with_infinite_loss(run: Recipe) -> dict[str, Any]:
+    """Three steps; in the second, one loss on the last rank is infinite, and every gradient as it would be without."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    models, optimizer = build(run)
+    weights, results = [], []
+    for step in (1, 2, 3):
+        spoils = step == 2 and dist.get_rank() == dist.get_world_size() - 1
+        assert not spoils or parallel_state.is_pipeline_last_stage()
+        handle = models[-1].register_forward_hook(lambda module, inputs, losses: losses + math.inf) if spoils else None
+        results.append(one_step(models, optimizer, run, step))
+        if handle is not None:
+            handle.remove()
+        optimizer.data_parallel.finish_weights()
+        weights.append(collect(models))
+    return {"results": results, "weights": weights}
+
+
+@pytest.mark.parametrize("layout", ["1", "PP2", "EP2xDP2"])
+def test_a_loss_that_is_not_finite_skips_the_step(pool, layout):
+    world_size, parallel = LAYOUTS[layout]
+    for answer in pool.run(world_size, train_with_infinite_loss, recipe(parallel)):
+        assert [result.skipped for result in answer["results"]] == [False, True, False]
+        assert math.isinf(answer["results"][1].loss) and math.isfinite(answer["results"][1].gradient_norm)
+        first, second, third = answer["weights"]
+        for before, after in zip(first, second, strict=True):
+            np.testing.assert_array_equal(before[3], after[3], err_msg=before[0])
+        assert any((before[3] != after[3]).any() for before, after in zip(second, third, strict=True))
+
+
+def test_training_ends_after_too_many_skipped_steps_in_a_row(tiny_run, tmp_path, as_worker, capfd, monkeypatch):
+    """A learning rate beyond float32 spoils the weights in the first step; no gradient is finite after that."""
+    import json
+    import sys
+
+    from moonlight.cli.main import main
+
+    overrides = ["schedule.lr=1e38", "schedule.warmup_steps=0", "train.max_skipped_steps_in_a_row=2", "name=wild"]
+    overrides += ["train.train_steps=20", f"runs_folder={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["moonlight", "pretrain", str(tiny_run.recipe), *overrides])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    words = ("wild", "2 in a row", "train.max_skipped_steps_in_a_row", "schedule.lr")
+    check_line(ended.value.code, capfd.readouterr().err.splitlines()[-1] + "\n", words)
+    entries = [json.loads(line) for line in (tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["optim/skipped_steps"] for entry in entries] == [0, 1, 2]

@@ -1,0 +1,74 @@
+"""Pipelines whose last stage has one layer less, the head counting as one: trained, saved and refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.run import Parallel
+from moonlight.errors import UserError
+from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
+from tests.train.test_layouts import check_gradients
+
+CUTS = {
+    "7 on PP2": (7, Parallel(pipeline_parallel_size=2)),
+    "7 on PP4": (7, Parallel(pipeline_parallel_size=4)),
+    "3 on PP2": (3, Parallel(pipeline_parallel_size=2)),
+    "3 on PP4": (3, Parallel(pipeline_parallel_size=4)),
+    "3 on PP2 with EP2": (3, Parallel(pipeline_parallel_size=2, expert_parallel_size=2)),
+    "7 on PP2, interleaved": (7, Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
+    "7 on PP2 with TP2": (7, Parallel(pipeline_parallel_size=2, tensor_parallel_size=2)),
+}
+
+
+def run_of(num_layers, parallel=Parallel()):  # noqa: B008
+    run = recipe(parallel)
+    return replace(run, model=replace(run.model, num_hidden_layers=num_layers))
+
+
+def num_processes(parallel):
+    return parallel.pipeline_parallel_size * max(parallel.expert_parallel_size, parallel.tensor_parallel_size)
+
+
+@pytest.fixture(scope="module")
+def reference(pool):
+    """First gradients by one process, by the number of layers."""
+    found = {}
+
+    def of(num_layers):
+        if num_layers not in found:
+            (answer,) = pool.run(1, first_gradients, run_of(num_layers))
+            found[num_layers] = answer | {"gradients": assemble([answer["gradients"]])}
+        return found[num_layers]
+
+    return of
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_gradients_equal_one_process(pool, reference, cut):
+    num_layers, parallel = CUTS[cut]
+    answers = pool.run(num_processes(parallel), first_gradients, run_of(num_layers, parallel))
+    check_gradients(answers, reference(num_layers))
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("7 on PP4", None), (None, "7 on PP4"), ("7 on PP4", "7 on PP2")])
+def test_checkpoints_load_across(pool, tmp_path, writer, reader):
+    one = (7, Parallel())
+    (expected,) = pool.run(1, train_losses, run_of(7), 4)
+    for cut, steps, load in ((writer, 2, False), (reader, 2, True)):
+        num_layers, parallel = CUTS[cut] if cut else one
+        answers = pool.run(num_processes(parallel), restart, run_of(num_layers, parallel), tmp_path, steps, load)
+    assert answers[0] == pytest.approx(expected[2:], rel=1e-5)
+
+
+def test_layers_of_stages():
+    assert [[len(c) for c in stage] for stage in layers_of_stages(27, 4, 1)] == [[7], [7], [7], [6]]
+    assert layers_of_stages(8, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
+    assert layers_of_stages(7, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 7)]]
+    assert layers_of_stages(4, 1, 1) == [[range(4)]]
+
+
+def test_what_cannot_be_divided():
+    wanted = r"num_hidden_layers is 4: it, or one more \(the head .*\), must be a multiple of .* \(3\)"
+    with pytest.raises(UserError, match=wanted):
+        recipe(Parallel(pipeline_parallel_size=3))

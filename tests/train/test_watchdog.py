@@ -1,0 +1,51 @@
+"""A process that hangs ends by itself, says where, and the run goes on."""
+
+import os
+import signal
+
+import pytest
+
+from moonlight.config.load import to_yaml
+from moonlight.dist_checkpoint.state import find
+from moonlight.errors import CODE_HUNG
+from moonlight.train.run_log import read_events
+from tests.support.faults import end, reached, start, wait_until, workers
+from tests.support.layouts import make_run
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_path, restarts):
+    """With a restart, the frozen process is removed too, and the run ends as if nothing had been."""
+    run = make_run(
+        tmp_path,
+        data_folder,
+        tokenizer_folder,
+        "DP2",
+        threads_per_process=1,
+        train_steps=60,
+        save_every_steps=10,
+        validate_every_steps=60,
+        hang_timeout_seconds=15.0,
+        max_restarts=restarts,
+    )
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
+    recipe.write_text(to_yaml(run))
+    process = start(recipe)
+    assert wait_until(reached(folder, 12), process)
+    frozen = workers(process)[1]
+    os.kill(frozen.pid, signal.SIGSTOP)
+    errors = end(process)
+    line = "made no progress for 15 s after step"
+    assert "error: rank 0 on " in errors and line in errors and "train.hang_timeout_seconds=15" in errors
+    stacks = (folder / "stacks" / "rank-00000.txt").read_text()
+    assert line in stacks and "most recent call first" in stacks and 'loop.py", line' in stacks
+    assert not frozen.is_running()
+    if restarts:
+        assert process.returncode == 0, errors
+        assert "process 0 of 2 ended with code 134" in errors and "restart 1 of 1" in errors
+        assert find(folder).name == "step-00000060"
+        resumed = [event for event in read_events(folder) if event["event"] == "resumed"]
+        assert [(event["step"] >= 10, event["restart"]) for event in resumed] == [(True, 1)]
+    else:
+        assert process.returncode == CODE_HUNG, errors
+        assert "Traceback" not in errors
