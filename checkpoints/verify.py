@@ -12,9 +12,11 @@ from rich.table import Table
 from checkpoints.hf_config import NAMES, OF_TRAINING, model_of
 from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
+from moonlight.config.data import Data
 from moonlight.config.model import Model
-from moonlight.config.run import Data, Run, Train
+from moonlight.config.run import Run
 from moonlight.config.schedule import Schedule
+from moonlight.config.train import Train
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json

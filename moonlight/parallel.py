@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
 """Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""

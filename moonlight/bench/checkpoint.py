@@ -33,7 +33,8 @@ from megatron.core.models.gpt import GPTModel
 from moonlight import parallel
 from moonlight.bench.report import hardware, report, speed, told_rounds
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Parallel, Run
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
 from moonlight.config.timeline import Timeline
 from moonlight.dist_checkpoint.async_save import PAUSE, Saver
 from moonlight.dist_checkpoint.direct_io import DirectFile

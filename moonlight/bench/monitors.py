@@ -25,7 +25,8 @@ from moonlight import parallel
 from moonlight.bench.report import Figure, hardware, report
 from moonlight.config.load import load_recipe
 from moonlight.config.monitor import Monitor
-from moonlight.config.run import Parallel, Run
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
 from moonlight.config.schedule import Schedule
 from moonlight.config.timeline import Timeline
 from moonlight.dist_checkpoint.state import TrainState

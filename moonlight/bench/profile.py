@@ -23,7 +23,7 @@ from moonlight import parallel
 from moonlight.bench.monitors import NEVER, random_batches
 from moonlight.bench.report import hardware
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 from moonlight.config.timeline import Timeline
 from moonlight.files import make_folder, write_json
 from moonlight.model.build import build_model

@@ -25,7 +25,8 @@ import torch
 
 from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Parallel, Run
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
 from moonlight.errors import UserError
 from moonlight.files import write_json
 

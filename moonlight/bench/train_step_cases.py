@@ -17,7 +17,8 @@ import torch
 from moonlight import parallel
 from moonlight.bench.monitors import NEVER, random_batches
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Parallel, Run
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
 
 SECONDS = 4.0
 """Steps are timed for about so long, at least LEAST_STEPS of them, after one that does not count."""

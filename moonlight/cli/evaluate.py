@@ -1,45 +1,62 @@
-"""The command `moonlight eval`."""
+"""Commands that use an exported model: `moonlight eval` and `moonlight generate`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-EXAMPLE = "Example: moonlight eval runs/quickstart/hf --suite offline --allow-code"
+from moonlight.cli.options import command_group
+
+app = command_group()
 
 
+@app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main(" --temperature 0.6')
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat, the user's message.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Ask a chat model, and print its answer alone.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+) -> None:
+    """Continue a text with an exported model, or ask a chat model, with plain transformers."""
+    from eval.generate import generate
+
+    print(generate(folder, prompt, max_new_tokens, chat=chat, temperature=temperature, seed=seed))
+
+
+@app.command("eval", epilog="Example: moonlight eval runs/quickstart/hf --suite offline --allow-code")
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="Hugging Face folders: exports, or any causal language model.")],
     suite: Annotated[
         str, typer.Option(help="paper (its eleven benchmarks), offline (small, self-made) or heldout (bits per byte).")
     ] = "offline",
-    tasks: Annotated[str, typer.Option(help="Only these of the suite, with commas: mmlu,gsm8k.")] = "",
+    tasks: Annotated[str, typer.Option(help="Only these tasks of the suite, separated by commas: mmlu,gsm8k.")] = "",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of data sets, each in OWNER/NAME, for a machine without a network.")
+        Path | None, typer.Option(help="Folder of data sets, each in OWNER/NAME, for a machine without network.")
     ] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="For heldout: a folder of `moonlight data prepare`. Repeatable.")
     ] = None,
     backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: the folder's on a GPU, else float32.")
+        str, typer.Option(help="float32, bfloat16, float16, or auto: the folder's on a GPU, float32 on a CPU.")
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Sequences in one pass, with transformers.")] = 8,
     sequence_length: Annotated[
-        int | None, typer.Option(help="For heldout: tokens of a window; by default as in training, else the context.")
+        int | None, typer.Option(help="For heldout: tokens of a window; default: as in training, or the context.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first items of each task, to try things out.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task, for a trial.")] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Execute code that the model writes, in a sandbox.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; by default evaluation/SUITE beside the first model.")
+        Path | None, typer.Option(help="Folder of the results; default: evaluation/SUITE next to the first model.")
     ] = None,
     card: Annotated[bool, typer.Option("--card", help="Put the table into the model card of each export.")] = False,
 ) -> None:
-    """Measure models as others measure theirs: JSON, a table beside published scores, a curve over checkpoints."""
-    from eval.evaluate import Options
-    from eval.evaluate import evaluate as measure
+    """Measure models with standard benchmarks: JSON, a table next to published scores, a curve over checkpoints."""
+    from eval.evaluate import Options, evaluate
 
     if card:
         from checkpoints.card_evaluation import check_card, fill_card
@@ -58,10 +75,10 @@ def evaluate(
         allow_code=allow_code,
         sequence_length=sequence_length,
     )
-    found = measure(folders, options, out)
-    print(f"\n{found.table}")
-    print(f"{found.out}: results.json, table.md{', curve.png' if found.curve else ''}, answers of each model")
+    output = evaluate(folders, options, out)
+    print(f"\n{output.table}")
+    print(f"{output.out}: results.json, table.md{', curve.png' if output.curve else ''}, answers of each model")
     if card:
         for folder in folders:
-            fill_card(folder, suite, found.table, found.curve)
-            print(f"{folder / 'README.md'}: the table was put in")
+            fill_card(folder, suite, output.table, output.curve)
+            print(f"{folder / 'README.md'}: table added")

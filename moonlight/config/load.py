@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,12 +13,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moonlight.config.checks import field_type
 from moonlight.config.model import Model
 from moonlight.config.run import Run
 from moonlight.errors import UserError
 
-_LARGEST_INT = 2**31 - 1
-_MOST_TOKENS = 10**15
+_MAX_INT = 2**31 - 1
+_MAX_TOKENS = 10**15
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -82,15 +82,15 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     """One dataclass from one mapping."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}: a mapping of keys is expected here")
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
             raise UserError(f"unknown recipe key {prefix}{key}: {_hint(str(key), prefix, fields)}")
     values = {}
     for name, field in fields.items():
-        many = typing.get_origin(hints[name]) in (dict, tuple)
-        if name in tree and not (many and tree[name] is None):  # null: none of those that the base has
+        is_collection = typing.get_origin(hints[name]) in (dict, tuple)
+        if name in tree and not (is_collection and tree[name] is None):  # null removes those of the base
             values[name] = _convert(hints[name], tree[name], f"{prefix}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"recipe key {prefix}{name} is missing: it has no default")
@@ -98,7 +98,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 
 def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
-    """What may have been meant by an unknown key: the same key of another section, or the nearest of this one."""
+    """Suggest a key for an unknown one: the same key of another section, or the nearest of this one."""
     for section, hint in typing.get_type_hints(Run).items():
         cls = next(iter(typing.get_args(hint)), hint)
         if dataclasses.is_dataclass(cls) and key in {field.name for field in dataclasses.fields(cls)}:
@@ -108,36 +108,35 @@ def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """Check one value against its type; integers are accepted as floats, and 1e-4 (text in YAML 1.1) too."""
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in accepted:
+    """Check one value against its type. Integers are accepted as floats, and so is 1e-4, which is text in YAML 1.1."""
+    accepted = field_type(hint)
+    kind = accepted.kind
+    if value is None and accepted.optional:
         return None
-    (hint,) = (kind for kind in accepted if kind is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _build(hint, value, f"{name}.")
-    if typing.get_origin(hint) is dict:
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _build(kind, value, f"{name}.")
+    if typing.get_origin(kind) is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{name} is {value!r}: a mapping of names is expected here")
-        kind = typing.get_args(hint)[1]
-        return {str(key): _convert(kind, item, f"{name}.{key}") for key, item in value.items()}
-    if typing.get_origin(hint) is tuple:
+        item_hint = typing.get_args(kind)[1]
+        return {str(key): _convert(item_hint, item, f"{name}.{key}") for key, item in value.items()}
+    if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{name} is {value!r}: a list is expected here")
-        kind = typing.get_args(hint)[0]
-        return tuple(_convert(kind, item, f"{name}[{number}]") for number, item in enumerate(value))
-    largest = _MOST_TOKENS if name.endswith("_tokens") else _LARGEST_INT
+        item_hint = typing.get_args(kind)[0]
+        return tuple(_convert(item_hint, item, f"{name}[{index}]") for index, item in enumerate(value))
+    largest = _MAX_TOKENS if name.endswith("_tokens") else _MAX_INT
     if type(value) is int and abs(value) > largest:
         raise UserError(f"{name} is {value}: at most {largest} is accepted")
-    if hint is float and type(value) in (int, str):
+    if kind is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: a finite number is expected")
-    if type(value) is hint:
+    if type(value) is kind:
         return value
-    wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in accepted)
-    raise UserError(f"{name} is {value!r}: expected {wanted}")
+    raise UserError(f"{name} is {value!r}: expected {kind.__name__}{' or null' if accepted.optional else ''}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,74 +1,66 @@
-"""The architecture section of a recipe."""
+"""The model section of a recipe."""
 
 from dataclasses import dataclass
 
-from moonlight.config.checks import positive, require
+from moonlight.config.checks import NonNegative, Positive, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Architecture, named as in a DeepSeek-V3 `config.json` wherever that file has a name for it."""
+    """Architecture. Names are those of a DeepSeek-V3 `config.json`, except num_experts (n_routed_experts there),
+    num_shared_experts (n_shared_experts) and num_expert_groups (n_group)."""
 
-    vocab_size: int
-    """Rows of embedding and head. May exceed the tokenizer's ids; never the other way round."""
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    q_lora_rank: int | None = None
-    """None: one direct query projection (Moonlight). A number: down-projection, norm, up-projection."""
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    intermediate_size: int
+    vocab_size: Positive[int]
+    """Rows of embedding and head. At least the number of the tokenizer's ids."""
+    hidden_size: Positive[int]
+    """Width of the residual stream."""
+    num_hidden_layers: Positive[int]
+    """Transformer layers."""
+    num_attention_heads: Positive[int]
+    """Attention heads of each layer."""
+    q_lora_rank: Positive[int | None] = None
+    """null: one direct query projection (Moonlight). A number: down-projection, norm, up-projection."""
+    kv_lora_rank: Positive[int] = 512
+    """Width of the latent that keys and values are projected from."""
+    qk_nope_head_dim: Positive[int] = 128
+    """Width of a head's queries and keys without positions."""
+    qk_rope_head_dim: Positive[int] = 64
+    """Width of the rotary part of a head's queries and keys: even."""
+    v_head_dim: Positive[int] = 128
+    """Width of a head's values."""
+    intermediate_size: Positive[int]
     """Width of the dense SwiGLU of the first layers."""
-    moe_intermediate_size: int
-    """Width of one routed expert; the shared experts are one SwiGLU of num_shared_experts times this."""
-    num_experts: int
-    num_experts_per_tok: int
-    num_shared_experts: int = 2
+    moe_intermediate_size: Positive[int]
+    """Width of one routed expert. The shared experts are one SwiGLU of num_shared_experts times this width."""
+    num_experts: Positive[int]
+    """Routed experts of a layer."""
+    num_experts_per_tok: Positive[int]
+    """Routed experts that each token uses."""
+    num_shared_experts: Positive[int] = 2
+    """Shared experts of a layer, used by every token."""
     first_k_dense_replace: int = 1
-    """Layers without experts, the first ones; as many as there are layers make a dense model."""
-    num_expert_groups: int = 1
-    topk_group: int = 1
-    routed_scaling_factor: float = 2.446
-    aux_loss_alpha: float = 0.001
+    """First layers, which have no experts. As many as num_hidden_layers make a dense model."""
+    num_expert_groups: Positive[int] = 1
+    """Groups that the routed experts of a layer are divided into."""
+    topk_group: Positive[int] = 1
+    """Groups that each token's experts come from."""
+    routed_scaling_factor: Positive[float] = 2.446
+    """Factor of the weights of routed experts."""
+    aux_loss_alpha: NonNegative[float] = 0.001
     """Coefficient of the sequence-wise auxiliary balance loss (DeepSeek-V3, eq. 17)."""
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 50000.0
-    max_position_embeddings: int = 8192
-    initializer_range: float = 0.02
+    rms_norm_eps: Positive[float] = 1e-5
+    """Added to the mean square in every norm."""
+    rope_theta: Positive[float] = 50000.0
+    """Base of the rotary frequencies."""
+    max_position_embeddings: Positive[int] = 8192
+    """Longest sequence."""
+    initializer_range: Positive[float] = 0.02
+    """Standard deviation of initial weights."""
     tie_word_embeddings: bool = False
     """One matrix is embedding and head. Under pipeline parallelism the first and the last stage each hold a copy."""
 
     def __post_init__(self) -> None:
-        positive(
-            "model",
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_nope_head_dim=self.qk_nope_head_dim,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-            v_head_dim=self.v_head_dim,
-            intermediate_size=self.intermediate_size,
-            moe_intermediate_size=self.moe_intermediate_size,
-            num_experts=self.num_experts,
-            num_experts_per_tok=self.num_experts_per_tok,
-            num_shared_experts=self.num_shared_experts,
-            num_expert_groups=self.num_expert_groups,
-            topk_group=self.topk_group,
-            routed_scaling_factor=self.routed_scaling_factor,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_theta=self.rope_theta,
-            max_position_embeddings=self.max_position_embeddings,
-            initializer_range=self.initializer_range,
-        )
-        require(
-            self.q_lora_rank is None or self.q_lora_rank > 0,
-            f"model.q_lora_rank is {self.q_lora_rank}: it must be greater than 0, or null for a direct projection",
-        )
+        check_fields("model", self)
         require(
             self.qk_rope_head_dim % 2 == 0,
             f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even",
@@ -97,9 +89,8 @@ class Model:
             self.num_expert_groups == 1 or self.num_experts // self.num_expert_groups >= 2,
             f"model.num_expert_groups is {self.num_expert_groups}: a group needs at least 2 experts",
         )
-        require(self.aux_loss_alpha >= 0, f"model.aux_loss_alpha is {self.aux_loss_alpha}: it must be at least 0")
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer has; else the settings of experts count for nothing."""
+        """True if any layer has experts. If none has, the settings of experts have no effect."""
         return self.first_k_dense_replace < self.num_hidden_layers

@@ -2,29 +2,27 @@
 
 from dataclasses import dataclass
 
-from moonlight.config.checks import require
+from moonlight.config.checks import NonNegative, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor:
-    """What is watched beside the loss. Norms of gradients and updates by group are in the metrics of every step."""
+    """What the run measures besides the loss. Every step's metrics have norms of gradients and updates by group."""
 
-    every_steps: int = 10
-    """How often, besides the first step, weight RMS by group, attention logits and expert load by layer, and memory are
-    in the metrics; 0: never."""
-    svd_entropy_every_steps: int = 100
-    """How often the SVD entropy of the weights by group is: a multiple of every_steps; 0: never."""
-    peak_tflops: float = 0.0
-    """Dense peak of one process's device in 10^12 FLOP/s, of which speed/mfu is the share in use; 0 takes it from the
-    name of the GPU if train.dtype is bfloat16, and leaves speed/mfu out where that is not known."""
+    every_steps: NonNegative[int] = 10
+    """Steps between measurements of weight RMS by group, attention logits and expert load by layer, and memory. The
+    first step has them too. 0: never."""
+    svd_entropy_every_steps: NonNegative[int] = 100
+    """Steps between measurements of the weights' SVD entropy by group: a multiple of every_steps; 0: never."""
+    peak_tflops: NonNegative[float] = 0.0
+    """Dense peak of one process's device in 10^12 FLOP/s; speed/mfu is the fraction in use. 0 looks the GPU's name up
+    if train.dtype is bfloat16; speed/mfu is left out if the name is not known."""
     wandb_project: str = ""
-    """Send the metrics to this project of Weights & Biases too (`pip install wandb`), which takes its own settings from
-    the environment: WANDB_API_KEY, WANDB_MODE=offline. Empty: do not."""
+    """Also send the metrics to this Weights & Biases project (`pip install wandb`). Its other settings come from the
+    environment: WANDB_API_KEY, WANDB_MODE=offline. Empty: off."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "svd_entropy_every_steps", "peak_tflops"):
-            value = getattr(self, name)
-            require(value >= 0, f"monitor.{name} is {value}: it must be at least 0")
+        check_fields("monitor", self)
         often, seldom = self.every_steps, self.svd_entropy_every_steps
         require(
             seldom == 0 or (often > 0 and seldom % often == 0),

@@ -1,36 +1,32 @@
-"""What a recipe says about the course of a run: learning rate, stages, growth of the batch."""
+"""The schedule and stages of a recipe: learning rate, stages, batch growth."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from moonlight.config.checks import one_of, positive, require
+from moonlight.config.checks import NonNegative, Positive, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Learning rate: linear warm-up, then a decay to min_lr at the end."""
 
-    lr: float
-    """At the end of the warm-up."""
+    lr: Positive[float]
+    """Learning rate at the end of the warm-up."""
     min_lr: float = 0.0
-    """At the end of the decay."""
-    warmup_steps: int = 0
-    """From 0, or from where the stage before ended. Counted at the batch size of the first of them."""
-    decay: str = "cosine"
-    router_bias_update_rate: float = 1e-3
+    """Learning rate at the end of the decay: from 0 to lr."""
+    warmup_steps: NonNegative[int] = 0
+    """Steps from 0, or from the end of the stage before, to lr. Counted at the batch size of the first of them."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay from lr to min_lr; constant stays at lr."""
+    router_bias_update_rate: NonNegative[float] = 1e-3
     """u in b += u * (sign(e) - mean(sign(e))): Moonlight's rule for balancing without an auxiliary loss."""
 
     def check(self, section: str) -> None:
         """Raise UserError, naming `section`, for a value that is out of range."""
-        positive(section, lr=self.lr)
-        one_of(f"{section}.decay", self.decay, ("cosine", "linear", "constant"))
+        check_fields(section, self)
         require(
             0 <= self.min_lr <= self.lr,
             f"{section}.min_lr is {self.min_lr}: it must be from 0 to {section}.lr ({self.lr})",
-        )
-        require(self.warmup_steps >= 0, f"{section}.warmup_steps is {self.warmup_steps}: it must be at least 0")
-        require(
-            self.router_bias_update_rate >= 0,
-            f"{section}.router_bias_update_rate is {self.router_bias_update_rate}: it must be at least 0",
         )
 
     @property
@@ -41,19 +37,19 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Schedule):
-    """One stage of a run: what holds from one number of consumed tokens to another."""
+    """One stage of a run, from one count of consumed tokens to another."""
 
-    from_tokens: int
+    from_tokens: NonNegative[int]
     """Where the stage before ends; 0 for the first."""
     to_tokens: int
-    """The step that reaches it is the stage's last."""
+    """The step that reaches this count is the stage's last."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Shares of `data.sources` in this stage, in any unit; a source that is not named has none. Empty: their own."""
+    """Weight of each of `data.sources` in this stage, in any unit; a source that is not named has none. Empty: the
+    sources' own weights."""
 
     def check(self, section: str) -> None:
-        """As above."""
+        """Raise UserError, naming `section`, for a value that is out of range."""
         super().check(section)
-        require(self.from_tokens >= 0, f"{section}.from_tokens is {self.from_tokens}: it must be at least 0")
         require(
             self.to_tokens > self.from_tokens,
             f"{section}.to_tokens is {self.to_tokens}: it must be greater than {section}.from_tokens "
@@ -63,14 +59,16 @@ class Stage(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchGrowth:
-    """A larger batch from some point on."""
+    """A larger batch from a token count on."""
 
     after_tokens: int
+    """Consumed tokens after which the next step has the larger batch."""
     global_batch_size: int
+    """Sequences per optimizer step from then on."""
 
 
 def check_stages(stages: dict[str, Stage]) -> None:
-    """Raise UserError unless the stages follow one another without overlap or gap, the first from 0 on."""
+    """Raise UserError unless the stages follow each other without overlap or gap, the first from 0."""
     before, end = "", 0
     for name, stage in stages.items():
         stage.check(f"stages.{name}")
@@ -84,14 +82,14 @@ def check_stages(stages: dict[str, Stage]) -> None:
 
 
 def check_weights(name: str, weights: dict[str, float]) -> None:
-    """Raise UserError unless no weight is negative and one is not zero."""
+    """Raise UserError if a weight is negative or all are zero."""
     for source, weight in weights.items():
         require(weight >= 0, f"{name}: the weight of {source} is {weight}: it must be at least 0")
     require(not weights or sum(weights.values()) > 0, f"{name}: all weights are 0: one must be greater")
 
 
 def check_growth(first: int, growth: tuple[BatchGrowth, ...]) -> None:
-    """Raise UserError unless the batch, `first` at the start, only grows, later and later."""
+    """Raise UserError unless the batch, `first` at the start, grows with each change and changes are in order."""
     tokens = 0
     for number, change in enumerate(growth):
         place = f"train.batch_growth[{number}]"

@@ -8,7 +8,7 @@ of Megatron or torch: indices are applied by whoever holds the tensors.
 
 from dataclasses import dataclass, replace
 
-from moonlight.config.run import Model
+from moonlight.config.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moonlight.config.run import Run, Train
+from moonlight.config.run import Run
+from moonlight.config.train import Train
 from moonlight.dist_checkpoint.chunks import CheckpointedOptimizer
 from moonlight.dist_checkpoint.state import (
     LATEST_FILE,

@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
+from moonlight.config.data import Data
 from moonlight.config.pipeline import head_counts_as_layer
-from moonlight.config.run import Data, Run
+from moonlight.config.run import Run
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts
 from moonlight.model.language_model import LanguageModel, Layer

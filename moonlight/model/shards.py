@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
-from moonlight.config.run import Model
+from moonlight.config.model import Model
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.dist_checkpoint.chunks import Pieces
 

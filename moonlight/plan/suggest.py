@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from moonlight.config.run import Parallel, Run
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
 from moonlight.errors import UserError
 from moonlight.placement.comm_bytes import weight_bytes
 from moonlight.plan.build import Memory, Plan, make_plan, sketch_plan

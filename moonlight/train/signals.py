@@ -16,7 +16,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from moonlight.config.run import Train
+from moonlight.config.train import Train
 from moonlight.errors import CODE_KILLED
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)

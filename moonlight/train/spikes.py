@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from moonlight.config.run import Run, Train
+from moonlight.config.run import Run
 from moonlight.config.timeline import Moment, Timeline
+from moonlight.config.train import Train
 from moonlight.dist_checkpoint import lifecycle
 from moonlight.dist_checkpoint.recovery import sound_until
 from moonlight.dist_checkpoint.state import TrainState

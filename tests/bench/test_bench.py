@@ -13,7 +13,7 @@ from matplotlib import image
 
 from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu, picture, startup, tokenizer
 from moonlight.bench.report import Figure, against_bar, hardware, report, speed
-from moonlight.config.run import Schedule
+from moonlight.config.schedule import Schedule
 from moonlight.dist_checkpoint.async_save import Saver
 from moonlight.dist_checkpoint.state import TrainState, step_folder
 from moonlight.errors import CODE_STOPPED, UserError

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from moonlight.config.data import Source
 from moonlight.config.load import load_recipe, to_yaml
-from moonlight.config.run import Source
 from moonlight.config.schedule import Stage
 from moonlight.data.prepare import prepare
 from tests.support.bad_input import run_command

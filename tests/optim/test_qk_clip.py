@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moonlight.config.run import Schedule
+from moonlight.config.schedule import Schedule
 from moonlight.model.attention import CausalAttention, max_logits
 from moonlight.optim.qk_clip import logit_factors
 from moonlight.train.metrics import read_metrics

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 from moonlight.model import sdpa
 from moonlight.plan.activations import (
     angles_bytes,

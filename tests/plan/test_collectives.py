@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 from moonlight.plan.collectives import (
     Leaving,
     dispatch_flow,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.model.shards import pieces, sharded_state
 from moonlight.optim.parameters import find_parameters

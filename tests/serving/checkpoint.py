@@ -19,7 +19,8 @@ import torch
 from prompts import CHAT, CHAT_ANSWER_TOKENS
 
 from moonlight import parallel
-from moonlight.config.run import Model, Run
+from moonlight.config.model import Model
+from moonlight.config.run import Run
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.dist_checkpoint.async_save import Saver
 from moonlight.dist_checkpoint.state import TrainState, step_folder

@@ -17,8 +17,9 @@ from checkpoint import MODEL, moonlight
 from prompts import INSTRUCT_ANSWER_TOKENS, INSTRUCT_CHATS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moonlight.config.data import Data
 from moonlight.config.load import to_yaml
-from moonlight.config.run import Data, Schedule
+from moonlight.config.schedule import Schedule
 from moonlight.data.chat_tasks import HELD_OUT_FILE, TRAIN_FILE, write_tasks
 from tests.support.layouts import recipe
 

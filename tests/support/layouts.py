@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moonlight.config.run import Data, Model, Optimizer, Parallel, Run, Schedule, Train
+from moonlight.config.data import Data
+from moonlight.config.model import Model
+from moonlight.config.optimizer import Optimizer
+from moonlight.config.parallel import Parallel
+from moonlight.config.run import Run
+from moonlight.config.schedule import Schedule
+from moonlight.config.train import Train
 
 Recipe = Run
 

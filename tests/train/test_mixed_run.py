@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from checkpoints.export import export
-from moonlight.config.run import Source
+from moonlight.config.data import Source
 from moonlight.config.schedule import BatchGrowth, Stage
 from moonlight.config.timeline import Timeline
 from moonlight.data.loader import open_training

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moonlight.config.monitor import Monitor
-from moonlight.config.run import Parallel
+from moonlight.config.parallel import Parallel
 from moonlight.config.timeline import Timeline
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from moonlight.config.parallel import Parallel
 from moonlight.config.pipeline import layers_of_stages
-from moonlight.config.run import Parallel
 from moonlight.errors import UserError
 from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
 from tests.train.test_layouts import check_gradients

@@ -1,0 +1,49 @@
+"""The settings page: every key, and never stale."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from moonlight.config.checks import field_types
+from moonlight.config.optimizer import Optimizer
+from moonlight.config.settings import field_docstrings, list_sections, settings_page
+from moonlight.config.train import Train
+from moonlight.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_what_the_classes_say():
+    page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    assert page == settings_page(list_sections()), "run: moonlight settings --markdown > docs/settings.md"
+
+
+def test_every_key_has_a_meaning():
+    """Sections are described by their class; every other key has a text below it."""
+    missing = [
+        f"{section.name}.{setting.key}"
+        for section in list_sections()
+        for setting in section.settings
+        if not setting.meaning
+    ]
+    assert not missing
+    assert set(field_docstrings(Train)) == {field.name for field in dataclasses.fields(Train)}
+
+
+def test_a_row_has_type_default_unit_and_meaning():
+    rows = {f"{section.name}.{row.key}": row for section in list_sections() for row in section.settings}
+    assert rows["optimizer.name"].type == "`muon`, `adamw`" and rows["optimizer.name"].default == "muon"
+    assert rows["train.grace_seconds"].unit == "s" and rows["train.grace_seconds"].type == "float, greater than 0"
+    assert rows["train.global_batch_size"].default == "" and rows["train.global_batch_size"].unit == "sequences"
+    assert rows["model.q_lora_rank"].type == "int, greater than 0, or null"
+    assert rows["train.batch_growth.<index>.after_tokens"].unit == "tokens"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in field_types(Optimizer).items() if kind.choices])
+def test_a_choice_that_is_none_is_refused_and_the_choices_are_named(name):
+    choices = field_types(Optimizer)[name].choices
+    with pytest.raises(
+        UserError, match=f"optimizer.{name} is 'nonsense': accepted are {', '.join(map(repr, choices))}"
+    ):
+        Optimizer(**{name: "nonsense"})
