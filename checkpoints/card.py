@@ -11,18 +11,18 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from checkpoints.card_tables import (
     Manifests,
     architecture,
+    format_steps,
     last_component,
+    markdown_table,
     results,
-    steps,
-    table,
     training,
     training_data,
 )
-from checkpoints.licenses import HUB_LICENSES, slug_of
+from checkpoints.licenses import HUB_LICENSES, license_slug
 from moonlight import __version__
-from moonlight.config.model import Model
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.plan.flops import count_parameters
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -69,13 +69,13 @@ python -m sglang.launch_server --model-path {name}
 
 def model_card(
     *,
-    model: Model,
+    model_config: ModelConfig,
     name: str,
     step: int,
     dtype: str,
     license: str | None,
     chat: bool,
-    run: Run | None,
+    config: RunConfig | None,
     consumed_tokens: int,
     metrics: Sequence[dict[str, Any]],
     manifests: Manifests | None,
@@ -105,19 +105,19 @@ def model_card(
     at_step = [entry for entry in metrics if entry["step"] <= step]
     sections = [
         f"# {name}",
-        _summary(model, run, step, consumed_tokens, chat, imported_from, averaged_steps),
+        _summary(model_config, config, step, consumed_tokens, chat, imported_from, averaged_steps),
         f"Licence: {license}." if license else "The licence of this model is not stated.",
         "## Use",
-        _usage(model, name, chat=chat, trained=run is not None),
+        _usage(model_config, name, chat=chat, trained=config is not None),
         "## Architecture",
-        table(architecture(model, dtype)),
+        markdown_table(architecture(model_config, dtype)),
     ]
-    if run is not None:
+    if config is not None:
         sections += [
             "## Training data",
-            training_data(run, consumed_tokens, manifests),
+            training_data(config, consumed_tokens, manifests),
             "## Training",
-            table(training(run, step, consumed_tokens, manifests)),
+            markdown_table(training(config, step, consumed_tokens, manifests)),
             "## Results",
             *results(at_step, step, manifests, curve, bool(averaged_steps), dtype),
         ]
@@ -127,14 +127,18 @@ def model_card(
         sections += ["### Evaluation", re.sub(r"(?m)^(#{1,3} )", r"###\1", evaluation.strip())]
     sections += [
         "## Limitations",
-        _limitations(chat, run is not None),
+        _limitations(chat, config is not None),
         "## How it was made",
-        _method(run, __version__),
+        _method(config, __version__),
     ]
-    return f"---\n{_front_matter(license, chat, model, run, imported_from)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return (
+        f"---\n{_front_matter(license, chat, model_config, config, imported_from)}\n---\n\n"
+        + "\n\n".join(sections)
+        + "\n"
+    )
 
 
-def missing_of_card(text: str) -> list[str]:
+def missing_card_parts(text: str) -> list[str]:
     """What a release still lacks in the model card `text`, one phrase each; empty if it is complete."""
     if not REGEX_YAML_BLOCK.search(text):
         return ["front matter between two lines of ---"]
@@ -157,10 +161,12 @@ def missing_of_card(text: str) -> list[str]:
     return missing
 
 
-def _front_matter(license: str | None, chat: bool, model: Model, run: Run | None, imported_from: str | None) -> str:
-    slug = slug_of(license) if license else None
+def _front_matter(
+    license: str | None, chat: bool, model_config: ModelConfig, config: RunConfig | None, imported_from: str | None
+) -> str:
+    slug = license_slug(license) if license else None
     is_id = slug in HUB_LICENSES
-    muon = run is not None and run.optimizer.name == "muon"
+    muon = config is not None and config.optimizer.name == "muon"
     data = ModelCardData(
         license=slug if is_id else "other" if license else None,
         license_name=None if is_id else slug,
@@ -169,7 +175,7 @@ def _front_matter(license: str | None, chat: bool, model: Model, run: Run | None
         pipeline_tag="text-generation",
         tags=[
             "deepseek_v3",
-            *["moe"] * model.has_experts,
+            *["moe"] * model_config.has_experts,
             *["muon"] * muon,
             "moonlight-stack",
             *["conversational"] * chat,
@@ -186,16 +192,16 @@ def _limitations(chat: bool, trained: bool) -> str:
 
 
 def _summary(
-    model: Model,
-    run: Run | None,
+    model_config: ModelConfig,
+    config: RunConfig | None,
     step: int,
     tokens: int,
     chat: bool,
     imported_from: str | None,
     averaged_steps: Sequence[int],
 ) -> str:
-    counts = count_parameters(model)
-    kind = "mixture-of-experts" if model.has_experts else "dense"
+    counts = count_parameters(model_config)
+    kind = "mixture-of-experts" if model_config.has_experts else "dense"
     text = (
         f"A {kind} language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, "
         f"of which {_short(counts.activated_with_head)} are activated for each token."
@@ -205,25 +211,25 @@ def _summary(
         if _HUB_NAME.fullmatch(imported_from)
         else f"`{last_component(imported_from)}`"
     )
-    if run is None:
+    if config is None:
         return f"{text} Its weights were imported from {origin or 'another model'}; nothing was trained since then."
     kind = "trained further" if origin else "trained from random weights"
-    text += f" It was {kind} for {steps(step)} on {tokens:,} tokens"
+    text += f" It was {kind} for {format_steps(step)} on {tokens:,} tokens"
     text += f", beginning with the weights of {origin}." if origin else "."
     if chat:
         text += " It is set up for conversations: it is asked through its chat template, and a message ends its text."
     if averaged_steps:
         averaged = ", ".join(f"{number:,}" for number in averaged_steps)
         text += f" Its weights are the mean of the checkpoints after steps {averaged}."
-    if step < (planned := Timeline(run).num_steps):
+    if step < (planned := RunSchedule(config).num_steps):
         text += f" The run was planned for {planned:,} steps: this is a checkpoint on the way."
     return text
 
 
-def _usage(model: Model, name: str, *, chat: bool, trained: bool) -> str:
+def _usage(model_config: ModelConfig, name: str, *, chat: bool, trained: bool) -> str:
     """Snippets for transformers and two servers; `trained`: by this project, with a tokenizer of its own."""
     snippet = _CHAT if chat else _COMPLETE if trained else _COMPLETE_IMPORTED
-    native = model.kv_lora_rank + model.qk_rope_head_dim == _NATIVE_MLA_WIDTH
+    native = model_config.kv_lora_rank + model_config.qk_rope_head_dim == _NATIVE_MLA_WIDTH
     place = "its name on the Hub" if _HUB_NAME.fullmatch(name) else "to be replaced by the path of this folder"
     text = [
         f"With transformers, without remote code (`{name}` is {place}):",
@@ -234,21 +240,21 @@ def _usage(model: Model, name: str, *, chat: bool, trained: bool) -> str:
     if not native:
         text.append(
             f"The switch is for vLLM's latent attention kernels, which want kv_lora_rank + qk_rope_head_dim = "
-            f"{_NATIVE_MLA_WIDTH}; here it is {model.kv_lora_rank + model.qk_rope_head_dim}."
+            f"{_NATIVE_MLA_WIDTH}; here it is {model_config.kv_lora_rank + model_config.qk_rope_head_dim}."
         )
     return "\n\n".join(text)
 
 
-def _method(run: Run | None, version: str) -> str:
+def _method(config: RunConfig | None, version: str) -> str:
     """Tools and papers."""
     papers = ["The architecture is that of [DeepSeek-V3](https://arxiv.org/abs/2412.19437)"]
-    if run is None:
+    if config is None:
         made = "Exported with Moonlight stack {version}, which wrote this card from the model's configuration."
     else:
         made = "Trained and exported with Moonlight stack {version}, which wrote this card from records of the run."
-        if run.optimizer.name == "muon":
+        if config.optimizer.name == "muon":
             papers.append("the optimizer that of [Moonlight](https://arxiv.org/abs/2502.16982)")
-        if run.optimizer.qk_clip:
+        if config.optimizer.qk_clip:
             papers.append("MuonClip that of [Kimi K2](https://arxiv.org/abs/2507.20534)")
     return f"{made.format(version=version)} {', '.join(papers)}."
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from checkpoints.export import EXPORT_FILE
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, read_sums, sha256_of, write_json, write_sums, write_text
+from moonlight.files import (
+    SUMS_FILE,
+    VERIFICATION_FILE,
+    atomic_write_text,
+    read_sums,
+    sha256_checksum,
+    write_json,
+    write_sums,
+)
 
 CARD_FILE = "README.md"
 HEADING = "### Evaluation"
@@ -24,7 +32,7 @@ def check_card(folder: Path) -> None:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if f"\n{_AFTER}\n" not in text:
         raise UserError(f"{card} has no line {_AFTER!r}, which results go before: export again, or put it in")
-    if read_sums(folder / SUMS_FILE).get(CARD_FILE) != sha256_of(card):
+    if read_sums(folder / SUMS_FILE).get(CARD_FILE) != sha256_checksum(card):
         raise UserError(f"{card} was changed since its line in {SUMS_FILE} was written: export again")
 
 
@@ -39,7 +47,7 @@ def fill_card(folder: Path, suite: str, markdown: str, picture: Path | None) -> 
     """
     check_card(folder)
     sums_file, proof_file = folder / SUMS_FILE, folder / VERIFICATION_FILE
-    sums, before = read_sums(sums_file), sha256_of(sums_file)
+    sums, before = read_sums(sums_file), sha256_checksum(sums_file)
     proof = json.loads(proof_file.read_text(encoding="utf-8")) if proof_file.is_file() else None
     changed = {CARD_FILE}
     if picture is not None:
@@ -48,10 +56,10 @@ def fill_card(folder: Path, suite: str, markdown: str, picture: Path | None) -> 
         markdown += f"\n![Scores over tokens]({name})\n"
         changed.add(name)
     card = folder / CARD_FILE
-    write_text(card, with_evaluation(card.read_text(encoding="utf-8"), suite, markdown))
+    atomic_write_text(card, with_evaluation(card.read_text(encoding="utf-8"), suite, markdown))
     write_sums(folder, {name: digest for name, digest in sums.items() if name not in changed})
     if proof is not None and proof.get("sums_sha256") == before:
-        write_json(proof_file, proof | {"sums_sha256": sha256_of(sums_file)})
+        write_json(proof_file, proof | {"sums_sha256": sha256_checksum(sums_file)})
 
 
 def with_evaluation(card: str, suite: str, markdown: str) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from checkpoints.hf_config import hf_config
-from moonlight.config.model import Model
-from moonlight.config.run import Run
-from moonlight.config.schedule import Schedule
-from moonlight.config.timeline import Timeline
-from moonlight.data.mixture import mixture_of
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.schedule import ScheduleConfig
+from moonlight.config.timeline import RunSchedule
+from moonlight.data.mixture import build_mixture
 from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.train.metrics import CURVE_FILE
 
@@ -17,38 +17,41 @@ Manifests = Mapping[str, dict[str, Any]]
 """Manifest of each source of the training data."""
 
 
-def architecture(model: Model, dtype: str) -> Iterable[tuple[str, str]]:
+def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, str]]:
     """Name and value of what the model is made of; `dtype` is that of the exported weights."""
-    counts = count_parameters(model)
+    counts = count_parameters(model_config)
     yield "parameters", f"{counts.total:,}"
     yield "parameters without embedding and head", f"{counts.total_without_embeddings:,}"
     yield "activated by a token, with the head", f"{counts.activated_with_head:,}"
     yield "activated by a token, without the head", f"{counts.activated:,}"
-    dense = model.first_k_dense_replace
-    which = f"the first {'one' if dense == 1 else dense}" if model.has_experts else "all"
-    yield "layers", f"{model.num_hidden_layers}, {which} dense"
-    yield "hidden size", f"{model.hidden_size:,}"
+    dense = model_config.first_k_dense_replace
+    which = f"the first {'one' if dense == 1 else dense}" if model_config.has_experts else "all"
+    yield "layers", f"{model_config.num_hidden_layers}, {which} dense"
+    yield "hidden size", f"{model_config.hidden_size:,}"
     yield (
         "attention",
-        f"multi-head latent attention, {model.num_attention_heads} heads (query and key "
-        f"{model.qk_nope_head_dim} + {model.qk_rope_head_dim} rotary, value {model.v_head_dim})",
+        f"multi-head latent attention, {model_config.num_attention_heads} heads (query and key "
+        f"{model_config.qk_nope_head_dim} + {model_config.qk_rope_head_dim} rotary, value {model_config.v_head_dim})",
     )
-    yield "key-value LoRA rank", f"{model.kv_lora_rank:,}"
-    yield "query LoRA rank", "none: one direct projection" if model.q_lora_rank is None else f"{model.q_lora_rank:,}"
-    if model.has_experts:
-        of_token, shared = model.num_experts_per_tok, model.num_shared_experts
-        yield "experts", f"{model.num_experts} routed, {of_token} of them for a token, and {shared} shared"
-        if model.num_expert_groups > 1:
-            yield "expert groups", f"{model.num_expert_groups}, {model.topk_group} of them for a token"
-        yield "width of an expert", f"{model.moe_intermediate_size:,}"
-    yield "width of a dense layer", f"{model.intermediate_size:,}"
-    tied = hf_config(model)["tie_word_embeddings"]
-    yield "vocabulary", f"{model.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
-    yield "context", f"{model.max_position_embeddings:,} tokens (RoPE, base {model.rope_theta:,.0f})"
+    yield "key-value LoRA rank", f"{model_config.kv_lora_rank:,}"
+    yield (
+        "query LoRA rank",
+        "none: one direct projection" if model_config.q_lora_rank is None else f"{model_config.q_lora_rank:,}",
+    )
+    if model_config.has_experts:
+        of_token, shared = model_config.num_experts_per_tok, model_config.num_shared_experts
+        yield "experts", f"{model_config.num_experts} routed, {of_token} of them for a token, and {shared} shared"
+        if model_config.num_expert_groups > 1:
+            yield "expert groups", f"{model_config.num_expert_groups}, {model_config.topk_group} of them for a token"
+        yield "width of an expert", f"{model_config.moe_intermediate_size:,}"
+    yield "width of a dense layer", f"{model_config.intermediate_size:,}"
+    tied = hf_config(model_config)["tie_word_embeddings"]
+    yield "vocabulary", f"{model_config.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
+    yield "context", f"{model_config.max_position_embeddings:,} tokens (RoPE, base {model_config.rope_theta:,.0f})"
     yield "stored as", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
 
 
-def training_data(run: Run, tokens: int, manifests: Manifests | None) -> str:
+def training_data(config: RunConfig, tokens: int, manifests: Manifests | None) -> str:
     """Sources, their licences and sizes, from the manifests of `moonlight data prepare`; `tokens` were seen in all."""
     if manifests is None:
         return "What it was trained on is not known to the writer of this card."
@@ -66,16 +69,16 @@ def training_data(run: Run, tokens: int, manifests: Manifests | None) -> str:
     text += f". The tokenizer has {next(iter(manifests.values()))['tokenizer']['num_ids']:,} ids."
     sections = ["\n".join(rows), text]
     if several:
-        sections.append("\n".join(_mixture(run, tokens, manifests)))
+        sections.append("\n".join(_mixture(config, tokens, manifests)))
     return "\n\n".join(sections)
 
 
-def _mixture(run: Run, tokens: int, manifests: Manifests) -> Iterable[str]:
+def _mixture(config: RunConfig, tokens: int, manifests: Manifests) -> Iterable[str]:
     """What was seen of each source."""
-    length = run.data.sequence_length
+    length = config.data.sequence_length
     yield "| source | tokens seen | share | passes over it |"
     yield "|---|---:|---:|---:|"
-    for name, count in mixture_of(run).counts(tokens // length).items():
+    for name, count in build_mixture(config).counts(tokens // length).items():
         seen, there = count * length, manifests[name]["splits"]["train"]["tokens"]
         yield f"| {_cell(name)} | {seen:,} | {seen / max(tokens, 1):.1%} | {seen / there:.3g} |"
 
@@ -86,67 +89,74 @@ def _sums(manifests: Manifests, split: str, names: Sequence[str]) -> dict[str, i
     return {name: sum(one[name] for one in found) for name in names} if found and all(found) else {}
 
 
-def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> Iterable[tuple[str, str]]:
+def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | None) -> Iterable[tuple[str, str]]:
     """Name and value of how far and how the run trained; `tokens` were seen until `step`."""
-    train, parallel, timeline = run.train, run.parallel, Timeline(run)
-    length = run.data.sequence_length
+    train_config, parallel, timeline = config.train, config.parallel, RunSchedule(config)
+    length = config.data.sequence_length
     passes = ""
     if manifests and len(manifests) == 1:
         there = _sums(manifests, "train", ("tokens",))["tokens"]
-        if run.data.conversations:  # sequences end with padding
+        if config.data.conversations:  # sequences end with padding
             there = _sums(manifests, "train", ("windows",))["windows"] * length
         passes = f" ({tokens / there:.3g} passes over the data)"
-    yield "tokens seen", f"{tokens:,}{passes}{', padding included' if run.data.conversations else ''}"
-    flops = tokens * train_flops_per_token(run.model, length)
+    yield "tokens seen", f"{tokens:,}{passes}{', padding included' if config.data.conversations else ''}"
+    flops = tokens * train_flops_per_token(config.model, length)
     yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
     yield "steps", f"{step:,} of {timeline.num_steps:,}"
     kept_apart = {
-        "attention within each": run.data.mask_documents,
-        "positions counted in each": run.data.reset_positions,
+        "attention within each": config.data.mask_documents,
+        "positions counted in each": config.data.reset_positions,
     }
     if any(kept_apart.values()):
-        kind = "conversations" if run.data.conversations else "documents"
+        kind = "conversations" if config.data.conversations else "documents"
         yield f"{kind} of a sequence", ", ".join(name for name, on in kept_apart.items() if on)
-    if run.data.conversations:
+    if config.data.conversations:
         yield "loss", "on what the assistant says, up to the token that ends its turn"
-    growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train.batch_growth)
-    yield "batch", f"{train.global_batch_size:,} sequences of {length:,} tokens{growth}"
-    optimizer = run.optimizer
-    adamw = f"AdamW (betas {optimizer.adamw_beta1:g} and {optimizer.adamw_beta2:g}, epsilon {optimizer.adamw_eps:g})"
-    if optimizer.name == "muon":
-        nesterov = ", Nesterov" if optimizer.nesterov else ""
-        one_matrix = ", attention split by head" if optimizer.matrices == "per_head" else ""
+    growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train_config.batch_growth)
+    yield "batch", f"{train_config.global_batch_size:,} sequences of {length:,} tokens{growth}"
+    optimizer_config = config.optimizer
+    adamw = (
+        f"AdamW (betas {optimizer_config.adamw_beta1:g} and {optimizer_config.adamw_beta2:g}, epsilon "
+        f"{optimizer_config.adamw_eps:g})"
+    )
+    if optimizer_config.name == "muon":
+        nesterov = ", Nesterov" if optimizer_config.nesterov else ""
+        one_matrix = ", attention split by head" if optimizer_config.matrices == "per_head" else ""
         yield (
             "optimizer",
-            f"Muon on matrices (momentum {optimizer.momentum:g}{nesterov}, {optimizer.num_newton_schulz_steps} "
-            f"Newton-Schulz steps with the {optimizer.coefficients} coefficients, update scaled "
-            f"{_update_scale(run)}{one_matrix}); {adamw} on embedding, head and norms",
+            f"Muon on matrices (momentum {optimizer_config.momentum:g}{nesterov}, "
+            f"{optimizer_config.num_newton_schulz_steps} "
+            f"Newton-Schulz steps with the {optimizer_config.coefficients} coefficients, update scaled "
+            f"{_update_scale(config)}{one_matrix}); {adamw} on embedding, head and norms",
         )
     else:
         yield "optimizer", f"{adamw} on every parameter"
-    yield "weight decay", f"{optimizer.weight_decay:g}"
-    yield "gradient clipping", f"at norm {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else "none"
-    if optimizer.qk_clip:
-        yield "MuonClip", f"attention logits above {optimizer.qk_clip:g}"
+    yield "weight decay", f"{optimizer_config.weight_decay:g}"
+    yield (
+        "gradient clipping",
+        f"at norm {optimizer_config.clip_grad_norm:g}" if optimizer_config.clip_grad_norm else "none",
+    )
+    if optimizer_config.qk_clip:
+        yield "MuonClip", f"attention logits above {optimizer_config.qk_clip:g}"
     moved = "the rate of each stage"
-    if run.schedule:
-        yield "learning rate", _learning_rate(run.schedule)
-        moved = f"{run.schedule.router_bias_update_rate:g} a step"
-    for name, stage in run.stages.items():
+    if config.schedule:
+        yield "learning rate", _learning_rate(config.schedule)
+        moved = f"{config.schedule.router_bias_update_rate:g} a step"
+    for name, stage in config.stages.items():
         yield (
             f"stage {name}",
             f"{stage.from_tokens:,} to {stage.to_tokens:,} tokens; learning rate: {_learning_rate(stage)}; router "
             f"biases moved by {stage.router_bias_update_rate:g} a step",
         )
-    if run.model.has_experts:
+    if config.model.has_experts:
         yield (
             "balance of experts",
-            f"router biases moved by {moved}, sequence-wise auxiliary loss {run.model.aux_loss_alpha:g}",
+            f"router biases moved by {moved}, sequence-wise auxiliary loss {config.model.aux_loss_alpha:g}",
         )
     precision = "float32"
-    if train.dtype != "float32":
-        residual = ", float32 residual stream" if train.fp32_residual_connection else ""
-        precision = f"{train.dtype} weights and activations{residual}, float32 master weights and gradient sums"
+    if train_config.dtype != "float32":
+        residual = ", float32 residual stream" if train_config.fp32_residual_connection else ""
+        precision = f"{train_config.dtype} weights and activations{residual}, float32 master weights and gradient sums"
     yield "precision", precision
     sizes = {
         "tensor": parallel.tensor_parallel_size,
@@ -155,7 +165,7 @@ def training(run: Run, step: int, tokens: int, manifests: Manifests | None) -> I
     }
     cut = ", ".join(f"{size}-way {name} parallelism" for name, size in sizes.items() if size > 1)
     yield "layout", f"{cut}, the rest data-parallel" if cut else "no model parallelism"
-    yield "seed", str(train.seed)
+    yield "seed", str(train_config.seed)
 
 
 def results(
@@ -183,7 +193,7 @@ def results(
             for program in ("gzip", "xz"):
                 bits = 8 * held_out[f"{program}_bytes"] / held_out["compressed_text_bytes"]
                 rows[f"bits per byte by {program} -9"] = f"{bits:.3f}"
-    text = [table(rows.items())] if rows else ["No losses of this checkpoint are recorded."]
+    text = [markdown_table(rows.items())] if rows else ["No losses of this checkpoint are recorded."]
     if rows and averaged:
         text.append(f"These are losses of the weights after step {step:,}, before averaging.")
     if rows and dtype != "float32":
@@ -191,7 +201,7 @@ def results(
     return [*text, f"![Loss over tokens]({CURVE_FILE})"] if curve else text
 
 
-def table(rows: Iterable[tuple[str, str]]) -> str:
+def markdown_table(rows: Iterable[tuple[str, str]]) -> str:
     """A Markdown table of two columns without a heading."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
 
@@ -206,7 +216,7 @@ def last_component(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
 
 
-def steps(count: int) -> str:
+def format_steps(count: int) -> str:
     """A number of steps, in words."""
     return f"{count:,} step" if count == 1 else f"{count:,} steps"
 
@@ -215,19 +225,19 @@ def _documents(count: int) -> str:
     return f"{count:,} document" if count == 1 else f"{count:,} documents"
 
 
-def _update_scale(run: Run) -> str:
+def _update_scale(config: RunConfig) -> str:
     """What gives an orthogonal update its RMS, in words."""
-    rms = f"{run.optimizer.rms_match:g}"
+    rms = f"{config.optimizer.rms_match:g}"
     return {
         "adjusted_lr": f"by {rms} * sqrt(max(rows, columns))",
         "update_norm": f"to an RMS of {rms}",
-        "baseline": f"by {rms} * sqrt({run.model.hidden_size})",
-    }[run.optimizer.rms_matching]
+        "baseline": f"by {rms} * sqrt({config.model.hidden_size})",
+    }[config.optimizer.rms_matching]
 
 
-def _learning_rate(schedule: Schedule) -> str:
+def _learning_rate(schedule: ScheduleConfig) -> str:
     """Its course over a run or a stage."""
-    warmup = f"warm-up over {steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
+    warmup = f"warm-up over {format_steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
     if schedule.decay == "constant":
         return f"{warmup}{schedule.lr:g}, constant"
     return f"{warmup}{schedule.lr:g}, {schedule.decay} decay to {schedule.min_lr:g} at the last step"

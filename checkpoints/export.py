@@ -10,28 +10,28 @@ import torch
 
 from checkpoints.card import model_card
 from checkpoints.hf_config import generation_config, hf_config
-from checkpoints.hf_folder import GENERATION_FILE, read_json
+from checkpoints.hf_folder import GENERATION_FILE, read_json_strict
 from checkpoints.licenses import check_license
 from checkpoints.reader import Checkpoint, open_checkpoint
-from checkpoints.shards import Entry, plan_shards, write_shard
-from moonlight.config.run import Run
+from checkpoints.shards import ShardEntry, plan_shards, write_shard
+from moonlight.config.run import RunConfig
 from moonlight.data.chat_template import TEMPLATE_FILE, set_chat_mode
 from moonlight.data.manifest import load_manifest
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.dist_checkpoint.state import find, read_state, recipe_of
+from moonlight.dist_checkpoint.state import read_state, resolve_checkpoint, stored_config
 from moonlight.errors import UserError
 from moonlight.files import (
+    atomic_folder,
+    atomic_write_text,
     check_output,
     check_space,
     check_sums,
-    sha256_of,
-    something_else,
-    whole_folder,
+    output_conflict_error,
+    sha256_checksum,
     write_json,
     write_sums,
-    write_text,
 )
 from moonlight.progress import byte_progress
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics
@@ -85,7 +85,7 @@ def export(
         check_license(license)
     check_output(out, EXPORT_FILE)
     checkpoint = open_checkpoint(source, revision_step)
-    tuned_on = _tuning_data(checkpoint.run) if chat and tokenizer is None else None
+    tuned_on = _tuning_data(checkpoint.config) if chat and tokenizer is None else None
     tokenizer = tokenizer or checkpoint.tokenizer
     ids = None if tokenizer is None else Tokenizer.load(tokenizer)
     if chat and tokenizer is None:
@@ -96,7 +96,7 @@ def export(
             f"{checkpoint.tokenizer_sha256[:12]}: give that tokenizer with --tokenizer"
         )
     made_from = {
-        "state_sha256": sha256_of(checkpoint.folder / "state.json"),
+        "state_sha256": sha256_checksum(checkpoint.folder / "state.json"),
         "step": checkpoint.state.step,
         "revision_step": revision_step,
         "tokenizer_sha256": ids.sha256 if ids else None,
@@ -111,10 +111,12 @@ def export(
         _check_same(out, made_from)
         return False
     end_ids = _end_ids(tokenizer, ids, tuned_on, chat) if tokenizer and ids else []
-    model = replace(checkpoint.model, tie_word_embeddings=checkpoint.model.tie_word_embeddings and not untie)
-    shards = plan_shards(hf_mapping.table(model), DTYPES[dtype], max_shard_bytes)
+    model_config = replace(
+        checkpoint.model_config, tie_word_embeddings=checkpoint.model_config.tie_word_embeddings and not untie
+    )
+    shards = plan_shards(hf_mapping.tensor_mappings(model_config), DTYPES[dtype], max_shard_bytes)
     check_space(out, sum(entry.nbytes for shard in shards for entry in shard) + BESIDE_WEIGHTS_BYTES)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         sums = _write_weights(checkpoint, part, shards)
         if tokenizer:
             copy_tokenizer(tokenizer, part)
@@ -123,27 +125,27 @@ def export(
                 if tuned_on:
                     shutil.copyfile(tuned_on / TEMPLATE_FILE, part / TEMPLATE_FILE)
         bos_id, eos_id = ids.bos_id if ids else None, end_ids[0] if end_ids else None
-        write_json(part / "config.json", hf_config(model, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
-        write_json(part / GENERATION_FILE, generation_config(checkpoint.model, bos_id=bos_id, eos_ids=end_ids))
+        write_json(part / "config.json", hf_config(model_config, dtype=dtype, bos_id=bos_id, eos_id=eos_id))
+        write_json(part / GENERATION_FILE, generation_config(checkpoint.model_config, bos_id=bos_id, eos_ids=end_ids))
         _write_card(checkpoint, out, part, dtype, chat, license, repo)
         seen = {
             "consumed_tokens": checkpoint.state.consumed_tokens,
-            "sequence_length": checkpoint.run.data.sequence_length if checkpoint.run else None,
+            "sequence_length": checkpoint.config.data.sequence_length if checkpoint.config else None,
         }
         write_json(part / EXPORT_FILE, {"made_from": made_from, **seen})
         write_sums(part, sums)
     return True
 
 
-def _tuning_data(run: Run | None) -> Path | None:
+def _tuning_data(config: RunConfig | None) -> Path | None:
     """The folder of conversations that the run was tuned on, which has its chat template; None if there was none.
 
     Raises:
         UserError: it is not there any more.
     """
-    if run is None or not run.data.conversations:
+    if config is None or not config.data.conversations:
         return None
-    folder = Path(next(iter(run.data.mixture.values())).path)
+    folder = Path(next(iter(config.data.mixture.values())).path)
     try:
         load_manifest(folder)
     except UserError as error:
@@ -162,12 +164,12 @@ def _end_ids(tokenizer: Path, ids: Tokenizer, tuned_on: Path | None, chat: bool)
     """
     if chat:
         end = load_manifest(tuned_on)["chat"]["end_token"] if tuned_on else END_OF_MESSAGE
-        end_id = ids.id_of(end)
+        end_id = ids.token_id(end)
         if end_id is None:
             raise UserError(f"tokenizer {tokenizer} has no {end}, which ends a message: leave --chat out")
         return list(dict.fromkeys([end_id, ids.eos_id]))
     generation = tokenizer / GENERATION_FILE
-    known = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    known = read_json_strict(generation).get("eos_token_id") if generation.is_file() else None
     found = [one for one in (known if isinstance(known, list) else [known]) if type(one) is int]
     return found or [ids.eos_id]
 
@@ -176,49 +178,51 @@ def _write_card(
     checkpoint: Checkpoint, out: Path, part: Path, dtype: str, chat: bool, license: str | None, repo: str | None
 ) -> None:
     """README.md, with what the run folder tells, and its loss curve."""
-    folder, run = checkpoint.run_folder, checkpoint.run
+    folder, config = checkpoint.run_folder, checkpoint.config
     metrics = read_metrics(folder) if folder else []
     metrics = [entry for entry in metrics if entry["step"] <= checkpoint.state.step]
-    if run and metrics:
-        draw_loss_curve(metrics, part / CURVE_FILE, f"{run.name}: {run.optimizer.name}")
+    if config and metrics:
+        draw_loss_curve(metrics, part / CURVE_FILE, f"{config.name}: {config.optimizer.name}")
     evaluation = folder / EVALUATION_FILE if folder else None
     card = model_card(
-        model=checkpoint.model,
-        name=repo or (run.name if run else out.name),
+        model_config=checkpoint.model_config,
+        name=repo or (config.name if config else out.name),
         step=checkpoint.state.step,
         dtype=dtype,
         license=license,
         chat=chat,
-        run=run,
+        config=config,
         consumed_tokens=checkpoint.state.consumed_tokens,
         metrics=metrics,
-        manifests=_manifests(run),
-        imported_from=_first_weights(checkpoint.origin, run),
+        manifests=_manifests(config),
+        imported_from=_first_weights(checkpoint.origin, config),
         evaluation=evaluation.read_text("utf-8") if evaluation and evaluation.is_file() else None,
         curve=bool(metrics),
         averaged_steps=checkpoint.origin.get("averaged_steps", ()),
     )
-    write_text(part / "README.md", card)
+    atomic_write_text(part / "README.md", card)
 
 
-def _first_weights(origin: dict[str, Any], run: Run | None) -> str | None:
+def _first_weights(origin: dict[str, Any], config: RunConfig | None) -> str | None:
     """Where the weights came from that were not trained in `run`: the name of a model, or a path; None if random."""
-    initial = run.train.initial_checkpoint if run else ""
+    initial = config.train.initial_checkpoint if config else ""
     if not initial:
         return origin.get("imported_from")
     try:
-        content = read_state(find(Path(initial)), check_files=False)
-        _, before = recipe_of(content)
+        content = read_state(resolve_checkpoint(Path(initial)), check_files=False)
+        _, before = stored_config(content)
     except UserError:  # it was moved since then
         return str(Path(initial).absolute())
     # The whole path, because `runs/base` would read as a name on the Hub.
     return _first_weights(content.get("origin", {}), before) or str(Path(initial).absolute())
 
 
-def _manifests(run: Run | None) -> dict[str, dict[str, Any]] | None:
+def _manifests(config: RunConfig | None) -> dict[str, dict[str, Any]] | None:
     """Of the data that the run was trained on, by source, if it is still there."""
     try:
-        return {name: load_manifest(Path(source.path)) for name, source in run.data.mixture.items()} if run else None
+        return (
+            {name: load_manifest(Path(source.path)) for name, source in config.data.mixture.items()} if config else None
+        )
     except UserError:
         return None
 
@@ -231,10 +235,10 @@ def _check_same(out: Path, made_from: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise something_else(out)
+        raise output_conflict_error(out)
 
 
-def _write_weights(checkpoint: Checkpoint, folder: Path, shards: list[list[Entry]]) -> dict[str, str]:
+def _write_weights(checkpoint: Checkpoint, folder: Path, shards: list[list[ShardEntry]]) -> dict[str, str]:
     """Safetensors shards and the index that names the shard of every tensor. Returns the SHA-256 of the shards."""
     shard_of: dict[str, str] = {}
     sums: dict[str, str] = {}
@@ -249,7 +253,9 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, shards: list[list[Entry
 
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            sums[name] = write_shard(folder / name, shard, lambda entry: checkpoint.part(entry.row, entry.part), done)
+            sums[name] = write_shard(
+                folder / name, shard, lambda entry: checkpoint.read_hf_tensor(entry.row, entry.part), done
+            )
             shard_of |= {entry.part.name: name for entry in shard}
     write_json(
         folder / "model.safetensors.index.json",

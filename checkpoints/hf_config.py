@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moonlight.config.load import model_from_dict
-from moonlight.config.model import Model
+from moonlight.config.load import parse_model_config
+from moonlight.config.model import ModelConfig
 from moonlight.errors import UserError
 
 
 def hf_config(
-    model: Model, *, dtype: str = "float32", bos_id: int | None = None, eos_id: int | None = None
+    model_config: ModelConfig, *, dtype: str = "float32", bos_id: int | None = None, eos_id: int | None = None
 ) -> dict[str, Any]:
     """A native DeepSeek-V3 configuration that transformers, vLLM and SGLang read without remote code.
 
@@ -21,43 +21,43 @@ def hf_config(
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_attention_heads,
-        "q_lora_rank": model.q_lora_rank,
-        "kv_lora_rank": model.kv_lora_rank,
-        "qk_nope_head_dim": model.qk_nope_head_dim,
-        "qk_rope_head_dim": model.qk_rope_head_dim,
-        "v_head_dim": model.v_head_dim,
-        "intermediate_size": model.intermediate_size,
-        "moe_intermediate_size": model.moe_intermediate_size,
-        "n_routed_experts": model.num_experts,
-        "num_experts_per_tok": model.num_experts_per_tok,
-        "n_shared_experts": model.num_shared_experts,
-        "first_k_dense_replace": model.first_k_dense_replace,
+        "vocab_size": model_config.vocab_size,
+        "hidden_size": model_config.hidden_size,
+        "num_hidden_layers": model_config.num_hidden_layers,
+        "num_attention_heads": model_config.num_attention_heads,
+        "num_key_value_heads": model_config.num_attention_heads,
+        "q_lora_rank": model_config.q_lora_rank,
+        "kv_lora_rank": model_config.kv_lora_rank,
+        "qk_nope_head_dim": model_config.qk_nope_head_dim,
+        "qk_rope_head_dim": model_config.qk_rope_head_dim,
+        "v_head_dim": model_config.v_head_dim,
+        "intermediate_size": model_config.intermediate_size,
+        "moe_intermediate_size": model_config.moe_intermediate_size,
+        "n_routed_experts": model_config.num_experts,
+        "num_experts_per_tok": model_config.num_experts_per_tok,
+        "n_shared_experts": model_config.num_shared_experts,
+        "first_k_dense_replace": model_config.first_k_dense_replace,
         "moe_layer_freq": 1,
-        "n_group": model.num_expert_groups,
-        "topk_group": model.topk_group,
+        "n_group": model_config.num_expert_groups,
+        "topk_group": model_config.topk_group,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "norm_topk_prob": True,
-        "routed_scaling_factor": model.routed_scaling_factor,
-        "aux_loss_alpha": model.aux_loss_alpha,
+        "routed_scaling_factor": model_config.routed_scaling_factor,
+        "aux_loss_alpha": model_config.aux_loss_alpha,
         "seq_aux": True,
         "num_nextn_predict_layers": 0,
         "ep_size": 1,
         "pretraining_tp": 1,
         "hidden_act": "silu",
-        "rms_norm_eps": model.rms_norm_eps,
-        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model_config.rms_norm_eps,
+        "rope_theta": model_config.rope_theta,
         "rope_scaling": None,
-        "max_position_embeddings": model.max_position_embeddings,
-        "initializer_range": model.initializer_range,
+        "max_position_embeddings": model_config.max_position_embeddings,
+        "initializer_range": model_config.initializer_range,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tie_word_embeddings,
+        "tie_word_embeddings": model_config.tie_word_embeddings,
         "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -65,12 +65,12 @@ def hf_config(
     }
 
 
-def generation_config(model: Model, *, bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
+def generation_config(model_config: ModelConfig, *, bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
     """Defaults for generation: stop at any of `eos_ids`, within the trained context."""
     return {
         "bos_token_id": bos_id,
         "eos_token_id": eos_ids,
-        "max_length": model.max_position_embeddings,
+        "max_length": model_config.max_position_embeddings,
         "do_sample": False,
     }
 
@@ -123,7 +123,7 @@ OF_TRAINING = ("aux_loss_alpha", "initializer_range")
 """Fields of `Model` that no answer of the model depends on."""
 
 
-def model_of(config: dict[str, Any], path: Path) -> Model:
+def model_config_from_hf(hf_config: dict[str, Any], path: Path) -> ModelConfig:
     """The architecture that a Hugging Face configuration declares; `auto_map` and its code are left alone.
 
     Args:
@@ -132,41 +132,41 @@ def model_of(config: dict[str, Any], path: Path) -> Model:
     Raises:
         UserError: another architecture, a setting that the model cannot have, or one that is missing or wrong.
     """
-    kind, classes = config.get("model_type"), config.get("architectures")
+    kind, classes = hf_config.get("model_type"), hf_config.get("architectures")
     if kind != "deepseek_v3" or classes not in (None, ["DeepseekV3ForCausalLM"]):
         raise UserError(
             f"{path} declares model_type {kind!r} with architectures {classes!r}: accepted is 'deepseek_v3' with "
             "['DeepseekV3ForCausalLM']"
         )
     for key, value in ONLY.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{path} says {key} {config[key]!r}: only {value!r} is supported")
-    if config.get("quantization_config") is not None:
+        if hf_config.get(key, value) != value:
+            raise UserError(f"{path} says {key} {hf_config[key]!r}: only {value!r} is supported")
+    if hf_config.get("quantization_config") is not None:
         raise UserError(f"{path} has a quantization_config: only weights that are not quantised can be trained on")
     tree = {}
     for name, key in NAMES.items():
-        if key not in config:
+        if key not in hf_config:
             raise UserError(f"{path} lacks {key}, which says the model's shape")
-        tree[name] = config[key]
-    tree |= {name: config[name] for name in OPTIONAL if config.get(name) is not None}
-    tree["rope_theta"] = _rope_theta(config, path)
+        tree[name] = hf_config[key]
+    tree |= {name: hf_config[name] for name in OPTIONAL if hf_config.get(name) is not None}
+    tree["rope_theta"] = _rope_theta(hf_config, path)
     for name, value in tree.items():
         if isinstance(value, str):  # which a recipe may have for a number, as YAML 1.1 has no 1e-5
             raise UserError(f"{path} says {NAMES.get(name, name)} {value[:100]!r}: a number is expected")
     try:
-        model = model_from_dict(tree)
+        model_config = parse_model_config(tree)
     except UserError as error:
         message = re.sub(r"model\.(\w+)", lambda found: NAMES.get(found[1], found[1]), str(error))
         raise UserError(f"{path} cannot be used: {message}") from None
-    heads = config.get("num_key_value_heads", model.num_attention_heads)
-    if heads != model.num_attention_heads:
+    heads = hf_config.get("num_key_value_heads", model_config.num_attention_heads)
+    if heads != model_config.num_attention_heads:
         raise UserError(f"{path} says num_key_value_heads {heads}: latent attention has as many as query heads")
-    return model
+    return model_config
 
 
-def _rope_theta(config: dict[str, Any], path: Path) -> float:
+def _rope_theta(hf_config: dict[str, Any], path: Path) -> float:
     """From the key of its own, or from `rope_parameters` as transformers 5 writes it."""
-    parameters, theta = config.get("rope_parameters"), config.get("rope_theta")
+    parameters, theta = hf_config.get("rope_parameters"), hf_config.get("rope_theta")
     if parameters is not None:
         plain = isinstance(parameters, dict) and parameters.keys() <= {"rope_theta", "rope_type", "type"}
         if not plain or not all(parameters.get(key, "default") == "default" for key in ("rope_type", "type")):

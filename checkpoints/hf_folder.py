@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moonlight.errors import UserError, naming
-from moonlight.files import SUMS_FILE, read_sums, sha256_of
-from moonlight.progress import counted
+from moonlight.errors import UserError, attach_path
+from moonlight.files import SUMS_FILE, read_sums, sha256_checksum
+from moonlight.progress import track_progress
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -23,7 +23,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """One tensor of the folder, not read yet."""
 
     file: Path
@@ -40,7 +40,7 @@ class HuggingFaceFolder:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     files: list[str]
     """Names of the files that the model lies in: config.json, the index if there is one, the safetensors."""
 
@@ -53,7 +53,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     """
     if not path.is_dir():
         raise UserError(f"{path} is no Hugging Face folder: give one with config.json and safetensors files")
-    config = read_json(path / "config.json")
+    config = read_json_strict(path / "config.json")
     index = path / INDEX_FILE
     if index.exists():
         owners = _read_weight_map(index)
@@ -67,7 +67,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or make the folder again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in names:
         for key, tensor in _tensors_of(path / name).items():
             if key in tensors:
@@ -84,7 +84,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_strict(path: Path) -> dict[str, Any]:
     """A JSON object, no key of which is there twice.
 
     Raises:
@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    owners = read_json(index).get("weight_map")
+    owners = read_json_strict(index).get("weight_map")
     if not owners or not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
         raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
     for name in owners.values():
@@ -136,17 +136,17 @@ def check_listed_sums(folder: HuggingFaceFolder) -> None:
         return
     sums = read_sums(folder.path / SUMS_FILE)
     listed = [name for name in folder.files if name in sums]
-    for name in counted(listed, "checksums"):
-        if sha256_of(folder.path / name) != sums[name]:
+    for name in track_progress(listed, "checksums"):
+        if sha256_checksum(folder.path / name) != sums[name]:
             raise UserError(
                 f"{folder.path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed"
             )
 
 
-def _tensors_of(file: Path) -> dict[str, Tensor]:
+def _tensors_of(file: Path) -> dict[str, StoredTensor]:
     try:
         with (
-            naming(file),
+            attach_path(file),
             file.open("rb") as raw,
         ):  # the library says of any file that it may not read that it is absent
             handle = safe_open(file, framework="pt")
@@ -159,7 +159,7 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
             def read(key: str = key) -> torch.Tensor:
                 return handle.get_tensor(key)
 
-            found[key] = Tensor(file, view.get_dtype(), tuple(view.get_shape()), read)
+            found[key] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()), read)
     except _TwiceError as error:
         raise UserError(f"{file} is damaged: its header has the key {error} twice") from None
     except (SafetensorError, ValueError, RecursionError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from checkpoints.hf_config import model_of
+from checkpoints.hf_config import model_config_from_hf
 from checkpoints.hf_folder import (
     DTYPES,
     GENERATION_FILE,
@@ -14,17 +14,17 @@ from checkpoints.hf_folder import (
     HuggingFaceFolder,
     check_listed_sums,
     open_folder,
-    read_json,
+    read_json_strict,
 )
 from checkpoints.reader import TOKENIZER_FOLDER
-from checkpoints.writer import is_made_already, write_checkpoint
-from moonlight.config.model import Model
+from checkpoints.writer import is_up_to_date, write_checkpoint
+from moonlight.config.model import ModelConfig
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.dist_checkpoint.state import STATE_FILE, TrainState
 from moonlight.errors import UserError
-from moonlight.files import check_output, sha256_of, write_text
+from moonlight.files import atomic_write_text, check_output, sha256_checksum
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -44,25 +44,25 @@ def import_folder(folder: Path, out: Path) -> bool:
     """
     check_output(out, STATE_FILE)
     source = open_folder(folder)
-    model = model_of(source.config, folder / "config.json")
-    check_tensors(source, model)
+    model_config = model_config_from_hf(source.config, folder / "config.json")
+    check_tensors(source, model_config)
     has_tokenizer = bool(tokenizer_files(folder))
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    if tokenizer and tokenizer.num_text_ids > model.vocab_size:
+    if tokenizer and tokenizer.num_text_ids > model_config.vocab_size:
         raise UserError(
             f"tokenizer {folder} makes {tokenizer.num_text_ids} ids from text, vocab_size of its config.json is "
-            f"{model.vocab_size}: the embedding needs a row for each"
+            f"{model_config.vocab_size}: the embedding needs a row for each"
         )
     generation = folder / GENERATION_FILE
     if generation.is_file():
-        read_json(generation)
+        read_json_strict(generation)
     origin = {
         "imported_from": _name(folder),
-        "config_sha256": sha256_of(folder / "config.json"),
+        "config_sha256": sha256_checksum(folder / "config.json"),
         # Other weights of the same shapes have the same sizes.
         "files": {name: [(stat := (folder / name).stat()).st_size, stat.st_mtime_ns] for name in source.files},
     }
-    if is_made_already(out, origin):
+    if is_up_to_date(out, origin):
         return False
     check_listed_sums(source)
 
@@ -70,38 +70,38 @@ def import_folder(folder: Path, out: Path) -> bool:
         if has_tokenizer:
             copy_tokenizer(folder, part / TOKENIZER_FOLDER)
             if generation.is_file():
-                write_text(part / TOKENIZER_FOLDER / GENERATION_FILE, generation.read_text("utf-8"))
-        write_text(part / RECIPE_FILE, _recipe(folder, out, model, has_tokenizer))
+                atomic_write_text(part / TOKENIZER_FOLDER / GENERATION_FILE, generation.read_text("utf-8"))
+        atomic_write_text(part / RECIPE_FILE, _recipe(folder, out, model_config, has_tokenizer))
 
     write_checkpoint(
         out,
         "importing",
-        model=model,
-        run=None,
+        model_config=model_config,
+        config=None,
         state=TrainState(),
         origin=origin,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else "",
-        dtypes={row.key: _stored_dtype(source, row) for row in hf_mapping.table(model)},
+        dtypes={row.key: _stored_dtype(source, row) for row in hf_mapping.tensor_mappings(model_config)},
         read=lambda row, part: source.tensors[part.name].read().to(_stored_dtype(source, row)),
         add_files=add_files,
     )
     return True
 
 
-def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
+def check_tensors(source: HuggingFaceFolder, model_config: ModelConfig) -> None:
     """Every tensor that the configuration asks for is there in its shape, and no other but stale ones.
 
     Raises:
         UserError: one is missing, unknown, of another shape, or of a dtype that cannot be trained on.
     """
     config = source.path / "config.json"
-    experts = 3 * model.num_experts * (model.num_hidden_layers - model.first_k_dense_replace)
+    experts = 3 * model_config.num_experts * (model_config.num_hidden_layers - model_config.first_k_dense_replace)
     if experts > len(source.tensors):  # said before a table is made of what may be billions
         raise UserError(
-            f"{config} asks for {experts} tensors of experts (num_hidden_layers {model.num_hidden_layers}, "
-            f"n_routed_experts {model.num_experts}), {source.path} has {len(source.tensors)} tensors in all"
+            f"{config} asks for {experts} tensors of experts (num_hidden_layers {model_config.num_hidden_layers}, "
+            f"n_routed_experts {model_config.num_experts}), {source.path} has {len(source.tensors)} tensors in all"
         )
-    wanted = {part.name: part for row in hf_mapping.table(model) for part in row.parts}
+    wanted = {part.name: part for row in hf_mapping.tensor_mappings(model_config) for part in row.hf_tensors}
     for name, part in wanted.items():
         tensor = source.tensors.get(name)
         if tensor is None:
@@ -111,19 +111,20 @@ def check_tensors(source: HuggingFaceFolder, model: Model) -> None:
         if tensor.dtype not in DTYPES:
             raise UserError(f"{tensor.file}: {name} is {tensor.dtype}; accepted are {', '.join(DTYPES)}")
     for name, tensor in source.tensors.items():
-        if name not in wanted and name.startswith(f"model.layers.{model.num_hidden_layers}."):
+        if name not in wanted and name.startswith(f"model.layers.{model_config.num_hidden_layers}."):
             raise UserError(
-                f"{tensor.file}: {name} is of a layer beyond num_hidden_layers {model.num_hidden_layers} of {config}: "
+                f"{tensor.file}: {name} is of a layer beyond num_hidden_layers {model_config.num_hidden_layers} of "
+                f"{config}: "
                 "layers that predict further tokens (num_nextn_predict_layers) are not supported"
             )
         if name not in wanted and not name.endswith(STALE):
             raise UserError(f"{tensor.file}: {name} has no place in the model that {config} declares")
 
 
-def _stored_dtype(source: HuggingFaceFolder, row: hf_mapping.Row) -> torch.dtype:
+def _stored_dtype(source: HuggingFaceFolder, row: hf_mapping.TensorMapping) -> torch.dtype:
     """bfloat16 if all of the row's tensors are; router biases are always float32."""
-    kinds = {source.tensors[part.name].dtype for part in row.parts}
-    return torch.bfloat16 if kinds == {"BF16"} and row.parts[0].kind != "bias" else torch.float32
+    kinds = {source.tensors[part.name].dtype for part in row.hf_tensors}
+    return torch.bfloat16 if kinds == {"BF16"} and row.hf_tensors[0].init_kind != "bias" else torch.float32
 
 
 def _name(folder: Path) -> str:
@@ -131,8 +132,8 @@ def _name(folder: Path) -> str:
     return " ".join(folder.resolve().name.encode("utf-8", "replace").decode().split())
 
 
-def _recipe(folder: Path, out: Path, model: Model, has_tokenizer: bool) -> str:
-    tree: dict = {"model": dataclasses.asdict(model), "train": {"initial_checkpoint": str(out)}}
+def _recipe(folder: Path, out: Path, model_config: ModelConfig, has_tokenizer: bool) -> str:
+    tree: dict = {"model": dataclasses.asdict(model_config), "train": {"initial_checkpoint": str(out)}}
     if has_tokenizer:
         tree["data"] = {"tokenizer": str(out / TOKENIZER_FOLDER)}
     return (

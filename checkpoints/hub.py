@@ -92,9 +92,9 @@ def _listing(api: HfApi, release: Release) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
-def _different(release: Release, there: dict[str, RepoFile]) -> list[str]:
+def _different(release: Release, stored: dict[str, RepoFile]) -> list[str]:
     """Files that the Hub lacks or has with another content."""
-    return [name for name in sorted(release.files) if not _same(release, name, there.get(name))]
+    return [name for name in sorted(release.files) if not _same(release, name, stored.get(name))]
 
 
 def _same(release: Release, name: str, remote: RepoFile | None) -> bool:

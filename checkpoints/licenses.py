@@ -22,12 +22,12 @@ HUB_LICENSES = frozenset(_IDS.replace(",", " ").split())
 
 def check_license(license: str) -> None:
     """Raise UserError for what is nearly an identifier, which would go out as a licence of one's own."""
-    slug = slug_of(license)
+    slug = license_slug(license)
     near = difflib.get_close_matches(slug, HUB_LICENSES, n=1, cutoff=0.85)
     if slug not in HUB_LICENSES and near:
         raise UserError(f"--license is {license!r}: did you mean {near[0]}? name one of your own by a clearer name")
 
 
-def slug_of(license: str) -> str:
+def license_slug(license: str) -> str:
     """A licence's identifier, or a name in the form of one."""
     return re.sub(r"[^a-z0-9.+]+", "-", license.lower()).strip("-")

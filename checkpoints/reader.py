@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from moonlight.config.model import Model
-from moonlight.config.run import Run
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.dist_checkpoint.direct_io import direct_checksum_of
+from moonlight.dist_checkpoint.direct_io import direct_xxh3_checksum
 from moonlight.dist_checkpoint.index import StoredTensors
-from moonlight.dist_checkpoint.state import TrainState, check_file, find, read_state, recipe_of
+from moonlight.dist_checkpoint.state import TrainState, check_file, read_state, resolve_checkpoint, stored_config
 from moonlight.errors import UserError
 
 
@@ -20,8 +20,8 @@ class Checkpoint:
     """An opened checkpoint: what it is of, where it stands, and its tensors. None of them is in memory."""
 
     folder: Path
-    model: Model
-    run: Run | None
+    model_config: ModelConfig
+    config: RunConfig | None
     """The recipe that trained it; None for one that was imported."""
     state: TrainState
     origin: dict[str, Any]
@@ -36,26 +36,26 @@ class Checkpoint:
         own = self.folder / TOKENIZER_FOLDER
         if own.is_dir():
             return own
-        return Path(self.run.data.tokenizer) if self.run else None
+        return Path(self.config.data.tokenizer) if self.config else None
 
     @property
     def run_folder(self) -> Path | None:
         """Folder of the run that wrote it, for its metrics; None for one that no run wrote."""
-        return self.folder.parent.parent if self.run and not self.origin else None
+        return self.folder.parent.parent if self.config and not self.origin else None
 
-    def part(self, row: hf_mapping.Row, part: hf_mapping.Part) -> torch.Tensor:
+    def read_hf_tensor(self, row: hf_mapping.TensorMapping, part: hf_mapping.HFTensor) -> torch.Tensor:
         """One tensor as Hugging Face shapes it, in the dtype it is stored in, read past the page cache.
 
         Tied embeddings are the head, too.
         """
         key = row.key
-        if key == HEAD and self.model.tie_word_embeddings:
+        if key == HEAD and self.model_config.tie_word_embeddings:
             key = EMBEDDING
         value: torch.Tensor | None = None
-        for offset, sizes in self.stored.rectangles(key).items():
+        for offset, sizes in self.stored.chunks(key).items():
             if common := hf_mapping.overlap(part, row, offset, sizes):
                 part_index, rectangle_index = common
-                found = self.stored.read(key, offset, sizes, rectangle_index)
+                found = self.stored.read_chunk(key, offset, sizes, rectangle_index)
                 if tuple(found.shape) == part.shape:
                     return found
                 if value is None:
@@ -67,9 +67,9 @@ class Checkpoint:
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor of the checkpoint, float32."""
         whole = torch.empty(self.stored.shapes[key])
-        for offset, sizes in self.stored.rectangles(key).items():
+        for offset, sizes in self.stored.chunks(key).items():
             where = tuple(slice(begin, begin + size) for begin, size in zip(offset, sizes, strict=True))
-            whole[where] = self.stored.map(key, offset, sizes)
+            whole[where] = self.stored.mmap_chunk(key, offset, sizes)
         return whole
 
 
@@ -87,20 +87,20 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     Raises:
         UserError: there is none, it is damaged, or it lacks a tensor that its own recipe asks for.
     """
-    folder = find(path, step)
+    folder = resolve_checkpoint(path, step)
     content = read_state(folder, check_files=False)
     for name in content["files"]:
-        check_file(folder, name, content, direct_checksum_of)
-    model, run = recipe_of(content)
+        check_file(folder, name, content, direct_xxh3_checksum)
+    model_config, config = stored_config(content)
     stored = StoredTensors(folder)
     shapes = stored.shapes
-    for row in hf_mapping.table(model):
+    for row in hf_mapping.tensor_mappings(model_config):
         if shapes.get(row.key) != row.shape:
             raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")
     return Checkpoint(
         folder=folder,
-        model=model,
-        run=run,
+        model_config=model_config,
+        config=config,
         state=TrainState.from_json(content["state"]),
         origin=content.get("origin", {}),
         tokenizer_sha256=content["tokenizer_sha256"],

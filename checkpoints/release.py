@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from checkpoints.card import missing_of_card
+from checkpoints.card import missing_card_parts
 from checkpoints.export import EXPORT_FILE
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum
 
 CARD_FILE = "README.md"
 MAIN = "main"
@@ -51,7 +51,7 @@ class Release:
         return sum(map(self.size, self.files))
 
 
-def check(folder: Path, repo: str) -> Release:
+def check_release(folder: Path, repo: str) -> Release:
     """Check an exported folder and the name of its repository, without the network.
 
     Raises:
@@ -66,11 +66,11 @@ def check(folder: Path, repo: str) -> Release:
     _check_card(folder / CARD_FILE)
     files = check_sums(folder)
     _check_loads(folder)
-    files |= {name: sha256_of(folder / name) for name in (SUMS_FILE, VERIFICATION_FILE)}
+    files |= {name: sha256_checksum(folder / name) for name in (SUMS_FILE, VERIFICATION_FILE)}
     return Release(folder=folder, repo=repo, revision=revision, step=step, files=files)
 
 
-def print_plan(release: Release, *, private: bool) -> None:
+def print_release(release: Release, *, private: bool) -> None:
     """The files that would go, on the terminal."""
     table = Table(title=f"Release of {release.folder}", title_justify="left")
     table.add_column("file", overflow="fold")
@@ -149,13 +149,13 @@ def _check_verified(folder: Path) -> None:
     sums = folder / SUMS_FILE
     if not sums.is_file():
         raise UserError(f"{folder} has no {SUMS_FILE}: make the folder again with `moonlight export`")
-    if report.get("sums_sha256") != sha256_of(sums):
+    if report.get("sums_sha256") != sha256_checksum(sums):
         raise UserError(f"{folder / VERIFICATION_FILE} was made for other files than {sums} lists; {hint}")
 
 
 def _check_card(path: Path) -> None:
     try:
-        lacking = missing_of_card(path.read_text(encoding="utf-8"))
+        lacking = missing_card_parts(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}, the model card: export it again") from None
     except UnicodeDecodeError:

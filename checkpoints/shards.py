@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from moonlight.dist_checkpoint.direct_io import DirectFile
-from moonlight.dist_checkpoint.hf_mapping import Part, Row, some_rows
+from moonlight.dist_checkpoint.hf_mapping import HFTensor, TensorMapping, slice_rows
 
 CHUNK_BYTES = 1 << 20
 """Rounded, hashed and copied at once: as much as a processor's cache holds."""
@@ -27,19 +27,19 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """One tensor of a file."""
 
-    row: Row
-    part: Part
+    row: TensorMapping
+    part: HFTensor
     dtype: torch.dtype
 
-    def runs(self) -> Iterator["Entry"]:
+    def row_slices(self) -> Iterator["ShardEntry"]:
         """Its rows, a few at a time."""
         step = max(1, READ_BYTES // (self.nbytes // self.part.shape[0]))
         for begin in range(0, self.part.shape[0], step):
             end = min(begin + step, self.part.shape[0])
-            yield replace(self, part=some_rows(self.part, begin, end))
+            yield replace(self, part=slice_rows(self.part, begin, end))
 
     @property
     def nbytes(self) -> int:
@@ -47,16 +47,16 @@ class Entry:
         return torch.Size(self.part.shape).numel() * self.dtype.itemsize
 
 
-def plan_shards(rows: Sequence[Row], dtype: torch.dtype, max_bytes: int) -> list[list[Entry]]:
+def plan_shards(rows: Sequence[TensorMapping], dtype: torch.dtype, max_bytes: int) -> list[list[ShardEntry]]:
     """The tensors in order, cut where a file would outgrow `max_bytes`; router biases stay float32.
 
     Within a file the wider dtype comes first, so that every tensor is aligned.
     """
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[ShardEntry]] = [[]]
     size = 0
     for row in rows:
-        for part in row.parts:
-            entry = Entry(row, part, torch.float32 if part.kind == "bias" else dtype)
+        for part in row.hf_tensors:
+            entry = ShardEntry(row, part, torch.float32 if part.init_kind == "bias" else dtype)
             if shards[-1] and size + entry.nbytes > max_bytes:
                 shards.append([])
                 size = 0
@@ -66,7 +66,7 @@ def plan_shards(rows: Sequence[Row], dtype: torch.dtype, max_bytes: int) -> list
 
 
 def write_shard(
-    path: Path, entries: Sequence[Entry], read: Callable[[Entry], torch.Tensor], done: Callable[[int], None]
+    path: Path, entries: Sequence[ShardEntry], read: Callable[[ShardEntry], torch.Tensor], done: Callable[[int], None]
 ) -> str:
     """Write one file; whoever owns its folder flushes it to the disk. What comes next is read in the meantime.
 
@@ -94,7 +94,7 @@ def write_shard(
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
             file.write(memoryview(raw))
-        runs = (run for entry in entries for run in entry.runs())
+        runs = (run for entry in entries for run in entry.row_slices())
         for run, values in _read_ahead(runs, read):
             assert tuple(values.shape) == run.part.shape, (run.part.name, values.shape)
             for rows in _rows(values, run.dtype):
@@ -105,10 +105,12 @@ def write_shard(
     return digest.hexdigest()
 
 
-def _read_ahead(runs: Iterable[Entry], read: Callable[[Entry], torch.Tensor]) -> Iterator[tuple[Entry, torch.Tensor]]:
+def _read_ahead(
+    runs: Iterable[ShardEntry], read: Callable[[ShardEntry], torch.Tensor]
+) -> Iterator[tuple[ShardEntry, torch.Tensor]]:
     """Each with its values, while a thread reads those of the next."""
     with ThreadPoolExecutor(1) as pool:
-        under_way: deque[tuple[Entry, Future[torch.Tensor]]] = deque()
+        under_way: deque[tuple[ShardEntry, Future[torch.Tensor]]] = deque()
         for run in runs:
             under_way.append((run, pool.submit(read, run)))
             if len(under_way) == 2:

@@ -9,17 +9,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints.hf_config import NAMES, OF_TRAINING, model_of
+from checkpoints.hf_config import NAMES, OF_TRAINING, model_config_from_hf
 from checkpoints.hf_folder import DTYPES, STALE, HuggingFaceFolder, open_folder
 from checkpoints.reader import Checkpoint, open_checkpoint
-from moonlight.config.data import Data
-from moonlight.config.model import Model
-from moonlight.config.run import Run
-from moonlight.config.schedule import Schedule
-from moonlight.config.train import Train
+from moonlight.config.data import DataConfig
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.schedule import ScheduleConfig
+from moonlight.config.train import TrainConfig
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_json
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum, write_json
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 PROMPT_TOKENS = 64
@@ -30,7 +30,7 @@ BIAS = ".e_score_correction_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class VerificationReport:
     """What was compared and what was found."""
 
     tensors: int
@@ -49,7 +49,7 @@ class Report:
         return not self.problems and self.logit_difference <= MAX_LOGIT_DIFFERENCE and not self.different_routes
 
 
-def print_report(report: Report) -> None:
+def print_report(report: VerificationReport) -> None:
     """One table on the terminal, and the first differences below it."""
     table = Table(show_header=False, title="Verification", title_justify="left")
     table.add_row(
@@ -73,7 +73,7 @@ def print_report(report: Report) -> None:
         console.print(f"and {len(report.problems) - SHOWN_PROBLEMS} more")
 
 
-def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
+def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> VerificationReport:
     """Compare the checkpoint (or the newest of a run) with the Hugging Face folder.
 
     Logits are compared in float32 on fixed prompts, both sides holding the weights as rounded for the folder. If all is
@@ -87,14 +87,16 @@ def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
     """
     checkpoint = open_checkpoint(source)
     hugging_face = open_folder(folder)
-    declared = asdict(model_of(hugging_face.config, folder / "config.json"))
-    model = checkpoint.model
+    declared = asdict(model_config_from_hf(hugging_face.config, folder / "config.json"))
+    model_config = checkpoint.model_config
     if not declared["tie_word_embeddings"]:
-        model = replace(model, tie_word_embeddings=False)  # exported with --untie: the head is the embedding again
-    tensors, problems = compare_tensors(checkpoint, model, hugging_face)
+        model_config = replace(
+            model_config, tie_word_embeddings=False
+        )  # exported with --untie: the head is the embedding again
+    tensors, problems = compare_tensors(checkpoint, model_config, hugging_face)
     problems += [
         f"config.json says {NAMES.get(name, name)} {declared[name]!r}, the checkpoint has {value!r}"
-        for name, value in asdict(model).items()
+        for name, value in asdict(model_config).items()
         if name not in OF_TRAINING and declared[name] != value
     ]
     if (folder / SUMS_FILE).exists():
@@ -102,13 +104,13 @@ def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
             check_sums(folder)
         except UserError as error:
             problems.append(str(error))
-    report = Report(tensors=tensors, problems=problems)
+    report = VerificationReport(tensors=tensors, problems=problems)
     if not problems and not tensors_only:
         report = _compare_logits(report, checkpoint, hugging_face)
     if report.passed and not tensors_only and (folder / SUMS_FILE).exists():
         found = {
             "passed": True,
-            "sums_sha256": sha256_of(folder / SUMS_FILE),
+            "sums_sha256": sha256_checksum(folder / SUMS_FILE),
             "tensors": tensors,
             "tokens": report.tokens,
             "largest_logit_difference": report.logit_difference,
@@ -118,11 +120,13 @@ def verify(source: Path, folder: Path, *, tensors_only: bool = False) -> Report:
     return report
 
 
-def _compare_logits(report: Report, checkpoint: Checkpoint, folder: HuggingFaceFolder) -> Report:
-    model = checkpoint.model
+def _compare_logits(
+    report: VerificationReport, checkpoint: Checkpoint, folder: HuggingFaceFolder
+) -> VerificationReport:
+    model_config = checkpoint.model_config
     generator = torch.Generator().manual_seed(0)
-    length = min(PROMPT_TOKENS, model.max_position_embeddings)
-    prompts = torch.randint(0, model.vocab_size, (2, length), generator=generator)
+    length = min(PROMPT_TOKENS, model_config.max_position_embeddings)
+    prompts = torch.randint(0, model_config.vocab_size, (2, length), generator=generator)
     in_bfloat16 = "bfloat16" in (folder.config.get("dtype"), folder.config.get("torch_dtype"))
     ours, our_routes = _megatron(checkpoint, prompts, torch.bfloat16 if in_bfloat16 else torch.float32)
     theirs, their_routes = _transformers(folder.path, prompts)
@@ -135,7 +139,9 @@ def _compare_logits(report: Report, checkpoint: Checkpoint, folder: HuggingFaceF
     )
 
 
-def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFolder) -> tuple[int, list[str]]:
+def compare_tensors(
+    checkpoint: Checkpoint, model_config: ModelConfig, folder: HuggingFaceFolder
+) -> tuple[int, list[str]]:
     """Number of tensors compared, and one line per difference; every tensor of both sides is accounted for once.
 
     Args:
@@ -143,8 +149,8 @@ def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFol
     """
     problems: list[str] = []
     names = set()
-    for row in hf_mapping.table(model):
-        for part in row.parts:
+    for row in hf_mapping.tensor_mappings(model_config):
+        for part in row.hf_tensors:
             names.add(part.name)
             tensor = folder.tensors.get(part.name)
             if tensor is None:
@@ -153,7 +159,7 @@ def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFol
                 problems.append(f"{part.name} has shape {tensor.shape}, expected {part.shape}")
             elif tensor.dtype not in DTYPES:
                 problems.append(f"{part.name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-            elif different := _count_different(tensor.read(), checkpoint.part(row, part)):
+            elif different := _count_different(tensor.read(), checkpoint.read_hf_tensor(row, part)):
                 problems.append(f"{part.name} differs in {different} of {torch.Size(part.shape).numel()} values")
     kinds = {folder.tensors[name].dtype for name in names & folder.tensors.keys() if not name.endswith(BIAS)}
     if len(kinds) > 1:
@@ -163,10 +169,10 @@ def compare_tensors(checkpoint: Checkpoint, model: Model, folder: HuggingFaceFol
     return len(folder.tensors), problems
 
 
-def _count_different(found: torch.Tensor, value: torch.Tensor) -> int:
+def _count_different(actual: torch.Tensor, value: torch.Tensor) -> int:
     """Values of `found` that are not those of `value` in its dtype, a few rows at a time."""
-    step = max(1, ELEMENTS_AT_ONCE // found[0].numel())
-    pairs = zip(found.split(step), value.split(step), strict=True)
+    step = max(1, ELEMENTS_AT_ONCE // actual[0].numel())
+    pairs = zip(actual.split(step), value.split(step), strict=True)
     return sum(int((mine != wanted.to(mine.dtype)).sum()) for mine, wanted in pairs)
 
 
@@ -181,23 +187,23 @@ def _megatron(
     """Logits [batch, sequence, vocabulary] and, per layer with experts, the chosen ones [tokens, k] in order."""
     from moonlight import parallel
     from moonlight.model.build import build_model
-    from moonlight.model.shards import pieces_of, sharded_state
+    from moonlight.model.shards import collect_sharded_tensors, local_chunks
     from moonlight.train.step import routers
 
-    run = Run(
+    config = RunConfig(
         name="verify",
-        model=checkpoint.model,
-        data=Data(path="none", tokenizer="", sequence_length=prompts.shape[1]),
-        schedule=Schedule(lr=1.0),
-        train=Train(train_steps=1, global_batch_size=1, micro_batch_size=1),
+        model=checkpoint.model_config,
+        data=DataConfig(path="none", tokenizer="", sequence_length=prompts.shape[1]),
+        schedule=ScheduleConfig(lr=1.0),
+        train=TrainConfig(train_steps=1, global_batch_size=1, micro_batch_size=1),
     )
-    parallel.join_alone()
+    parallel.init_single_process()
     try:
-        parallel.build_groups(run.parallel, seed=0)
-        models = build_model(run)
-        for key, sharded in sharded_state(models).items():
+        parallel.init_model_parallel(config.parallel, seed=0)
+        models = build_model(config)
+        for key, sharded in collect_sharded_tensors(models).items():
             whole = checkpoint.read(key)
-            for offset, values in pieces_of(sharded).rectangles:
+            for offset, values in local_chunks(sharded).chunks:
                 where = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
                 values.copy_(whole[where] if key.endswith("expert_bias") else whole[where].to(dtype))
         (model,) = models
@@ -208,7 +214,7 @@ def _megatron(
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = model.eval()(tokens, positions, None).cpu()
     finally:
-        parallel.leave_world()
+        parallel.destroy_distributed()
     batch, length = prompts.shape
     # Megatron's tokens run sequence first, transformers' batch first.
     reordered = [route.view(length, batch, -1).transpose(0, 1).flatten(0, 1) for route in routes]

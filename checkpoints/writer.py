@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 
-from moonlight.config.model import Model
-from moonlight.config.run import Run
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.dist_checkpoint.chunks import Streamed
+from moonlight.dist_checkpoint.chunks import LazyTensor
 from moonlight.dist_checkpoint.state import STATE_FILE, TrainState, read_state, write_state
 from moonlight.dist_checkpoint.tensors import save_tensors
-from moonlight.files import check_output, check_space, checksum_of, something_else, whole_folder
+from moonlight.files import atomic_folder, check_output, check_space, output_conflict_error, xxh3_checksum
 from moonlight.progress import byte_progress
 
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
 """Room for tokenizer and index."""
 
-Read = Callable[[hf_mapping.Row, hf_mapping.Part], torch.Tensor]
+Read = Callable[[hf_mapping.TensorMapping, hf_mapping.HFTensor], torch.Tensor]
 
 
 def write_checkpoint(
     out: Path,
     name: str,
     *,
-    model: Model,
-    run: Run | None,
+    model_config: ModelConfig,
+    config: RunConfig | None,
     state: TrainState,
     origin: dict[str, Any],
     tokenizer_sha256: str,
@@ -48,13 +48,15 @@ def write_checkpoint(
     Raises:
         UserError: no room.
     """
-    rows = hf_mapping.table(model)
+    rows = hf_mapping.tensor_mappings(model_config)
     total = sum(torch.Size(row.shape).numel() * dtypes[row.key].itemsize for row in rows)
     check_space(out, total + BESIDE_WEIGHTS_BYTES)
     done = 0
-    with whole_folder(out) as part, byte_progress(name, total) as advance:
+    with atomic_folder(out) as part, byte_progress(name, total) as advance:
 
-        def maker(row: hf_mapping.Row, hf: hf_mapping.Part, sizes: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+        def maker(
+            row: hf_mapping.TensorMapping, hf: hf_mapping.HFTensor, sizes: tuple[int, ...]
+        ) -> Callable[[], torch.Tensor]:
             def make() -> torch.Tensor:
                 nonlocal done
                 value = read(row, hf)
@@ -68,19 +70,19 @@ def write_checkpoint(
         tensors = {}
         for row in rows:
             rectangles = {}
-            for hf in row.parts:
-                offset, sizes = hf_mapping.place(hf, row)
+            for hf in row.hf_tensors:
+                offset, sizes = hf_mapping.offset_and_sizes(hf, row)
                 rectangles[offset] = (sizes, maker(row, hf, sizes))
-            tensors[row.key] = Streamed(row.shape, dtypes[row.key], rectangles)
+            tensors[row.key] = LazyTensor(row.shape, dtypes[row.key], rectangles)
         files = save_tensors(part, tensors)
         before = {part / name for name in files}
         add_files(part)
         for file in sorted(file for file in part.rglob("*") if file.is_file() and file not in before):
-            known = {"bytes": file.stat().st_size, "xxh3": checksum_of(file)}
+            known = {"bytes": file.stat().st_size, "xxh3": xxh3_checksum(file)}
             files[file.relative_to(part).as_posix()] = known
         content = {
             "state": dataclasses.asdict(state),
-            "recipe": dataclasses.asdict(run) if run else {"model": dataclasses.asdict(model)},
+            "recipe": dataclasses.asdict(config) if config else {"model": dataclasses.asdict(model_config)},
             "origin": origin,
             "tokenizer_sha256": tokenizer_sha256,
             "files": files,
@@ -88,7 +90,7 @@ def write_checkpoint(
         write_state(part, content)
 
 
-def is_made_already(out: Path, origin: dict[str, Any]) -> bool:
+def is_up_to_date(out: Path, origin: dict[str, Any]) -> bool:
     """Whether `out` is a checkpoint of this origin, and whole.
 
     Raises:
@@ -98,6 +100,6 @@ def is_made_already(out: Path, origin: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if read_state(out, check_files=False).get("origin") != origin:
-        raise something_else(out)
+        raise output_conflict_error(out)
     read_state(out)
     return True

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from eval import harness, heldout, items, results
-from eval.folder import context_of, read_config
-from eval.results import Model
-from eval.suites import HELD_OUT, SUITES, Benchmark, choose
+from eval.folder import context_length, read_hf_config
+from eval.results import EvaluatedModel
+from eval.suites import HELD_OUT, SUITES, Benchmark, select_benchmarks
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, make_folder, sha256_of, write_json, write_text
+from moonlight.files import SUMS_FILE, atomic_write_text, make_folder, sha256_checksum, write_json
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class EvalOptions:
     """What the command line asks for."""
 
     suite: str
@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalOutput:
     """What was measured, and where it was written."""
 
     out: Path
@@ -45,7 +45,7 @@ class Evaluation:
     curve: Path | None
 
 
-def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None) -> Evaluation:
+def evaluate(folders: Sequence[Path], options: EvalOptions, out: Path | None = None) -> EvalOutput:
     """Evaluate folders one after the other; what `out` holds of the same evaluation already is not done again.
 
     Returns:
@@ -56,7 +56,7 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
     Raises:
         UserError: a name, an option, a folder or a data set cannot be used. Found before a model is loaded.
     """
-    benchmarks = choose(options.suite, options.tasks)
+    benchmarks = select_benchmarks(options.suite, options.tasks)
     _check(options)
     models = _models(folders)
     name = options.suite if options.limit is None else f"{options.suite}-first-{options.limit}"
@@ -79,13 +79,13 @@ def evaluate(folders: Sequence[Path], options: Options, out: Path | None = None)
         table = results.table(rows, models, found)
     record = [{"label": model.label, "tokens": model.tokens, "results": found[model.label]} for model in models]
     write_json(out / RESULTS_FILE, {"suite": options.suite, "models": record})
-    write_text(out / TABLE_FILE, table)
+    atomic_write_text(out / TABLE_FILE, table)
     curve = out / results.CURVE_FILE
     drawn = results.draw_curve(curve, options.suite, models, found)
-    return Evaluation(out, table, curve if drawn else None)
+    return EvalOutput(out, table, curve if drawn else None)
 
 
-def _check(options: Options) -> None:
+def _check(options: EvalOptions) -> None:
     """Options that no suite can use, or not this one."""
     for name, value, accepted in (("backend", options.backend, harness.BACKENDS), ("dtype", options.dtype, DTYPES)):
         if value not in accepted:
@@ -108,11 +108,11 @@ def _check(options: Options) -> None:
         raise UserError(f"--sequence-length is for --suite {HELD_OUT}: the suite {options.suite} has items of its own")
 
 
-def _models(folders: Sequence[Path]) -> list[Model]:
+def _models(folders: Sequence[Path]) -> list[EvaluatedModel]:
     """The folders with labels that tell them apart, after a look at what must be in them."""
-    models: list[Model] = []
+    models: list[EvaluatedModel] = []
     for folder in folders:
-        read_config(folder)
+        read_hf_config(folder)
         if not (folder / "tokenizer_config.json").is_file():
             raise UserError(f"{folder} is no Hugging Face folder with a tokenizer: it has no tokenizer_config.json")
         place = folder.resolve()
@@ -123,7 +123,7 @@ def _models(folders: Sequence[Path]) -> list[Model]:
             label = f"{place.parent.name}-{place.name}"
         if label in {model.label for model in models}:
             raise UserError(f"{folder} would be called {label} like another of the folders: rename one of them")
-        models.append(Model(label, folder, _of_training(folder, "consumed_tokens")))
+        models.append(EvaluatedModel(label, folder, _of_training(folder, "consumed_tokens")))
     return models
 
 
@@ -136,7 +136,9 @@ def _of_training(folder: Path, key: str) -> int | None:
     return count if type(count) is int else None
 
 
-def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Options, out: Path) -> dict[str, Any]:
+def _suite(
+    models: Sequence[EvaluatedModel], benchmarks: Sequence[Benchmark], options: EvalOptions, out: Path
+) -> dict[str, Any]:
     """Results of the harness by model and benchmark, those included that an earlier command left in `out`.
 
     Data is loaded before the first model, which may take long.
@@ -154,7 +156,7 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
     open_ones = [b for b in benchmarks if any(b.name not in found[model.label] for model in models)]
     loaded = harness.load_tasks(open_ones, options.data_dir) if open_ones else {}
     for model in models:
-        context = context_of(model.folder)
+        context = context_length(model.folder)
         for benchmark in open_ones:
             longest = harness.longest_answer(loaded[benchmark.name])
             if context is not None and longest >= context:
@@ -168,16 +170,16 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
             print(f"{model.label}: evaluated already", flush=True)
             continue
         dtype = harness.resolved_dtype(model.folder, options.dtype)
-        lm = harness.load_model(model.folder, options.backend, dtype, options.batch_size)
+        lm = harness.load_harness_model(model.folder, options.backend, dtype, options.batch_size)
         make_folder(out / model.label)
         for benchmark in todo:
             start = time.monotonic()
             tasks = loaded[benchmark.name]
-            outcome = harness.run(
+            outcome = harness.run_benchmark(
                 lm, benchmark, tasks, limit=options.limit, backend=options.backend, allow_code=options.allow_code
             )
-            answers = items.items_of(benchmark, outcome.samples)
-            write_text(out / model.label / f"{benchmark.name}.items.jsonl", items.to_lines(answers))
+            answers = items.sample_items(benchmark, outcome.samples)
+            atomic_write_text(out / model.label / f"{benchmark.name}.items.jsonl", items.to_lines(answers))
             entry = {
                 "title": benchmark.title,
                 "metric": benchmark.metric,
@@ -198,14 +200,14 @@ def _suite(models: Sequence[Model], benchmarks: Sequence[Benchmark], options: Op
     return {model.label: {name: found[model.label][name] for name in shared} for model in models}
 
 
-def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str, Any]:
+def _held_out(models: Sequence[EvaluatedModel], options: EvalOptions, out: Path) -> dict[str, Any]:
     """Results of the suite of held-out text by model and data folder."""
     opened = {folder.resolve().name: heldout.open_held_out(folder) for folder in options.data}
     if len(opened) < len(options.data):
         raise UserError("--data has two folders of the same name: rename one of them")
     plans, lengths = {}, {}
     for model in models:
-        context = context_of(model.folder)
+        context = context_length(model.folder)
         length = options.sequence_length
         if length is None:
             length = _of_training(model.folder, "sequence_length") or context
@@ -218,7 +220,7 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
             heldout.check_same_tokenizer(data, model.folder)
         plans[model.label] = {
             name: _made_with(model, options)
-            | {"data_sha256": sha256_of(data.folder / "manifest.json"), "sequence_length": lengths[model.label]}
+            | {"data_sha256": sha256_checksum(data.folder / "manifest.json"), "sequence_length": lengths[model.label]}
             for name, data in opened.items()
         }
     found = {label: _known(out / label, plan, set(plan)) for label, plan in plans.items()}
@@ -229,7 +231,7 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
                 print(f"{model.label}, {name}: evaluated already", flush=True)
                 continue
             start = time.monotonic()
-            measured = heldout.bits_per_byte(
+            measured = heldout.measure_bits_per_byte(
                 model.folder,
                 data,
                 dtype=harness.resolved_dtype(model.folder, options.dtype),
@@ -255,7 +257,7 @@ def _held_out(models: Sequence[Model], options: Options, out: Path) -> dict[str,
     return found
 
 
-def _made_with(model: Model, options: Options) -> dict[str, Any]:
+def _made_with(model: EvaluatedModel, options: EvalOptions) -> dict[str, Any]:
     """All that decides a result, so that a finished one is known again."""
     sums = model.folder / SUMS_FILE
     weights = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.folder.glob("*.*"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.folder import chat_ids, load_chat_tokenizer, load_model
-from moonlight.progress import counted
+from moonlight.progress import track_progress
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answer:
         return self.ended and self.text == self.wanted
 
 
-def answers(
+def generate_answers(
     folder: Path, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_new_tokens: int = 32, batch: int = 64
 ) -> list[Answer]:
     """Ask an exported model what the last message of each conversation is, given those before it.
@@ -48,7 +48,7 @@ def answers(
     by_length = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     found: dict[int, Answer] = {}
     starts = range(0, len(by_length), batch)
-    for start in counted(starts, f"{folder}: answers"):
+    for start in track_progress(starts, f"{folder}: answers"):
         numbers = by_length[start : start + batch]
         longest = len(prompts[numbers[0]])
         ids = torch.tensor([[pad] * (longest - len(prompts[number])) + prompts[number] for number in numbers])
@@ -69,10 +69,10 @@ def answers(
     return [found[number] for number in range(len(prompts))]
 
 
-def share_exact(given: Sequence[Answer], tasks: Sequence[str]) -> dict[str, Any]:
+def exact_match_by_task(answers: Sequence[Answer], tasks: Sequence[str]) -> dict[str, Any]:
     """Share of exact answers by task, and `all`; with how many there are of each."""
     shares: dict[str, Any] = {}
     for task in (*sorted(set(tasks)), "all"):
-        own = [answer.is_exact for answer, its in zip(given, tasks, strict=True) if task in (its, "all")]
+        own = [answer.is_exact for answer, its in zip(answers, tasks, strict=True) if task in (its, "all")]
         shares[task] = {"exact": sum(own) / len(own), "conversations": len(own)}
     return shares

@@ -8,7 +8,7 @@ from typing import Any
 from moonlight.errors import UserError
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; raise UserError if there is none, or it is damaged."""
     path = folder / "config.json"
     if not path.is_file():
@@ -22,9 +22,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def context_of(folder: Path) -> int | None:
+def context_length(folder: Path) -> int | None:
     """Tokens of context that config.json states; None if it states none."""
-    value = read_config(folder).get("max_position_embeddings")
+    value = read_hf_config(folder).get("max_position_embeddings")
     return value if type(value) is int else None
 
 
@@ -62,7 +62,7 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
 
 
 def _load(kind: str, folder: Path, **settings: Any) -> Any:
-    read_config(folder)
+    read_hf_config(folder)
     import transformers
     from transformers.utils import logging
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from eval.folder import chat_ids, context_of, load_chat_tokenizer, load_model, load_tokenizer
+from eval.folder import chat_ids, context_length, load_chat_tokenizer, load_model, load_tokenizer
 from moonlight.errors import UserError
 
 MAX_TEMPERATURE = 10.0
@@ -27,7 +27,7 @@ def generate(
         raise UserError(f"temperature is {temperature}: it must be from 0 to {MAX_TEMPERATURE}")
     import torch
 
-    most = (context_of(folder) or sys.maxsize) - 1
+    most = (context_length(folder) or sys.maxsize) - 1
     if chat:
         tokenizer = load_chat_tokenizer(folder)
         ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])

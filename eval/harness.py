@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.data_sets import TASKS, check_local, hub_names, local_copy, unreachable
-from eval.folder import load_tokenizer, read_config, unusable
+from eval.folder import load_tokenizer, read_hf_config, unusable
 from eval.suites import OWN, Benchmark
 from moonlight.errors import UserError
 
@@ -28,7 +28,7 @@ _VLLM_LATENT_WIDTH = 576
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BenchmarkResult:
     """What the harness found for one benchmark."""
 
     score: float
@@ -107,7 +107,7 @@ def _new_tokens(task: Any) -> int:
     return int(task.config.generation_kwargs.get("max_gen_toks", DEFAULT_NEW_TOKENS))
 
 
-def load_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
+def load_harness_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
     """The harness's model of a Hugging Face folder. No code of the folder runs.
 
     Args:
@@ -145,7 +145,7 @@ def load_model(folder: Path, backend: str, dtype: str, batch_size: int) -> Any:
 
 def _fit_vllm(folder: Path) -> None:
     """Before vLLM is imported: its kernels for latent attention know one width, and others take the plain way."""
-    config = read_config(folder)
+    config = read_hf_config(folder)
     width = config.get("kv_lora_rank") and config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)
     if width and width != _VLLM_LATENT_WIDTH:
         os.environ.setdefault("VLLM_MLA_DISABLE", "1")
@@ -202,7 +202,9 @@ def _prefix_id(folder: Path) -> int | None:
     return None if tokenizer.bos_token_id in ids else tokenizer.eos_token_id
 
 
-def run(model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, backend: str, allow_code: bool) -> Outcome:
+def run_benchmark(
+    model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, backend: str, allow_code: bool
+) -> BenchmarkResult:
     """Ask a model every item of a benchmark, or the first `limit` of each of its tasks, and score the answers."""
     from lm_eval.evaluator import evaluate
 
@@ -228,7 +230,7 @@ def run(model: Any, benchmark: Benchmark, tasks: Any, *, limit: int | None, back
         for task in sorted(found["samples"])
         for sample in found["samples"][task]
     ]
-    return Outcome(
+    return BenchmarkResult(
         score=float(result[benchmark.metric]),
         stderr=float(stderr) if isinstance(stderr, float | int) else None,
         samples=[sample for sample in samples if sample["filter"] == name],
@@ -288,7 +290,7 @@ def resolved_dtype(folder: Path, dtype: str) -> str:
         return dtype
     import torch
 
-    config = read_config(folder)
+    config = read_hf_config(folder)
     own = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return own if torch.cuda.is_available() else "float32"
 

@@ -8,7 +8,7 @@ from typing import Any
 from eval.suites import Benchmark
 
 
-def items_of(benchmark: Benchmark, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def sample_items(benchmark: Benchmark, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The harness's samples in short: task, number, question, answer, target, score, and a checksum of the prompt.
 
     The question is the prompt without its examples.

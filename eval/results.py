@@ -14,7 +14,7 @@ COLOURS = 10
 
 
 @dataclass(frozen=True)
-class Model:
+class EvaluatedModel:
     """One evaluated folder."""
 
     label: str
@@ -27,7 +27,7 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Label of a model -> name of a benchmark -> what was found."""
 
 
-def table(benchmarks: Sequence[Benchmark], models: Sequence[Model], results: Results) -> str:
+def table(benchmarks: Sequence[Benchmark], models: Sequence[EvaluatedModel], results: Results) -> str:
     """The results of a suite, as Markdown. Scores are percentages, but for bits per byte; code may have no result."""
     beside = [name for name in COLUMNS if any(name in benchmark.published for benchmark in benchmarks)]
     heads = ["benchmark", "shots", *(model.label for model in models), *(f"{name} (published)" for name in beside)]
@@ -41,7 +41,7 @@ def table(benchmarks: Sequence[Benchmark], models: Sequence[Model], results: Res
     return "\n".join(lines) + "\n\n" + "\n".join(_notes(benchmarks, results)) + "\n"
 
 
-def held_out_table(models: Sequence[Model], results: Results) -> str:
+def held_out_table(models: Sequence[EvaluatedModel], results: Results) -> str:
     """Bits per byte of each data folder under each model, beside compressors, as Markdown."""
     heads = ["held-out text", "bytes", *(model.label for model in models), "gzip -9", "xz -9"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
@@ -55,11 +55,11 @@ def held_out_table(models: Sequence[Model], results: Results) -> str:
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
-def _score(benchmark: Benchmark, found: Mapping[str, Any]) -> str:
+def _score(benchmark: Benchmark, results: Mapping[str, Any]) -> str:
     if not benchmark.higher_is_better:
-        return f"{found['score']:.3f}"
-    error = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.1f}"
-    return f"{100 * found['score']:.1f}{error}"
+        return f"{results['score']:.3f}"
+    error = "" if results["stderr"] is None else f" ± {100 * results['stderr']:.1f}"
+    return f"{100 * results['score']:.1f}{error}"
 
 
 def _notes(benchmarks: Sequence[Benchmark], results: Results) -> list[str]:
@@ -87,7 +87,7 @@ def _notes(benchmarks: Sequence[Benchmark], results: Results) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def draw_curve(path: Path, suite: str, models: Sequence[Model], results: Results) -> bool:
+def draw_curve(path: Path, suite: str, models: Sequence[EvaluatedModel], results: Results) -> bool:
     """Scores over tokens as PNG, if at least two models say how many they have seen. Returns whether it was drawn.
 
     Bars are one standard error of the benchmark's items, where it is known.
@@ -110,9 +110,9 @@ def draw_curve(path: Path, suite: str, models: Sequence[Model], results: Results
     for axis, kind in zip(axes[0], kinds, strict=True):
         scale = 100 if kind == "percent" else 1
         names = [name for name, entry in entries.items() if _kind(entry) == kind]
-        for number, name in enumerate(names):
+        for index, name in enumerate(names):
             found = [results[model.label][name] for model in points]
-            style = {"linestyle": "-" if number < COLOURS else "--", "color": f"C{number % COLOURS}"}
+            style = {"linestyle": "-" if index < COLOURS else "--", "color": f"C{index % COLOURS}"}
             errors = [scale * (one.get("stderr") or 0) for one in found]
             scores, label = [scale * one["score"] for one in found], entries[name]["title"]
             axis.errorbar(tokens, scores, errors, **style, elinewidth=0.6, marker="o", markersize=4, label=label)

@@ -17,7 +17,7 @@ _CONFINE = Path(__file__).with_name("confine.py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class SandboxLimits:
     """What one answer may use."""
 
     cpu_seconds: int = 5
@@ -27,7 +27,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SandboxResult:
     """How a program ended."""
 
     passed: bool
@@ -35,7 +35,7 @@ class Verdict:
     """`passed`, the exception, or the limit that it met."""
 
 
-def run_code(program: str, limits: Limits = Limits()) -> Verdict:
+def run_code(program: str, limits: SandboxLimits = SandboxLimits()) -> SandboxResult:
     """Run a Python program: passed if it runs to its end without an exception.
 
     It gets an empty temporary folder, no environment, Python's standard library and nothing else; it can open no
@@ -78,18 +78,18 @@ def run_code(program: str, limits: Limits = Limits()) -> Verdict:
         except BlockingIOError:
             said = b""
     if timed_out:
-        return Verdict(False, f"wall limit of {limits.wall_seconds:g} s")
+        return SandboxResult(False, f"wall limit of {limits.wall_seconds:g} s")
     if not said.startswith(b"confined "):
         reason = said.decode("utf-8", "replace").removeprefix("unconfined ") or f"exit code {process.returncode}"
         raise UserError(f"this machine does not let code be confined ({reason}): leave code-executing tasks out")
     said = said.removeprefix(b"confined ")
     if said == b"ended " + token:
-        return Verdict(True, "passed")
+        return SandboxResult(True, "passed")
     if said.startswith(b"failed "):
-        return Verdict(False, " ".join(said.decode("utf-8", "replace").removeprefix("failed ").split())[:200])
+        return SandboxResult(False, " ".join(said.decode("utf-8", "replace").removeprefix("failed ").split())[:200])
     if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return Verdict(False, f"CPU limit of {limits.cpu_seconds} s")
-    return Verdict(False, f"ended by itself with {process.returncode}")
+        return SandboxResult(False, f"CPU limit of {limits.cpu_seconds} s")
+    return SandboxResult(False, f"ended by itself with {process.returncode}")
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

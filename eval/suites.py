@@ -194,7 +194,7 @@ OFFLINE = (
 SUITES: dict[str, tuple[Benchmark, ...]] = {"paper": PAPER, "offline": OFFLINE, HELD_OUT: ()}
 
 
-def choose(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:
+def select_benchmarks(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:
     """The benchmarks of a suite, in its order; all of them if `names` is empty.
 
     Raises:
@@ -215,11 +215,11 @@ def choose(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:
     return tuple(benchmark for name, benchmark in known.items() if not names or name in names)
 
 
-def _accepted(name: str, known: Iterable[str]) -> str:
+def _accepted(name: str, names: Iterable[str]) -> str:
     """What would be accepted, the nearest first."""
-    known = list(known)
-    titles = {one.replace("-", "").replace("_", ""): one for one in known}
+    names = list(names)
+    titles = {one.replace("-", "").replace("_", ""): one for one in names}
     plain = name.lower().replace("-", "").replace("_", "")
     near = difflib.get_close_matches(plain, titles, n=1, cutoff=0.5)
     hint = f"did you mean {titles[near[0]]}? " if near else ""
-    return f"{hint}{'A' if hint else 'a'}ccepted are {', '.join(known)}"
+    return f"{hint}{'A' if hint else 'a'}ccepted are {', '.join(names)}"

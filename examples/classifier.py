@@ -62,12 +62,12 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, preset: Preset) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for number, width in enumerate(preset.widths):
+        for index, width in enumerate(preset.widths):
             for _ in range(2):
                 norm = nn.BatchNorm2d(width) if preset.norm == "batch" else nn.GroupNorm(GROUPS, width)
                 layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), norm, nn.GELU()]
                 channels = width
-            if number + 1 < len(preset.widths):
+            if index + 1 < len(preset.widths):
                 layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(channels, CLASSES)

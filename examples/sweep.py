@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from moonlight.errors import UserError
-from moonlight.files import folder_lock, read_json, write_figure, write_json, write_text
-from moonlight.studies.grid import best_rate, on_edge, wanted_rates
+from moonlight.files import atomic_write_text, folder_lock, read_json, write_figure, write_json
+from moonlight.studies.grid import best_rate, on_edge, pending_rates
 from moonlight.studies.scaling_picture import COLORS, LABELS, mark_rates, new_figure
 
 OPTIMIZERS = ("muon", "adamw")
@@ -99,7 +99,7 @@ def sweep(task: Task, folder: Path, start: Sequence[float], seeds: Sequence[int]
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         text, passed = describe(task, points, seeds)
-        write_text(folder / "results.md", text)
+        atomic_write_text(folder / "results.md", text)
         draw(task, points, seeds, folder / "results.png")
         print(f"\n{text}\n{folder}: results.json, results.md, results.png")
         return passed
@@ -129,7 +129,7 @@ def _value(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 def _wanted(points: dict[str, Any], start: Sequence[float], seeds: Sequence[int]) -> list[Point]:
     values = {name: {rate: _value(runs) for rate, runs in own.items()} for name, own in _rates(points, seeds).items()}
-    rates = wanted_rates(start, FACTOR, MOST_RATES, values)
+    rates = pending_rates(start, FACTOR, MOST_RATES, values)
     return [(name, rate, seed) for rate in rates for name in OPTIMIZERS for seed in seeds]
 
 
@@ -179,8 +179,8 @@ def draw(task: Task, points: dict[str, Any], seeds: Sequence[int], out: Path) ->
         for rate in reached:
             left.plot([rate] * len(own[rate]), [run["steps"] for run in own[rate]], ".", color=color, alpha=0.4)
         best = best_rate({rate: _value(runs) for rate, runs in own.items()})
-        for number, run in enumerate(own[best]):
-            text = f"{label}, learning rate {best:g}" if number == 0 else None
+        for index, run in enumerate(own[best]):
+            text = f"{label}, learning rate {best:g}" if index == 0 else None
             right.plot(*zip(*run["curve"], strict=True), color=color, linewidth=1, label=text)
     mark_rates(left, {rate for own in _rates(points, seeds).values() for rate in own})
     left.set_ylabel(f"steps to {task.measured} {task.target:g}")

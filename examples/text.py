@@ -46,7 +46,7 @@ def _standard_library() -> Text:
     texts = [record.text.encode() for record in records if record.text]
     every = round(1 / HELD_OUT_SHARE)
     train, held_out = (
-        np.frombuffer(b"\n".join(text for number, text in enumerate(texts) if (number % every == 0) is held), np.uint8)
+        np.frombuffer(b"\n".join(text for index, text in enumerate(texts) if (index % every == 0) is held), np.uint8)
         for held in (False, True)
     )
     return Text([train], held_out, BYTES)

@@ -50,7 +50,7 @@ class UserError(ValueError):
     """
 
 
-def message_of(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The one line that tells a user about `error`, or None if it is not the user's to mend."""
     if isinstance(error, UserError):
         # What files say may hold line breaks and control characters of a terminal.
@@ -62,7 +62,7 @@ def message_of(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def attach_path(path: Path) -> Iterator[None]:
     """Let errors of the system that name no file, as those of a full disk do, name `path`."""
     try:
         yield
@@ -94,7 +94,7 @@ def report_errors(*, debug: bool) -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        message = message_of(error)
+        message = user_message(error)
         if ERROR_FILE in os.environ:
             report = {"message": message, "traceback": traceback.format_exc()}
             path = Path(os.environ[ERROR_FILE])

@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from moonlight.errors import UserError, naming
-from moonlight.progress import counted
+from moonlight.errors import UserError, attach_path
+from moonlight.progress import track_progress
 
 SUMS_FILE = "SHA256SUMS"
 VERIFICATION_FILE = "verification.json"
@@ -23,19 +23,21 @@ VERIFICATION_FILE = "verification.json"
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
-def sha256_of(path: Path) -> str:
+def sha256_checksum(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+def write_sums(folder: Path, known_sums: Mapping[str, str] | None = None) -> None:
     """Write the SHA-256 of every file below `folder` to `SHA256SUMS` in it, as `sha256sum -c` reads it.
 
     `known` has sums by name that need not be computed again.
     """
-    sums = {name: (known or {}).get(name) or sha256_of(folder / name) for name in sorted(_files_of(folder))}
-    write_text(folder / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    sums = {
+        name: (known_sums or {}).get(name) or sha256_checksum(folder / name) for name in sorted(_list_files(folder))
+    }
+    atomic_write_text(folder / SUMS_FILE, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def check_sums(folder: Path) -> dict[str, str]:
@@ -48,13 +50,13 @@ def check_sums(folder: Path) -> dict[str, str]:
         UserError: a file differs, is missing or not listed, or `SHA256SUMS` is missing or not of sha256sum's format.
     """
     sums = read_sums(folder / SUMS_FILE)
-    found = _files_of(folder)
+    found = _list_files(folder)
     if missing := sorted(sums.keys() - found):
         raise UserError(f"{folder} lacks {missing[0]}, which its {SUMS_FILE} lists: make the folder again")
     if unnamed := sorted(found - sums.keys()):
         raise UserError(f"{folder / unnamed[0]} is not listed in {SUMS_FILE}: remove it, or make the folder again")
-    for name in counted(list(sums), "checksums"):
-        if (digest := sha256_of(folder / name)) != sums[name]:
+    for name in track_progress(list(sums), "checksums"):
+        if (digest := sha256_checksum(folder / name)) != sums[name]:
             raise UserError(
                 f"{folder / name} has SHA-256 {digest[:12]}, {SUMS_FILE} says {sums[name][:12]}: "
                 "it was changed or damaged; make the folder again"
@@ -62,7 +64,7 @@ def check_sums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _files_of(folder: Path) -> set[str]:
+def _list_files(folder: Path) -> set[str]:
     """Names of the files that `SHA256SUMS` of `folder` lists."""
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return files - {SUMS_FILE, VERIFICATION_FILE}
@@ -96,7 +98,7 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def checksum_of(path: Path) -> str:
+def xxh3_checksum(path: Path) -> str:
     """XXH3 checksum of a file, 128 bits as hexadecimal digits: ten times as fast as SHA-256, and as good at damage."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -115,7 +117,7 @@ def check_space(path: Path, nbytes: int) -> None:
         )
 
 
-def something_else(path: Path) -> UserError:
+def output_conflict_error(path: Path) -> UserError:
     """What is said of an output that is there and not what would be written."""
     return UserError(f"{path} exists with something else in it: choose another folder, or remove it")
 
@@ -123,7 +125,7 @@ def something_else(path: Path) -> UserError:
 def check_output(path: Path, mark: str) -> None:
     """Raise UserError, before long work, if the folder `path` exists without the file `mark`, or cannot be made."""
     if os.path.lexists(path) and not (path / mark).is_file():
-        raise something_else(path)
+        raise output_conflict_error(path)
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if there != path.absolute() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UserError(f"folder {there} cannot be written: choose a folder that can be made for {path.name}")
@@ -149,11 +151,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, replacing it in one step."""
     part = path.with_name(f".{path.name}.part")
     try:
-        with naming(path):
+        with attach_path(path):
             part.write_text(text, encoding="utf-8")
             fsync(part)
             part.replace(path)
@@ -164,7 +166,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, replacing `path` in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_figure(path: Path, figure: Any) -> None:
@@ -173,7 +175,7 @@ def write_figure(path: Path, figure: Any) -> None:
 
     part = path.with_name(f".{path.stem}.part.png")
     try:
-        with naming(path):
+        with attach_path(path):
             figure.savefig(part)
             part.replace(path)
     finally:
@@ -208,7 +210,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that is renamed to `path` when the block ends without an exception.
 
     Everything in it is flushed to the disk before the rename. What a killed process left behind under the
@@ -219,7 +221,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     make_folder(part)
     try:
-        with naming(path):
+        with attach_path(path):
             yield part
             for entry in sorted(part.rglob("*")):
                 fsync(entry)

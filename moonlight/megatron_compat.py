@@ -66,7 +66,7 @@ def _install_device_functions() -> None:
 
 
 @contextlib.contextmanager
-def current_device(device: torch.device) -> Iterator[None]:
+def override_current_device(device: torch.device) -> Iterator[None]:
     """Let Megatron, and all that asks like it, build on this device; with CUDA too."""
     before = torch.cuda.current_device
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]

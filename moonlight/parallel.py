@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from moonlight.config.parallel import Parallel
+from moonlight.config.parallel import ParallelConfig
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
 """Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""
@@ -29,7 +29,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> None:
+def init_distributed(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> None:
     """Create the default process group from the launcher's environment: NCCL with CUDA, gloo without.
 
     Args:
@@ -44,12 +44,12 @@ def join_world(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> 
     elif "MASTER_ADDR" in os.environ:
         method = "env://"
     else:
-        join_alone()
+        init_single_process()
         return
     dist.init_process_group(_backend(), init_method=method, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
-def join_alone() -> None:
+def init_single_process() -> None:
     """A world of this process only."""
     _use_loopback()
     dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -68,10 +68,10 @@ def _backend() -> str:
     return "nccl"
 
 
-def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+def init_model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
     """Megatron's process groups for a layout, replacing any that exist, and its random streams.
 
-    The world size must be divisible by the layout (`Parallel.data_parallel_size` says so to the user).
+    The world size must be divisible by the layout (`ParallelConfig.data_parallel_size` says so to the user).
     """
     parallel.data_parallel_size(dist.get_world_size())
     parallel_state.destroy_model_parallel()
@@ -88,7 +88,7 @@ def build_groups(parallel: Parallel, seed: int, timeout: timedelta = timedelta(m
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def leave_world() -> None:
+def destroy_distributed() -> None:
     """Drop every group of this process, and the threads that serve them.
 
     A group lives as long as anything names it: modules name groups, and models are cycles that only the garbage

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10
 Item = TypeVar("Item")
 
 
-def counted(items: Sequence[Item], name: str) -> Iterator[Item]:
+def track_progress(items: Sequence[Item], name: str) -> Iterator[Item]:
     """The items one by one, telling how many are done."""
     console = Console(stderr=True)
     if console.is_terminal:

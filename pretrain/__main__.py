@@ -9,11 +9,11 @@ import signal
 import sys
 from typing import NoReturn
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError, report_errors
 
 
-def work(run: Run, *, force: bool = False) -> None:
+def work(config: RunConfig, *, force: bool = False) -> None:
     """Join the world, train, and leave it.
 
     Args:
@@ -21,19 +21,19 @@ def work(run: Run, *, force: bool = False) -> None:
     """
     from moonlight.train import run_folder
 
-    run = run_folder.count_steps(run)
-    run_folder.check_folder(run_folder.path(run), run, force=force)
+    config = run_folder.resolve_train_steps(config)
+    run_folder.check_resumable(run_folder.run_path(config), config, force=force)
 
     from moonlight import parallel
     from moonlight.train.loop import group_timeout, train
-    from moonlight.train.oom import explaining_memory
+    from moonlight.train.oom import explain_oom
 
-    with explaining_memory(run):
-        parallel.join_world(run.train.threads_per_process, group_timeout(run))
+    with explain_oom(config):
+        parallel.init_distributed(config.train.threads_per_process, group_timeout(config))
         try:
-            train(run, force=force)
+            train(config, force=force)
         finally:
-            parallel.leave_world()
+            parallel.destroy_distributed()
 
 
 class Parser(argparse.ArgumentParser):

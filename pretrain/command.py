@@ -7,7 +7,7 @@ from moonlight.config.load import load_recipe
 from moonlight.errors import UserError
 from moonlight.train import run_folder
 from moonlight.train.wandb_log import check_installed
-from pretrain.local import launch, under_launcher
+from pretrain.local import has_launcher, launch
 
 
 def train_command(recipe: Path, overrides: Sequence[str], *, force: bool, conversations: bool) -> None:
@@ -20,23 +20,23 @@ def train_command(recipe: Path, overrides: Sequence[str], *, force: bool, conver
     Raises:
         UserError: the recipe is for the other command, or does not fit its data, its checkpoint or its folder.
     """
-    run = load_recipe(recipe, overrides)
-    if run.data.conversations != conversations:
-        other, kind = ("sft", "conversations") if run.data.conversations else ("pretrain", "text")
+    config = load_recipe(recipe, overrides)
+    if config.data.conversations != conversations:
+        other, kind = ("sft", "conversations") if config.data.conversations else ("pretrain", "text")
         raise UserError(f"recipe {recipe} trains on {kind} (data.conversations): use moonlight {other}")
-    if under_launcher():
+    if has_launcher():
         from pretrain.__main__ import work
 
-        work(run, force=force)
+        work(config, force=force)
         return
-    run = run_folder.count_steps(run)
-    run.check_batches(run.parallel.num_processes)
-    check_installed(run)
-    run_folder.check_data(run)
-    run_folder.check_initial_checkpoint(run)
-    run_folder.check_folder(run_folder.path(run), run, force=force)
-    if run_folder.is_finished(run):
-        print(f"{run_folder.path(run)}: this run has finished already")
+    config = run_folder.resolve_train_steps(config)
+    config.check_batches(config.parallel.num_processes)
+    check_installed(config)
+    run_folder.check_data(config)
+    run_folder.check_initial_checkpoint(config)
+    run_folder.check_resumable(run_folder.run_path(config), config, force=force)
+    if run_folder.is_finished(config):
+        print(f"{run_folder.run_path(config)}: this run has finished already")
         return
     arguments = [str(recipe), *overrides, *(["--force"] if force else [])]
-    launch(run.parallel.num_processes, arguments, run.train.threads_per_process, run.train.max_restarts)
+    launch(config.parallel.num_processes, arguments, config.train.threads_per_process, config.train.max_restarts)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.config.run import Run
-from moonlight.errors import UserError, message_of
+from moonlight.config.run import RunConfig
+from moonlight.errors import UserError, user_message
 from moonlight.files import make_folder
 from moonlight.train import run_folder
 from moonlight.train.shared_folder import check_shared
@@ -24,26 +24,26 @@ from pretrain.measure import (
     measure_collectives,
     measure_disk,
     measure_network,
-    of_this_process,
+    measure_process,
 )
 
 WIDE = 160
 """Columns where there is no terminal to fit."""
 
 
-def check(run: Run, limits: argparse.Namespace) -> list[str]:
+def run_health_check(config: RunConfig, limits: argparse.Namespace) -> list[str]:
     """Measure this process's part of the world, which must have been joined; rank 0 prints the table.
 
     Returns:
         What is wrong, one line a cause with the hosts it is found on; the same list on every rank.
     """
-    folder, folder_of_run = Path(run.runs_folder), run_folder.path(run)
-    health = of_this_process(int(os.environ.get("LOCAL_RANK", "0")))
+    folder, folder_of_run = Path(config.runs_folder), run_folder.run_path(config)
+    health = measure_process(int(os.environ.get("LOCAL_RANK", "0")))
     for test in (
-        lambda: run.check_batches(dist.get_world_size()),
-        lambda: run_folder.check_data(run_folder.count_steps(run)),
-        lambda: run_folder.check_initial_checkpoint(run),
-        lambda: run_folder.check_folder(folder_of_run, run_folder.count_steps(run), force=limits.force),
+        lambda: config.check_batches(dist.get_world_size()),
+        lambda: run_folder.check_data(run_folder.resolve_train_steps(config)),
+        lambda: run_folder.check_initial_checkpoint(config),
+        lambda: run_folder.check_resumable(folder_of_run, run_folder.resolve_train_steps(config), force=limits.force),
         lambda: make_folder(folder),
         lambda: check_shared(folder),
         lambda: measure_disk(health, folder, limits.disk_megabytes << 20) if health.local_rank == 0 else None,
@@ -64,10 +64,10 @@ def check(run: Run, limits: argparse.Namespace) -> list[str]:
             f"{health.host}: rank {health.rank} lost its connection to the others in the health check "
             f"({str(error).splitlines()[0]}): check the network between the hosts"
         ) from error
-    problems = judge(everyone, limits)
+    problems = find_problems(everyone, limits)
     if dist.get_rank() == 0:
         console = Console(width=None if sys.stdout.isatty() else WIDE)
-        console.print(table(everyone))
+        console.print(health_table(everyone))
         for name, value in seconds.items():
             speed = f"{nbytes / value / 1e9:.2f} GB/s"
             console.print(f"{name} of {limits.megabytes} MiB among {len(hosts)}: {value * 1e3:.1f} ms, {speed}")
@@ -84,12 +84,12 @@ def _note(health: Health, test: Callable[[], object]) -> None:
     try:
         test()
     except (UserError, OSError) as error:
-        if (message := message_of(error)) is None:
+        if (message := user_message(error)) is None:
             raise
         health.problems.append(message)
 
 
-def judge(everyone: list[Health], limits: argparse.Namespace) -> list[str]:
+def find_problems(everyone: list[Health], limits: argparse.Namespace) -> list[str]:
     """What is wrong, by the limits and by comparison with the others."""
     found: dict[str, list[str]] = {}
 
@@ -140,7 +140,7 @@ def _usual(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def table(everyone: list[Health]) -> Table:
+def health_table(everyone: list[Health]) -> Table:
     """A row for each host: the worst of its processes."""
     shown = Table()
     columns = ("host", "ranks", "GPUs", "network GB/s", "latency µs", "disk GB/s", "disk free GB", "memory free GB")

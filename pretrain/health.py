@@ -47,16 +47,16 @@ def main() -> int:
         for name in ("megabytes", "disk_megabytes", "timeout_seconds"):
             if (value := getattr(arguments, name)) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-        run = load_recipe(arguments.recipe, arguments.overrides)
+        config = load_recipe(arguments.recipe, arguments.overrides)
 
         from moonlight import parallel
-        from pretrain.diagnose import check
+        from pretrain.diagnose import run_health_check
 
-        parallel.join_world(timeout=timedelta(seconds=arguments.timeout_seconds))
+        parallel.init_distributed(timeout=timedelta(seconds=arguments.timeout_seconds))
         try:
-            return 1 if check(run, arguments) else 0
+            return 1 if run_health_check(config, arguments) else 0
         finally:
-            parallel.leave_world()
+            parallel.destroy_distributed()
     return 2
 
 

@@ -19,7 +19,7 @@ SECONDS_TO_REPORT = 3.0
 _PR_SET_PDEATHSIG = 1
 
 
-def under_launcher() -> bool:
+def has_launcher() -> bool:
     """Whether torchrun, or this module, started this process."""
     return "WORLD_SIZE" in os.environ
 
@@ -36,7 +36,7 @@ def launch(num_processes: int, arguments: Sequence[str], threads_per_process: in
         SystemExit: a process failed in another way, its output is on the screen; or the run stopped on SIGTERM.
     """
     threads = threads_per_process or max(1, (os.cpu_count() or 1) // num_processes)
-    world = _World(num_processes, arguments, threads)
+    world = _WorkerGroup(num_processes, arguments, threads)
     former = {number: signal.signal(number, world.forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         restart = 0
@@ -61,7 +61,7 @@ class _Failure:
     """For this process to exit with."""
 
 
-class _World:
+class _WorkerGroup:
     """The processes of a run."""
 
     def __init__(self, num_processes: int, arguments: Sequence[str], threads: int) -> None:

@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def of_this_process(local_rank: int) -> Health:
+def measure_process(local_rank: int) -> Health:
     """What a process knows of its host without asking others."""
     health = Health(rank=dist.get_rank(), host=socket.gethostname(), local_rank=local_rank, versions=versions())
     health.gpus = torch.cuda.device_count()

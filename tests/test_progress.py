@@ -15,7 +15,7 @@ def slow_lines(monkeypatch):
 
 
 def test_lines_without_a_terminal(slow_lines, capfd):
-    assert list(progress.counted("abcdefgh", "letters")) == list("abcdefgh")
+    assert list(progress.track_progress("abcdefgh", "letters")) == list("abcdefgh")
     # The clock is read when it begins and before each item: 12 s are two done, 24 s five.
     assert capfd.readouterr().err == "letters: 2 of 8, 36 s left\nletters: 5 of 8, 14 s left\n"
 
@@ -29,11 +29,11 @@ def test_bytes_without_a_terminal(slow_lines, capfd):
 
 
 def test_short_work_is_silent(capfd):
-    assert list(progress.counted([1, 2], "numbers")) == [1, 2]
+    assert list(progress.track_progress([1, 2], "numbers")) == [1, 2]
     assert capfd.readouterr().err == ""
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capfd):
     monkeypatch.setattr(progress, "Console", lambda **named: Console(force_terminal=True, **named))
-    assert list(progress.counted(range(3), "numbers")) == [0, 1, 2]
+    assert list(progress.track_progress(range(3), "numbers")) == [0, 1, 2]
     assert "numbers" in capfd.readouterr().err

@@ -31,19 +31,19 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
-from moonlight.bench.report import hardware, report, speed, told_rounds
+from moonlight.bench.report import hardware, print_results, time_ratio, told_rounds
 from moonlight.config.load import load_recipe
-from moonlight.config.parallel import Parallel
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
-from moonlight.dist_checkpoint.async_save import PAUSE, Saver
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
+from moonlight.dist_checkpoint.async_save import PAUSE, AsyncCheckpointer
 from moonlight.dist_checkpoint.direct_io import DirectFile
 from moonlight.dist_checkpoint.state import TrainState, step_folder
 from moonlight.files import check_space
 from moonlight.model.build import build_model
-from moonlight.model.shards import initialize
-from moonlight.optim.distributed_muon import ShardedOptimizer, make_optimizer
-from moonlight.train.step import Batch, train_step
+from moonlight.model.shards import init_weights
+from moonlight.optim.distributed_muon import DistributedMuon, build_optimizer
+from moonlight.train.step import MicroBatch, train_step
 
 PAUSE_BAR = 10.0
 """Pause of a synchronous save over that of an asynchronous one."""
@@ -68,31 +68,31 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
     """Measure, print the table, and return whether every gate and bar has passed."""
     overrides = {"model.num_hidden_layers": layers, "model.vocab_size": VOCAB_SIZE, "train.global_batch_size": 1}
     overrides |= {"train.micro_batch_size": 1, "data.sequence_length": SEQUENCE_LENGTH}
-    run = load_recipe(recipe, [f"{key}={value}" for key, value in overrides.items()])
-    run = replace(run, parallel=Parallel())
-    waiting = replace(run, train=replace(run.train, async_save=False, keep_checkpoints=0))
+    config = load_recipe(recipe, [f"{key}={value}" for key, value in overrides.items()])
+    config = replace(config, parallel=ParallelConfig())
+    waiting = replace(config, train=replace(config.train, async_save=False, keep_checkpoints=0))
     beside = replace(waiting, train=replace(waiting.train, async_save=True))
-    parallel.join_alone()
+    parallel.init_single_process()
     try:
-        parallel.build_groups(run.parallel, run.train.seed)
-        models = build_model(run)
-        optimizer = make_optimizer(models, run)
+        parallel.init_model_parallel(config.parallel, config.train.seed)
+        models = build_model(config)
+        optimizer = build_optimizer(models, config)
         tensors = {
             f"{key} {offset}": values
-            for key, pieces in (optimizer.master_state() | optimizer.momentum_state()).items()
-            for offset, values in pieces.rectangles
+            for key, pieces in (optimizer.master_state_dict() | optimizer.optimizer_state_dict()).items()
+            for offset, values in pieces.chunks
         }
-        with optimizer.fill_masters() as masters:
-            initialize(masters, run.model, run.train.seed)
-        for pieces in optimizer.momentum_state().values():
-            for _, values in pieces.rectangles:
+        with optimizer.loading_masters() as masters:
+            init_weights(masters, config.model, config.train.seed)
+        for pieces in optimizer.optimizer_state_dict().values():
+            for _, values in pieces.chunks:
                 values.uniform_(to=1e-3)  # no less than 0, as a mean of squares
         nbytes = sum(values.nbytes for values in tensors.values())
         check_space(Path.cwd(), int(COPIES_ON_DISK * SAVE_ROOM * nbytes))
         with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
             folder = Path(place)
             savers = {
-                name: Saver(folder / name, of, optimizer, tokenizer_sha256="")
+                name: AsyncCheckpointer(folder / name, of, optimizer, tokenizer_sha256="")
                 for name, of in (("beside", beside), ("waiting", waiting))
             }
             times: dict[str, list[float]] = defaultdict(list)
@@ -100,40 +100,45 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
                 [values.contiguous().flatten().view(torch.uint8) for values in tensors.values()]
             ).numpy()
             for step in (number + 1 for number in told_rounds(rounds)):
-                found = _round(folder, savers, partial(_train_step, models, optimizer, run), step, content, tensors)
+                found = _round(folder, savers, partial(_train_step, models, optimizer, config), step, content, tensors)
                 if step > 1:  # the first warms up
                     for name, seconds in found.items():
                         times[name].append(seconds)
             same = all(_is_equal(step_folder(folder / name, rounds + 1), optimizer) for name in savers)
     finally:
-        parallel.leave_world()
+        parallel.destroy_distributed()
     waited = {peer: (times["waiting"], times[peer]) for peer in PEERS}
     worked = {peer: (times["waiting" + CPU], times[peer + CPU]) for peer in waited}
     figures = [
         replace(
-            speed("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
+            time_ratio("asynchronous pause, synchronous save", times["pause"], times["waiting"], PAUSE_BAR, same, "s"),
             own_limit=True,
         ),
-        speed("training step beside a save, without one", times["step beside"], times["step"], 0.0, same, "s"),
-        speed(
+        time_ratio("training step beside a save, without one", times["step beside"], times["step"], 0.0, same, "s"),
+        time_ratio(
             "asynchronous save, write + fsync", times["beside"], times["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM
         ),
-        speed("synchronous save, the disk alone (O_DIRECT)", *waited["direct"], 0.0, same, "s"),
-        speed("synchronous save, write + fsync", *waited["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM),
-        speed("synchronous save, torch.save + fsync", *waited["torch.save"], TORCH_SAVE_BAR, same, "s", TORCH_SAVE_AIM),
-        speed("synchronous save, torch's DCP", *waited["DCP"], 0.0, same, "s"),
-        *(speed(f"synchronous save, CPU time, {PEERS[peer]}", *pair, 0.0, same, "s") for peer, pair in worked.items()),
+        time_ratio("synchronous save, the disk alone (O_DIRECT)", *waited["direct"], 0.0, same, "s"),
+        time_ratio("synchronous save, write + fsync", *waited["raw"], THROUGHPUT_BAR, same, "s", THROUGHPUT_AIM),
+        time_ratio(
+            "synchronous save, torch.save + fsync", *waited["torch.save"], TORCH_SAVE_BAR, same, "s", TORCH_SAVE_AIM
+        ),
+        time_ratio("synchronous save, torch's DCP", *waited["DCP"], 0.0, same, "s"),
+        *(
+            time_ratio(f"synchronous save, CPU time, {PEERS[peer]}", *pair, 0.0, same, "s")
+            for peer, pair in worked.items()
+        ),
     ]
     notes = [
         f"{nbytes / 1e9:.2f} GB of state in {len(tensors)} tensors, {rounds} rounds after one to warm up",
         f"saved, and read by torch.distributed.checkpoint: {'the same bits' if same else 'DIFFERENT'}",
     ]
-    return report("Checkpoints", figures, hardware("cpu"), notes, json_path)
+    return print_results("Checkpoints", figures, hardware("cpu"), notes, json_path)
 
 
 def _round(
     folder: Path,
-    savers: dict[str, Saver],
+    savers: dict[str, AsyncCheckpointer],
     train: Callable[[Callable[[], None]], None],
     step: int,
     content: Any,
@@ -152,17 +157,17 @@ def _round(
 
     def save(name: str) -> None:
         savers[name].save(state)
-        savers[name].finish()
+        savers[name].finalize()
 
     def save_and_train() -> None:
         savers["beside"].save(state)
-        train(savers["beside"].before_update)
+        train(savers["beside"].wait_until_staged)
 
     measure("step", lambda: train(lambda: None))
-    savers["beside"].figures()
+    savers["beside"].pop_metrics()
     measure("step beside", save_and_train)
-    savers["beside"].finish()
-    found["pause"] = savers["beside"].figures()[PAUSE]
+    savers["beside"].finalize()
+    found["pause"] = savers["beside"].pop_metrics()[PAUSE]
     shutil.rmtree(step_folder(folder / "beside", step))
     measure("beside", lambda: save("beside"))
     measure("raw", lambda: _write_blocks(raw, content))
@@ -181,11 +186,11 @@ def _round(
 
 
 def _train_step(
-    models: list[GPTModel], optimizer: ShardedOptimizer, run: Run, before_update: Callable[[], None]
+    models: list[GPTModel], optimizer: DistributedMuon, config: RunConfig, before_update: Callable[[], None]
 ) -> None:
     tokens = torch.randint(0, VOCAB_SIZE, (1, SEQUENCE_LENGTH + 1))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, SEQUENCE_LENGTH))
-    train_step(models, optimizer, run, [batch], Timeline(run).at(1), before_update=before_update)
+    batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, SEQUENCE_LENGTH))
+    train_step(models, optimizer, config, [batch], RunSchedule(config).at(1), before_update=before_update)
 
 
 def _write_blocks(path: Path, content: Any) -> None:
@@ -208,13 +213,13 @@ def _torch_save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _is_equal(folder: Path, optimizer: ShardedOptimizer) -> bool:
+def _is_equal(folder: Path, optimizer: DistributedMuon) -> bool:
     """Whether torch's own reader finds every bit of the state."""
-    state = optimizer.master_state() | optimizer.momentum_state()
-    wholes = {key: torch.empty(pieces.shape, dtype=pieces.rectangles[0][1].dtype) for key, pieces in state.items()}
+    state = optimizer.master_state_dict() | optimizer.optimizer_state_dict()
+    wholes = {key: torch.empty(pieces.shape, dtype=pieces.chunks[0][1].dtype) for key, pieces in state.items()}
     dcp.load(wholes, checkpoint_id=folder, no_dist=True)
     return all(
         torch.equal(wholes[key][tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))], values)
         for key, pieces in state.items()
-        for offset, values in pieces.rectangles
+        for offset, values in pieces.chunks
     )

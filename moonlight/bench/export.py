@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
+from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio, told_rounds
 from moonlight.config.load import load_recipe
 from moonlight.files import check_space, write_sums
 from moonlight.plan.flops import count_parameters
@@ -34,12 +34,12 @@ COPIES_ON_DISK, BYTES_A_PARAMETER = 4, 2
 
 def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None = None) -> bool:
     """Measure, print the table, and return whether every gate and bar has passed."""
-    run = load_recipe(recipe, [f"model.num_hidden_layers={layers}"])
-    check_space(Path.cwd(), COPIES_ON_DISK * BYTES_A_PARAMETER * count_parameters(run.model).total)
+    config = load_recipe(recipe, [f"model.num_hidden_layers={layers}"])
+    check_space(Path.cwd(), COPIES_ON_DISK * BYTES_A_PARAMETER * count_parameters(config.model).total)
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
         source, checkpoint = folder / "hf", folder / "checkpoint"
-        make_source(run.model, source)
+        make_source(config.model, source)
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
         imports, exports, peers, sums = [], [], [], []
         peaks = {"import": 0, "export": 0}
@@ -60,7 +60,7 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
             shutil.rmtree(folder / "peer")
     limit = largest + MEMORY_ABOVE_SHARD_BYTES
     figures = [
-        speed(
+        time_ratio(
             "export, CPU time, save_pretrained and sums",
             exports,
             [peer + digest for peer, digest in zip(peers, sums, strict=True)],
@@ -68,9 +68,9 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
             same,
             "s",
         ),
-        speed("export, CPU time, save_pretrained alone", exports, peers, ALONE_BAR, same, "s", ALONE_AIM),
+        time_ratio("export, CPU time, save_pretrained alone", exports, peers, ALONE_BAR, same, "s", ALONE_AIM),
         *(
-            Figure(
+            BenchResult(
                 f"{case}, peak memory",
                 "GiB",
                 peak / GIB,
@@ -91,7 +91,7 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
         f"import: {statistics.median(imports):.2f} s of CPU time",
         f"tensors of export and save_pretrained: {'the same bytes' if same else 'DIFFERENT'}",
     ]
-    return report("Export and import", figures, hardware("cpu"), notes, json_path)
+    return print_results("Export and import", figures, hardware("cpu"), notes, json_path)
 
 
 def make_source(model: object, out: Path, dtype: str = "bfloat16") -> None:

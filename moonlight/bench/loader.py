@@ -25,10 +25,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
+from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio, told_rounds
 from moonlight.data.index_cache import IndexCache
-from moonlight.data.loader import MixedSamples, TrainingSamples, stack
-from moonlight.data.mixture import Mixture
+from moonlight.data.loader import MixtureDataset, TrainDataset, collate
+from moonlight.data.mixture import SourceMixture
 
 LENGTH = 8192
 BATCH = 8
@@ -60,8 +60,8 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(place)
-        for number, name in enumerate(WEIGHTS):
-            _make_source(folder / name, tokens, number)
+        for index, name in enumerate(WEIGHTS):
+            _make_source(folder / name, tokens, index)
         right = _is_right(folder / "web")
         ours, peer = _open(folder / "web"), _open_peer(folder / "web")
         mixed, blended = _open_mixture(folder), _open_blended(folder, BATCH * BATCHES * (rounds + 1))
@@ -88,9 +88,9 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
     peer_rate = BATCH * BATCHES * LENGTH / statistics.median(seconds["windows"][1])
     figures = [
         _rate(rates, right),
-        speed(f"{BATCHES} batches, GPTDataset", *_milliseconds(seconds["windows"]), 1.0, right),
-        speed(f"resume, {AFTER} batches, GPTDataset", *_milliseconds(seconds["resume"]), 1.0, right),
-        speed(f"mixture, {BATCHES} batches, BlendedDataset", *_milliseconds(seconds["mix"]), 1.0, right),
+        time_ratio(f"{BATCHES} batches, GPTDataset", *_milliseconds(seconds["windows"]), 1.0, right),
+        time_ratio(f"resume, {AFTER} batches, GPTDataset", *_milliseconds(seconds["resume"]), 1.0, right),
+        time_ratio(f"mixture, {BATCHES} batches, BlendedDataset", *_milliseconds(seconds["mix"]), 1.0, right),
     ]
     notes = [
         f"one core; batches of {BATCH} windows of {LENGTH:,} tokens; CPU time; {tokens / 1e6:.0f}M tokens per source",
@@ -99,17 +99,17 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         f"windows against documents joined one by one: {'the same tokens' if right else 'DIFFERENT'}",
     ]
     if "datasets" in seconds:
-        figures.append(speed(f"{BATCHES} batches, datasets", *_milliseconds(seconds["datasets"]), 1.0, right))
+        figures.append(time_ratio(f"{BATCHES} batches, datasets", *_milliseconds(seconds["datasets"]), 1.0, right))
     else:
         notes.append("datasets: skipped (python -m pip install datasets)")
-    return report("Loader", figures, hardware("cpu"), notes, json_path)
+    return print_results("Loader", figures, hardware("cpu"), notes, json_path)
 
 
-def _rate(rates: list[float], right: bool) -> Figure:
+def _rate(rates: list[float], right: bool) -> BenchResult:
     """Tokens per second of ours in every round, beside the bar."""
     ratios = tuple(rate / TOKENS_PER_SECOND for rate in rates)
     ratio = statistics.median(ratios)
-    return Figure(
+    return BenchResult(
         "tokens/s",
         "M",
         statistics.median(rates) / 1e6,
@@ -139,12 +139,14 @@ def _make_source(folder: Path, tokens: int, seed: int) -> None:
     builder.finalize(str(folder / "train.idx"))
 
 
-def _open(folder: Path) -> TrainingSamples:
-    return TrainingSamples(folder, LENGTH, SEED, IndexCache(folder / "ours", {"seed": SEED}))
+def _open(folder: Path) -> TrainDataset:
+    return TrainDataset(folder, LENGTH, SEED, IndexCache(folder / "ours", {"seed": SEED}))
 
 
-def _open_mixture(folder: Path) -> MixedSamples:
-    return MixedSamples(Mixture(list(WEIGHTS), [(0, WEIGHTS)], SEED), {name: _open(folder / name) for name in WEIGHTS})
+def _open_mixture(folder: Path) -> MixtureDataset:
+    return MixtureDataset(
+        SourceMixture(list(WEIGHTS), [(0, WEIGHTS)], SEED), {name: _open(folder / name) for name in WEIGHTS}
+    )
 
 
 def _open_peer(folder: Path, num_samples: int | None = None) -> Any:
@@ -169,15 +171,15 @@ def _open_blended(folder: Path, size: int) -> Any:
     return BlendedDataset(parts, list(WEIGHTS.values()), size, parts[0].config)
 
 
-def _open_datasets(folder: Path, ours: TrainingSamples) -> tuple[Any, np.ndarray]:
+def _open_datasets(folder: Path, ours: TrainDataset) -> tuple[Any, np.ndarray]:
     """Every window of the first epoch as a row, mapped from disk, and the row that each sample is."""
     import datasets
     import pyarrow
 
     documents, ends, windows = ours._order(0)
     rows = np.empty((len(windows), LENGTH + 1), dtype=np.int32)
-    for number, row in enumerate(rows):
-        row[:] = ours.stream.read(documents, ends, number * LENGTH, (number + 1) * LENGTH + 1)
+    for index, row in enumerate(rows):
+        row[:] = ours.stream.read(documents, ends, index * LENGTH, (index + 1) * LENGTH + 1)
     bounds = np.arange(0, rows.size + 1, LENGTH + 1, dtype=np.int32)
     table = pyarrow.table({"input_ids": pyarrow.ListArray.from_arrays(bounds, rows.reshape(-1))})
     datasets.disable_progress_bars()
@@ -193,9 +195,9 @@ def _read_datasets(dataset: Any, numbers: np.ndarray, first: int, batches: int =
     return batch
 
 
-def _read(samples: TrainingSamples | MixedSamples, first: int, batches: int = BATCHES) -> Tensors:
+def _read(samples: TrainDataset | MixtureDataset, first: int, batches: int = BATCHES) -> Tensors:
     for start in range(first, first + BATCH * batches, BATCH):
-        batch = stack([samples[number] for number in range(start, start + BATCH)])
+        batch = collate([samples[number] for number in range(start, start + BATCH)])
     return batch
 
 

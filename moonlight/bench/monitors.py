@@ -22,28 +22,28 @@ import torch
 from megatron.core import parallel_state
 
 from moonlight import parallel
-from moonlight.bench.report import Figure, hardware, report
+from moonlight.bench.report import BenchResult, hardware, print_results
 from moonlight.config.load import load_recipe
-from moonlight.config.monitor import Monitor
-from moonlight.config.parallel import Parallel
-from moonlight.config.run import Run
-from moonlight.config.schedule import Schedule
-from moonlight.config.timeline import Timeline
+from moonlight.config.monitor import MonitorConfig
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.schedule import ScheduleConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.dist_checkpoint.state import TrainState
 from moonlight.model.attention import max_logits
 from moonlight.model.build import build_model
-from moonlight.model.shards import initialize
-from moonlight.optim.distributed_muon import make_optimizer
-from moonlight.optim.svd_entropy import entropy
-from moonlight.train.metrics import Metrics
-from moonlight.train.monitors import watch
-from moonlight.train.step import Batch, StepResult, attentions, routers, train_step
-from moonlight.train.step_metrics import describe
+from moonlight.model.shards import init_weights
+from moonlight.optim.distributed_muon import build_optimizer
+from moonlight.optim.svd_entropy import svd_entropy
+from moonlight.train.metrics import MetricsWriter
+from moonlight.train.monitors import collect_monitors
+from moonlight.train.step import MicroBatch, StepResult, attentions, routers, train_step
+from moonlight.train.step_metrics import step_metrics
 
 BAR_PERCENT = 1.0
-NEVER = Monitor(every_steps=0, svd_entropy_every_steps=0)
-OFTEN = Monitor(every_steps=1, svd_entropy_every_steps=0)
-ALWAYS = Monitor(every_steps=1, svd_entropy_every_steps=1)
+NEVER = MonitorConfig(every_steps=0, svd_entropy_every_steps=0)
+OFTEN = MonitorConfig(every_steps=1, svd_entropy_every_steps=0)
+ALWAYS = MonitorConfig(every_steps=1, svd_entropy_every_steps=1)
 RECIPES = {
     "quickstart": ("configs/quickstart.yaml", {}, 10),
     # On a CPU a step of its 262,144 tokens would take an hour. Monitors cost the same beside more tokens, so this is
@@ -65,13 +65,15 @@ def bench_monitors(rounds: int, json_path: Path | None = None) -> bool:
     """Measure, print the table, and return whether every gate and bar has passed."""
     figures, notes = [], []
     for name, (path, overrides, more) in RECIPES.items():
-        run = load_recipe(Path(path), [f"{key}={value}" for key, value in overrides.items()])
-        run = replace(run, parallel=Parallel(), schedule=Schedule(lr=1e-30, router_bias_update_rate=0.0))
-        parallel.join_alone()
+        config = load_recipe(Path(path), [f"{key}={value}" for key, value in overrides.items()])
+        config = replace(
+            config, parallel=ParallelConfig(), schedule=ScheduleConfig(lr=1e-30, router_bias_update_rate=0.0)
+        )
+        parallel.init_single_process()
         try:
-            times, passed = _measure(run, rounds * more)
+            times, passed = _measure(config, rounds * more)
         finally:
-            parallel.leave_world()
+            parallel.destroy_distributed()
         figures.append(_figure(name, times, passed))
         ms = {part: 1e3 * statistics.median(found) for part, found in times.items()}
         notes.append(
@@ -80,31 +82,31 @@ def bench_monitors(rounds: int, json_path: Path | None = None) -> bool:
             f"entropies {ms['entropies']:.0f} ms; gate {'passed' if passed else 'FAILED'}"
         )
     notes.append("ours: added to a step on average; peer: the step; ratio: per cent")
-    return report("Monitors at their default cadence", figures, hardware("cpu"), notes, json_path)
+    return print_results("Monitors at their default cadence", figures, hardware("cpu"), notes, json_path)
 
 
-def _measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], bool]:
+def _measure(config: RunConfig, rounds: int) -> tuple[dict[str, list[float]], bool]:
     """Seconds of each of PARTS in every round, and whether the gate was passed."""
-    parallel.build_groups(run.parallel, run.train.seed)
-    models = build_model(run)
-    optimizer = make_optimizer(models, run)
-    with optimizer.fill_masters() as masters:
-        initialize(masters, run.model, run.train.seed)
-    moment = Timeline(run).at(STEP)
+    parallel.init_model_parallel(config.parallel, config.train.seed)
+    models = build_model(config)
+    optimizer = build_optimizer(models, config)
+    with optimizer.loading_masters() as masters:
+        init_weights(masters, config.model, config.train.seed)
+    moment = RunSchedule(config).at(STEP)
     state = TrainState(step=STEP, consumed_sequences=moment.end)
-    batches = random_batches(run)
+    batches = random_batches(config)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for attention in attentions(models):
         attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
     group = parallel_state.get_pipeline_model_parallel_group()
-    quiet, often, always = (replace(run, monitor=monitor) for monitor in (NEVER, OFTEN, ALWAYS))
+    quiet, often, always = (replace(config, monitor=monitor) for monitor in (NEVER, OFTEN, ALWAYS))
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     losses = set()
     with tempfile.TemporaryDirectory() as place:
-        metrics = Metrics(Path(place), 0)
+        metrics = MetricsWriter(Path(place), 0)
 
-        def tell(of: Run, result: StepResult) -> None:
-            metrics.write(describe(state, of, moment, result, 1.0))
+        def tell(of: RunConfig, result: StepResult) -> None:
+            metrics.write(step_metrics(state, of, moment, result, 1.0))
 
         for number in range(rounds + 1):
             clock = _Clock()
@@ -113,8 +115,10 @@ def _measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], bool]:
             clock.time("told", partial(tell, quiet, result))
             inputs = seen[: len(attentions(models))]  # of the first micro-batch
             clock.time("logits", partial(_logits, inputs))
-            counts = torch.ones(len(routers(models)), run.model.num_experts)
-            look = partial(watch, optimizer, step=STEP, routers=routers(models), counts=counts, pipeline_group=group)
+            counts = torch.ones(len(routers(models)), config.model.num_experts)
+            look = partial(
+                collect_monitors, optimizer, step=STEP, routers=routers(models), counts=counts, pipeline_group=group
+            )
             clock.time("watched", partial(look, often))
             clock.time("entropies", partial(look, always))
             whole = train_step(models, optimizer, often, batches, moment)
@@ -125,11 +129,11 @@ def _measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], bool]:
                     times[part].append(clock.seconds[part])
         metrics.close()
     matrices = [
-        parameter.weights
+        parameter.weight_2d
         for parameter in optimizer.data_parallel.parameters
         if parameter.key.endswith(("router.weight", "linear_kv_down_proj.weight"))
     ]
-    exact = all(abs(entropy(matrix) - _numpy_entropy(matrix)) < ENTROPY_TOLERANCE for matrix in matrices)
+    exact = all(abs(svd_entropy(matrix) - _numpy_entropy(matrix)) < ENTROPY_TOLERANCE for matrix in matrices)
     return times, exact and len(losses) == 1
 
 
@@ -151,14 +155,14 @@ class _Clock:
         return result
 
 
-def random_batches(run: Run) -> list[Batch]:
+def random_batches(config: RunConfig) -> list[MicroBatch]:
     """Micro-batches of a global batch of random tokens, the same every time."""
-    generator = torch.Generator().manual_seed(run.train.seed)
-    shape = (run.train.global_batch_size, run.data.sequence_length + 1)
-    tokens = torch.randint(0, run.model.vocab_size, shape, generator=generator)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    shape = (config.train.global_batch_size, config.data.sequence_length + 1)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
     return [
-        Batch(part[:, :-1], part[:, 1:], torch.ones_like(part[:, 1:], dtype=torch.float32))
-        for part in tokens.split(run.train.micro_batch_size)
+        MicroBatch(part[:, :-1], part[:, 1:], torch.ones_like(part[:, 1:], dtype=torch.float32))
+        for part in tokens.split(config.train.micro_batch_size)
     ]
 
 
@@ -168,9 +172,9 @@ def _numpy_entropy(matrix: torch.Tensor) -> float:
     return float(-(shares * np.log(shares)).sum() / np.log(len(shares)))
 
 
-def _figure(name: str, times: dict[str, list[float]], passed: bool) -> Figure:
+def _figure(name: str, times: dict[str, list[float]], passed: bool) -> BenchResult:
     """The mean cost of a step as a share of a step without monitors, from medians; its spread from single rounds."""
-    cadence = Monitor()
+    cadence = MonitorConfig()
 
     def cost(step: float, told: float, told_watched: float, logits: float, watched: float, entropies: float) -> float:
         """Seconds a step: metrics are told in every one, the rest in some."""
@@ -184,7 +188,7 @@ def _figure(name: str, times: dict[str, list[float]], passed: bool) -> Figure:
     bar = f"<= {BAR_PERCENT:.0f} %"
     added = 1e3 * cost(*middle)
     steps = times["step"]
-    return Figure(
+    return BenchResult(
         name,
         "ms",
         added,

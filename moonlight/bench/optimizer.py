@@ -22,7 +22,7 @@ from moonlight.bench.peers import (
     random_matrix,
     stacked,
 )
-from moonlight.bench.report import Figure, hardware, report, speed
+from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio
 from moonlight.errors import UserError
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
 
@@ -36,16 +36,16 @@ ACCURACY_BAR = 0.98
 """Least error of the plain loop over ours: 2% for chance, since batched products may sum in another order."""
 
 
-def plain_loop(whole: torch.Tensor, dtype: torch.dtype, num_steps: int = 5, name: str = "moonlight") -> torch.Tensor:
+def plain_loop(matrix: torch.Tensor, dtype: torch.dtype, num_steps: int = 5, name: str = "moonlight") -> torch.Tensor:
     """The iteration on one matrix as the other optimizers write it, its sums rounded once like torch.optim.Muon's."""
     first, then = COEFFICIENTS[name]
-    x = whole.mT if whole.shape[0] > whole.shape[1] else whole
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
     x = (x / (x.norm() + 1e-7)).to(dtype)
     for step in range(num_steps):
         a, b, c = first[step] if step < len(first) else then
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if whole.shape[0] > whole.shape[1] else x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
 
 
 def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> bool:
@@ -80,10 +80,10 @@ def bench_optimizer(rounds: int, device: str, json_path: Path | None = None) -> 
         for figure in figures
         if figure.weights_apart is not None
     ]
-    return report("Muon: accuracy, then speed", figures, machine, notes, json_path)
+    return print_results("Muon: accuracy, then speed", figures, machine, notes, json_path)
 
 
-def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
+def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> BenchResult:
     """Relative error of ours and of the plain bfloat16 loop to the same iteration in float32."""
     whole = random_matrix(spectrum, rows, columns, device)
     exact = plain_loop(whole, torch.float32)
@@ -91,7 +91,7 @@ def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
     for result in (orthogonalize(whole, 5, "moonlight", torch.bfloat16), plain_loop(whole, torch.bfloat16)):
         errors.append(((result.float() - exact).norm() / exact.norm()).item())
     ours, peer = errors
-    return Figure(
+    return BenchResult(
         f"error {rows}x{columns}, {spectrum}",
         "",
         ours,
@@ -103,7 +103,7 @@ def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> Figure:
     )
 
 
-def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: bool) -> Figure:
+def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: bool) -> BenchResult:
     whole = random_matrix("gauss", rows, columns, device)
     ours, peer = interleaved(
         rounds,
@@ -113,10 +113,12 @@ def _newton_schulz(rounds: int, rows: int, columns: int, device: str, exact: boo
             lambda: plain_loop(whole, torch.bfloat16),
         ],
     )
-    return speed(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, exact)
+    return time_ratio(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, exact)
 
 
-def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int) -> list[Figure]:
+def _steps(
+    rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int
+) -> list[BenchResult]:
     """Whole steps of all optimizers in turns, on `draw_stacks`."""
     weights, gradients = draw_stacks(device, stacks, count, rows, columns)
     made = {"ours": make_ours(weights), **{name: make(weights) for name, make in PEERS.items()}}
@@ -132,6 +134,6 @@ def _steps(rounds: int, device: str, exact: bool, *, stacks: int, count: int, ro
     for name, peer in zip(PEERS, times[1:], strict=True):
         apart = distance(own, stacked(made[name][1])) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
-        figure = speed(case, times[0], peer, STEP_BAR, exact and apart <= WEIGHT_TOLERANCE)
+        figure = time_ratio(case, times[0], peer, STEP_BAR, exact and apart <= WEIGHT_TOLERANCE)
         figures.append(replace(figure, weights_apart=apart))
     return figures

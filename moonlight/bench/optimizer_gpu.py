@@ -28,7 +28,7 @@ from moonlight.bench.peers import (
     random_matrix,
     stacked,
 )
-from moonlight.bench.report import Figure, speed
+from moonlight.bench.report import BenchResult, time_ratio
 from moonlight.optim import newton_schulz
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize
 
@@ -41,7 +41,7 @@ TILINGS = ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 4, 5), (
 """Side, depth, warps and stages that are tried; the first is what the optimizer uses."""
 
 
-def gpu_figures(rounds: int, exact: bool) -> tuple[list[Figure], list[str]]:
+def gpu_figures(rounds: int, exact: bool) -> tuple[list[BenchResult], list[str]]:
     """All figures and what is to be said of them. `exact`: whether accuracy has passed."""
     figures, notes = product_figures(rounds, "cuda", PRODUCT_SHAPE)
     if importlib.util.find_spec("gram_newton_schulz"):
@@ -52,7 +52,7 @@ def gpu_figures(rounds: int, exact: bool) -> tuple[list[Figure], list[str]]:
     return figures, [*notes, "steps: one optimizer after the other, not in turns"]
 
 
-def product_figures(rounds: int, device: str, shape: tuple[int, int, int]) -> tuple[list[Figure], list[str]]:
+def product_figures(rounds: int, device: str, shape: tuple[int, int, int]) -> tuple[list[BenchResult], list[str]]:
     """X X^T of X [count, n, k] in float16 beside torch.bmm, and the rates of all TILINGS."""
     from moonlight.kernels.symmetric import Tiling, symmetric_product
 
@@ -75,7 +75,7 @@ def product_figures(rounds: int, device: str, shape: tuple[int, int, int]) -> tu
         rows = -(-n // tiling.side)
         rates.append(rate(times, rows * (rows + 1) / 2 * tiling.side**2))
     shown = f"symmetric product {count}x{n}x{k}, torch.bmm"
-    figure = speed(shown, ours[0], cublas, 1.0, right)
+    figure = time_ratio(shown, ours[0], cublas, 1.0, right)
     figure = replace(figure, unit="TFLOP/s", ours=rates[0], peer=rate(cublas, n * n), bar=f">= {PRODUCT_BAR} TFLOP/s")
     figure = replace(figure, passed=right and rates[0] >= PRODUCT_BAR)
     notes = [
@@ -85,7 +85,7 @@ def product_figures(rounds: int, device: str, shape: tuple[int, int, int]) -> tu
     return [figure], notes
 
 
-def _gram_newton_schulz(rounds: int, exact: bool) -> Figure:
+def _gram_newton_schulz(rounds: int, exact: bool) -> BenchResult:
     """Newton-Schulz of a batch beside the package of that name, as its README uses it."""
     from gram_newton_schulz import GramNewtonSchulz
 
@@ -94,12 +94,12 @@ def _gram_newton_schulz(rounds: int, exact: bool) -> Figure:
     theirs = GramNewtonSchulz(ns_coefficients=steps, gram_newton_schulz_reset_iterations=[2])
     cases = [lambda: orthogonalize(whole, 5, "moonlight", torch.bfloat16), lambda: theirs(whole)]
     ours, peer = interleaved(rounds, "cuda", cases)
-    return speed("Newton-Schulz 32x1408x2048, gram-newton-schulz", ours, peer, GRAM_BAR, exact)
+    return time_ratio("Newton-Schulz 32x1408x2048, gram-newton-schulz", ours, peer, GRAM_BAR, exact)
 
 
 def step_figures(
     rounds: int, device: str, exact: bool, *, stacks: int, count: int, rows: int, columns: int
-) -> list[Figure]:
+) -> list[BenchResult]:
     """Whole steps on `draw_stacks`, one optimizer after the other."""
     weights, gradients = draw_stacks(device, stacks, count, rows, columns)
     ours, own = _timed(rounds, device, make_ours, weights, gradients)
@@ -110,7 +110,7 @@ def step_figures(
             times, theirs = _timed(rounds, device, make, weights, gradients)
         apart = distance(own, theirs) / moved
         case = f"step {stacks * count}x{rows}x{columns}, {name}"
-        figure = speed(case, ours, times, STEP_BARS[name], exact and apart <= WEIGHT_TOLERANCE)
+        figure = time_ratio(case, ours, times, STEP_BARS[name], exact and apart <= WEIGHT_TOLERANCE)
         figures.append(replace(figure, weights_apart=apart))
         del theirs
     return figures

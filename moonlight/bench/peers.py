@@ -93,9 +93,9 @@ def stacked(parameters: list[Parameters]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def distance(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
+def distance(updates: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
     """Between two lists of tensors, as one vector each."""
-    return sum((one - other).norm().item() ** 2 for one, other in zip(some, others, strict=True)) ** 0.5
+    return sum((one - other).norm().item() ** 2 for one, other in zip(updates, reference, strict=True)) ** 0.5
 
 
 def interleaved(

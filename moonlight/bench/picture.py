@@ -17,7 +17,7 @@ INCHES_WIDE, INCHES_A_LINE, DPI = 10.0, 0.25, 120
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartBar:
     """One bar of the picture: how many times better ours is, the peer over ours."""
 
     benchmark: str
@@ -46,7 +46,7 @@ def newest(folder: Path) -> dict[str, Path]:
     return found
 
 
-def lines_of(benchmark: str, content: dict[str, Any]) -> list[Line]:
+def chart_bars(benchmark: str, content: dict[str, Any]) -> list[ChartBar]:
     """What the picture shows of one file: everything with a unit. Accuracy, which has none, is a table's matter."""
     lines = []
     for figure in content["figures"]:
@@ -58,29 +58,29 @@ def lines_of(benchmark: str, content: dict[str, Any]) -> list[Line]:
         if relation == "<=":  # per cent that ours adds to the peer; its inverse is how many times less it takes
             middle, low, high, bar = (100 / value for value in (middle, high, low, float(number)))
         lines.append(
-            Line(benchmark, figure["case"], middle, low, high, bar or None, figure["passed"], figure["own_limit"])
+            ChartBar(benchmark, figure["case"], middle, low, high, bar or None, figure["passed"], figure["own_limit"])
         )
     return lines
 
 
-def draw(folder: Path, out: Path) -> list[Path]:
+def plot_results(folder: Path, out: Path) -> list[Path]:
     """Draw the newest file of every benchmark in `folder` as the picture `out`, and return these files.
 
     Raises:
         UserError: there is none, one is not such a file, or `out` cannot be written.
     """
     paths = newest(folder)
-    lines: list[Line] = []
+    lines: list[ChartBar] = []
     for name, path in paths.items():
         try:
-            lines += lines_of(name, json.loads(path.read_text(encoding="utf-8")))
+            lines += chart_bars(name, json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not what `moonlight bench` writes ({error!r}): remove it") from None
     _draw(lines, out)
     return list(paths.values())
 
 
-def _draw(lines: list[Line], out: Path) -> None:
+def _draw(lines: list[ChartBar], out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,9 +91,9 @@ def _draw(lines: list[Line], out: Path) -> None:
 
     # A line for the name of each benchmark above its bars.
     places, headings, place = [], [], 0.0
-    for number, line in enumerate(lines):
-        if number == 0 or line.benchmark != lines[number - 1].benchmark:
-            place += 0.5 * bool(number)
+    for index, line in enumerate(lines):
+        if index == 0 or line.benchmark != lines[index - 1].benchmark:
+            place += 0.5 * bool(index)
             headings.append((place, line.benchmark))
             place += 1
         places.append(place)

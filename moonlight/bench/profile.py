@@ -23,12 +23,12 @@ from moonlight import parallel
 from moonlight.bench.monitors import NEVER, random_batches
 from moonlight.bench.report import hardware
 from moonlight.config.load import load_recipe
-from moonlight.config.parallel import Parallel
-from moonlight.config.timeline import Timeline
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.files import make_folder, write_json
 from moonlight.model.build import build_model
-from moonlight.model.shards import initialize
-from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.model.shards import init_weights
+from moonlight.optim.distributed_muon import build_optimizer
 from moonlight.train.step import train_step
 
 WARM_UP_STEPS = 3
@@ -54,7 +54,7 @@ CALLERS = {
 
 
 @dataclass
-class Part:
+class ProfilePart:
     """One line of the profile: milliseconds of a step, and floating-point operations of its products."""
 
     products_ms: float = 0.0
@@ -70,18 +70,18 @@ class Part:
 
 def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, json_path: Path | None = None) -> None:
     """Take `steps` steps of the recipe in one process, and print what their parts took."""
-    run = replace(load_recipe(recipe, overrides), parallel=Parallel(), monitor=NEVER)
-    parallel.join_alone()
+    config = replace(load_recipe(recipe, overrides), parallel=ParallelConfig(), monitor=NEVER)
+    parallel.init_single_process()
     try:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(threads)
-        parallel.build_groups(run.parallel, run.train.seed)
-        models = build_model(run)
-        optimizer = make_optimizer(models, run)
-        with optimizer.fill_masters() as masters:
-            initialize(masters, run.model, run.train.seed)
-        moment, batches = Timeline(run).at(2), random_batches(run)
+        parallel.init_model_parallel(config.parallel, config.train.seed)
+        models = build_model(config)
+        optimizer = build_optimizer(models, config)
+        with optimizer.loading_masters() as masters:
+            init_weights(masters, config.model, config.train.seed)
+        moment, batches = RunSchedule(config).at(2), random_batches(config)
 
         def mark() -> None:
             with record_function(UPDATE):
@@ -89,27 +89,27 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
 
         def step() -> None:
             with record_function(STEP):
-                train_step(models, optimizer, run, batches, moment, before_update=mark)
+                train_step(models, optimizer, config, batches, moment, before_update=mark)
 
         for _ in range(WARM_UP_STEPS):
             step()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
 
-        def profiled(count: int, record_shapes: bool) -> dict[str, Part]:
+        def profiled(count: int, record_shapes: bool) -> dict[str, ProfilePart]:
             with profile(activities=activities, record_shapes=record_shapes) as profiler:
                 for _ in range(count):
                     step()
-            return parts_of(profiler.events() or [], count, on_gpu)
+            return profile_parts(profiler.events() or [], count, on_gpu)
 
         # Recording shapes keeps tensors alive, which doubles the time of what reuses their memory.
         counted, parts = profiled(1, True), profiled(steps, False)
         for name, part in parts.items():
             part.gflop = counted[name].gflop
     finally:
-        parallel.leave_world()
+        parallel.destroy_distributed()
     tokens = sum(batch.tokens.numel() for batch in batches)
     machine = hardware("cuda" if on_gpu else "cpu")
-    title = f"{run.name}, {run.train.dtype}, a step of {tokens:,} tokens"
+    title = f"{config.name}, {config.train.dtype}, a step of {tokens:,} tokens"
     _print(title, str(machine), parts)
     if json_path:
         content = {
@@ -121,7 +121,7 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
         write_json(json_path, content)
 
 
-def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]:
+def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, ProfilePart]:
     """The operators of `steps` profiled steps by part, for one step: of a processor, or of the GPU's kernels."""
     marks = [event.time_range.start for event in events if event.name == UPDATE]
     updates = [
@@ -132,7 +132,7 @@ def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]
         if event.time_range.start < mark < event.time_range.end
     ]
     assert len(updates) == steps
-    parts = {name: Part() for name in PARTS}
+    parts = {name: ProfilePart() for name in PARTS}
     for event in events:
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         name = event.name.removesuffix("_")
@@ -140,7 +140,7 @@ def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]
         if any(begin <= event.time_range.start <= end for begin, end in updates):
             part = parts[NEWTON_SCHULZ if is_product else REST_OF_UPDATE]
         else:
-            part = parts[_part_of(event)]
+            part = parts[_find_part(event)]
         milliseconds = microseconds / 1e3 / steps
         if is_product:
             part.products_ms += milliseconds
@@ -153,7 +153,7 @@ def parts_of(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, Part]
     return parts
 
 
-def _part_of(event: Any) -> str:
+def _find_part(event: Any) -> str:
     """The part of the nearest caller that has one."""
     while event is not None:
         for word, part in CALLERS.items():
@@ -177,11 +177,11 @@ def operations(name: str, shapes: Sequence[Sequence[int]]) -> float:
     return 2.0 * math.prod(left) * right[-1]
 
 
-def _print(title: str, caption: str, parts: dict[str, Part]) -> None:
+def _print(title: str, caption: str, parts: dict[str, ProfilePart]) -> None:
     table = Table(title=title, caption=caption)
     for name in ("part", "ms", "share", "products", "copies", "other", "GFLOP/s"):
         table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
-    whole = Part(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(Part())))
+    whole = ProfilePart(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(ProfilePart())))
     for name, part in [*parts.items(), ("all", whole)]:
         rate = f"{1e3 * part.gflop / part.products_ms:.0f}" if part.products_ms else ""
         values = (part.products_ms, part.copies_ms, part.other_ms)

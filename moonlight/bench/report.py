@@ -32,7 +32,7 @@ ALWAYS_NAMED = ("megatron-core", "transformers")
 
 
 @dataclass(frozen=True)
-class Figure:
+class BenchResult:
     """One line of the report."""
 
     case: str
@@ -66,7 +66,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Machine:
+class BenchMachine:
     """What a benchmark ran on."""
 
     hardware: str
@@ -79,7 +79,7 @@ class Machine:
         return f"{on}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
 
 
-def speed(
+def time_ratio(
     case: str,
     ours: list[float],
     peer: list[float],
@@ -87,11 +87,11 @@ def speed(
     gate: bool,
     unit: str = "ms",
     aim: float | None = None,
-) -> Figure:
+) -> BenchResult:
     """Times of all rounds as one figure: the ratio of the medians, the peer's over ours; more is better."""
     ratios = tuple(theirs / own for own, theirs in zip(ours, peer, strict=True))
     ratio = statistics.median(peer) / statistics.median(ours)
-    return Figure(
+    return BenchResult(
         case,
         unit,
         statistics.median(ours),
@@ -107,9 +107,9 @@ def speed(
     )
 
 
-def against_bar(case: str, ours: list[float], bar: float, gate: bool, unit: str, aim: float) -> Figure:
+def against_bar(case: str, ours: list[float], bar: float, gate: bool, unit: str, aim: float) -> BenchResult:
     """Times of all rounds beside the most that they may be, which takes the place of a peer."""
-    return replace(speed(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim), own_limit=True)
+    return replace(time_ratio(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim), own_limit=True)
 
 
 def told_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
@@ -119,7 +119,7 @@ def told_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
         yield number
 
 
-def hardware(device: str) -> Machine:
+def hardware(device: str) -> BenchMachine:
     """Processor or GPU, the cores and threads that this process has, and its torch."""
     model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
@@ -129,11 +129,15 @@ def hardware(device: str) -> Machine:
     if device == "cuda":
         model = f"{torch.cuda.get_device_name()}, {model}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(model, cores, torch.get_num_threads(), torch.__version__)
+    return BenchMachine(model, cores, torch.get_num_threads(), torch.__version__)
 
 
-def report(
-    title: str, figures: Sequence[Figure], machine: Machine, notes: Sequence[str] = (), json_path: Path | None = None
+def print_results(
+    title: str,
+    figures: Sequence[BenchResult],
+    machine: BenchMachine,
+    notes: Sequence[str] = (),
+    json_path: Path | None = None,
 ) -> bool:
     """Print the table with `notes` below it, write it as JSON too if asked, and return whether every bar was met."""
     table = Table(title=title, caption=str(machine))

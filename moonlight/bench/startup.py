@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from moonlight.bench.report import against_bar, hardware, report, told_rounds
+from moonlight.bench.report import against_bar, hardware, print_results, told_rounds
 from moonlight.config.load import load_recipe
 from moonlight.train.metrics import METRICS_FILE
 
@@ -31,13 +31,13 @@ MOONLIGHT = (sys.executable, "-m", "moonlight.cli")
 
 def bench_startup(rounds: int, recipe: Path, json_path: Path | None = None) -> bool:
     """Measure, print the table, and return whether every gate and bar has passed."""
-    run = load_recipe(recipe)
+    config = load_recipe(recipe)
     helps: dict[str, list[float]] = {arguments: [] for arguments in HELPS}
     steps: list[float] = []
     losses = set()
     with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as place:
         folder = Path(place)
-        data, tokenizer = make_data(folder, run.model.vocab_size)
+        data, tokenizer = make_data(folder, config.model.vocab_size)
         for number in told_rounds(rounds):
             for arguments, times in helps.items():
                 times.append(1e3 * _help_seconds(arguments))
@@ -54,14 +54,14 @@ def bench_startup(rounds: int, recipe: Path, json_path: Path | None = None) -> b
         against_bar(f"moonlight {arguments}", times[1:], HELP_BAR, True, "ms", HELP_AIM)
         for arguments, times in helps.items()
     ]
-    processes = run.parallel.num_processes
+    processes = config.parallel.num_processes
     case = f"first step of {recipe.stem}, {processes} processes"
     figures.append(against_bar(case, steps[1:], FIRST_STEP_BAR, same, "s", FIRST_STEP_AIM))
     notes = [
         "in the place of a peer: the bar; wall time from the start of the process",
         f"losses of the first steps: {'the same' if same else 'DIFFERENT, or not finite'}",
     ]
-    return report("Startup", figures, hardware("cpu"), notes, json_path)
+    return print_results("Startup", figures, hardware("cpu"), notes, json_path)
 
 
 def make_data(folder: Path, vocab_size: int) -> tuple[Path, Path]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import sentencepiece
 
-from moonlight.bench.report import hardware, report, speed, told_rounds
+from moonlight.bench.report import hardware, print_results, time_ratio, told_rounds
 from moonlight.bench.startup import make_data
-from moonlight.data.encode import Batch, TextEncoder, encode_all
+from moonlight.data.encode import DocumentBatch, TextEncoder, encode_all
 
 VOCAB_SIZE = 4096
 BATCH_BYTES = 1 << 19
@@ -51,7 +51,7 @@ def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) 
     tokens = sum(map(len, expected or []))
     size = sum(len(text) for batch in batches for text in batch.raw)
     figures = [
-        speed(f"{on}, {peer}", seconds[f"ours, {on}"], seconds[f"{peer}, {on}"], bar, same, "s", AIM)
+        time_ratio(f"{on}, {peer}", seconds[f"ours, {on}"], seconds[f"{peer}, {on}"], bar, same, "s", AIM)
         for on in ("one core", "all cores")
         for peer, bar in (
             ("sentencepiece", SENTENCEPIECE_BAR),
@@ -67,17 +67,17 @@ def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) 
         for name, rate in rates.items()
     ]
     notes.append(f"ids of every document: {'the same' if same else 'DIFFERENT'}")
-    return report("Tokenizer", figures, hardware("cpu"), notes, json_path)
+    return print_results("Tokenizer", figures, hardware("cpu"), notes, json_path)
 
 
-def _batches(nbytes: int) -> list[Batch]:
+def _batches(nbytes: int) -> list[DocumentBatch]:
     """At least `nbytes` of text in batches."""
     texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-    batches, size = [Batch()], 0
+    batches, size = [DocumentBatch()], 0
     while size < nbytes:
         for text in texts:
             if sum(map(len, batches[-1].raw)) >= BATCH_BYTES:
-                batches.append(Batch())
+                batches.append(DocumentBatch())
             batches[-1].raw.append(text)
             size += len(text)
             if size >= nbytes:
@@ -85,7 +85,7 @@ def _batches(nbytes: int) -> list[Batch]:
     return batches
 
 
-def _cases(folder: Path, batches: list[Batch], cores: int) -> dict[str, Callable[[], Ids]]:
+def _cases(folder: Path, batches: list[DocumentBatch], cores: int) -> dict[str, Callable[[], Ids]]:
     from transformers import AutoTokenizer
 
     encoder = TextEncoder(folder)
@@ -123,7 +123,7 @@ def _cases(folder: Path, batches: list[Batch], cores: int) -> dict[str, Callable
     }
 
 
-def _texts(batch: Batch) -> list[str]:
+def _texts(batch: DocumentBatch) -> list[str]:
     return [raw.decode() for raw in batch.raw]
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from moonlight.bench.report import Figure, hardware, report, speed, told_rounds
+from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio, told_rounds
 from moonlight.config.load import load_recipe
-from moonlight.config.parallel import Parallel
-from moonlight.config.run import Run
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.files import write_json
 
@@ -78,9 +78,9 @@ class Setting:
         return f"{self.side}: {how}{self.dtype}, {where}"
 
 
-def most_processes(run: Run, cores: int) -> int:
+def max_processes(config: RunConfig, cores: int) -> int:
     """One a core, or as many as the batch and the experts can be dealt out to evenly."""
-    shared = math.gcd(run.train.global_batch_size, run.model.num_experts)
+    shared = math.gcd(config.train.global_batch_size, config.model.num_experts)
     return max(count for count in range(1, cores + 1) if shared % count == 0)
 
 
@@ -105,7 +105,7 @@ def settings(name: str, optimizer: str, processes: int) -> list[Setting]:
 
 
 @dataclass(frozen=True)
-class Result:
+class SettingResult:
     """What a setting's processes said: seconds of the first step, of every later one's two parts, and losses."""
 
     first_step: float
@@ -128,28 +128,28 @@ def bench_train_step(rounds: int, names: list[str], optimizer: str, json_path: P
     if torch.cuda.is_available():
         raise UserError("train-step is a benchmark of processors, but here is a GPU: hide it by CUDA_VISIBLE_DEVICES=")
     machine = hardware("cpu")
-    figures: list[Figure] = []
+    figures: list[BenchResult] = []
     notes = []
     for name in names:
         found, said = _measure(name, optimizer, rounds, machine.cores)
         figures.append(found)
         notes += said
-    return report("A training step", figures, machine, notes, json_path)
+    return print_results("A training step", figures, machine, notes, json_path)
 
 
-def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[Figure, list[str]]:
+def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[BenchResult, list[str]]:
     workload = WORKLOADS[name]
-    run = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
-    run = replace(run, parallel=Parallel())
-    parts = workload.batch_tokens // (run.train.global_batch_size * run.data.sequence_length)
-    processes = most_processes(run, cores)
+    config = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
+    config = replace(config, parallel=ParallelConfig())
+    parts = workload.batch_tokens // (config.train.global_batch_size * config.data.sequence_length)
+    processes = max_processes(config, cores)
     with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
         folder = Path(place)
-        make_weights(run, folder)
+        make_weights(config, folder)
         tried, too_large = {}, []
         for setting in settings(name, optimizer, processes):
             try:
-                tried[setting] = _call(setting, workload, run, folder)
+                tried[setting] = _call(setting, workload, config, folder)
             except MemoryError:
                 too_large.append(setting)
         best = [
@@ -160,45 +160,45 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[Figure
         gate = _agree(list(tried.values()))
         for _ in told_rounds(rounds, warms_up=False):
             for setting, own in zip(best, times, strict=True):
-                result = _call(setting, workload, run, folder)
+                result = _call(setting, workload, config, folder)
                 own.append(result.step_seconds(parts))
                 gate = gate and _agree([*tried.values(), result])
     notes = [f"{name}, {setting}: {_words(result, parts)}" for setting, result in tried.items()]
     notes += [f"{name}, {setting}: the system killed it, as it does when memory runs out" for setting in too_large]
     title = f"{name}, {optimizer}, step of {workload.batch_tokens:,} tokens"
-    return speed(title, times[0], times[1], BAR, gate, "s", AIM), notes
+    return time_ratio(title, times[0], times[1], BAR, gate, "s", AIM), notes
 
 
-def _words(result: Result, parts: int) -> str:
+def _words(result: SettingResult, parts: int) -> str:
     forward_backward, update = statistics.median(result.forward_backward), statistics.median(result.update)
     times = f"{parts} x {forward_backward:.3f}" if parts > 1 else f"{forward_backward:.3f}"
     whole = f"step {result.step_seconds(parts):.3f} s ({times} and update {update:.3f})"
     return f"{whole}; the very first {result.first_step:.1f} s; first loss {result.losses[0]:.5f}"
 
 
-def _agree(results: list[Result]) -> bool:
+def _agree(results: list[SettingResult]) -> bool:
     """Whether all begin with the same loss, and learn."""
     first = results[0].losses[0]
     same = all(abs(result.losses[0] - first) <= FIRST_LOSS_TOLERANCE * first for result in results)
     return same and all(result.losses[-1] < result.losses[0] for result in results)
 
 
-def make_weights(run: Run, folder: Path) -> None:
+def make_weights(config: RunConfig, folder: Path) -> None:
     """Random weights as transformers draws them: `hf` in its own form, `checkpoint` in ours."""
     from checkpoints.hf_import import import_folder
     from moonlight.bench.export import make_source
 
-    make_source(run.model, folder / "hf", "float32")
+    make_source(config.model, folder / "hf", "float32")
     import_folder(folder / "hf", folder / "checkpoint")
 
 
-def _call(setting: Setting, workload: Workload, run: Run, folder: Path) -> Result:
+def _call(setting: Setting, workload: Workload, config: RunConfig, folder: Path) -> SettingResult:
     """Start the processes of a setting, and read what the first one writes.
 
     Raises:
         MemoryError: the system killed one of them.
     """
-    each = run.train.global_batch_size // setting.processes
+    each = config.train.global_batch_size // setting.processes
     changed = workload.overrides | {"train.micro_batch_size": each, "optimizer.name": setting.optimizer}
     changed |= {"train.dtype": setting.dtype, "schedule.lr": LEARNING_RATE, "schedule.min_lr": 0.0}
     overrides = [f"{key}={value}" for key, value in changed.items()]
@@ -224,4 +224,4 @@ def _call(setting: Setting, workload: Workload, run: Run, folder: Path) -> Resul
         raise MemoryError(str(setting))
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{setting}: {''.join(errors)[-2000:]}")
-    return Result(**json.loads(answer.read_text()))
+    return SettingResult(**json.loads(answer.read_text()))

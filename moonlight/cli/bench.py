@@ -151,9 +151,9 @@ def bench_picture(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/images/benchmarks.png"),
 ) -> None:
     """Draw the newest figures of every benchmark, each with its spread and its bar."""
-    from moonlight.bench.picture import draw
+    from moonlight.bench.picture import plot_results
 
-    for path in draw(figures, out):
+    for path in plot_results(figures, out):
         print(f"from {path}")
     print(f"{out}: written")
 

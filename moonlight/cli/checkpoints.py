@@ -107,11 +107,11 @@ def release(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Run the checks and list the files, offline.")] = False,
 ) -> None:
     """Check an exported folder and upload it to the Hugging Face Hub. A second run uploads only what is missing."""
-    from checkpoints.release import check, print_plan
+    from checkpoints.release import check_release, print_release
 
-    checked = check(folder, repo)
+    checked = check_release(folder, repo)
     if dry_run:
-        print_plan(checked, private=private)
+        print_release(checked, private=private)
         print("dry run: nothing was uploaded")
         return
     from checkpoints.hub import upload

@@ -56,14 +56,14 @@ def evaluate(
     card: Annotated[bool, typer.Option("--card", help="Put the table into the model card of each export.")] = False,
 ) -> None:
     """Measure models with standard benchmarks: JSON, a table next to published scores, a curve over checkpoints."""
-    from eval.evaluate import Options, evaluate
+    from eval.evaluate import EvalOptions, evaluate
 
     if card:
         from checkpoints.card_evaluation import check_card, fill_card
 
         for folder in folders:
             check_card(folder)
-    options = Options(
+    options = EvalOptions(
         suite=suite,
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         data_dir=data_dir,

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moonlight.config.load import load_recipe
 from moonlight.errors import UserError
-from moonlight.files import write_text
+from moonlight.files import atomic_write_text
 from moonlight.train import run_folder
 
 PROMPT = "import os\n\n\ndef main(argv):\n"
@@ -45,17 +45,17 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
         raise UserError(f"corpus {corpus} does not exist: give a folder or file of text")
     if not recipe.exists():
         raise UserError(f"recipe {recipe} does not exist: run this in the repository, or give --recipe")
-    run = load_recipe(recipe, overrides)
-    if run.data.sources:
+    config = load_recipe(recipe, overrides)
+    if config.data.sources:
         raise UserError(f"recipe {recipe} has data.sources: quickstart prepares one folder, which data.path names")
-    folder = run_folder.path(run)
-    tokenizer, data, hugging_face = Path(run.data.tokenizer), Path(run.data.path), folder / "hf"
+    folder = run_folder.run_path(config)
+    tokenizer, data, hugging_face = Path(config.data.tokenizer), Path(config.data.path), folder / "hf"
     completion = folder / "completion.txt"
 
     print(f"corpus: {corpus}")
     step(
         "tokenizer",
-        *("tokenizer", "train", "--input", corpus, "--vocab-size", run.model.vocab_size, "--out", tokenizer),
+        *("tokenizer", "train", "--input", corpus, "--vocab-size", config.model.vocab_size, "--out", tokenizer),
     )
     step(
         "data",
@@ -102,4 +102,4 @@ def step(name: str, *arguments: object, out: Path | None = None) -> None:
     if result.returncode:
         raise SystemExit(result.returncode)
     if out:
-        write_text(out, result.stdout)
+        atomic_write_text(out, result.stdout)

@@ -18,7 +18,7 @@ from moonlight.config.load import load_recipe
 from moonlight.data.chat_tasks import HELD_OUT_FILE, TRAIN_FILE, write_tasks
 from moonlight.dist_checkpoint.state import complete_checkpoints
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, write_json
+from moonlight.files import sha256_checksum, write_json
 from moonlight.train import run_folder
 
 TRAIN_CONVERSATIONS, HELD_OUT_CONVERSATIONS, SEED = 12_000, 600, 1
@@ -37,19 +37,19 @@ def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
         raise UserError(f"{base} has no checkpoint: `make quickstart` trains the model that this tunes")
     own = {"train.initial_checkpoint": base, "data.tokenizer": base / "tokenizer"}
     overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
-    run = load_recipe(recipe, overrides)
-    folder, data = run_folder.path(run), Path(run.data.path)
+    config = load_recipe(recipe, overrides)
+    folder, data = run_folder.run_path(config), Path(config.data.path)
     tasks = data.parent / "tasks"
     if write_tasks(tasks, TRAIN_CONVERSATIONS, HELD_OUT_CONVERSATIONS, SEED):
         print(f"{tasks}: {TRAIN_CONVERSATIONS:,} conversations to learn from, {HELD_OUT_CONVERSATIONS} held out")
     step(
         "conversations",
-        *("data", "prepare-chat", "--input", tasks / TRAIN_FILE, "--tokenizer", run.data.tokenizer),
-        *("--sequence-length", run.data.sequence_length, "--out", data),
+        *("data", "prepare-chat", "--input", tasks / TRAIN_FILE, "--tokenizer", config.data.tokenizer),
+        *("--sequence-length", config.data.sequence_length, "--out", data),
     )
     step("tuning", "sft", recipe, *overrides)
     before, after = folder / "before", folder / "hf"
-    step("export, before", "export", base, "--out", before, "--chat", "--tokenizer", run.data.tokenizer)
+    step("export, before", "export", base, "--out", before, "--chat", "--tokenizer", config.data.tokenizer)
     step("export, after", "export", folder, "--out", after, "--chat")
     shares = _measure({"before": before, "after": after}, tasks / HELD_OUT_FILE, folder / RESULT_FILE)
 
@@ -67,23 +67,23 @@ def quickstart_chat(base: Path, recipe: Path, overrides: Sequence[str]) -> None:
 
 def _measure(folders: dict[str, Path], held_out: Path, out: Path) -> dict[str, dict[str, Any]]:
     """Shares of exact answers by task for each folder. `out` keeps them with every answer, folder by folder."""
-    from eval.exact_match import answers, share_exact
+    from eval.exact_match import exact_match_by_task, generate_answers
 
     lines = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     conversations, tasks = [line["messages"] for line in lines], [line["task"] for line in lines]
     there = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     known = {name: there[name] for name in folders if name in there}
     for name, path in folders.items():
-        made_from = {"export": sha256_of(path / "export.json"), "conversations": sha256_of(held_out)}
+        made_from = {"export": sha256_checksum(path / "export.json"), "conversations": sha256_checksum(held_out)}
         if name in known and known[name]["made_from"] == made_from:
             print(f"== exact match, {name}: done already")
             continue
         print(f"== exact match, {name}: greedy answers by plain transformers", flush=True)
-        given = answers(path, conversations)
+        given = generate_answers(path, conversations)
         said = [
             {"task": task, "conversation": messages[:-1], **dataclasses.asdict(answer), "exact": answer.is_exact}
             for task, messages, answer in zip(tasks, conversations, given, strict=True)
         ]
-        known[name] = {"made_from": made_from, "shares": share_exact(given, tasks), "answers": said}
+        known[name] = {"made_from": made_from, "shares": exact_match_by_task(given, tasks), "answers": said}
         write_json(out, known)
     return {name: known[name]["shares"] for name in folders}

@@ -8,7 +8,7 @@ from moonlight.config.schedule import check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceConfig:
     """One prepared data folder of a mixture."""
 
     path: str
@@ -20,12 +20,12 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class DataConfig:
     """Where the tokens come from: folders that `moonlight tokenizer train` and `moonlight data prepare` made."""
 
     path: str = ""
     """Folder with train.bin/.idx, validation.bin/.idx and manifest.json. Give this or `sources`."""
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several such folders to mix, each under a name of your own."""
     tokenizer: str
     """Folder with the tokenizer whose checksum is in the manifests."""
@@ -55,6 +55,6 @@ class Data:
         check_weights("data.sources", {name: source.weight for name, source in self.sources.items()})
 
     @property
-    def mixture(self) -> dict[str, Source]:
+    def mixture(self) -> dict[str, SourceConfig]:
         """The sources by name. A single `path` is one source, named after its folder."""
-        return self.sources or {PurePath(self.path).name: Source(path=self.path)}
+        return self.sources or {PurePath(self.path).name: SourceConfig(path=self.path)}

@@ -14,15 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moonlight.config.checks import field_type
-from moonlight.config.model import Model
-from moonlight.config.run import Run
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 
 _MAX_INT = 2**31 - 1
 _MAX_TOKENS = 10**15
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe file and apply `section.key=value` overrides.
 
     Raises:
@@ -41,22 +41,22 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"recipe {path}: {_first_line(error)}") from None
-    return from_dict(plain)
+    return parse_run_config(plain)
 
 
-def from_dict(tree: Any) -> Run:
+def parse_run_config(tree: Any) -> RunConfig:
     """Build a Run from nested plain values, with every key and type checked."""
-    return _build(Run, tree, "")
+    return _build(RunConfig, tree, "")
 
 
-def model_from_dict(tree: Any) -> Model:
+def parse_model_config(tree: Any) -> ModelConfig:
     """Build the architecture section alone, with every key and type checked."""
-    return _build(Model, tree, "model.")
+    return _build(ModelConfig, tree, "model.")
 
 
-def to_yaml(run: Run) -> str:
+def to_yaml(config: RunConfig) -> str:
     """The resolved recipe, every default written out."""
-    return yaml.safe_dump(dataclasses.asdict(run), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
@@ -99,7 +99,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 def _hint(key: str, prefix: str, known: Iterable[str]) -> str:
     """Suggest a key for an unknown one: the same key of another section, or the nearest of this one."""
-    for section, hint in typing.get_type_hints(Run).items():
+    for section, hint in typing.get_type_hints(RunConfig).items():
         cls = next(iter(typing.get_args(hint)), hint)
         if dataclasses.is_dataclass(cls) and key in {field.name for field in dataclasses.fields(cls)}:
             return f"did you mean {section}.{key}?"

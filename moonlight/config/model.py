@@ -6,7 +6,7 @@ from moonlight.config.checks import NonNegative, Positive, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """Architecture. Names are those of a DeepSeek-V3 `config.json`, except num_experts (n_routed_experts there),
     num_shared_experts (n_shared_experts) and num_expert_groups (n_group)."""
 

@@ -6,7 +6,7 @@ from moonlight.config.checks import NonNegative, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monitor:
+class MonitorConfig:
     """What the run measures besides the loss. Every step's metrics have norms of gradients and updates by group."""
 
     every_steps: NonNegative[int] = 10

@@ -9,7 +9,7 @@ FloatType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class OptimizerConfig:
     """Muon for matrices, AdamW for embedding, head and norms, one learning rate for both (arXiv 2502.16982, 2.2)."""
 
     name: Literal["muon", "adamw"] = "muon"

@@ -6,7 +6,7 @@ from moonlight.config.checks import NonNegative, Positive, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     """How model and optimizer are sharded. The data-parallel size is the world size over tensor x pipeline."""
 
     num_processes: Positive[int] = 1

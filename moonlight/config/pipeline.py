@@ -22,7 +22,7 @@ def check_pipeline(num_layers: int, pipeline_parallel_size: int, virtual_pipelin
     )
 
 
-def layers_of_stages(
+def stage_layers(
     num_layers: int, pipeline_parallel_size: int, virtual_pipeline_parallel_size: int
 ) -> list[list[range]]:
     """Layers, counted from 0, of every chunk of every stage: `[stage][chunk]`, interleaved as Megatron does it."""

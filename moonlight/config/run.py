@@ -1,103 +1,104 @@
 """The recipe: every setting of a run, as frozen dataclasses with units in their names.
 
-`Run` is a whole recipe file; each section has its class in the file of its name. Checks within one section are in its
-`__post_init__`, checks across sections in that of `Run`. All raise `UserError`.
+`RunConfig` is a whole recipe file; each section has its class in the file of its name. A section's own checks are in
+its `__post_init__`, checks across sections in that of `RunConfig`. All raise `UserError`.
 """
 
 from dataclasses import dataclass, field
 
 from moonlight.config.checks import require
-from moonlight.config.data import Data
-from moonlight.config.model import Model
-from moonlight.config.monitor import Monitor
-from moonlight.config.optimizer import Optimizer
-from moonlight.config.parallel import Parallel
+from moonlight.config.data import DataConfig
+from moonlight.config.model import ModelConfig
+from moonlight.config.monitor import MonitorConfig
+from moonlight.config.optimizer import OptimizerConfig
+from moonlight.config.parallel import ParallelConfig
 from moonlight.config.pipeline import check_pipeline
-from moonlight.config.schedule import Schedule, Stage, check_stages, check_weights
-from moonlight.config.train import Train
+from moonlight.config.schedule import ScheduleConfig, StageConfig, check_stages, check_weights
+from moonlight.config.train import TrainConfig
 
 MAX_STEPS = 99_999_999
 """Checkpoint folders are named by steps of eight digits, so that their names sort."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunConfig:
     """A whole recipe."""
 
     name: str
     """Name of the run's folder, runs_folder/name, which everything it writes goes to."""
     runs_folder: str = "runs"
     """Folder of all runs."""
-    model: Model
-    data: Data
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule | None = None
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig | None = None
     """Learning rate over train.train_steps. Give this or `stages`."""
-    stages: dict[str, Stage] = field(default_factory=dict)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
     """Stages in order, each under a name of your own."""
-    parallel: Parallel = field(default_factory=Parallel)
-    train: Train
-    monitor: Monitor = field(default_factory=Monitor)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        model, parallel, train = self.model, self.parallel, self.train
+        model_config, parallel, train_config = self.model, self.parallel, self.train
         require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"name is {self.name!r}: it must be one folder name",
         )
         self._check_divisible()
         check_pipeline(
-            model.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+            model_config.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
         )
         require(
-            self.data.sequence_length <= model.max_position_embeddings,
+            self.data.sequence_length <= model_config.max_position_embeddings,
             f"data.sequence_length is {self.data.sequence_length}: at most model.max_position_embeddings "
-            f"({model.max_position_embeddings}) is accepted",
+            f"({model_config.max_position_embeddings}) is accepted",
         )
         require(
-            self.optimizer.master_weights == "float32" or train.dtype == "bfloat16",
+            self.optimizer.master_weights == "float32" or train_config.dtype == "bfloat16",
             f"optimizer.master_weights is {self.optimizer.master_weights!r}: it needs train.dtype bfloat16 "
-            f"({train.dtype} weights are their own masters)",
+            f"({train_config.dtype} weights are their own masters)",
         )
         require(
-            self.optimizer.gradient_dtype == "float32" or train.dtype == "bfloat16",
+            self.optimizer.gradient_dtype == "float32" or train_config.dtype == "bfloat16",
             f"optimizer.gradient_dtype is {self.optimizer.gradient_dtype!r}: it needs train.dtype bfloat16 "
-            f"(gradients of {train.dtype} weights are {train.dtype})",
+            f"(gradients of {train_config.dtype} weights are {train_config.dtype})",
         )
         require(
-            not self.data.conversations or bool(train.initial_checkpoint),
+            not self.data.conversations or bool(train_config.initial_checkpoint),
             "train.initial_checkpoint is missing: tuning on conversations starts from the weights of a checkpoint",
         )
         require(
-            train.epochs == 0 or (self.data.conversations and bool(self.data.path) and not train.batch_growth),
-            f"train.epochs is {train.epochs:g}: it is for conversations from one data.path, at one batch size",
+            train_config.epochs == 0
+            or (self.data.conversations and bool(self.data.path) and not train_config.batch_growth),
+            f"train.epochs is {train_config.epochs:g}: it is for conversations from one data.path, at one batch size",
         )
         self._check_schedule()
 
     def _check_divisible(self) -> None:
         """Check that tensor and expert parallelism divide every size that they split."""
-        model, parallel = self.model, self.parallel
+        model_config, parallel = self.model, self.parallel
         tp = parallel.tensor_parallel_size
         for label, value, divisor_label, divisor in (
-            ("model.num_attention_heads", model.num_attention_heads, "parallel.tensor_parallel_size", tp),
-            ("model.intermediate_size", model.intermediate_size, "parallel.tensor_parallel_size", tp),
-            ("model.vocab_size", model.vocab_size, "parallel.tensor_parallel_size", tp),
+            ("model.num_attention_heads", model_config.num_attention_heads, "parallel.tensor_parallel_size", tp),
+            ("model.intermediate_size", model_config.intermediate_size, "parallel.tensor_parallel_size", tp),
+            ("model.vocab_size", model_config.vocab_size, "parallel.tensor_parallel_size", tp),
             (
                 "model.moe_intermediate_size x model.num_shared_experts",
-                model.moe_intermediate_size * model.num_shared_experts,
+                model_config.moe_intermediate_size * model_config.num_shared_experts,
                 "parallel.tensor_parallel_size",
                 tp,
             ),
             ("data.sequence_length", self.data.sequence_length, "parallel.tensor_parallel_size", tp),
             (
                 "model.moe_intermediate_size",
-                model.moe_intermediate_size,
+                model_config.moe_intermediate_size,
                 "parallel.expert_tensor_parallel_size",
                 parallel.expert_tensor_parallel_size,
             ),
             (
                 "model.num_experts",
-                model.num_experts,
+                model_config.num_experts,
                 "parallel.expert_parallel_size",
                 parallel.expert_parallel_size,
             ),
@@ -108,7 +109,7 @@ class Run:
             )
 
     def _check_schedule(self) -> None:
-        schedule, train = self.schedule, self.train
+        schedule, train_config = self.schedule, self.train
         require(
             (schedule is None) == bool(self.stages),
             "schedule and stages are both " + ("given" if schedule else "missing") + ": give one of them",
@@ -116,40 +117,42 @@ class Run:
         if schedule:
             schedule.check("schedule")
             require(
-                train.epochs > 0 or train.train_steps > 0,
-                f"train.train_steps is {train.train_steps}: it must be greater than 0",
+                train_config.epochs > 0 or train_config.train_steps > 0,
+                f"train.train_steps is {train_config.train_steps}: it must be greater than 0",
             )
             require(
-                train.train_steps <= MAX_STEPS,
-                f"train.train_steps is {train.train_steps}: at most {MAX_STEPS} is accepted",
+                train_config.train_steps <= MAX_STEPS,
+                f"train.train_steps is {train_config.train_steps}: at most {MAX_STEPS} is accepted",
             )
-            counted = train.train_steps > 0  # epochs become steps once the data is known
+            counted = train_config.train_steps > 0  # epochs become steps once the data is known
             require(
-                not counted or schedule.warmup_steps <= train.train_steps,
+                not counted or schedule.warmup_steps <= train_config.train_steps,
                 f"schedule.warmup_steps is {schedule.warmup_steps}: it must be at most train.train_steps "
-                f"({train.train_steps})",
+                f"({train_config.train_steps})",
             )
             require(
-                not counted or train.stop_at_step <= train.train_steps,
-                f"train.stop_at_step is {train.stop_at_step}: at most train.train_steps ({train.train_steps}) is "
+                not counted or train_config.stop_at_step <= train_config.train_steps,
+                f"train.stop_at_step is {train_config.stop_at_step}: at most train.train_steps "
+                f"({train_config.train_steps}) is "
                 "accepted",
             )
         else:
             require(
-                train.train_steps == 0,
-                f"train.train_steps is {train.train_steps}: leave it out, because stages say where they end in tokens",
+                train_config.train_steps == 0,
+                f"train.train_steps is {train_config.train_steps}: leave it out, because stages say where they end "
+                "in tokens",
             )
             check_stages(self.stages)
             for name, stage in self.stages.items():
                 tokens = stage.to_tokens - stage.from_tokens
-                most = tokens // (train.batch_at(stage.from_tokens) * self.data.sequence_length)
+                most = tokens // (train_config.batch_at(stage.from_tokens) * self.data.sequence_length)
                 require(
                     stage.warmup_steps <= most,
                     f"stages.{name}.warmup_steps is {stage.warmup_steps}: the stage has {most} steps",
                 )
         require(
-            not train.only_stage or train.only_stage in self.stages,
-            f"train.only_stage is {train.only_stage!r}: the stages are {', '.join(self.stages) or 'none'}",
+            not train_config.only_stage or train_config.only_stage in self.stages,
+            f"train.only_stage is {train_config.only_stage!r}: the stages are {', '.join(self.stages) or 'none'}",
         )
         for name, stage in self.stages.items():
             if stage.weights:
@@ -162,10 +165,10 @@ class Run:
 
     def check_batches(self, world_size: int) -> None:
         """Raise UserError if a batch of the run cannot be split among `world_size` processes."""
-        train, parallel = self.train, self.parallel
-        per_pass = train.micro_batch_size * parallel.data_parallel_size(world_size)
-        sizes = {"train.global_batch_size": train.global_batch_size}
-        for index, change in enumerate(train.batch_growth):
+        train_config, parallel = self.train, self.parallel
+        per_pass = train_config.micro_batch_size * parallel.data_parallel_size(world_size)
+        sizes = {"train.global_batch_size": train_config.global_batch_size}
+        for index, change in enumerate(train_config.batch_growth):
             sizes[f"train.batch_growth[{index}].global_batch_size"] = change.global_batch_size
         for name, size in sizes.items():
             require(

@@ -7,7 +7,7 @@ from moonlight.config.checks import NonNegative, Positive, check_fields, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class ScheduleConfig:
     """Learning rate: linear warm-up, then a decay to min_lr at the end."""
 
     lr: Positive[float]
@@ -36,7 +36,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(Schedule):
+class StageConfig(ScheduleConfig):
     """One stage of a run, from one count of consumed tokens to another."""
 
     from_tokens: NonNegative[int]
@@ -67,7 +67,7 @@ class BatchGrowth:
     """Sequences per optimizer step from then on."""
 
 
-def check_stages(stages: dict[str, Stage]) -> None:
+def check_stages(stages: dict[str, StageConfig]) -> None:
     """Raise UserError unless the stages follow each other without overlap or gap, the first from 0."""
     before, end = "", 0
     for name, stage in stages.items():
@@ -91,8 +91,8 @@ def check_weights(name: str, weights: dict[str, float]) -> None:
 def check_growth(first: int, growth: tuple[BatchGrowth, ...]) -> None:
     """Raise UserError unless the batch, `first` at the start, grows with each change and changes are in order."""
     tokens = 0
-    for number, change in enumerate(growth):
-        place = f"train.batch_growth[{number}]"
+    for index, change in enumerate(growth):
+        place = f"train.batch_growth[{index}]"
         require(
             change.after_tokens > tokens,
             f"{place}.after_tokens is {change.after_tokens}: it must be greater than {tokens}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moonlight.config.checks import field_type, field_types, require_one_of
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 
 UNITS = {  # by the end of a key; the longest that fits
     "steps": "steps",
@@ -67,9 +67,9 @@ class Section:
 
 def list_sections() -> list[Section]:
     """Return every section with every key, in the order of the classes; the top level first."""
-    sections = [_section("", Run)]
-    for field in dataclasses.fields(Run):
-        kind = _section_class(typing.get_type_hints(Run)[field.name])
+    sections = [_section("", RunConfig)]
+    for field in dataclasses.fields(RunConfig):
+        kind = _section_class(typing.get_type_hints(RunConfig)[field.name])
         if kind is not None:
             name = f"{field.name}.<name>" if field.name == "stages" else field.name
             sections.append(_section(name, kind))

@@ -8,12 +8,12 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from moonlight.config.checks import require
-from moonlight.config.run import MAX_STEPS, Run
-from moonlight.config.schedule import Schedule, Stage
+from moonlight.config.run import MAX_STEPS, RunConfig
+from moonlight.config.schedule import ScheduleConfig, StageConfig
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepSchedule:
     """What holds in one step."""
 
     step: int
@@ -43,45 +43,45 @@ class _Span:
     global_batch_size: int
 
 
-class Timeline:
+class RunSchedule:
     """Every step of a run, without a list of them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Raises UserError for a run of stages without a step, with too many, or that would stop after its last."""
-        self._train, self._length = run.train, (length := run.data.sequence_length)
-        self._growth = [(0, run.train.global_batch_size)]
-        self._growth += [(-(-g.after_tokens // length), g.global_batch_size) for g in run.train.batch_growth]
+        self._train_config, self._length = config.train, (length := config.data.sequence_length)
+        self._growth = [(0, config.train.global_batch_size)]
+        self._growth += [(-(-g.after_tokens // length), g.global_batch_size) for g in config.train.batch_growth]
         self._spans: list[_Span] = []
         self._start_lr: dict[str, float] = {}
-        if run.stages:
-            self._stages = dict(run.stages)
-            only = run.train.only_stage
+        if config.stages:
+            self._stages = dict(config.stages)
+            only = config.train.only_stage
             lr = 0.0
             for name, stage in self._stages.items():
                 self._start_lr[name], lr = lr, stage.end_lr
                 if only in ("", name):
                     self._add(name, -(-stage.from_tokens // length), -(-stage.to_tokens // length))
         else:
-            assert run.schedule is not None  # Run requires it without stages
+            assert config.schedule is not None  # Run requires it without stages
             require(
-                run.train.train_steps > 0,
-                f"train.epochs is {run.train.epochs:g}: how many steps that is follows from the prepared data; "
+                config.train.train_steps > 0,
+                f"train.epochs is {config.train.epochs:g}: how many steps that is follows from the prepared data; "
                 "give train.train_steps besides",
             )
-            self._add("", 0, None, run.train.train_steps)
+            self._add("", 0, None, config.train.train_steps)
             only_span = self._spans[-1]
             tokens = (only_span.first_sequence + only_span.num_steps * only_span.global_batch_size) * length
-            self._stages = {"": _whole(run.schedule, tokens)}
+            self._stages = {"": _whole(config.schedule, tokens)}
             self._start_lr[""] = 0.0
-        require(bool(self._spans), f"train.only_stage is {run.train.only_stage!r}: no step begins in it")
+        require(bool(self._spans), f"train.only_stage is {config.train.only_stage!r}: no step begins in it")
         last = self._spans[-1]
         self.num_steps = last.first_step + last.num_steps - 1
         require(
             self.num_steps <= MAX_STEPS, f"the stages have {self.num_steps} steps: at most {MAX_STEPS} are accepted"
         )
         require(
-            run.train.stop_at_step <= self.num_steps,
-            f"train.stop_at_step is {run.train.stop_at_step}: at most {self.num_steps}, the steps of the run",
+            config.train.stop_at_step <= self.num_steps,
+            f"train.stop_at_step is {config.train.stop_at_step}: at most {self.num_steps}, the steps of the run",
         )
         self.batch_sizes = sorted({span.global_batch_size for span in self._spans})
 
@@ -120,13 +120,13 @@ class Timeline:
             counts[span.global_batch_size] += span.num_steps
         return counts
 
-    def at(self, step: int) -> Moment:
+    def at(self, step: int) -> StepSchedule:
         """What holds in `step`, counted from 1."""
         assert 1 <= step <= self.num_steps, (step, self.num_steps)
         span = self._spans[bisect_right(self._spans, step, key=lambda span: span.first_step) - 1]
         first = span.first_sequence + (step - span.first_step) * span.global_batch_size
         stage = self._stages[span.stage]
-        return Moment(
+        return StepSchedule(
             step=step,
             stage=span.stage,
             first_sequence=first,
@@ -139,7 +139,7 @@ class Timeline:
         """Of the step after which `consumed` sequences have been seen."""
         stage, start_lr = self._stages[name], self._start_lr[name]
         done = min(consumed * self._length, stage.to_tokens) - stage.from_tokens
-        warmup = stage.warmup_steps * self._train.batch_at(stage.from_tokens) * self._length
+        warmup = stage.warmup_steps * self._train_config.batch_at(stage.from_tokens) * self._length
         if done <= warmup:
             return start_lr + (stage.lr - start_lr) * done / warmup
         if stage.decay == "constant":
@@ -149,9 +149,9 @@ class Timeline:
         return stage.min_lr + (stage.lr - stage.min_lr) * remaining
 
 
-def _whole(schedule: Schedule, tokens: int) -> Stage:
+def _whole(schedule: ScheduleConfig, tokens: int) -> StageConfig:
     """A schedule as the one stage of a run of so many tokens."""
-    return Stage(
+    return StageConfig(
         lr=schedule.lr,
         min_lr=schedule.min_lr,
         warmup_steps=schedule.warmup_steps,

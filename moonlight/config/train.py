@@ -10,7 +10,7 @@ RecomputeModule = Literal["layernorm", "mlp_act", "mla_up_proj", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class TrainConfig:
     """Batch, length, precision, and how often the run validates and saves."""
 
     train_steps: NonNegative[int] = 0

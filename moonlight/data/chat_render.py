@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES, TEMPLATE_FILE
-from moonlight.data.conversations import Message, parse
+from moonlight.data.conversations import Message, parse_messages
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_config import read_object
 from moonlight.errors import UserError
@@ -26,7 +26,7 @@ _PRIVATE = range(0xE000, 0xF900)
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-class UnusableError(Exception):
+class RenderError(Exception):
     """A conversation that the template cannot render; the message says why."""
 
 
@@ -77,7 +77,7 @@ class ChatRenderer:
         The first id never is. Roles are not checked: that is the template's.
 
         Raises:
-            UnusableError: the template refuses it, or changes what was said earlier when more is said.
+            RenderError: the template refuses it, or changes what was said earlier when more is said.
         """
         text, spans, mark = self._spans(messages)
         edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
@@ -103,13 +103,13 @@ class ChatRenderer:
         safe = [{**message, "content": self._break_up(message["content"], mark)} for message in messages]
         whole = self._render(safe)
         spans = []
-        for number, message in enumerate(safe):
+        for index, message in enumerate(safe):
             if message["role"] != "assistant":
                 continue
-            before = self._render(safe[:number], ask=True)
-            after = self._render(safe[: number + 1])
+            before = self._render(safe[:index], ask=True)
+            after = self._render(safe[: index + 1])
             if not (after.startswith(before) and whole.startswith(after)):
-                raise UnusableError("template: it writes earlier turns otherwise when more is said")
+                raise RenderError("template: it writes earlier turns otherwise when more is said")
             *_, last = [None, *self._special.finditer(after, len(before))]
             spans.append((len(before), last.end() if last else len(after)))
         return whole, spans, mark
@@ -131,7 +131,7 @@ class ChatRenderer:
                 eos_token=self._tokenizer.eos_token,
             )
         except Exception as error:  # whatever a template of somebody else's raises
-            raise UnusableError(f"template: {' '.join(str(error).split())[:200]}") from None
+            raise RenderError(f"template: {' '.join(str(error).split())[:200]}") from None
         return text
 
     def _name(self, index: int | None) -> str:
@@ -141,7 +141,7 @@ class ChatRenderer:
         """The special token that ends what the assistant says."""
         try:
             text, ((start, _),), _ = self._spans(_PROBE)
-        except UnusableError as error:
+        except RenderError as error:
             raise UserError(f"the chat template does not work ({error}): give another") from None
         found = self._special.findall(text[start:])
         if not found:
@@ -165,6 +165,6 @@ class ChatEncoder:
 
     def _encode(self, text: str) -> numpy.ndarray | str:
         try:
-            return numpy.array(self.renderer.render(parse(text)), numpy.int32)
-        except UnusableError as error:
+            return numpy.array(self.renderer.render(parse_messages(text)), numpy.int32)
+        except RenderError as error:
             return str(error)

@@ -41,7 +41,7 @@ def read_conversations(file: Path, field: str = "messages") -> Iterator[Record]:
     return read_lines(file, partial(_messages_of, field=field))
 
 
-def parse(text: str) -> list[Message]:
+def parse_messages(text: str) -> list[Message]:
     """The messages of a good record."""
     return [{"role": role, "content": content} for role, content in json.loads(text)]
 

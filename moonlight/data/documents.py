@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 
 SKIPPED_NAMES = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules", "test", "tests"})
 """Folders that a walk does not enter: other people's packages, build products and test data."""
@@ -82,7 +82,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     for file in files:
         name = os.path.relpath(file.absolute(), common)
         try:
-            line = json.dumps([name, file.stat().st_size, sha256_of(file)])
+            line = json.dumps([name, file.stat().st_size, sha256_checksum(file)])
         except OSError as error:
             raise _unreadable(file, error) from None
         digest.update(line.encode() + b"\n")
@@ -103,7 +103,7 @@ def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
             if file.name.endswith(".parquet"):
                 yield from _read_parquet(file, stream, text_field)
             elif file.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _read_jsonl(file, stream, partial(_text_of, text_field=text_field))
+                yield from _read_jsonl(file, stream, partial(_extract_text, text_field=text_field))
             else:
                 yield _read_text(file, stream)
     except OSError as error:
@@ -174,7 +174,7 @@ def _read_jsonl(file: Path, stream: BinaryIO, text_of: TextOf) -> Iterator[Recor
         # Lines are split as bytes, so that one line that is not UTF-8 does not spoil the rest of the file.
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                text, reason = _text_of_json(line, text_of)
+                text, reason = _parse_json_line(line, text_of)
             else:
                 text, reason = "", ""
             yield Record(file, number, text, reason, stream.tell())
@@ -182,7 +182,7 @@ def _read_jsonl(file: Path, stream: BinaryIO, text_of: TextOf) -> Iterator[Recor
         yield Record(file, number + 1, None, f"damaged gzip stream: {error}", stream.tell())
 
 
-def _text_of_json(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
+def _parse_json_line(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -194,7 +194,7 @@ def _text_of_json(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
     return text_of(value)
 
 
-def _text_of(value: dict[str, Any], text_field: str) -> tuple[str | None, str]:
+def _extract_text(value: dict[str, Any], text_field: str) -> tuple[str | None, str]:
     if text_field not in value:
         return None, f"no field {text_field!r}"
     return checked_text(value[text_field], f"field {text_field!r}")

@@ -26,7 +26,7 @@ _worker_encoder: Encoder | None = None
 
 
 @dataclass
-class Batch:
+class DocumentBatch:
     """Documents to encode together."""
 
     raw: list[bytes] = field(default_factory=list)
@@ -73,7 +73,9 @@ def _start_worker(encoder: Encoder) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[tuple[Batch, list[Any]]]:
+def encode_all(
+    batches: Iterable[DocumentBatch], encoder: Encoder, workers: int
+) -> Iterator[tuple[DocumentBatch, list[Any]]]:
     """Each batch with what `encoder` makes of it, in the order of `batches`; at most 3 a worker are in memory."""
     if workers == 1:
         for batch in batches:
@@ -82,7 +84,7 @@ def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iter
     # spawn: a forked child of a process that has threads (torch starts some) may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
-    waiting: deque[tuple[Batch, Future[list[Any]]]] = deque()
+    waiting: deque[tuple[DocumentBatch, Future[list[Any]]]] = deque()
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(_encode_in_worker, batch.raw)))

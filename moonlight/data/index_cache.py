@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moonlight.files import checksum_of, make_folder, whole_folder, write_json
+from moonlight.files import atomic_folder, make_folder, write_json, xxh3_checksum
 
 VERSION = 1
 _SUMS = "sums.json"
 
 
-class Order(NamedTuple):
+class EpochOrder(NamedTuple):
     """Order of an epoch's documents, and of the windows that are cut from them."""
 
     documents: np.ndarray
@@ -39,7 +39,7 @@ class IndexCache:
         text = json.dumps({"version": VERSION, **facts}, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def order(self, epoch: int, build: Callable[[], Order]) -> Order:
+    def order(self, epoch: int, build: Callable[[], EpochOrder]) -> EpochOrder:
         """The order of `epoch`, mapped from its files; one process of a host calls `build` if they are not there.
 
         Files that are damaged are built again, and those of finished epochs removed. Processes may still map the epoch
@@ -54,11 +54,11 @@ class IndexCache:
                 if place.exists():
                     print(f"{place} is damaged and made again", file=sys.stderr)
                     shutil.rmtree(place)
-                with whole_folder(place) as part:
+                with atomic_folder(place) as part:
                     sums = {}
                     for name, values in build()._asdict().items():
                         np.save(part / f"{name}.npy", values, allow_pickle=False)
-                        sums[name] = checksum_of(part / f"{name}.npy")
+                        sums[name] = xxh3_checksum(part / f"{name}.npy")
                     write_json(part / _SUMS, sums)
                 found = _read(place)
                 assert found is not None, place
@@ -68,14 +68,14 @@ class IndexCache:
         return found
 
 
-def _read(place: Path) -> Order | None:
+def _read(place: Path) -> EpochOrder | None:
     """The arrays of a folder, mapped, if every file is what was written."""
     try:
         sums = json.loads((place / _SUMS).read_text(encoding="utf-8"))
-        files = {name: place / f"{name}.npy" for name in Order._fields}
-        if {name: checksum_of(file) for name, file in files.items()} != sums:
+        files = {name: place / f"{name}.npy" for name in EpochOrder._fields}
+        if {name: xxh3_checksum(file) for name, file in files.items()} != sums:
             return None
         # Plain arrays: slices of numpy.memmap cost a microsecond each.
-        return Order(*(np.load(file, mmap_mode="r").view(np.ndarray) for file in files.values()))
+        return EpochOrder(*(np.load(file, mmap_mode="r").view(np.ndarray) for file in files.values()))
     except (OSError, ValueError):
         return None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TextIO
 
 from moonlight.data.documents import Record
-from moonlight.data.encode import Batch
+from moonlight.data.encode import DocumentBatch
 from moonlight.errors import UserError
 
 BATCH_BYTES = 1 << 19
 
 
-class Intake:
+class RecordBatcher:
     """Reads records into batches, counts what is empty or bad, and writes the bad ones down."""
 
     def __init__(self, quarantine: Path, read: Callable[[Path], Iterator[Record]]) -> None:
@@ -31,9 +31,9 @@ class Intake:
         """Bad records of all kinds."""
         return self.reasons.total()
 
-    def batches(self, files_of: list[list[Path]]) -> Iterator[Batch]:
+    def batches(self, files_of: list[list[Path]]) -> Iterator[DocumentBatch]:
         """Batches of about 512 KiB of text, from the files of each input in turn."""
-        batch, size, before = Batch(), 0, 0
+        batch, size, before = DocumentBatch(), 0, 0
         for source, file in ((source, file) for source, files in enumerate(files_of) for file in files):
             for record in self._read(file):
                 batch.position = before + record.position
@@ -49,15 +49,15 @@ class Intake:
                     size += len(batch.raw[-1])
                 if size >= BATCH_BYTES:
                     yield batch
-                    batch, size = Batch(position=batch.position), 0
+                    batch, size = DocumentBatch(position=batch.position), 0
             before += file.stat().st_size
         if batch.raw:
             yield batch
 
-    def refuse(self, place: tuple[Path, int], reason: str) -> None:
+    def reject(self, location: tuple[Path, int], reason: str) -> None:
         """Set a document aside after all."""
         self.documents -= 1
-        self._set_aside(*place, reason)
+        self._set_aside(*location, reason)
 
     def check(self, max_bad_share: float) -> None:
         """Raise UserError if too many records were bad, or none was a document."""

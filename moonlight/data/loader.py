@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moonlight.config.run import Run
-from moonlight.data.index_cache import IndexCache, Order
-from moonlight.data.mixture import Mixture, mixture_of, samples_per_epoch
+from moonlight.config.run import RunConfig
+from moonlight.data.index_cache import EpochOrder, IndexCache
+from moonlight.data.mixture import SourceMixture, build_mixture, samples_per_epoch
 from moonlight.errors import UserError
 
 
-class Packed(NamedTuple):
+class PackedSample(NamedTuple):
     """A sequence of whole conversations, and padding after them."""
 
     tokens: np.ndarray
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     """int32 [sequence_length]: number of each token's conversation; padding is one more."""
 
 
-Sample = tuple[np.ndarray, np.ndarray] | Packed
+Sample = tuple[np.ndarray, np.ndarray] | PackedSample
 """Tokens [sequence_length + 1] int64, and which of the last sequence_length count as labels, float32."""
 
 
@@ -65,7 +65,7 @@ class _Stream:
         return np.concatenate(pieces, dtype=np.int64)
 
 
-class TrainingSamples:
+class TrainDataset:
     """Endless samples: every epoch shuffles the documents, joins them, cuts windows, and shuffles those.
 
     Neighbouring windows share one token, so each token but the first of an epoch is a label once.
@@ -85,12 +85,12 @@ class TrainingSamples:
         self._mask = np.ones(sequence_length, dtype=np.float32)
         self._mask.flags.writeable = False  # all samples have this one
 
-    def _order(self, epoch: int) -> Order:
+    def _order(self, epoch: int) -> EpochOrder:
         if self.cache is None:
             return self._shuffle(epoch)
         return self.cache.order(epoch, lambda: self._shuffle(epoch))
 
-    def _shuffle(self, epoch: int) -> Order:
+    def _shuffle(self, epoch: int) -> EpochOrder:
         """The order of an epoch, in the smallest integers that hold it: they do not change what is drawn."""
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         documents = _count_up(len(self.stream.lengths))
@@ -99,11 +99,11 @@ class TrainingSamples:
         ends = np.cumsum(self.stream.lengths[documents], dtype=total)
         windows = _count_up(self.samples_per_epoch)
         generator.shuffle(windows)
-        return Order(documents, ends, windows)
+        return EpochOrder(documents, ends, windows)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         """Sample `number`, counted from 0 over the whole run."""
-        epoch, place = divmod(number, self.samples_per_epoch)
+        epoch, place = divmod(index, self.samples_per_epoch)
         order = self._epoch(epoch)
         start = int(order.windows[place]) * self.sequence_length
         tokens = self.stream.read(order.documents, order.ends, start, start + self.sequence_length + 1)
@@ -128,13 +128,13 @@ class _Conversations:
     def num_windows(self) -> int:
         return len(self._firsts) - 1
 
-    def window(self, number: int) -> Packed:
+    def window(self, index: int) -> PackedSample:
         """Window `number`; one past the last is all padding."""
         length = self.sequence_length
         tokens = np.full(length + 1, self.eos_id, dtype=np.int64)
         mask, documents = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.int32)
-        if number < self.num_windows:
-            first, last = int(self._firsts[number]), int(self._firsts[number + 1])
+        if index < self.num_windows:
+            first, last = int(self._firsts[index]), int(self._firsts[index + 1])
             lengths = self.stream.lengths[first:last]
             stop = int(self._ends[last - 1])
             start, count = stop - int(lengths.sum()), int(lengths.sum())
@@ -142,10 +142,10 @@ class _Conversations:
             mask[: count - 1] = self._learnt[start + 1 : stop]
             documents[:count] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
             documents[count:] = len(lengths)
-        return Packed(tokens, mask, documents)
+        return PackedSample(tokens, mask, documents)
 
 
-class TrainingConversations(_Conversations):
+class ChatTrainDataset(_Conversations):
     """Endless samples of conversations: every epoch shuffles the windows."""
 
     def __init__(self, folder: Path, sequence_length: int, eos_id: int, seed: int) -> None:
@@ -158,13 +158,13 @@ class TrainingConversations(_Conversations):
         np.random.Generator(np.random.PCG64([self.seed, epoch])).shuffle(windows)
         return windows
 
-    def __getitem__(self, number: int) -> Packed:
+    def __getitem__(self, index: int) -> PackedSample:
         """Sample `number`, counted from 0 over the whole run."""
-        epoch, place = divmod(number, self.num_windows)
+        epoch, place = divmod(index, self.num_windows)
         return self.window(int(self._epoch(epoch)[place]))
 
 
-class ValidationConversations(_Conversations):
+class ChatValDataset(_Conversations):
     """Held-out conversations in order; samples past the last are all padding."""
 
     def __init__(self, folder: Path, sequence_length: int, eos_id: int) -> None:
@@ -173,54 +173,56 @@ class ValidationConversations(_Conversations):
     def __len__(self) -> int:
         return self.num_windows
 
-    def __getitem__(self, number: int) -> Packed:
-        return self.window(number)
+    def __getitem__(self, index: int) -> PackedSample:
+        return self.window(index)
 
 
-class MixedSamples:
+class MixtureDataset:
     """The samples of a run: those of its sources, mixed."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, TrainingSamples | TrainingConversations]) -> None:
+    def __init__(self, mixture: SourceMixture, sources: Mapping[str, TrainDataset | ChatTrainDataset]) -> None:
         self.mixture, self.sources = mixture, sources
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         """Sample `number`, counted from 0 over the whole run."""
-        source, own = self.mixture[number]
+        source, own = self.mixture[index]
         return self.sources[source][own]
 
-    def tokens_read(self, number: int) -> dict[str, int]:
+    def tokens_read(self, num_samples: int) -> dict[str, int]:
         """Metrics: tokens of each source among the first `number` samples; nothing where there is one source only."""
         if len(self.sources) == 1:
             return {}
-        counts = self.mixture.counts(number)
+        counts = self.mixture.counts(num_samples)
         return {f"data/tokens/{name}": counts[name] * source.sequence_length for name, source in self.sources.items()}
 
 
-def open_training(run: Run, manifests: Mapping[str, dict[str, Any]], cache_folder: Path) -> MixedSamples:
+def build_train_dataset(
+    config: RunConfig, manifests: Mapping[str, dict[str, Any]], cache_folder: Path
+) -> MixtureDataset:
     """The training samples of a run whose sources have these manifests; orders of epochs lie in `cache_folder`."""
-    length, seed = run.data.sequence_length, run.train.seed
-    sources: dict[str, TrainingSamples | TrainingConversations] = {}
-    for name, source in run.data.mixture.items():
-        if run.data.conversations:
+    length, seed = config.data.sequence_length, config.train.seed
+    sources: dict[str, TrainDataset | ChatTrainDataset] = {}
+    for name, source in config.data.mixture.items():
+        if config.data.conversations:
             eos_id = manifests[name]["tokenizer"]["eos_id"]
-            sources[name] = TrainingConversations(Path(source.path), length, eos_id, seed)
+            sources[name] = ChatTrainDataset(Path(source.path), length, eos_id, seed)
             continue
         index = manifests[name]["splits"]["train"]["idx_sha256"]
         cache = IndexCache(cache_folder, {"idx_sha256": index, "sequence_length": length, "seed": seed})
-        sources[name] = TrainingSamples(Path(source.path), length, seed, cache)
-    return MixedSamples(mixture_of(run), sources)
+        sources[name] = TrainDataset(Path(source.path), length, seed, cache)
+    return MixtureDataset(build_mixture(config), sources)
 
 
-def open_validation(run: Run, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "HeldOut"]:
+def build_val_datasets(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "AnyValDataset"]:
     """The held-out samples of each source."""
-    kind = ValidationConversations if run.data.conversations else ValidationSamples
+    kind = ChatValDataset if config.data.conversations else ValDataset
     return {
-        name: kind(Path(source.path), run.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
-        for name, source in run.data.mixture.items()
+        name: kind(Path(source.path), config.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        for name, source in config.data.mixture.items()
     }
 
 
-class ValidationSamples:
+class ValDataset:
     """Every token of the held-out documents as a label exactly once, in order.
 
     The first token of all is predicted from `eos_id`, as every later document's first is. The last window is padded,
@@ -235,9 +237,9 @@ class ValidationSamples:
     def __len__(self) -> int:
         return -(-self.stream.num_tokens // self.sequence_length)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         length = self.sequence_length
-        start = number * length
+        start = index * length
         stop = max(start, min(start + length, self.stream.num_tokens))
         tokens = np.full(length + 1, self.eos_id, dtype=np.int64)
         mask = np.zeros(length, dtype=np.float32)
@@ -249,10 +251,10 @@ class ValidationSamples:
         return tokens, mask
 
 
-HeldOut = ValidationSamples | ValidationConversations
+AnyValDataset = ValDataset | ChatValDataset
 
 
-def stack(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens and labels, int64, and loss mask, float32, all [samples, sequence_length]."""
     shape = len(samples), len(samples[0][1])
     tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 
 BLOCK = 1024
 """Samples whose order is shuffled together. Another value is another order of every mixture."""
@@ -21,7 +21,7 @@ _TAG = 0x6D6978
 """Keeps these random numbers apart from those of the sources' own orders."""
 
 
-class Mixture:
+class SourceMixture:
     """Samples of a run, dealt out among its sources. Counts of a source go on from stage to stage."""
 
     def __init__(self, sources: Sequence[str], stages: Sequence[tuple[int, Mapping[str, float]]], seed: int) -> None:
@@ -37,18 +37,18 @@ class Mixture:
             length = self._firsts[stage + 1] - self._firsts[stage]
             self._before.append(self._before[stage] + self._within(stage, length))
 
-    def __getitem__(self, number: int) -> tuple[str, int]:
+    def __getitem__(self, index: int) -> tuple[str, int]:
         """Source of sample `number`, and its number among the samples of that source, both counted from 0."""
-        stage = bisect_right(self._firsts, number) - 1
-        block, place = divmod(number - self._firsts[stage], BLOCK)
+        stage = bisect_right(self._firsts, index) - 1
+        block, place = divmod(index - self._firsts[stage], BLOCK)
         sources, numbers = self._block(stage, block)
         source = int(sources[place])
         return self.sources[source], int(self._before[stage][source]) + int(numbers[place])
 
-    def counts(self, number: int) -> dict[str, int]:
+    def counts(self, num_samples: int) -> dict[str, int]:
         """Samples of each source among the first `number`."""
-        stage = bisect_right(self._firsts, number) - 1
-        found = self._before[stage] + self._within(stage, number - self._firsts[stage])
+        stage = bisect_right(self._firsts, num_samples) - 1
+        found = self._before[stage] + self._within(stage, num_samples - self._firsts[stage])
         return dict(zip(self.sources, found.tolist(), strict=True))
 
     def _within(self, stage: int, length: int) -> np.ndarray:
@@ -90,12 +90,12 @@ def _portions(rates: Sequence[Fraction], total: int) -> list[int]:
     return portions
 
 
-def mixture_of(run: Run) -> Mixture:
+def build_mixture(config: RunConfig) -> SourceMixture:
     """The mixture of a recipe, over all of its stages."""
-    own = {name: source.weight for name, source in run.data.mixture.items()}
-    length = run.data.sequence_length
-    stages = [(-(-stage.from_tokens // length), stage.weights or own) for stage in run.stages.values()]
-    return Mixture(tuple(own), stages or [(0, own)], run.train.seed)
+    own = {name: source.weight for name, source in config.data.mixture.items()}
+    length = config.data.sequence_length
+    stages = [(-(-stage.from_tokens // length), stage.weights or own) for stage in config.stages.values()]
+    return SourceMixture(tuple(own), stages or [(0, own)], config.train.seed)
 
 
 def samples_per_epoch(num_tokens: int, sequence_length: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy
 
 
-def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Numbers of the conversations of each sequence: best fit, the longest first.
 
     Each goes into the fullest sequence that has room for it. `lengths` are tokens, at most `room`, those of a
@@ -19,10 +19,10 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """The keys of `open_by_room`, rising."""
     for number in numpy.argsort(-numpy.asarray(lengths, dtype=numpy.int64), kind="stable").tolist():
         length = lengths[number]
-        assert 0 < length <= room, (number, length, room)
+        assert 0 < length <= capacity, (number, length, capacity)
         place = bisect_left(rooms, length)
         if place == len(rooms):
-            sequence, left = len(sequences), room
+            sequence, left = len(sequences), capacity
             sequences.append([])
         else:
             left = rooms[place]

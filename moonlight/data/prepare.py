@@ -17,10 +17,10 @@ import numpy
 
 from moonlight.data.documents import fingerprint, iter_files, read_records
 from moonlight.data.encode import TextEncoder, encode_all
-from moonlight.data.intake import Intake
+from moonlight.data.intake import RecordBatcher
 from moonlight.data.manifest import VERSION, check_same, load_manifest
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, whole_folder, write_json
+from moonlight.files import atomic_folder, sha256_checksum, write_json
 from moonlight.progress import byte_progress
 
 _COMPRESSED_BYTES = 64 << 20
@@ -64,7 +64,7 @@ def prepare(
     check_settings(validation_share, workers, max_bad_share)
     encoder = TextEncoder(tokenizer_folder)
     tokenizer = encoder.tokenizer
-    files_of = files_of_each(inputs)
+    files_of = list_input_files(inputs)
     all_files = [file for files in files_of for file in files]
     wanted = {
         "version": VERSION,
@@ -85,8 +85,8 @@ def prepare(
     sources: list[dict[str, Any]] = [
         {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
     ]
-    with whole_folder(out) as part:
-        intake = Intake(part / "quarantine.jsonl", partial(read_records, text_field=text_field))
+    with atomic_folder(out) as part:
+        intake = RecordBatcher(part / "quarantine.jsonl", partial(read_records, text_field=text_field))
         names = ("train", "validation") if validation_share else ("train",)
         splits = {name: _Split(part, name, tokenizer.num_ids) for name in names}
         held_out = _Compressed()
@@ -94,7 +94,7 @@ def prepare(
         with byte_progress("preparing", total) as advance, contextlib.closing(intake):
             for batch, encoded in encode_all(intake.batches(files_of), encoder, workers):
                 for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
-                    held = position_of(raw) < validation_share
+                    held = hash_position(raw) < validation_share
                     if held:
                         held_out.add(raw)
                     splits["validation" if held else "train"].add(raw, ids)
@@ -140,7 +140,7 @@ class _Split:
     def finish(self) -> dict[str, Any]:
         """Write the index, and give the split's part of the manifest."""
         self._builder.finalize(str(self._idx))
-        checksums = {"bin_sha256": sha256_of(self._bin), "idx_sha256": sha256_of(self._idx)}
+        checksums = {"bin_sha256": sha256_checksum(self._bin), "idx_sha256": sha256_checksum(self._idx)}
         return {**self._counts, "largest_id": self._largest_id, "dtype": self._dtype.__name__, **checksums}
 
 
@@ -167,7 +167,7 @@ class _Compressed:
         return self._sizes
 
 
-def files_of_each(inputs: Sequence[Path]) -> list[list[Path]]:
+def list_input_files(inputs: Sequence[Path]) -> list[list[Path]]:
     """The files of each input that are in none before it."""
     found: list[list[Path]] = []
     for path in inputs:
@@ -196,7 +196,7 @@ def check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inp
             )
 
 
-def position_of(raw: bytes) -> float:
+def hash_position(raw: bytes) -> float:
     """Where a document's text lies between 0 and 1, by its hash."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
 

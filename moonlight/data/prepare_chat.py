@@ -15,15 +15,15 @@ import numpy
 
 from moonlight.data.chat_render import ChatEncoder, find_template
 from moonlight.data.chat_template import TEMPLATE_FILE
-from moonlight.data.conversations import check_files, parse, read_conversations
+from moonlight.data.conversations import check_files, parse_messages, read_conversations
 from moonlight.data.documents import fingerprint
 from moonlight.data.encode import encode_all
-from moonlight.data.intake import Intake
+from moonlight.data.intake import RecordBatcher
 from moonlight.data.manifest import VERSION, check_same, load_manifest
 from moonlight.data.packing import pack
-from moonlight.data.prepare import check_settings, check_splits, files_of_each, import_indexed_dataset, position_of
+from moonlight.data.prepare import check_settings, check_splits, hash_position, import_indexed_dataset, list_input_files
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, whole_folder, write_json, write_text
+from moonlight.files import atomic_folder, atomic_write_text, sha256_checksum, write_json
 from moonlight.progress import byte_progress
 
 
@@ -71,7 +71,7 @@ def prepare_chat(
     text = find_template(tokenizer_folder, template)
     encoder = ChatEncoder(tokenizer_folder, text)
     tokenizer = encoder.tokenizer
-    files_of = files_of_each(inputs)
+    files_of = list_input_files(inputs)
     all_files = [file for files in files_of for file in files]
     check_files(all_files)
     wanted = {
@@ -99,8 +99,8 @@ def prepare_chat(
     sources: list[dict[str, Any]] = [
         {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
     ]
-    with whole_folder(out) as part:
-        intake = Intake(part / "quarantine.jsonl", partial(read_conversations, field=messages_field))
+    with atomic_folder(out) as part:
+        intake = RecordBatcher(part / "quarantine.jsonl", partial(read_conversations, field=messages_field))
         names = ("train", "validation") if validation_share else ("train",)
         splits = {name: _Split(part, name) for name in names}
         total = sum(file.stat().st_size for file in all_files)
@@ -108,13 +108,13 @@ def prepare_chat(
             for batch, encoded in encode_all(intake.batches(files_of), encoder, workers):
                 for source, raw, place, found in zip(batch.sources, batch.raw, batch.places, encoded, strict=True):
                     if isinstance(found, str):
-                        intake.refuse(place, found)
+                        intake.reject(place, found)
                         continue
                     if (length := found.shape[1]) > sequence_length:
-                        intake.refuse(place, f"longer than the sequence: {length} tokens, {sequence_length} fit")
+                        intake.reject(place, f"longer than the sequence: {length} tokens, {sequence_length} fit")
                         continue
-                    nbytes = sum(len(message["content"].encode()) for message in parse(raw.decode()))
-                    held = position_of(raw) < validation_share
+                    nbytes = sum(len(message["content"].encode()) for message in parse_messages(raw.decode()))
+                    held = hash_position(raw) < validation_share
                     splits["validation" if held else "train"].add(found, nbytes)
                     for key, more in (("documents", 1), ("bytes", nbytes), ("tokens", length)):
                         sources[source][key] += more
@@ -122,7 +122,7 @@ def prepare_chat(
         intake.check(max_bad_share)
         described = {name: split.finish(tokenizer.num_ids, sequence_length, packing) for name, split in splits.items()}
         check_splits(described, validation_share, inputs)
-        write_text(part / TEMPLATE_FILE, text)
+        atomic_write_text(part / TEMPLATE_FILE, text)
         manifest = {
             **wanted,
             "sources": sources,
@@ -185,5 +185,5 @@ class _Split:
                     mask.write(learnt[place].tobytes())
                     counted += int(learnt[place].sum(dtype=numpy.int64))
         builder.finalize(str(paths["idx"]))
-        sums = {f"{kind}_sha256": sha256_of(path) for kind, path in paths.items()}
+        sums = {f"{kind}_sha256": sha256_checksum(path) for kind, path in paths.items()}
         return {"counted_tokens": counted, "largest_id": int(ids.max()), "dtype": dtype.__name__, **sums}

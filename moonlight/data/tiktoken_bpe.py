@@ -19,7 +19,7 @@ import tokenizers
 from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES
 from moonlight.data.tokenizer_config import read_object, special_tokens, token_text
 from moonlight.errors import UserError
-from moonlight.files import make_folder, write_json, write_text
+from moonlight.files import atomic_write_text, make_folder, write_json
 
 TIKTOKEN_FILE = "tiktoken.model"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -159,7 +159,7 @@ def convert_tiktoken(source: Path, out: Path) -> None:
     special_map = {**roles, "additional_special_tokens": others}
     kept = {key: config[key] for key in ("model_max_length", "padding_side", "chat_template") if key in config}
     make_folder(out)
-    write_text(out / "tokenizer.json", fast.to_str(pretty=True) + "\n")
+    atomic_write_text(out / "tokenizer.json", fast.to_str(pretty=True) + "\n")
     write_json(out / "special_tokens_map.json", special_map)
     write_json(
         out / "tokenizer_config.json",
@@ -186,7 +186,7 @@ def convert_tiktoken(source: Path, out: Path) -> None:
     if template.is_file():
         shutil.copyfile(template, out / template.name)
     elif "chat_template" not in config and set(CONTROL_PIECES) <= set(specials.values()):
-        write_text(out / template.name, CHAT_TEMPLATE)
+        atomic_write_text(out / template.name, CHAT_TEMPLATE)
 
 
 def _last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:

@@ -22,7 +22,7 @@ import tokenizers
 from moonlight.data.tiktoken_bpe import TIKTOKEN_FILE, fast_tokenizer
 from moonlight.data.tokenizer_config import end_of_text_id, read_object, special_tokens, token_text
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 
 
 class Tokenizer(ABC):
@@ -79,7 +79,7 @@ class Tokenizer(ABC):
         """Text of `ids`; control ids give nothing, bytes that are not UTF-8 give U+FFFD."""
 
     @abstractmethod
-    def id_of(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         """Id of a token by its exact name, control tokens included."""
 
 
@@ -88,7 +88,7 @@ class _SentencePiece(Tokenizer):
         if model.eos_id() < 0:
             raise UserError(f"tokenizer {path} has no end-of-document id: an [EOS] piece is needed")
         self._model = model
-        self.file, self.sha256 = path.name, sha256_of(path)
+        self.file, self.sha256 = path.name, sha256_checksum(path)
         self.num_ids = model.get_piece_size()
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self.eos_id, self.eos_token = model.eos_id(), model.id_to_piece(model.eos_id())
@@ -103,7 +103,7 @@ class _SentencePiece(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids))
 
-    def id_of(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         found = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None
 
@@ -118,7 +118,7 @@ class _Fast(Tokenizer):
             UserError: no end-of-text id, or a special token that text can spell.
         """
         vocab = fast.get_vocab(with_added_tokens=True)
-        self.file, self.sha256 = path.name, sha256_of(path)
+        self.file, self.sha256 = path.name, sha256_checksum(path)
         self.eos_id = end_of_text_id(folder, config, vocab)
         self.eos_token = next(token for token, index in vocab.items() if index == self.eos_id)
         self.num_ids = max(vocab.values()) + 1
@@ -156,7 +156,7 @@ class _Fast(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._fast.decode(list(ids), skip_special_tokens=True)
 
-    def id_of(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
 
 

@@ -20,11 +20,11 @@ from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES
 from moonlight.data.documents import fingerprint, iter_files, read_records
 from moonlight.data.manifest import check_same
 from moonlight.errors import UserError
-from moonlight.files import sha256_of, whole_folder, write_json, write_text
+from moonlight.files import atomic_folder, atomic_write_text, sha256_checksum, write_json
 
 _VERSION = 1
 _SPACE = "\u2581"
-_LONGEST_PIECE = 32
+_MAX_PIECE_LENGTH = 32
 _MAX_TRAINING_BYTES = 100_000_000
 _SLICE_CHARACTERS = 100_000
 # A word carries the whitespace before it: "\n        return" can be one piece; none spans two words.
@@ -74,10 +74,10 @@ def train_tokenizer(
             f"JSONL or Parquet with the field {text_field!r}"
         )
     model = _train_model(words, vocab_size, threads)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part:
         (part / "tokenizer.model").write_bytes(model)
         _write_hugging_face(part, sentencepiece.SentencePieceProcessor(model_proto=model))
-        checksums = {f"{name}_sha256": sha256_of(part / name) for name in ("tokenizer.model", "tokenizer.json")}
+        checksums = {f"{name}_sha256": sha256_checksum(part / name) for name in ("tokenizer.model", "tokenizer.json")}
         write_json(part / "manifest.json", {**wanted, "files": len(files), "bad_records": bad, **checksums})
 
 
@@ -119,7 +119,7 @@ def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
             split_by_whitespace=False,
             split_by_unicode_script=False,
             split_by_number=False,
-            max_sentencepiece_length=_LONGEST_PIECE,
+            max_sentencepiece_length=_MAX_PIECE_LENGTH,
             character_coverage=0.9999,
             bos_piece="[BOS]",
             eos_piece="[EOS]",
@@ -173,7 +173,7 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
     decoders = tokenizers.decoders
     fast.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     fast.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in reserved])
-    write_text(folder / "tokenizer.json", fast.to_str(pretty=True) + "\n")
+    atomic_write_text(folder / "tokenizer.json", fast.to_str(pretty=True) + "\n")
     special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": unknown}
     write_json(folder / "special_tokens_map.json", {**special, "additional_special_tokens": list(CONTROL_PIECES)})
     write_json(
@@ -186,4 +186,4 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
             "clean_up_tokenization_spaces": False,
         },
     )
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    atomic_write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)

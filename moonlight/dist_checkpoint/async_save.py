@@ -23,24 +23,24 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from moonlight.config.run import Run
-from moonlight.dist_checkpoint.chunks import CheckpointedOptimizer, Pieces
-from moonlight.dist_checkpoint.lifecycle import part_of, publish, remove_leftovers, remove_old
+from moonlight.config.run import RunConfig
+from moonlight.dist_checkpoint.chunks import CheckpointedOptimizer, LocalChunks
+from moonlight.dist_checkpoint.lifecycle import apply_retention, commit_checkpoint, partial_path, remove_partial
 from moonlight.dist_checkpoint.state import TrainState, step_folder
-from moonlight.dist_checkpoint.tensors import ALIGNMENT, WrittenFile, plan_save, write_file, write_index
-from moonlight.errors import UserError, message_of
+from moonlight.dist_checkpoint.tensors import TENSOR_ALIGNMENT, WrittenFile, plan_save, write_file, write_index
+from moonlight.errors import UserError, user_message
 
 
-class HostCopies:
+class HostStagingBuffer:
     """Host memory for the rectangles that a rank writes, kept from save to save.
 
     Fresh memory would cost more time than the copy does, and so would turning what lies transposed, which is therefore
     left to the writing thread. With CUDA the memory is page-locked, and copies take their turn among other kernels.
     """
 
-    def __init__(self, plan: SavePlan, tensors: dict[str, Pieces]) -> None:
+    def __init__(self, plan: SavePlan, tensors: dict[str, LocalChunks]) -> None:
         sources = {item.index: tensors[item.index.fqn].__get_tensor_shard__(item.index) for item in plan.items}
-        room = [-(-source.nbytes // ALIGNMENT) * ALIGNMENT for source in sources.values()]
+        room = [-(-source.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for source in sources.values()]
         memory = torch.zeros(sum(room), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._at: dict[MetadataIndex, torch.Tensor] = {}
         begin = 0
@@ -50,11 +50,11 @@ class HostCopies:
             self._at[index] = values.as_strided(source.shape, strides)
             begin += nbytes
 
-    def fill(self, parts: Iterable[dict[str, Pieces]]) -> None:
+    def stage(self, parts: Iterable[dict[str, LocalChunks]]) -> None:
         """Copy all rectangles; they are there when this returns."""
         left = set(self._at)
         for key, pieces in (item for part in parts for item in part.items()):
-            for offset, values in pieces.rectangles:
+            for offset, values in pieces.chunks:
                 index = MetadataIndex(key, offset)
                 if index in left:  # else another rank writes it
                     self._at[index].copy_(values, non_blocking=True)
@@ -63,7 +63,7 @@ class HostCopies:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def at(self, index: MetadataIndex) -> torch.Tensor:
+    def get(self, index: MetadataIndex) -> torch.Tensor:
         """One rectangle."""
         return self._at[index]
 
@@ -79,7 +79,7 @@ class _Failed(Exception):
 
 
 @dataclass(frozen=True)
-class Said:
+class SaveEvent:
     """What became of a save."""
 
     event: str
@@ -99,33 +99,35 @@ class _Save:
 
     @property
     def part(self) -> Path:
-        return part_of(self.final)
+        return partial_path(self.final)
 
     def report(self, rank: int) -> Path:
         """Where a rank says what became of its file."""
         return self.part / f"report-{rank:05d}.json"
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves the checkpoints of one run. All ranks make one, and call its methods at the same steps."""
 
-    def __init__(self, checkpoints: Path, run: Run, optimizer: CheckpointedOptimizer, tokenizer_sha256: str) -> None:
+    def __init__(
+        self, checkpoints: Path, config: RunConfig, optimizer: CheckpointedOptimizer, tokenizer_sha256: str
+    ) -> None:
         """Plan who writes what, and take the memory for copies: this rank's share of the checkpoint.
 
         Args:
             checkpoints: the folder of the run's checkpoints. What killed processes left unfinished in it is removed.
             tokenizer_sha256: checksum of the tokenizer that made the run's tokens, for whoever exports the model.
         """
-        self._checkpoints, self._run, self._optimizer = checkpoints, run, optimizer
+        self._checkpoints, self._config, self._optimizer = checkpoints, config, optimizer
         self._tokenizer_sha256 = tokenizer_sha256
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         if self._rank == 0:
-            remove_leftovers(checkpoints)
-        tensors = optimizer.state_outline()
+            remove_partial(checkpoints)
+        tensors = optimizer.state_dict_metadata()
         self._plan = plan_save(tensors)
         # Also of split masters: float32 of all is more than a GPU has room for.
-        copies = run.train.async_save or run.optimizer.master_weights == "split"
-        self._copies = HostCopies(self._plan.mine, tensors) if copies else None
+        copies = config.train.async_save or config.optimizer.master_weights == "split"
+        self._copies = HostStagingBuffer(self._plan.local, tensors) if copies else None
         self._thread: threading.Thread | None = None
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._may_change = threading.Event()
@@ -138,7 +140,7 @@ class Saver:
         self._failure = ""
         """What is said of the last save if it failed; on rank 0."""
         self._lock = threading.Lock()
-        self._messages: list[Said] = []
+        self._messages: list[SaveEvent] = []
         self._figures: dict[str, float] = {}
 
     def save(self, state: TrainState) -> float:
@@ -158,11 +160,11 @@ class Saver:
             self._may_change.clear()
             self._thread = threading.Thread(target=self._work, args=(save,), daemon=True)
             self._thread.start()
-            if not self._run.train.async_save:
+            if not self._config.train.async_save:
                 self._settle()
         return self._paused_since(started)
 
-    def before_update(self) -> None:
+    def wait_until_staged(self) -> None:
         """Wait until the state may change again. No collective call."""
         started = time.monotonic()
         if not self._may_change.is_set():
@@ -175,7 +177,7 @@ class Saver:
             self._figures[PAUSE] = self._figures.get(PAUSE, 0.0) + pause
         return pause
 
-    def poll(self) -> list[Said]:
+    def pop_events(self) -> list[SaveEvent]:
         """What to tell the user since the last call, on rank 0: which saves ended, well or not. No collective call."""
         if self._error is not None and not isinstance(self._error, (OSError, _Failed)):
             raise self._error  # a defect, and not a matter of the disk
@@ -183,7 +185,7 @@ class Saver:
             messages, self._messages = self._messages, []
         return messages
 
-    def figures(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """For the metrics, since the last call: how long training paused, and how long the save took that ended."""
         with self._lock:
             figures, self._figures = self._figures, {}
@@ -193,7 +195,7 @@ class Saver:
         """Wait until the last save has ended, well or not. All ranks call it."""
         self._settle()
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Wait until the last save has ended. All ranks call it.
 
         Raises:
@@ -207,7 +209,7 @@ class Saver:
                 f"{failure[0]}; then start again: training goes on from the checkpoint before"
             ) from self._error
 
-    def close(self) -> None:
+    def cancel(self) -> None:
         """Give up a save that is under way, when a run ends with an error. No collective call."""
         self._give_up.set()
         if self._thread is not None:
@@ -233,7 +235,7 @@ class Saver:
         self._thread = None
         dist.barrier()
         if self._rank == 0 and self._failure:
-            remove_leftovers(self._checkpoints)  # what other ranks still wrote when it was removed
+            remove_partial(self._checkpoints)  # what other ranks still wrote when it was removed
         return time.monotonic() - started
 
     def _made_part(self, save: _Save) -> bool:
@@ -254,7 +256,7 @@ class Saver:
         """What the thread of each rank does."""
         try:
             values_at = self._copied()
-            written = write_file(save.part, self._plan.mine, values_at, self._give_up.is_set)
+            written = write_file(save.part, self._plan.local, values_at, self._give_up.is_set)
             report = dataclasses.asdict(written)
         except Exception as error:
             self._error = error
@@ -274,9 +276,9 @@ class Saver:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # each thread has its own
             if self._copies:
-                self._copies.fill(self._optimizer.state_parts())
-                return self._copies.at
-            tensors = self._optimizer.master_state() | self._optimizer.momentum_state()
+                self._copies.stage(self._optimizer.iter_state_dicts())
+                return self._copies.get
+            tensors = self._optimizer.master_state_dict() | self._optimizer.optimizer_state_dict()
             return lambda index: tensors[index.fqn].__get_tensor_shard__(index)
         finally:
             self._may_change.set()
@@ -290,11 +292,11 @@ class Saver:
                 save.report(rank).unlink()
             content = {
                 "state": dataclasses.asdict(save.state),
-                "recipe": dataclasses.asdict(self._run),
+                "recipe": dataclasses.asdict(self._config),
                 "tokenizer_sha256": self._tokenizer_sha256,
                 "files": files,
             }
-            publish(save.part, save.final, content)
+            commit_checkpoint(save.part, save.final, content)
         except Exception as error:
             self._error = self._error or error
             self._failed(save, _Failed(self._why_given_up) if self._why_given_up else error)
@@ -306,7 +308,7 @@ class Saver:
         with self._lock:
             self._figures[DURATION] = seconds
         try:
-            remove_old(save.final, self._run.train)
+            apply_retention(save.final, self._config.train)
         except OSError as error:
             text = f"warning: old checkpoints beside {save.final} could not be removed: {error}"
             self._say("warning", save.state.step, text)
@@ -343,7 +345,7 @@ class Saver:
 
     def _say(self, event: str, step: int, text: str) -> None:
         with self._lock:
-            self._messages.append(Said(event, step, text))
+            self._messages.append(SaveEvent(event, step, text))
 
 
 def _reason(error: Exception | None) -> str:
@@ -352,5 +354,5 @@ def _reason(error: Exception | None) -> str:
         return ""
     if isinstance(error, OSError):
         # The file that it names is gone, and had another name than the user knows.
-        return message_of(OSError(error.errno, error.strerror)) or error.strerror or repr(error)
+        return user_message(OSError(error.errno, error.strerror)) or error.strerror or repr(error)
     return str(error) if isinstance(error, _Failed) else repr(error)

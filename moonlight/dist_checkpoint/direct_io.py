@@ -20,16 +20,16 @@ BLOCK_BYTES = 8 << 20
 """Written at once. A multiple of every file system's block."""
 BLOCKS = 8
 """On their way at most, the one that is being filled included."""
-ALIGNMENT = 4096
+DIRECT_IO_ALIGNMENT = 4096
 
 
 def read_direct(path: Path, start: int, nbytes: int) -> np.ndarray:
     """[nbytes] uint8 of a file from byte `start` on; fewer where the file ends."""
-    begin = start - start % ALIGNMENT
+    begin = start - start % DIRECT_IO_ALIGNMENT
     wanted = start + nbytes - begin
-    memory = np.empty(wanted + 2 * ALIGNMENT, np.uint8)
-    lead = -memory.ctypes.data % ALIGNMENT
-    aligned = memory[lead : lead + wanted + -wanted % ALIGNMENT].data
+    memory = np.empty(wanted + 2 * DIRECT_IO_ALIGNMENT, np.uint8)
+    lead = -memory.ctypes.data % DIRECT_IO_ALIGNMENT
+    aligned = memory[lead : lead + wanted + -wanted % DIRECT_IO_ALIGNMENT].data
     read, direct = 0, getattr(os, "O_DIRECT", 0)
     while read < wanted:
         try:
@@ -47,7 +47,7 @@ def read_direct(path: Path, start: int, nbytes: int) -> np.ndarray:
     return memory[lead + start - begin : lead + min(read, wanted)]
 
 
-def direct_checksum_of(path: Path) -> str:
+def direct_xxh3_checksum(path: Path) -> str:
     """`moonlight.files.checksum_of`, for a file that need not be in the page cache afterwards."""
     digest = xxhash.xxh3_128()
     for start in range(0, path.stat().st_size, BLOCK_BYTES):
@@ -119,7 +119,9 @@ class DirectFile:
 
     def _put(self, block: memoryview) -> None:
         while block:
-            if self._direct and len(block) % ALIGNMENT:  # the end of the file, or after a write that was cut short
+            if (
+                self._direct and len(block) % DIRECT_IO_ALIGNMENT
+            ):  # the end of the file, or after a write that was cut short
                 self._give_up_direct()
             try:
                 block = block[os.write(self._descriptor, block) :]

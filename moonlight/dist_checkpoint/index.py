@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from moonlight.dist_checkpoint.direct_io import read_direct
-from moonlight.dist_checkpoint.state import DamagedError
+from moonlight.dist_checkpoint.state import CorruptCheckpointError
 
 INDEX_FILE = ".metadata"
 
@@ -62,28 +62,28 @@ def read_index(folder: Path) -> Metadata:
     """The index of the checkpoint in `folder`.
 
     Raises:
-        DamagedError: it is not an index, or it names code to run.
+        CorruptCheckpointError: it is not an index, or it names code to run.
     """
     path = folder / INDEX_FILE
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
-        raise DamagedError(f"checkpoint {folder} is incomplete: {INDEX_FILE} is missing") from None
+        raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {INDEX_FILE} is missing") from None
     except Exception as error:  # bytes that are no pickle can end an unpickler in any way
-        raise DamagedError(f"checkpoint index {path} is refused: {error or type(error).__name__}") from None
+        raise CorruptCheckpointError(f"checkpoint index {path} is refused: {error or type(error).__name__}") from None
     if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-        raise DamagedError(f"checkpoint index {path} is refused: it is no index")
+        raise CorruptCheckpointError(f"checkpoint index {path} is refused: it is no index")
     for key, entry in index.state_dict_metadata.items():
         # Torch unpickles, without any restriction, what the index calls bytes instead of a tensor.
         if type(entry) is not TensorStorageMetadata:
-            raise DamagedError(f"checkpoint index {path} is refused: {key} is no tensor")
+            raise CorruptCheckpointError(f"checkpoint index {path} is refused: {key} is no tensor")
         if not is_covered(entry):
-            raise DamagedError(f"checkpoint index {path} is refused: parts of {key} are missing")
+            raise CorruptCheckpointError(f"checkpoint index {path} is refused: parts of {key} are missing")
     return index
 
 
-def whole_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+def global_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
     """The shape of every whole tensor of a checkpoint."""
     entries = index.state_dict_metadata.items()
     return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
@@ -98,7 +98,7 @@ class StoredTensors:
     """The rectangles of a checkpoint, mapped from its files, or parts of them read past the page cache.
 
     Raises:
-        DamagedError: the index, or what it points to, is not what a checkpoint holds.
+        CorruptCheckpointError: the index, or what it points to, is not what a checkpoint holds.
     """
 
     def __init__(self, folder: Path, index: Metadata | None = None) -> None:
@@ -109,13 +109,13 @@ class StoredTensors:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every whole tensor."""
-        return whole_shapes(self._index)
+        return global_shapes(self._index)
 
     def dtype(self, key: str) -> torch.dtype:
         """What a tensor is stored in."""
         return self._entry(key).properties.dtype
 
-    def rectangles(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+    def chunks(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
         """Offset -> sizes of the rectangles that make up a tensor."""
         if key not in self._rectangles:
             chunks = self._entry(key).chunks
@@ -127,13 +127,13 @@ class StoredTensors:
         assert isinstance(entry, TensorStorageMetadata)  # read_index accepts nothing else
         return entry
 
-    def map(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+    def mmap_chunk(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         """One rectangle, on the CPU, which takes no memory of its own until it is copied. Not to be written to."""
         path, start, nbytes = self._place(key, offset, sizes)
         raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
         return torch.from_numpy(raw).view(self.dtype(key)).view(sizes)
 
-    def read(
+    def read_chunk(
         self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...], index: tuple[int | slice, ...]
     ) -> torch.Tensor:
         """`rectangle[index]` of one rectangle, in memory of its own, from the disk itself.
@@ -164,16 +164,20 @@ class StoredTensors:
             place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
             path = self._folder / place.relative_path
         except (KeyError, TypeError, AttributeError):
-            raise DamagedError(f"checkpoint {self._folder} is refused: its index has no place for {key}") from None
+            raise CorruptCheckpointError(
+                f"checkpoint {self._folder} is refused: its index has no place for {key}"
+            ) from None
         if path.parent != self._folder:
-            raise DamagedError(f"checkpoint {self._folder} is refused: its index names a file outside ({path})")
+            raise CorruptCheckpointError(
+                f"checkpoint {self._folder} is refused: its index names a file outside ({path})"
+            )
         nbytes = math.prod(sizes) * dtype.itemsize
         try:
             found = path, _values_begin(path, place.offset, place.length, nbytes), nbytes
             if sum(found[1:]) > path.stat().st_size:
                 raise EOFError
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
-            raise DamagedError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
+            raise CorruptCheckpointError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
         self._places[key, offset] = found
         return found
 
@@ -230,14 +234,14 @@ class IndexReader(FileSystemReader):
         sizes = {
             (key, offset): sizes
             for key in {item.storage_index.fqn for item in plan.items}
-            for offset, sizes in stored.rectangles(key).items()
+            for offset, sizes in stored.chunks(key).items()
         }
         wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             assert item.storage_index.offset is not None
             wanted[item.storage_index.fqn, tuple(item.storage_index.offset)].append(item)
         for (key, offset), items in wanted.items():
-            values = stored.map(key, offset, sizes[key, offset])
+            values = stored.mmap_chunk(key, offset, sizes[key, offset])
             for item in items:
                 target = planner.resolve_tensor(item)
                 target.copy_(narrow_tensor_by_index(values, item.storage_offsets, item.lengths))

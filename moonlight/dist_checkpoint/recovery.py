@@ -18,28 +18,28 @@ from moonlight.dist_checkpoint.index import StoredTensors
 from moonlight.dist_checkpoint.state import (
     LATEST_FILE,
     STATE_FILE,
-    DamagedError,
+    CorruptCheckpointError,
     check_file,
+    checkpoint_step,
     complete_checkpoints,
     read_latest,
     read_state,
     step_folders,
-    step_of,
 )
 from moonlight.errors import UserError
-from moonlight.files import fsync, write_text
+from moonlight.files import atomic_write_text, fsync
 
-NAMED_AT_MOST = 3
+MAX_NAMED = 3
 """Damaged checkpoints in one message."""
 
 
-def check(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Check a checkpoint: every file's size and checksum first, then what index and tensors' headers say.
 
     All ranks call it, and all raise the same.
 
     Raises:
-        DamagedError: it is not what was written.
+        CorruptCheckpointError: it is not what was written.
         UserError: it is of a newer format than this code reads.
     """
     content: dict[str, Any] = {}
@@ -55,8 +55,8 @@ def check(folder: Path) -> None:
     def check_own_tensors() -> None:
         stored = StoredTensors(folder)
         for key in sorted(stored.shapes)[rank::world_size]:
-            for offset, sizes in stored.rectangles(key).items():
-                stored.map(key, offset, sizes)
+            for offset, sizes in stored.chunks(key).items():
+                stored.mmap_chunk(key, offset, sizes)
 
     for work in (read_own_state, check_own_files, check_own_tensors):
         _on_all_ranks(folder, work)
@@ -70,14 +70,14 @@ def _on_all_ranks(folder: Path, work: Callable[[], None]) -> None:
     except UserError as found:
         error = found
     except OSError as found:
-        error = DamagedError(f"checkpoint file {found.filename or folder} cannot be read: {found.strerror}")
+        error = CorruptCheckpointError(f"checkpoint file {found.filename or folder} cannot be read: {found.strerror}")
     errors = [error] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if first := next((found for found in errors if found), None):
         raise first
 
 
-def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, which is checked then, and warnings if it is not the one that it should be.
 
     All ranks call it. `latest` names the chosen one afterwards.
@@ -92,8 +92,8 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
     damaged: list[tuple[Path, str]] = []
     for folder in candidates:
         try:
-            check(folder)
-        except DamagedError as error:
+            verify_checkpoint(folder)
+        except CorruptCheckpointError as error:
             damaged.append((folder, str(error)))
             continue
         moves = [(place, "damaged") for place, _ in damaged] + [(place, "later") for place in passed_by]
@@ -107,19 +107,19 @@ def newest_sound(checkpoints: Path) -> tuple[Path | None, list[str]]:
         return folder, warnings
     if not candidates:
         return None, []
-    first = "; ".join(fault for _, fault in damaged[:NAMED_AT_MOST])
+    first = "; ".join(fault for _, fault in damaged[:MAX_NAMED])
     raise UserError(
         f"{checkpoints} holds no sound checkpoint ({len(damaged)} damaged: {first}): bring a sound one back from a "
         "copy, or give the run another name to begin again"
     )
 
 
-def sound_until(checkpoints: Path, step: int) -> Path | None:
+def newest_valid_up_to(checkpoints: Path, step: int) -> Path | None:
     """The newest sound checkpoint after `step` or an earlier one; None if there is none. All ranks call it."""
     for folder in _from_first_rank(lambda: complete_checkpoints(checkpoints)[::-1]):
-        if step_of(folder) <= step:
-            with contextlib.suppress(DamagedError):
-                check(folder)
+        if checkpoint_step(folder) <= step:
+            with contextlib.suppress(CorruptCheckpointError):
+                verify_checkpoint(folder)
                 return folder
     return None
 
@@ -168,7 +168,7 @@ def _candidates(checkpoints: Path) -> tuple[list[Path], list[Path], list[str]]:
 def _move_aside(moves: list[tuple[Path, str]], chosen: Path) -> list[Path]:
     """Let `latest` name the chosen checkpoint, then give others names that nothing looks for, with a word before."""
     if read_latest(chosen.parent)[1] != chosen:
-        write_text(chosen.parent / LATEST_FILE, chosen.name + "\n")
+        atomic_write_text(chosen.parent / LATEST_FILE, chosen.name + "\n")
     names = []
     for folder, word in moves:
         number, aside = 1, folder.with_name(f"{word}-{folder.name}")

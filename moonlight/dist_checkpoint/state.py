@@ -18,11 +18,11 @@ from typing import Any
 
 import xxhash
 
-from moonlight.config.load import from_dict, model_from_dict
-from moonlight.config.model import Model
-from moonlight.config.run import Run
+from moonlight.config.load import parse_model_config, parse_run_config
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
-from moonlight.files import checksum_of, write_text
+from moonlight.files import atomic_write_text, xxh3_checksum
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
@@ -37,7 +37,7 @@ NO_CHECKSUM = "0" * 32
 OF_FORMAT_1 = {"state", "recipe", "tokenizer_sha256", "files", "origin"}
 
 
-class DamagedError(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint is not what was written; an older one may be."""
 
 
@@ -83,7 +83,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """The step that a checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
@@ -93,7 +93,7 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return sorted(folder for folder in checkpoints.glob("step-*") if re.fullmatch(STEP_NAME, folder.name))
 
 
-def latest(checkpoints: Path) -> Path | None:
+def latest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint, or None if there is none yet.
 
     Raises:
@@ -126,7 +126,7 @@ def write_state(folder: Path, content: dict[str, Any]) -> None:
         content: all but its format and its own checksum. See `read_state`.
     """
     text = json.dumps({"format": FORMAT, CHECKSUM: NO_CHECKSUM, **content}, indent=2, ensure_ascii=False) + "\n"
-    write_text(folder / STATE_FILE, text.replace(NO_CHECKSUM, _checksum(text), 1))
+    atomic_write_text(folder / STATE_FILE, text.replace(NO_CHECKSUM, _checksum(text), 1))
 
 
 def _checksum(text: str) -> str:
@@ -141,7 +141,7 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         check_files: False looks at nothing but `state.json` itself.
 
     Raises:
-        DamagedError: missing, incomplete, truncated or altered files.
+        CorruptCheckpointError: missing, incomplete, truncated or altered files.
         UserError: it is of a format that is newer than this code.
     """
     path = folder / STATE_FILE
@@ -150,20 +150,22 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
         content = json.loads(text)
         sound = _is_sealed(content, text) and _has_form(content)
     except OSError:
-        raise DamagedError(f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint") from None
+        raise CorruptCheckpointError(
+            f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise DamagedError(f"checkpoint file {path} is damaged: it does not hold what was written")
+        raise CorruptCheckpointError(f"checkpoint file {path} is damaged: it does not hold what was written")
     if content.get("format", 1) > FORMAT:
         raise UserError(
             f"checkpoint {folder} has format {content['format']}, this version of the software reads formats up to "
             f"{FORMAT}: use the version that wrote it, or a newer one"
         )
     try:
-        recipe_of(content)
+        stored_config(content)
     except UserError as error:
-        raise DamagedError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
+        raise CorruptCheckpointError(f"the recipe in checkpoint file {path} cannot be used: {error}") from None
     for name in content["files"] if check_files else ():
         check_file(folder, name, content)
     return content
@@ -190,28 +192,30 @@ def _has_form(content: dict[str, Any]) -> bool:
     )
 
 
-def check_file(folder: Path, name: str, content: dict[str, Any], checksum: Callable[[Path], str] = checksum_of) -> None:
+def check_file(
+    folder: Path, name: str, content: dict[str, Any], checksum: Callable[[Path], str] = xxh3_checksum
+) -> None:
     """Compare size and checksum (XXH3) of one file with what `state.json` says.
 
     Raises:
-        DamagedError: they differ, or it is missing.
+        CorruptCheckpointError: they differ, or it is missing.
     """
     file, known = folder / name, content["files"][name]
     if not file.is_file():
-        raise DamagedError(f"checkpoint {folder} is incomplete: {name} is missing")
+        raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
     found = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
     if all(found[key] == known[key] for key in found):
         return
     if other := next((other for other, its in content["files"].items() if its == found), None):
-        raise DamagedError(f"checkpoint file {file} holds what belongs into {other}: files were swapped")
+        raise CorruptCheckpointError(f"checkpoint file {file} holds what belongs into {other}: files were swapped")
     if found["bytes"] != known["bytes"]:
-        raise DamagedError(
+        raise CorruptCheckpointError(
             f"checkpoint file {file} has {found['bytes']} bytes instead of {known['bytes']}: it is truncated or damaged"
         )
-    raise DamagedError(f"checkpoint file {file} does not match its checksum: it is damaged")
+    raise CorruptCheckpointError(f"checkpoint file {file} does not match its checksum: it is damaged")
 
 
-def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
+def stored_config(content: dict[str, Any]) -> tuple[ModelConfig, RunConfig | None]:
     """What `state.json` says the checkpoint is of: the model, and the recipe that trained it unless it was imported.
 
     Raises:
@@ -219,27 +223,27 @@ def recipe_of(content: dict[str, Any]) -> tuple[Model, Run | None]:
     """
     recipe = content["recipe"]
     if recipe.keys() == {"model"}:
-        return model_from_dict(recipe["model"]), None
-    run = from_dict(recipe)
-    return run.model, run
+        return parse_model_config(recipe["model"]), None
+    config = parse_run_config(recipe)
+    return config.model, config
 
 
-def check_model(folder: Path, content: dict[str, Any], run: Run) -> None:
+def check_model(folder: Path, content: dict[str, Any], config: RunConfig) -> None:
     """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, is of the model of `run`."""
-    # Through `recipe_of`, so that a setting added since the checkpoint was written has its default.
-    there, here = dataclasses.asdict(recipe_of(content)[0]), dataclasses.asdict(run.model)
+    # Through `stored_config`, so that a setting added since the checkpoint was written has its default.
+    there, here = dataclasses.asdict(stored_config(content)[0]), dataclasses.asdict(config.model)
     differences = [f"{key} {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value]
     if differences:
         raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
 
 
-def check_optimizer(folder: Path, content: dict[str, Any], run: Run) -> None:
+def check_optimizer(folder: Path, content: dict[str, Any], config: RunConfig) -> None:
     """Raise UserError unless the checkpoint has the optimizer state that `run` would go on with."""
     if content.get("origin"):
         raise UserError(f"checkpoint {folder} holds weights only: name it as train.initial_checkpoint of a new run")
     optimizer = content["recipe"]["optimizer"]["name"]
-    if optimizer != run.optimizer.name:
-        raise UserError(f"checkpoint {folder} holds the state of {optimizer}, the recipe wants {run.optimizer.name}")
+    if optimizer != config.optimizer.name:
+        raise UserError(f"checkpoint {folder} holds the state of {optimizer}, the recipe wants {config.optimizer.name}")
 
 
 def complete_checkpoints(path: Path) -> list[Path]:
@@ -248,7 +252,7 @@ def complete_checkpoints(path: Path) -> list[Path]:
     return [folder for folder in folders if (folder / STATE_FILE).is_file()]
 
 
-def find(path: Path, step: int | None = None) -> Path:
+def resolve_checkpoint(path: Path, step: int | None = None) -> Path:
     """The checkpoint that `path` means: itself, or one of a run folder or of its checkpoints folder.
 
     Args:
@@ -260,7 +264,7 @@ def find(path: Path, step: int | None = None) -> Path:
     if re.fullmatch(r"\..+\.part", path.resolve().name):
         raise UserError(f"{path} is still being written, or was left by a process that was killed: give another")
     if step is not None:
-        there = {step_of(folder): folder for folder in complete_checkpoints(path)}
+        there = {checkpoint_step(folder): folder for folder in complete_checkpoints(path)}
         if step not in there:
             steps = ", ".join(map(str, there)) or "none"
             raise UserError(f"{path} holds no checkpoint after step {step}: those it holds are after steps {steps}")
@@ -268,7 +272,7 @@ def find(path: Path, step: int | None = None) -> Path:
     if (path / STATE_FILE).exists():
         return path
     for folder in (path, path / "checkpoints"):
-        if newest := latest(folder):
+        if newest := latest_checkpoint(folder):
             return newest
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, or a checkpoint such as .../step-00000100")

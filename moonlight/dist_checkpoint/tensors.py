@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from moonlight.dist_checkpoint.chunks import Pieces, Streamed
+from moonlight.dist_checkpoint.chunks import LazyTensor, LocalChunks
 from moonlight.dist_checkpoint.direct_io import DirectFile
-from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, cause_raised, is_covered, read_index, whole_shapes
+from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, cause_raised, global_shapes, is_covered, read_index
 from moonlight.errors import UserError
-from moonlight.files import checksum_of, fsync
+from moonlight.files import fsync, xxh3_checksum
 
-ALIGNMENT = 64
+TENSOR_ALIGNMENT = 64
 """Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
 TURNING_THREADS = 2
 """One turns matrices at 2 GB/s, which is slower than a good disk."""
@@ -43,13 +43,13 @@ PIECES_AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """Who writes which rectangles; the same for every save of a run."""
 
-    mine: SavePlan
-    all: list[SavePlan]
+    local: SavePlan
+    all_ranks: list[SavePlan]
     """Those of all ranks, on rank 0."""
-    index: Metadata | None
+    metadata: Metadata | None
     """Of the whole checkpoint, but for the places in its files; on rank 0."""
 
 
@@ -60,11 +60,11 @@ class WrittenFile:
     name: str
     bytes: int
     xxh3: str
-    places: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
     """Offset and length in bytes of each rectangle, in the order of the rank's plan."""
 
 
-def plan_save(state: Mapping[str, Pieces | Streamed]) -> Plan:
+def plan_save(state: Mapping[str, LocalChunks | LazyTensor]) -> WritePlan:
     """Share out the rectangles that all ranks hold together; what several hold, one writes. All ranks call it.
 
     Without a process group this process holds all of them.
@@ -84,7 +84,7 @@ def plan_save(state: Mapping[str, Pieces | Streamed]) -> Plan:
     mine = [plans[0]]
     if dist.is_initialized():
         dist.scatter_object_list(mine, plans)
-    return Plan(mine[0], plans if index else [], index)
+    return WritePlan(mine[0], plans if index else [], index)
 
 
 def write_file(
@@ -108,11 +108,11 @@ def write_file(
     places = []
     try:
         with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TURNING_THREADS) as pool:
-            file, turner = _Hashed(raw), _Turner(pool)
+            file, turner = _Hashed(raw), _Transposer(pool)
             for item in plan.items:
                 if stopped():
                     raise InterruptedError(errno.EINTR, "given up")
-                file.write(bytes(-file.size % ALIGNMENT))
+                file.write(bytes(-file.size % TENSOR_ALIGNMENT))
                 begin = file.size
                 _write(values_at(item.index), file, turner)
                 places.append((begin, file.size - begin))
@@ -123,28 +123,28 @@ def write_file(
     return WrittenFile(path.name, file.size, file.digest.hexdigest(), places)
 
 
-def write_index(folder: Path, plan: Plan, written: list[WrittenFile]) -> dict[str, dict[str, Any]]:
+def write_index(folder: Path, plan: WritePlan, written: list[WrittenFile]) -> dict[str, dict[str, Any]]:
     """Write the index of the files that all ranks wrote, from rank 0 on; by rank 0.
 
     Returns:
         Size and checksum by name of these files and of the index: what `state.json` says of them.
     """
-    assert plan.index is not None
+    assert plan.metadata is not None
     storage = {
         item.index: _StorageInfo(file.name, *place)
-        for of_rank, file in zip(plan.all, written, strict=True)
-        for item, place in zip(of_rank.items, file.places, strict=True)
+        for of_rank, file in zip(plan.all_ranks, written, strict=True)
+        for item, place in zip(of_rank.items, file.spans, strict=True)
     }
     results = [WriteResult(index, place.length, place) for index, place in storage.items()]
     # A copy, because torch completes the index that it is given.
-    _IndexWriter(folder).finish(dataclasses.replace(plan.index), [results])
+    _IndexWriter(folder).finish(dataclasses.replace(plan.metadata), [results])
     path = folder / INDEX_FILE
     fsync(path)
     files = {file.name: {"bytes": file.bytes, "xxh3": file.xxh3} for file in written}
-    return files | {INDEX_FILE: {"bytes": path.stat().st_size, "xxh3": checksum_of(path)}}
+    return files | {INDEX_FILE: {"bytes": path.stat().st_size, "xxh3": xxh3_checksum(path)}}
 
 
-def save_tensors(folder: Path, state: Mapping[str, Pieces | Streamed]) -> dict[str, dict[str, Any]]:
+def save_tensors(folder: Path, state: Mapping[str, LocalChunks | LazyTensor]) -> dict[str, dict[str, Any]]:
     """Write the whole tensors that all ranks hold together into `folder`, each rank a file of its own.
 
     Returns:
@@ -154,7 +154,7 @@ def save_tensors(folder: Path, state: Mapping[str, Pieces | Streamed]) -> dict[s
         OSError: on the rank that cannot write.
     """
     plan = plan_save(state)
-    own = write_file(folder, plan.mine, lambda index: state[index.fqn].__get_tensor_shard__(index))
+    own = write_file(folder, plan.local, lambda index: state[index.fqn].__get_tensor_shard__(index))
     written: list[Any] = [own] * _world_size()
     if dist.is_initialized():
         dist.all_gather_object(written, own)
@@ -204,14 +204,14 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _write(values: torch.Tensor, file: _Hashed, turner: "_Turner") -> None:
+def _write(values: torch.Tensor, file: _Hashed, turner: "_Transposer") -> None:
     """Append a tensor; what does not lie row after row in host memory is turned on the way.
 
     Torch wants a storage as large as the tensor. New memory costs more than turning, so it gets one that nothing is
     ever written to (the system has no memory behind that), and the file gets the turned pieces in its place.
     """
     values = values.cpu()
-    turned = None if values.is_contiguous() else turner.turned(values)
+    turned = None if values.is_contiguous() else turner.row_major_pieces(values)
     if turned is None:
         raw = values.reshape(-1).view(torch.uint8).numpy()
     else:
@@ -228,7 +228,7 @@ def _write(values: torch.Tensor, file: _Hashed, turner: "_Turner") -> None:
     assert file.instead is None
 
 
-class _Turner:
+class _Transposer:
     """Puts tensors that lie otherwise row after row, a few megabytes at a time, the next ones in the meantime."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -236,15 +236,15 @@ class _Turner:
         # Used again and again: the first touch of new memory takes as long as turning what goes there.
         self._memory = [np.empty(0, np.uint8)] * (PIECES_AHEAD + 1)
 
-    def turned(self, values: torch.Tensor) -> Iterator[memoryview]:
+    def row_major_pieces(self, values: torch.Tensor) -> Iterator[memoryview]:
         """The bytes of a tensor; each piece holds until the next one is asked for.
 
         Matrix by matrix, because torch turns matrices several times as fast as stacks of them.
         """
         parts = values if values.dim() == 3 else values.split(max(1, PIECE_BYTES // values[0].nbytes))
         under_way: deque[Future[memoryview]] = deque()
-        for number, part in enumerate(parts):
-            under_way.append(self._pool.submit(self._turn, part, number % len(self._memory)))
+        for index, part in enumerate(parts):
+            under_way.append(self._pool.submit(self._turn, part, index % len(self._memory)))
             if len(under_way) == len(self._memory):
                 yield under_way.popleft().result()
         while under_way:
@@ -279,23 +279,23 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
-def load_tensors(folder: Path, state: dict[str, Pieces], *, all_of_it: bool = True) -> None:
+def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = True) -> None:
     """Fill every rectangle of `state` from the checkpoint in `folder`. All ranks call it, each with its own part.
 
     Args:
-        all_of_it: False accepts a checkpoint that holds more, such as momenta.
+        strict: False accepts a checkpoint that holds more, such as momenta.
 
     Raises:
         UserError: the checkpoint cannot be read, or the tensors of all ranks together are not those it holds.
     """
-    _check_names_and_shapes(folder, whole_shapes(read_index(folder)), state, all_of_it)
+    _check_names_and_shapes(folder, global_shapes(read_index(folder)), state, strict)
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with cause_raised():
         dcp.load(state, storage_reader=IndexReader(folder), planner=planner)
 
 
 def _check_names_and_shapes(
-    folder: Path, there: dict[str, tuple[int, ...]], state: dict[str, Pieces], all_of_it: bool
+    folder: Path, there: dict[str, tuple[int, ...]], state: dict[str, LocalChunks], strict: bool
 ) -> None:
     """Compare the whole tensors of a checkpoint with those of all ranks together; every rank raises the same."""
     shapes = {key: held.shape for key, held in state.items()}
@@ -307,7 +307,7 @@ def _check_names_and_shapes(
             f"checkpoint {folder} lacks {_names(missing)}, which the run needs: was a parameter frozen when it was "
             "saved, or added since? continue it with the model and the optimizer that it was saved from"
         )
-    if all_of_it and (unknown := there.keys() - wanted.keys()):
+    if strict and (unknown := there.keys() - wanted.keys()):
         raise UserError(
             f"checkpoint {folder} holds {_names(unknown)}, which the run does not have: was a parameter frozen or "
             "removed since it was saved? continue it with the model and the optimizer that it was saved from"

@@ -16,16 +16,16 @@ def row_blocks(rows: int, width: int, block_elements: int | None = None) -> Iter
         yield slice(start, min(start + step, rows))
 
 
-def float_block(whole: torch.Tensor, rows: slice) -> torch.Tensor:
+def float_block(source: torch.Tensor, rows: slice) -> torch.Tensor:
     """Where float32 results for `rows` of `whole` can be written: those rows themselves, or else scratch."""
-    block = whole[rows]
+    block = source[rows]
     return block if block.dtype == torch.float32 else torch.empty(block.shape, device=block.device)
 
 
-def store(whole: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
+def store(target: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
     """Round scratch from `float_block` into its place; nothing where the block is that place."""
-    if whole.dtype != torch.float32:
-        whole[rows] = block
+    if target.dtype != torch.float32:
+        target[rows] = block
 
 
 def add_(total: torch.Tensor, values: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ NUM_WARPS = 8
 Tensor = torch.Tensor
 
 
-def momentum_pass(
+def fused_momentum(
     gradient: Tensor, momentum: Tensor, matrix_elements: int, *, factor: float, nesterov: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Advance a momentum and return what `rules.muon_directions` returns, with the Frobenius norm of each matrix.
@@ -91,7 +91,7 @@ def _normalize_kernel(direction, norms, out, elements, BLOCK: tl.constexpr):
     tl.store(out + offsets, values.to(out.dtype.element_ty), mask=mask)
 
 
-def weights_pass(
+def fused_weight_update(
     master: Tensor | None,
     weights: Tensor,
     remainder: Tensor | None,

@@ -1,8 +1,8 @@
-"""Tokens in the order of their experts, and back.
+"""Sort tokens by expert, and back.
 
-A token that goes to k experts has k copies, counted token by token; `source` says which token lies at each place of the
-sorted order, `inverse` at which place each copy lies. `gather_rows` with the one and `combine_rows` with the other are
-each other's adjoint, so each is the other's backward pass.
+A token that goes to k experts has k copies, numbered token by token. `source` is the token at each sorted position;
+`inverse` is the sorted position of each copy. `permute_tokens` and `unpermute_tokens` are each other's adjoint,
+so each is the other's backward pass.
 """
 
 from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
@@ -17,10 +17,10 @@ ROWS, COLUMNS, NUM_WARPS = 4, 512, 4
 SORT_ELEMENTS = 8192
 """Copies x experts that one program of the sort holds."""
 
-Order = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+ExpertPermutation = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> Order:
+def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> ExpertPermutation:
     """Sort the copies of tokens by expert, stably: (source, inverse, ends).
 
     `chosen` int64 [tokens, k], below `num_experts`. Returns source int64 [tokens * k]: the token at each place; inverse
@@ -30,7 +30,7 @@ def sort_by_expert(chosen: torch.Tensor, num_experts: int) -> Order:
     return (sort_by_expert_triton if chosen.is_cuda else sort_by_expert_torch)(chosen, num_experts)
 
 
-def align_runs(order: Order, chosen: torch.Tensor, alignment: int) -> Order:
+def pad_expert_segments(order: ExpertPermutation, chosen: torch.Tensor, alignment: int) -> ExpertPermutation:
     """The same order with every expert's run beginning at a multiple of `alignment`.
 
     `source` [tokens * k + experts * (alignment - 1)] then has gaps, which name token 0: what is made of them must not
@@ -47,20 +47,20 @@ def align_runs(order: Order, chosen: torch.Tensor, alignment: int) -> Order:
     return source.scatter_(0, inverse.flatten(), of_copies), inverse, (ends + moved).to(torch.int32)
 
 
-def gather_rows(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def permute_tokens(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Rows of `x` [tokens, hidden] in the order of `source` int64 [copies]: [copies, hidden]."""
-    return (gather_rows_triton if x.is_cuda else gather_rows_torch)(x, source)
+    return (permute_tokens_triton if x.is_cuda else permute_tokens_torch)(x, source)
 
 
-def combine_rows(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def unpermute_tokens(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Sum of the k rows of each token: `y` [tokens * k, hidden], `inverse` int64 [tokens, k] -> [tokens, hidden].
 
     Summed in float32 in the order of k and rounded once, so the same bits every time.
     """
-    return (combine_rows_triton if y.is_cuda else combine_rows_torch)(y, inverse)
+    return (unpermute_tokens_triton if y.is_cuda else unpermute_tokens_torch)(y, inverse)
 
 
-def sort_by_expert_torch(chosen: torch.Tensor, num_experts: int) -> Order:
+def sort_by_expert_torch(chosen: torch.Tensor, num_experts: int) -> ExpertPermutation:
     """The twin of `sort_by_expert_triton`."""
     experts, order = torch.sort(chosen.flatten().to(torch.int32), stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -70,17 +70,17 @@ def sort_by_expert_torch(chosen: torch.Tensor, num_experts: int) -> Order:
     return source, inverse.view(chosen.shape), ends
 
 
-def gather_rows_torch(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The twin of `gather_rows_triton`."""
+def permute_tokens_torch(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The twin of `permute_tokens_triton`."""
     return x.index_select(0, source)
 
 
-def combine_rows_torch(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The twin of `combine_rows_triton`: an embedding bag sums rows in float32 without gathering them first."""
+def unpermute_tokens_torch(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """The twin of `unpermute_tokens_triton`: an embedding bag sums rows in float32 without gathering them first."""
     return F.embedding_bag(inverse, y, mode="sum")
 
 
-def sort_by_expert_triton(chosen: torch.Tensor, num_experts: int) -> Order:
+def sort_by_expert_triton(chosen: torch.Tensor, num_experts: int) -> ExpertPermutation:
     """A counting sort: each program counts its copies by expert, and places them after those of all before it."""
     copies = chosen.numel()
     width = triton.next_power_of_2(num_experts)
@@ -101,7 +101,7 @@ def sort_by_expert_triton(chosen: torch.Tensor, num_experts: int) -> Order:
     return source, inverse, ends
 
 
-def gather_rows_triton(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def permute_tokens_triton(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Reads each row as often as it is named, and writes once."""
     x = dense_rows(x)
     rows, width = len(source), x.shape[1]
@@ -112,7 +112,7 @@ def gather_rows_triton(x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def combine_rows_triton(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def unpermute_tokens_triton(y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Reads every row once, and writes every sum once."""
     y, inverse = dense_rows(y), inverse.contiguous()
     tokens, width = len(inverse), y.shape[1]

@@ -17,51 +17,51 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
-from moonlight.config.data import Data
+from moonlight.config.data import DataConfig
 from moonlight.config.pipeline import head_counts_as_layer
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.model.attention import CausalAttention
 from moonlight.model.experts import Experts
-from moonlight.model.language_model import LanguageModel, Layer
+from moonlight.model.language_model import LanguageModel, MoonlightLayer
 from moonlight.model.latent_attention import LatentAttention
 from moonlight.model.linear import LatentRMSNorm, ReplicatedLinear, RMSNorm
-from moonlight.model.mlp import DenseMLP, Mixture, SharedExperts
+from moonlight.model.mlp import DenseMLP, MoEBlock, SharedExperts
 from moonlight.model.router import Router
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(run: Run) -> MLATransformerConfig:
+def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
     """Megatron's configuration of a recipe."""
-    model, parallel = run.model, run.parallel
-    dtype = DTYPES[run.train.dtype]
-    dense, layers = model.first_k_dense_replace, model.num_hidden_layers
+    model_config, parallel = config.model, config.parallel
+    dtype = DTYPES[config.train.dtype]
+    dense, layers = model_config.first_k_dense_replace, model_config.num_hidden_layers
     interleaved = parallel.virtual_pipeline_parallel_size > 1
-    grouped = model.num_expert_groups > 1
+    grouped = model_config.num_expert_groups > 1
     return MLATransformerConfig(
         num_layers=layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.intermediate_size,
-        q_lora_rank=model.q_lora_rank,
-        kv_lora_rank=model.kv_lora_rank,
-        qk_head_dim=model.qk_nope_head_dim,
-        qk_pos_emb_head_dim=model.qk_rope_head_dim,
-        v_head_dim=model.v_head_dim,
+        hidden_size=model_config.hidden_size,
+        num_attention_heads=model_config.num_attention_heads,
+        ffn_hidden_size=model_config.intermediate_size,
+        q_lora_rank=model_config.q_lora_rank,
+        kv_lora_rank=model_config.kv_lora_rank,
+        qk_head_dim=model_config.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model_config.qk_rope_head_dim,
+        v_head_dim=model_config.v_head_dim,
         rope_type="rope",
-        rotary_base=model.rope_theta,
-        num_moe_experts=model.num_experts,
+        rotary_base=model_config.rope_theta,
+        num_moe_experts=model_config.num_experts,
         moe_layer_freq=[0] * dense + [1] * (layers - dense),
-        moe_ffn_hidden_size=model.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=model.moe_intermediate_size * model.num_shared_experts,
-        moe_router_topk=model.num_experts_per_tok,
-        moe_router_topk_scaling_factor=model.routed_scaling_factor,
-        moe_router_num_groups=model.num_expert_groups if grouped else None,
-        moe_router_group_topk=model.topk_group if grouped else None,
+        moe_ffn_hidden_size=model_config.moe_intermediate_size,
+        moe_shared_expert_intermediate_size=model_config.moe_intermediate_size * model_config.num_shared_experts,
+        moe_router_topk=model_config.num_experts_per_tok,
+        moe_router_topk_scaling_factor=model_config.routed_scaling_factor,
+        moe_router_num_groups=model_config.num_expert_groups if grouped else None,
+        moe_router_group_topk=model_config.topk_group if grouped else None,
         moe_router_load_balancing_type="none",  # the loss and the bias are our router's
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
-        layernorm_epsilon=model.rms_norm_eps,
+        layernorm_epsilon=model_config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -77,15 +77,15 @@ def transformer_config(run: Run) -> MLATransformerConfig:
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         params_dtype=dtype,
-        pipeline_dtype=torch.float32 if run.train.fp32_residual_connection else dtype,
-        fp32_residual_connection=run.train.fp32_residual_connection,
+        pipeline_dtype=torch.float32 if config.train.fp32_residual_connection else dtype,
+        fp32_residual_connection=config.train.fp32_residual_connection,
         bf16=dtype is torch.bfloat16,
         # With the defaults, interleaved schedules silently exchange wrong activations over gloo.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # Gloo may still be sending what an interleaved schedule frees.
         deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
-        recompute_modules=list(run.train.recompute_modules),  # read by our layers; Megatron's own stay off
+        recompute_modules=list(config.train.recompute_modules),  # read by our layers; Megatron's own stay off
         # Losses are sums over this rank's tokens, already divided by the global count; see train/step.py.
         calculate_per_token_loss=True,
         perform_initialization=False,  # init.py fills every tensor
@@ -97,11 +97,11 @@ def transformer_config(run: Run) -> MLATransformerConfig:
     )
 
 
-def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
+def _layer_spec(with_experts: bool, data: DataConfig) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if with_experts:
         mlp = ModuleSpec(
-            module=Mixture,
+            module=MoEBlock,
             submodules=MoESubmodules(
                 router=Router,
                 experts=ModuleSpec(module=Experts),
@@ -126,7 +126,7 @@ def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=Layer,
+        module=MoonlightLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
@@ -137,34 +137,34 @@ def _layer_spec(with_experts: bool, data: Data) -> ModuleSpec:
     )
 
 
-def build_model(run: Run) -> list[LanguageModel]:
+def build_model(config: RunConfig) -> list[LanguageModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), with uninitialised weights.
 
     Needs `parallel.build_groups` first.
     """
-    config = transformer_config(run)
-    chunks = run.parallel.virtual_pipeline_parallel_size
+    transformer_config = build_transformer_config(config)
+    chunks = config.parallel.virtual_pipeline_parallel_size
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # With it, Megatron would move a tied embedding to CUDA and send it, not yet initialised, to the last stage.
     groups.embd = None
-    models = []
+    model_chunks = []
     for chunk in range(chunks):
         stage = chunk if chunks > 1 else None
-        first = get_transformer_layer_offset(config, stage)
-        count = get_num_layers_to_build(config, stage)
-        dense = run.model.first_k_dense_replace
-        specs = [_layer_spec(layer >= dense, run.data) for layer in range(first, first + count)]
+        first = get_transformer_layer_offset(transformer_config, stage)
+        count = get_num_layers_to_build(transformer_config, stage)
+        dense = config.model.first_k_dense_replace
+        specs = [_layer_spec(layer >= dense, config.data) for layer in range(first, first + count)]
         model = LanguageModel(
-            config=config,
+            config=transformer_config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
-            vocab_size=run.model.vocab_size,
-            max_sequence_length=run.model.max_position_embeddings,
+            vocab_size=config.model.vocab_size,
+            max_sequence_length=config.model.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             position_embedding_type="none",  # rotary embedding is latent attention's own
-            share_embeddings_and_output_weights=run.model.tie_word_embeddings,
+            share_embeddings_and_output_weights=config.model.tie_word_embeddings,
             pg_collection=groups,
             vp_stage=stage,
         )
-        models.append(model)
-    return models
+        model_chunks.append(model)
+    return model_chunks

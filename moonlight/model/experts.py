@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from moonlight.kernels.chunk_sizes import ALIGNMENT
-from moonlight.kernels.permute import Order, align_runs, combine_rows, gather_rows
+from moonlight.kernels.chunk_sizes import EXPERT_ROW_ALIGNMENT
+from moonlight.kernels.permute import ExpertPermutation, pad_expert_segments, permute_tokens, unpermute_tokens
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -15,7 +15,7 @@ class SortedExperts(torch.autograd.Function):
     """SwiGLU experts: each token's sum over its k experts, weighted by its probabilities.
 
     `tokens` [tokens, hidden]; `probabilities` float32 [tokens, k]; gate_proj and up_proj [E, hidden, M], down_proj
-    [E, M, hidden]; `source`, `inverse` and `ends` the order of `align_runs`, whose gaps get probability 0.
+    [E, M, hidden]; `source`, `inverse` and `ends` the order of `pad_expert_segments`, whose gaps get probability 0.
 
     Kept for the backward pass besides the inputs: the two projections. Tokens are gathered, and the activation is made,
     again.
@@ -33,28 +33,28 @@ class SortedExperts(torch.autograd.Function):
         inverse: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        rows = gather_rows(tokens, source)
+        rows = permute_tokens(tokens, source)
         gate, up = (F.grouped_mm(rows, weight, offs=ends) for weight in (gate_proj, up_proj))
         inner = swiglu(gate, up, _in_order(probabilities, source, inverse))
-        out = combine_rows(F.grouped_mm(inner, down_proj, offs=ends), inverse)
+        out = unpermute_tokens(F.grouped_mm(inner, down_proj, offs=ends), inverse)
         ctx.save_for_backward(tokens, probabilities, gate_proj, up_proj, down_proj, source, inverse, ends, gate, up)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         tokens, probabilities, gate_proj, up_proj, down_proj, source, inverse, ends, gate, up = ctx.saved_tensors
-        grad = gather_rows(grad, source)
+        grad = permute_tokens(grad, source)
         grad_inner = F.grouped_mm(grad, down_proj.mT, offs=ends)
         grad_gate, grad_up, grad_probabilities, inner = swiglu_backward(
             grad_inner, gate, up, _in_order(probabilities, source, inverse)
         )
         assert grad_probabilities is not None
         grad_down = F.grouped_mm(inner.mT, grad, offs=ends)
-        rows = gather_rows(tokens, source)
+        rows = permute_tokens(tokens, source)
         weights = [F.grouped_mm(rows.mT, each, offs=ends) for each in (grad_gate, grad_up)]
         grad_rows = F.grouped_mm(grad_gate, gate_proj.mT, offs=ends)
         grad_rows += F.grouped_mm(grad_up, up_proj.mT, offs=ends)
-        grad_tokens = combine_rows(grad_rows, inverse)
+        grad_tokens = unpermute_tokens(grad_rows, inverse)
         return grad_tokens, grad_probabilities[inverse], grad_down, *weights, None, None, None
 
 
@@ -93,15 +93,15 @@ class Experts(torch.nn.Module):
         self.down_proj = weight(width, hidden)
 
     def forward(
-        self, tokens: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor, order: Order
+        self, tokens: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor, order: ExpertPermutation
     ) -> torch.Tensor:
         """Sum over each token's k experts of this rank, weighted by `probabilities`.
 
         `tokens` [tokens, hidden]; `probabilities` and `chosen` int64 [tokens, k]; `order` of `chosen` as
         `sort_by_expert` gives it.
         """
-        alignment = ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps name token 0
-        order = align_runs(order, chosen, alignment)
+        alignment = EXPERT_ROW_ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps name token 0
+        order = pad_expert_segments(order, chosen, alignment)
         # Autograd's heap hands out gradients of inputs 1, 2, 3 as 1, 3, 2: from the last parameter to the first, and
         # their buckets leave in that order.
         weights = self.down_proj, self.gate_proj, self.up_proj

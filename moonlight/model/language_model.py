@@ -9,13 +9,13 @@ from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from moonlight.model.loss import LinearCrossEntropy
-from moonlight.model.recompute import free_until_backward
+from moonlight.model.recompute import recompute_in_backward
 
 NOT_HERE = ("context", "packed_seq_params", "inference_context", "inference_params", "sequence_len_offset")
 """What Megatron's block may hand to a layer of other models."""
 
 
-class Layer(TransformerLayer):
+class MoonlightLayer(TransformerLayer):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
     def forward(
@@ -34,12 +34,12 @@ class Layer(TransformerLayer):
         total, normed_total = self.pre_mlp_layernorm.add(hidden_states, attended)
         fed, _ = self.mlp(normed_total)
         if "layernorm" in self.config.recompute_modules:
-            free_until_backward([normed], lambda: [self.input_layernorm(hidden_states)], attended)
-            free_until_backward([normed_total], lambda: [self.pre_mlp_layernorm(total)], fed)
+            recompute_in_backward([normed], lambda: [self.input_layernorm(hidden_states)], attended)
+            recompute_in_backward([normed_total], lambda: [self.pre_mlp_layernorm(total)], fed)
         return total + fed
 
 
-class Head(ColumnParallelLinear):
+class LossHead(ColumnParallelLinear):
     """Logits of hidden states [sequence / TP, batch, hidden]; with labels, their loss instead."""
 
     def forward(
@@ -67,7 +67,7 @@ class LanguageModel(GPTModel):
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         if self.post_process:
-            self.output_layer.__class__ = Head
+            self.output_layer.__class__ = LossHead
 
     def _postprocess(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
         if not self.post_process or named["labels"] is None:

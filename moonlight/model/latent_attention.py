@@ -12,7 +12,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from moonlight.kernels.rope import rotate, rotate_backward
 from moonlight.model.linear import ReplicatedLinear
-from moonlight.model.recompute import free_until_backward
+from moonlight.model.recompute import recompute_in_backward
 
 replace_te_linear(ReplicatedLinear)
 
@@ -87,7 +87,7 @@ class LatentAttention(MLASelfAttention):
         value = keys_and_values[..., config.qk_head_dim :]
         attended = self.core_attention(query, key, value, attention_mask)
         if "mla_up_proj" in config.recompute_modules:
-            free_until_backward([query, key, keys_and_values], make, attended)
+            recompute_in_backward([query, key, keys_and_values], make, attended)
         return self.linear_proj(attended)
 
     def _up_projections(

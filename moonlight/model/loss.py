@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moonlight.kernels.blocks import add_
-from moonlight.kernels.chunk_sizes import rows_of_logits
+from moonlight.kernels.chunk_sizes import logits_chunk_rows
 from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, partial_sums
 
 
@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         learns: bool,
     ) -> torch.Tensor:
         tokens, first = len(hidden), group.rank() * len(weight)
-        rows = rows_of_logits(len(weight))
+        rows = logits_chunk_rows(len(weight))
         buffer = hidden.new_empty(min(rows, tokens), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None

@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from moonlight.kernels.permute import sort_by_expert
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
-from moonlight.model.recompute import free_until_backward
+from moonlight.model.recompute import recompute_in_backward
 
 
 class SwiGLU(torch.autograd.Function):
@@ -35,7 +35,7 @@ def _pass(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
     inner = SwiGLU.apply(halves)
     out, _ = mlp.linear_fc2(inner)
     if "mlp_act" in mlp.config.recompute_modules:
-        free_until_backward([inner], lambda: [SwiGLU.apply(halves)], out)
+        recompute_in_backward([inner], lambda: [SwiGLU.apply(halves)], out)
     return out
 
 
@@ -55,7 +55,7 @@ class SharedExperts(SharedExpertMLP):
         return _pass(self, hidden)
 
 
-class Mixture(MoELayer):
+class MoEBlock(MoELayer):
     """Shared and routed experts.
 
     Where every expert is on this rank, tokens are sorted once and never leave, and the host asks for no number of the

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def free_until_backward(
-    tensors: Sequence[torch.Tensor], make: Callable[[], Sequence[torch.Tensor]], result: torch.Tensor
+def recompute_in_backward(
+    tensors: Sequence[torch.Tensor], recompute: Callable[[], Sequence[torch.Tensor]], result: torch.Tensor
 ) -> None:
     """Free the memory of `tensors` until the gradient of `result` is there; `make()` then gives their values again.
 
@@ -24,7 +24,7 @@ def free_until_backward(
     freed = [tensor.detach() for tensor in tensors]
     for tensor in freed:
         tensor.untyped_storage().resize_(0)
-    waiting = [(freed, make)]
+    waiting = [(freed, recompute)]
 
     def again(_: torch.Tensor) -> None:
         # Popped, because a hook lives as long as the graph: what it holds would stay for the whole backward pass.

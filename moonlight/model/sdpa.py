@@ -21,7 +21,7 @@ Torch by itself prefers flash attention, which wants keys and values of one widt
 
 _choices: list[str] = []
 
-Place = tuple[torch.Size, tuple[int, ...], int]
+MemoryLayout = tuple[torch.Size, tuple[int, ...], int]
 """Shape, strides and offset of a tensor in its memory."""
 
 
@@ -33,13 +33,18 @@ def attention(
     `query` and `key` [sequence, batch, heads, dim], `value` [sequence, batch, heads, v_head_dim], of one dtype and any
     strides; `documents` int [batch, sequence]. The result is [sequence, batch, heads * v_head_dim].
     """
-    kernel = kernel_for(query.device, query.dtype, (place(query), place(key), place(value)), documents is not None)
+    kernel = select_backend(
+        query.device,
+        query.dtype,
+        (memory_layout(query), memory_layout(key), memory_layout(value)),
+        documents is not None,
+    )
     mask = None if documents is None else _kept_mask(documents, query.dtype)
     return _run(kernel, query, key, value, mask, scale)
 
 
-def place(tensor: torch.Tensor) -> Place:
-    """What `kernel_for` asks of a tensor."""
+def memory_layout(tensor: torch.Tensor) -> MemoryLayout:
+    """What `select_backend` asks of a tensor."""
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
@@ -58,15 +63,15 @@ _kept_mask = lru_cache(maxsize=1)(_mask)
 """All layers of a pass ask for the same mask, and get one tensor."""
 
 
-def choices() -> list[str]:
+def pop_selections() -> list[str]:
     """What was chosen since the last call, in words, with its measured time."""
     found, _choices[:] = _choices[:], []
     return found
 
 
 @lru_cache
-def kernel_for(
-    device: torch.device, dtype: torch.dtype, places: tuple[Place, Place, Place], has_mask: bool
+def select_backend(
+    device: torch.device, dtype: torch.dtype, places: tuple[MemoryLayout, MemoryLayout, MemoryLayout], has_mask: bool
 ) -> SDPBackend:
     """The first kernel by preference that takes queries, keys and values of these shapes and strides, as `attention`
     does. The global random numbers stay as they are."""
@@ -91,7 +96,7 @@ def kernel_for(
     return kernel
 
 
-def _drawn(place: Place, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _drawn(place: MemoryLayout, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     shape, strides, offset = place
     elements = 1 + offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = torch.randn(elements, dtype=dtype, device=generator.device, generator=generator)

@@ -15,7 +15,7 @@ Coefficients = tuple[float, float, float]
 Product = Callable[..., None]
 
 
-def segments(steps: Sequence[Coefficients], rows: int, columns: int) -> list[list[Coefficients]]:
+def group_steps(steps: Sequence[Coefficients], rows: int, columns: int) -> list[list[Coefficients]]:
     """Which steps share a Gram matrix: three if they are equal, else two; each has its own if X is square.
 
     A rounding error of G counts most where G is small, and the steps of a segment amplify it: float16 bears three of
@@ -33,14 +33,14 @@ def segments(steps: Sequence[Coefficients], rows: int, columns: int) -> list[lis
     return taken
 
 
-def iterate(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) -> torch.Tensor:
+def run_steps(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) -> torch.Tensor:
     """All steps on float16 X0 [count, rows, columns]; let nobody else hold it, then its memory is used again.
 
     `product` is `kernels.symmetric.symmetric_product`, or what computes the same.
     """
     _, rows, columns = x.shape
     with _float32_sums():
-        for segment in segments(steps, rows, columns):
+        for segment in group_steps(steps, rows, columns):
             polynomial = _polynomial(x.mT if rows > columns else x, segment, product)
             x = torch.bmm(x, polynomial) if rows > columns else torch.bmm(polynomial, x)
             del polynomial
@@ -95,10 +95,10 @@ def orthogonalize_batch(
     """Orthogonalise matrices of one shape on a GPU: tensors [count, rows, columns], together [all, rows, columns] in
     `dtype`. `norms`: float32 [count] of each, if it is known. On the meta device: the same tensors, no values."""
     if sources[0].is_meta:
-        return iterate(_normalized(sources, norms), steps, _no_values).to(dtype)
+        return run_steps(_normalized(sources, norms), steps, _no_values).to(dtype)
     from moonlight.kernels.symmetric import symmetric_product
 
-    return iterate(_normalized(sources, norms), steps, symmetric_product).to(dtype)
+    return run_steps(_normalized(sources, norms), steps, symmetric_product).to(dtype)
 
 
 def _normalized(sources: Sequence[torch.Tensor], norms: Sequence[torch.Tensor | None]) -> torch.Tensor:

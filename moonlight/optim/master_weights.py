@@ -22,17 +22,17 @@ def round_to_bfloat16(master: torch.Tensor) -> torch.Tensor:
     return ((master.view(torch.int32) + _HALF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def remainder_of(master: torch.Tensor) -> torch.Tensor:
+def low_bits(master: torch.Tensor) -> torch.Tensor:
     """What `round_to_bfloat16` leaves out, int16: the difference of the bit patterns."""
     return (((master.view(torch.int32) + _HALF) & 0xFFFF) - _HALF).to(torch.int16)
 
 
-def join(rounded: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+def join_halves(rounded: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
     """The float32 master of a bfloat16 weight and its remainder; exact."""
     return ((rounded.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
 
 
-class Master:
+class MasterWeight:
     """The master weights of some rows of a parameter. `weights` is the model's own view of them [rows, columns]."""
 
     def __init__(self, weights: torch.Tensor, kind: str) -> None:
@@ -44,31 +44,31 @@ class Master:
         elif weights.dtype is torch.bfloat16:
             self._full = weights.float()
 
-    def values(self) -> torch.Tensor:
+    def to_float32(self) -> torch.Tensor:
         """float32 [rows, columns]: to be changed only between this call and `store`."""
         if self._remainder is not None:
-            return join(self.weights, self._remainder)
+            return join_halves(self.weights, self._remainder)
         return self.weights if self._full is None else self._full
 
-    def draft(self) -> torch.Tensor:
+    def to_float32_on_host(self) -> torch.Tensor:
         """`values`, or a copy of them in host memory where they are made for the call: all of a model may be there."""
-        return self.values() if self._remainder is None else self.values().cpu()
+        return self.to_float32() if self._remainder is None else self.to_float32().cpu()
 
-    def outline(self) -> torch.Tensor:
+    def to_meta(self) -> torch.Tensor:
         """`values`, or a meta tensor of their shape where they would have to be made."""
-        return self.values() if self._remainder is None else self.weights.to("meta", torch.float32)
+        return self.to_float32() if self._remainder is None else self.weights.to("meta", torch.float32)
 
-    def store(self, values: torch.Tensor) -> None:
+    def write(self, values: torch.Tensor) -> None:
         """Keep changed `values` or `draft`, and round them into the model."""
         values = values.to(self.weights.device)
         if self._remainder is not None:
-            self._remainder.copy_(remainder_of(values))
+            self._remainder.copy_(low_bits(values))
         if self.weights.dtype is torch.bfloat16:
             self.weights.copy_(round_to_bfloat16(values))
 
-    def rows(self, start: int, stop: int) -> "Master":
+    def rows(self, start: int, stop: int) -> "MasterWeight":
         """The same master, restricted to some of its rows."""
-        part = object.__new__(Master)
+        part = object.__new__(MasterWeight)
         part.weights = self.weights[start:stop]
         part._full = None if self._full is None else self._full[start:stop]
         part._remainder = None if self._remainder is None else self._remainder[start:stop]
@@ -79,8 +79,8 @@ class Master:
         return sum(t.numel() * t.element_size() for t in (self._full, self._remainder) if t is not None)
 
 
-def update_all(
-    masters: Sequence[Master],
+def apply_update(
+    masters: Sequence[MasterWeight],
     updates: Sequence[torch.Tensor],
     factors: Sequence[float],
     *,
@@ -92,13 +92,13 @@ def update_all(
         return  # that pass makes nothing
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     if can_fuse([*(master.weights for master in masters), *updates]):
-        from moonlight.kernels.muon_update import weights_pass
+        from moonlight.kernels.muon_update import fused_weight_update
 
         for master, update, factor in zip(masters, updates, factors, strict=True):
-            weights_pass(master._full, master.weights, master._remainder, update, factor=factor, **rates)
+            fused_weight_update(master._full, master.weights, master._remainder, update, factor=factor, **rates)
         return
-    values = [master.values() for master in masters]
+    values = [master.to_float32() for master in masters]
     scaled = [u if factor == 1 else u.float() * factor for u, factor in zip(updates, factors, strict=True)]
     apply_updates(values, scaled, **rates)
     for master, value in zip(masters, values, strict=True):
-        master.store(value)
+        master.write(value)

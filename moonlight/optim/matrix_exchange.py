@@ -10,39 +10,39 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moonlight.optim.buckets import Lane
-from moonlight.optim.parameters import Owned, Parameter, tensor_parallel_group
-from moonlight.placement.owners import Fragment, newton_schulz_cost, newton_schulz_owners
+from moonlight.optim.buckets import BucketGroup
+from moonlight.optim.parameters import LocalParam, OwnedShard, tensor_parallel_group
+from moonlight.placement.owners import RowShard, balance_by_cost, newton_schulz_cost
 
 
 @dataclass(frozen=True)
-class Job:
+class ExchangedMatrix:
     """One matrix. Every rank of the group lists the same jobs in the same order."""
 
     shape: tuple[int, int]
     owner: int
-    axis: int = -2
-    parts: tuple[tuple[int, int, int], ...] = ()
+    dim: int = -2
+    input_slices: tuple[tuple[int, int, int], ...] = ()
     """(rank, start, stop) of each slice along `axis`; empty: every rank has the whole matrix, and wants the result."""
 
-    def slices(self, num_ranks: int) -> Iterator[tuple[int, int, int]]:
+    def output_slices(self, num_ranks: int) -> Iterator[tuple[int, int, int]]:
         """(rank, start, stop) of what each rank wants of the result."""
-        yield from self.parts or ((rank, 0, self.shape[self.axis]) for rank in range(num_ranks))
+        yield from self.input_slices or ((rank, 0, self.shape[self.dim]) for rank in range(num_ranks))
 
-    def cut(self, matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def narrow(self, matrix: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """A slice of the whole matrix."""
-        return matrix.narrow(self.axis, start, stop - start)
+        return matrix.narrow(self.dim, start, stop - start)
 
 
-class Exchange:
+class MatrixExchange:
     """The jobs of one group. A rank's parts are given and returned in the order of the jobs that it has a part of."""
 
-    def __init__(self, group: dist.ProcessGroup, jobs: Sequence[Job], like: torch.Tensor) -> None:
+    def __init__(self, group: dist.ProcessGroup, jobs: Sequence[ExchangedMatrix], like: torch.Tensor) -> None:
         """`like` has the dtype and device of what travels."""
         self.group, self.jobs, self._empty = group, list(jobs), like.new_empty(0)
-        self._slices = [{rank: (a, b) for rank, a, b in job.slices(group.size())} for job in self.jobs]
+        self._slices = [{rank: (a, b) for rank, a, b in job.output_slices(group.size())} for job in self.jobs]
 
-    def collect(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def gather_to_owners(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The whole matrices of the jobs that this rank owns, from everybody's `parts`."""
         me = self.group.rank()
         outgoing, incoming = self._nothing(), self._nothing()
@@ -53,16 +53,16 @@ class Exchange:
                 whole = self._empty.new_empty(job.shape)
                 wholes.append(whole)
                 assert part is not None
-                job.cut(whole, *slices[me]).copy_(part)
-                for rank, _, _ in job.parts:
+                job.narrow(whole, *slices[me]).copy_(part)
+                for rank, _, _ in job.input_slices:
                     if rank != me:
-                        incoming[rank].append(job.cut(whole, *slices[rank]))
-            elif part is not None and job.parts:
+                        incoming[rank].append(job.narrow(whole, *slices[rank]))
+            elif part is not None and job.input_slices:
                 outgoing[job.owner].append(part)
         self._swap(outgoing, incoming)
         return wholes
 
-    def distribute(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def scatter_from_owners(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """This rank's parts of the results; `results` are whole, of the jobs that this rank owns."""
         me = self.group.rank()
         outgoing, incoming = self._nothing(), self._nothing()
@@ -72,11 +72,11 @@ class Exchange:
                 result = next(given)
                 for rank, (start, stop) in slices.items():
                     if rank != me:
-                        outgoing[rank].append(job.cut(result, start, stop))
-                parts.append(job.cut(result, *slices[me]))
+                        outgoing[rank].append(job.narrow(result, start, stop))
+                parts.append(job.narrow(result, *slices[me]))
             elif me in slices:
                 shape = list(job.shape)
-                shape[job.axis] = slices[me][1] - slices[me][0]
+                shape[job.dim] = slices[me][1] - slices[me][0]
                 parts.append(self._empty.new_empty(shape))
                 incoming[job.owner].append(parts[-1])
         self._swap(outgoing, incoming)
@@ -103,44 +103,44 @@ class Exchange:
 Orthogonalize = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
-class Gathered:
+class SplitMatrices:
     """The matrices of one lane of which this rank holds parts. `members` are its rows of them, in the order of
     `run`."""
 
     def __init__(
-        self, lane: Lane, parameters: Sequence[Parameter], shared: Sequence[Owned], dtype: torch.dtype
+        self, lane: BucketGroup, parameters: Sequence[LocalParam], shared: Sequence[OwnedShard], dtype: torch.dtype
     ) -> None:
         """`shared`: what this rank owns that is not local to it, in any lane; `dtype` of what travels."""
         group, rank = lane.buckets[0].group, lane.buckets[0].group.rank()
-        cut: dict[tuple[int, int], list[Fragment]] = {}
+        cut: dict[tuple[int, int], list[RowShard]] = {}
         for bucket in lane.buckets:
             for fragment in bucket.fragments:
-                if fragment.is_cut:
-                    cut.setdefault((fragment.parameter, fragment.matrix_start), []).append(fragment)
+                if fragment.is_split:
+                    cut.setdefault((fragment.param_index, fragment.matrix_start), []).append(fragment)
         keys = sorted(cut)
         jobs = [_rows_job(cut[key]) for key in keys]
         of_lane = {parameter.index for bucket in lane.buckets for parameter in bucket.parameters}
         mine = sorted(
-            (owned for owned in shared if owned.fragment.parameter in of_lane),
-            key=lambda owned: (owned.fragment.parameter, owned.fragment.start),
+            (owned for owned in shared if owned.shard.param_index in of_lane),
+            key=lambda owned: (owned.shard.param_index, owned.shard.start),
         )
-        self._cut = [owned for owned in mine if owned.fragment.is_cut]
-        self._whole = [owned for owned in mine if not owned.fragment.is_cut]
-        self.members = self._cut + self._whole
+        self._cut = [owned for owned in mine if owned.shard.is_split]
+        self._whole = [owned for owned in mine if not owned.shard.is_split]
+        self.shards = self._cut + self._whole
         expert = lane.buckets[0].parameters[0].is_expert
         slices_group = tensor_parallel_group(expert)
         at_home = [(parameters[key[0]], job.shape) for key, job in zip(keys, jobs, strict=True) if job.owner == rank]
-        self._home_is_sliced = [parameter.slicing != "alone" for parameter, _ in at_home]
-        at_home = [(parameter, shape) for parameter, shape in at_home if parameter.slicing != "alone"]
+        self._home_is_sliced = [parameter.tp_mode != "unsharded" for parameter, _ in at_home]
+        at_home = [(parameter, shape) for parameter, shape in at_home if parameter.tp_mode != "unsharded"]
         for owned in self._whole:
-            shape = (owned.fragment.matrix_rows, owned.fragment.columns)
-            at_home += [(owned.parameter, shape)] * len(owned.matrices(owned.gradient))
-        shapes = [parameter.whole_shape(rows) for parameter, (rows, _) in at_home]
+            shape = (owned.shard.matrix_rows, owned.shard.columns)
+            at_home += [(owned.param, shape)] * len(owned.matrices(owned.gradient))
+        shapes = [parameter.full_matrix_shape(rows) for parameter, (rows, _) in at_home]
         costs = [newton_schulz_cost(rows, columns) for rows, columns in shapes]
-        owners = newton_schulz_owners(costs, slices_group.size())
-        like = torch.empty(0, dtype=dtype, device=lane.buckets[0].parameters[0].model.device)
-        self._rows = Exchange(group, jobs, like)
-        self._slices = Exchange(
+        owners = balance_by_cost(costs, slices_group.size())
+        like = torch.empty(0, dtype=dtype, device=lane.buckets[0].parameters[0].torch_param.device)
+        self._rows = MatrixExchange(group, jobs, like)
+        self._slices = MatrixExchange(
             slices_group,
             [
                 _slices_job(parameter, shape, owner, slices_group.size())
@@ -149,33 +149,35 @@ class Gathered:
             like,
         )
 
-    def run(self, directions: Sequence[torch.Tensor], orthogonalize: Orthogonalize) -> list[torch.Tensor]:
+    def orthogonalize_shards(
+        self, directions: Sequence[torch.Tensor], orthogonalize: Orthogonalize
+    ) -> list[torch.Tensor]:
         """The orthogonalised rows of every member, from their directions; a collective of both groups."""
         cut = len(self._cut)
-        homes = self._rows.collect(directions[:cut])
+        homes = self._rows.gather_to_owners(directions[:cut])
         sliced = [matrix for matrix, is_sliced in zip(homes, self._home_is_sliced, strict=True) if is_sliced]
         for owned, direction in zip(self._whole, directions[cut:], strict=True):
             sliced += owned.matrices(direction)
         alone = [matrix for matrix, is_sliced in zip(homes, self._home_is_sliced, strict=True) if not is_sliced]
-        results = orthogonalize(alone + self._slices.collect(sliced))
-        back = iter(self._slices.distribute(results[len(alone) :]))
+        results = orthogonalize(alone + self._slices.gather_to_owners(sliced))
+        back = iter(self._slices.scatter_from_owners(results[len(alone) :]))
         finished = iter(results[: len(alone)])
         homes = [next(back) if is_sliced else next(finished) for is_sliced in self._home_is_sliced]
-        updates = self._rows.distribute(homes)
+        updates = self._rows.scatter_from_owners(homes)
         for owned in self._whole:
             updates.append(torch.cat([next(back) for _ in owned.matrices(owned.gradient)]))
         return updates
 
 
-def _rows_job(fragments: Sequence[Fragment]) -> Job:
+def _rows_job(fragments: Sequence[RowShard]) -> ExchangedMatrix:
     first = fragments[0]
-    parts = tuple((f.owner, f.start - first.matrix_start, f.stop - first.matrix_start) for f in fragments)
-    return Job((first.matrix_rows, first.columns), owner=first.home, axis=-2, parts=parts)
+    parts = tuple((f.owner_rank, f.start - first.matrix_start, f.stop - first.matrix_start) for f in fragments)
+    return ExchangedMatrix((first.matrix_rows, first.columns), owner=first.home_rank, dim=-2, input_slices=parts)
 
 
-def _slices_job(parameter: Parameter, shape: tuple[int, int], owner: int, num_slices: int) -> Job:
-    if parameter.slicing == "replicated":
-        return Job(shape, owner)
-    each = shape[parameter.cut_axis] // num_slices
+def _slices_job(parameter: LocalParam, shape: tuple[int, int], owner: int, num_slices: int) -> ExchangedMatrix:
+    if parameter.tp_mode == "replicated":
+        return ExchangedMatrix(shape, owner)
+    each = shape[parameter.tp_dim] // num_slices
     parts = tuple((rank, rank * each, (rank + 1) * each) for rank in range(num_slices))
-    return Job(shape, owner, parameter.cut_axis, parts)
+    return ExchangedMatrix(shape, owner, parameter.tp_dim, parts)

@@ -17,9 +17,9 @@ from moonlight.optim.update_rules import (
     adamw_updates,
     apply_updates,
     can_fuse,
-    directions_and_norms,
-    muon_scale,
-    to_unit_rms,
+    normalize_rms_,
+    rms_match_scale,
+    update_momentum_norms,
 )
 
 ELEMENTS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
@@ -198,7 +198,7 @@ def _muon_key(parameter: torch.Tensor, group: dict[str, Any]) -> tuple[Any, ...]
 
 def _muon_scale(part: _Part) -> float:
     rows, columns = _matrices(part.weight).shape[-2:]
-    return muon_scale(rows, columns, *(part.group[name] for name in _SCALE_SETTINGS))
+    return rms_match_scale(rows, columns, *(part.group[name] for name in _SCALE_SETTINGS))
 
 
 def _matrices(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
     """The orthogonal updates of parts with one shape of matrices and one setting, in the dtype of the iteration."""
     group = parts[0].group
     rows, columns = _matrices(parts[0].weight).shape[-2:]
-    directions, norms = directions_and_norms(
+    directions, norms = update_momentum_norms(
         [part.gradient for part in parts],
         [part.state["momentum"] for part in parts],
         [rows * columns] * len(parts),
@@ -221,7 +221,7 @@ def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
     matrices = [_matrices(direction) for direction in directions]
     updates = orthogonalize_all(matrices, group["num_steps"], group["coefficients"], group["dtype"], norms)
     if group["rms_matching"] == "update_norm":
-        to_unit_rms(updates)
+        normalize_rms_(updates)
     return [update.view(part.weight.shape) for update, part in zip(updates, parts, strict=True)]
 
 
@@ -244,10 +244,10 @@ def _apply(parts: list[_Part], updates: list[torch.Tensor], scale: float) -> Non
 
 
 def _apply_fused(weights: list[torch.Tensor], updates: list[torch.Tensor], rates: dict[str, float]) -> None:
-    from moonlight.kernels.muon_update import weights_pass
+    from moonlight.kernels.muon_update import fused_weight_update
 
     for weight, update in zip(weights, updates, strict=True):
-        weights_pass(None, weight, None, update, factor=1.0, **rates)
+        fused_weight_update(None, weight, None, update, factor=1.0, **rates)
 
 
 def _chunks(parts: list[_Part]) -> Iterator[list[_Part]]:

@@ -10,94 +10,94 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from moonlight.model.shards import Sharded, pieces, turned, turned_view
-from moonlight.optim.master_weights import Master
-from moonlight.placement.owners import Fragment, Outline
-from moonlight.placement.param_groups import Rule, group_of, matrix_heights, route
+from moonlight.model.shards import ShardedParam, local_shards, to_hf_axes, to_hf_layout
+from moonlight.optim.master_weights import MasterWeight
+from moonlight.placement.owners import ParamSpec, RowShard
+from moonlight.placement.param_groups import ParamGroupRule, find_monitor_group, match_rules, rows_per_matrix
 
-Rectangle = tuple[tuple[int, ...], torch.Tensor]
+TensorChunk = tuple[tuple[int, ...], torch.Tensor]
 """Offset in the whole tensor, and the values there."""
 
 
 @dataclass(frozen=True)
-class Parameter:
+class LocalParam:
     """One parameter of this rank."""
 
     index: int
     key: str
     """Name in checkpoints."""
-    model: torch.nn.Parameter
-    sharded: Sharded
-    rule: Rule
-    slicing: str
-    """How tensor parallelism treats its matrices. alone: it does not (one rank, or each slice is whole matrices);
-    cut: every rank has a slice of each; replicated: every rank has all."""
-    cut_axis: int
-    """-2 or -1 if `slicing` is cut."""
+    torch_param: torch.nn.Parameter
+    sharded_param: ShardedParam
+    rule: ParamGroupRule
+    tp_mode: str
+    """How tensor parallelism treats its matrices. unsharded: each rank holds full matrices of its own; sharded: each
+    rank holds a slice of every matrix; replicated: every rank holds all of them."""
+    tp_dim: int
+    """-2 or -1 if `tp_mode` is sharded."""
 
     @property
-    def group(self) -> str:
+    def monitor_group(self) -> str:
         """Of those whose norms are watched."""
-        return group_of(self.key)
+        return find_monitor_group(self.key)
 
     @property
     def is_expert(self) -> bool:
-        return not getattr(self.model, "allreduce", True)
+        return not getattr(self.torch_param, "allreduce", True)
 
     @property
-    def on_two_stages(self) -> bool:
+    def is_shared_embedding(self) -> bool:
         """Whether the first and the last of several pipeline stages each hold a copy: tied word embeddings."""
-        return getattr(self.model, "shared_embedding", False)
+        return getattr(self.torch_param, "shared_embedding", False)
 
     @property
-    def is_copy(self) -> bool:
+    def is_embedding_replica(self) -> bool:
         """Whether it is the last stage's copy, which does not count where each element counts once."""
-        return getattr(self.model, "shared", False)
+        return getattr(self.torch_param, "shared", False)
 
     @property
     def rows(self) -> int:
-        return self.model.numel() // self.columns
+        return self.torch_param.numel() // self.columns
 
     @property
     def columns(self) -> int:
-        return self.model.shape[-1] if self.model.dim() > 1 else 1
+        return self.torch_param.shape[-1] if self.torch_param.dim() > 1 else 1
 
-    def whole_shape(self, rows: int) -> tuple[int, int]:
+    def full_matrix_shape(self, rows: int) -> tuple[int, int]:
         """Shape of one of its matrices, of which this rank has so many rows, with tensor parallelism undone."""
         shape = [rows, self.columns]
-        if self.slicing == "cut":
-            shape[self.cut_axis] *= tensor_parallel_group(self.is_expert).size()
+        if self.tp_mode == "sharded":
+            shape[self.tp_dim] *= tensor_parallel_group(self.is_expert).size()
         return shape[0], shape[1]
 
     @property
-    def weights(self) -> torch.Tensor:
+    def weight_2d(self) -> torch.Tensor:
         """The model's values [rows, columns]."""
-        return self.model.detach().view(self.rows, self.columns)
+        return self.torch_param.detach().view(self.rows, self.columns)
 
     @property
-    def gradients(self) -> torch.Tensor:
+    def grad_2d(self) -> torch.Tensor:
         """This rank's own gradient sum [rows, columns], before the exchange with other ranks."""
-        return self.model.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
+        return self.torch_param.main_grad.view(self.rows, self.columns)  # type: ignore[attr-defined]
 
     @property
-    def outline(self) -> Outline:
+    def spec(self) -> ParamSpec:
         """What `place` needs to know of it: its rows divided into matrices for Muon, or where the pieces of a
         checkpoint meet for AdamW."""
         if is_matrix := self.rule.algorithm == "muon":
-            heights = matrix_heights(self.rule, tuple(self.model.shape))
+            heights = rows_per_matrix(self.rule, tuple(self.torch_param.shape))
         else:
-            heights = [piece.data.numel() // self.columns for piece in pieces(self.sharded)]
+            heights = [piece.data.numel() // self.columns for piece in local_shards(self.sharded_param)]
         assert sum(heights) == self.rows, self.key
-        return Outline(self.index, self.columns, tuple(heights), is_matrix, self.on_two_stages)
+        return ParamSpec(self.index, self.columns, tuple(heights), is_matrix, self.is_shared_embedding)
 
-    def rectangles(self, start: int, stop: int, values: torch.Tensor) -> Iterator[Rectangle]:
+    def tensor_chunks(self, start: int, stop: int, values: torch.Tensor) -> Iterator[TensorChunk]:
         """Where the rows [start, stop) of this rank, whose `values` [stop - start, columns] are given, lie in the
         whole.
 
         The rectangles' tensors are views of `values`.
         """
         first = 0
-        for piece in pieces(self.sharded):
+        for piece in local_shards(self.sharded_param):
             shape = piece.local_shape
             last = first + piece.data.numel() // self.columns
             for low, high in _within_experts(max(start, first) - first, min(stop, last) - first, shape):
@@ -110,7 +110,7 @@ class Parameter:
                     offset = (low, 0)[: len(shape)]
                     rows = rows.view(-1, *shape[1:])
                 whole_offset = [a + b for a, b in zip(piece.global_offset, offset, strict=True)]
-                yield turned(whole_offset), turned_view(rows)
+                yield to_hf_axes(whole_offset), to_hf_layout(rows)
             first = last
 
 
@@ -124,35 +124,35 @@ def _within_experts(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[t
         start += step
 
 
-def find_parameters(state: dict[str, Sharded], rules: tuple[Rule, ...]) -> list[Parameter]:
-    """The parameters that are trained of `state` (`sharded_state` of this rank's chunks), in the model's order.
+def collect_params(state: dict[str, ShardedParam], rules: tuple[ParamGroupRule, ...]) -> list[LocalParam]:
+    """Return the trained parameters of `state` (`collect_sharded_tensors` of this rank's chunks), in model order.
 
     Raises:
         ValueError: a parameter that no rule claims, or that two do.
     """
     trained = {key: value for key, value in state.items() if value.data.requires_grad}
-    routes = route(list(trained), rules)
+    routes = match_rules(list(trained), rules)
     found = []
     for index, (key, sharded) in enumerate(trained.items()):
-        slicing, axis = _slicing(sharded, routes[key])
-        found.append(Parameter(index, key, sharded.data, sharded, routes[key], slicing, axis))
+        tp_mode, axis = _tp_mode(sharded, routes[key])
+        found.append(LocalParam(index, key, sharded.data, sharded, routes[key], tp_mode, axis))
     return found
 
 
-def _slicing(sharded: Sharded, rule: Rule) -> tuple[str, int]:
+def _tp_mode(sharded: ShardedParam, rule: ParamGroupRule) -> tuple[str, int]:
     expert = not getattr(sharded.data, "allreduce", True)
     group = tensor_parallel_group(expert)
     if group.size() == 1:
-        return "alone", 0
-    fragmentations = pieces(sharded)[0].axis_fragmentations
+        return "unsharded", 0
+    fragmentations = local_shards(sharded)[0].axis_fragmentations
     assert fragmentations is not None
     if len(fragmentations) == 1:
         return "replicated", 0
-    halves = len(pieces(sharded))  # a fused gate and up counts as two fragments even when nothing is cut
+    halves = len(local_shards(sharded))  # a fused gate and up counts as two fragments even when nothing is cut
     if fragmentations[-2] > halves:
-        return ("alone", 0) if rule.head_rows else ("cut", -2)
+        return ("unsharded", 0) if rule.head_rows else ("sharded", -2)
     if fragmentations[-1] > 1:
-        return "cut", -1
+        return "sharded", -1
     return "replicated", 0
 
 
@@ -176,45 +176,45 @@ def data_parallel_group(expert: bool) -> dist.ProcessGroup:
 
 
 @dataclass
-class Owned:
+class OwnedShard:
     """Rows of one parameter that this rank owns, with their state. All tensors [rows, columns]."""
 
-    parameter: Parameter
-    fragment: Fragment
+    param: LocalParam
+    shard: RowShard
     gradient: torch.Tensor
-    master: Master
-    momenta: list[torch.Tensor] = field(default_factory=list)
+    master_weight: MasterWeight
+    states: list[torch.Tensor] = field(default_factory=list)
 
     @property
-    def counts(self) -> bool:
+    def is_primary_copy(self) -> bool:
         """Whether this rank's copy is the one to count where each element counts once in the world."""
-        if self.parameter.is_copy:
+        if self.param.is_embedding_replica:
             return False
-        return self.parameter.slicing != "replicated" or tensor_parallel_group(self.parameter.is_expert).rank() == 0
+        return self.param.tp_mode != "replicated" or tensor_parallel_group(self.param.is_expert).rank() == 0
 
     @property
-    def is_local(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether its matrices are whole here and nobody else's business."""
-        return self.parameter.slicing == "alone" and not self.fragment.is_cut
+        return self.param.tp_mode == "unsharded" and not self.shard.is_split
 
     @property
-    def whole_shape(self) -> tuple[int, int]:
+    def full_matrix_shape(self) -> tuple[int, int]:
         """Shape of one of its matrices, tensor parallelism undone."""
-        return self.parameter.whole_shape(self.fragment.matrix_rows)
+        return self.param.full_matrix_shape(self.shard.matrix_rows)
 
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The matrices in a tensor of these rows."""
-        return list(tensor.split(self.fragment.matrix_rows))
+        return list(tensor.split(self.shard.matrix_rows))
 
-    def parts(self, max_elements: int) -> Iterator["Owned"]:
+    def split(self, max_elements: int) -> Iterator["OwnedShard"]:
         """Itself, in runs of whole matrices (of rows for AdamW) of at most `max_elements`, but at least one."""
-        unit = self.fragment.matrix_rows or 1
-        rows = unit * max(1, max_elements // (unit * self.fragment.columns))
+        unit = self.shard.matrix_rows or 1
+        rows = unit * max(1, max_elements // (unit * self.shard.columns))
         for start in range(0, len(self.gradient), rows):
-            yield Owned(
-                self.parameter,
-                self.fragment,
+            yield OwnedShard(
+                self.param,
+                self.shard,
                 self.gradient[start : start + rows],
-                self.master.rows(start, start + rows),
-                [momentum[start : start + rows] for momentum in self.momenta],
+                self.master_weight.rows(start, start + rows),
+                [momentum[start : start + rows] for momentum in self.states],
             )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from moonlight.config.model import Model
+from moonlight.config.model import ModelConfig
 from moonlight.model.attention import CausalAttention
 
 
@@ -34,14 +34,16 @@ def logit_factors(maxima: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where((maxima > threshold) & maxima.isfinite(), threshold / maxima, 1.0)
 
 
-def row_factors(attentions: Sequence[CausalAttention], gammas: torch.Tensor, model: Model) -> dict[str, torch.Tensor]:
-    """By what to multiply the rows of this rank's projections, as `ShardedOptimizer.step` takes it.
+def row_factors(
+    attentions: Sequence[CausalAttention], gammas: torch.Tensor, model_config: ModelConfig
+) -> dict[str, torch.Tensor]:
+    """By what to multiply the rows of this rank's projections, as `DistributedMuon.step` takes it.
 
     Args:
         gammas: float32 [layers, heads], of the local heads.
     """
-    query = "linear_q_proj" if model.q_lora_rank is None else "linear_q_up_proj"
-    nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+    query = "linear_q_proj" if model_config.q_lora_rank is None else "linear_q_up_proj"
+    nope, rope, value = model_config.qk_nope_head_dim, model_config.qk_rope_head_dim, model_config.v_head_dim
     factors = {}
     for attention, gamma in zip(attentions, gammas, strict=True):
         layer = f"decoder.layers.{attention.layer_number - 1}.self_attention"

@@ -14,15 +14,15 @@ import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 import torch
 import torch.distributed as dist
 
-from moonlight.model.shards import pieces
-from moonlight.optim.parameters import Parameter, data_parallel_group, tensor_parallel_group
+from moonlight.model.shards import local_shards
+from moonlight.optim.parameters import LocalParam, data_parallel_group, tensor_parallel_group
 from moonlight.placement.param_groups import MATRIX_GROUPS
 
 SAMPLED_EXPERTS = 3
 """Of each layer, as many as the paper takes of 64."""
 
 
-def entropy(matrix: torch.Tensor) -> float:
+def svd_entropy(matrix: torch.Tensor) -> float:
     """SVD entropy of a matrix [rows, columns], from the eigenvalues of its float64 Gram matrix; NaN if it has none."""
     values = matrix.double()
     gram = values @ values.mT if len(values) <= values.shape[1] else values.mT @ values
@@ -37,15 +37,15 @@ def entropy(matrix: torch.Tensor) -> float:
 class _Slice:
     """What this rank has of one matrix."""
 
-    group: str
+    monitor_group: str
     is_expert: bool
     values: torch.Tensor
-    cut_axis: int
+    tp_dim: int
     """-2 or -1 if tensor parallelism cuts the matrix, else 0."""
 
 
 @torch.no_grad()
-def svd_entropies(parameters: Sequence[Parameter], num_experts: int) -> dict[str, float]:
+def mean_svd_entropies(parameters: Sequence[LocalParam], num_experts: int) -> dict[str, float]:
     """Mean SVD entropy of the matrices of each of MATRIX_GROUPS, over all layers.
 
     It is that of the model's weights, in their dtype; they must be up to date.
@@ -62,27 +62,27 @@ def svd_entropies(parameters: Sequence[Parameter], num_experts: int) -> dict[str
         if own.rank() != data_rank:
             continue
         matrix = part.values
-        if part.cut_axis:
+        if part.tp_dim:
             others = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for _ in range(slices.size())]
             dist.all_gather(others, matrix.contiguous(), group=slices)
-            matrix = torch.cat(others, dim=part.cut_axis)
+            matrix = torch.cat(others, dim=part.tp_dim)
         if slices.rank() == tensor_rank:
-            sums[MATRIX_GROUPS.index(part.group)] += sums.new_tensor([entropy(matrix), 1.0])
+            sums[MATRIX_GROUPS.index(part.monitor_group)] += sums.new_tensor([svd_entropy(matrix), 1.0])
     dist.all_reduce(sums)
     return {name: total / count for name, (total, count) in zip(MATRIX_GROUPS, sums.tolist(), strict=True) if count}
 
 
-def _slices(parameters: Sequence[Parameter], num_experts: int) -> Iterator[_Slice]:
+def _slices(parameters: Sequence[LocalParam], num_experts: int) -> Iterator[_Slice]:
     """Of every matrix that is taken, in an order equal on all ranks that hold the same ones."""
     sampled = {number * num_experts // SAMPLED_EXPERTS for number in range(SAMPLED_EXPERTS)}
     for parameter in parameters:
-        if parameter.group not in MATRIX_GROUPS:
+        if parameter.monitor_group not in MATRIX_GROUPS:
             continue
-        parts = pieces(parameter.sharded)  # gate and up apart
+        parts = local_shards(parameter.sharded_param)  # gate and up apart
         for piece in parts:
             local, whole = piece.local_shape, piece.global_shape
             cut_axis = next((a for a in (-2, -1) if local[a] * (len(parts) if a == -2 else 1) != whole[a]), 0)
             stack = piece.data if len(local) == 3 else piece.data.unsqueeze(0)
             for index, matrix in enumerate(stack):
                 if len(local) == 2 or piece.global_offset[0] + index in sampled:
-                    yield _Slice(parameter.group, parameter.is_expert, matrix, cut_axis)
+                    yield _Slice(parameter.monitor_group, parameter.is_expert, matrix, cut_axis)

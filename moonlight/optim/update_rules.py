@@ -11,7 +11,7 @@ import torch
 Tensors = list[torch.Tensor]
 
 RMS_MATCHINGS = ("adjusted_lr", "update_norm", "baseline")
-"""See `muon_scale`."""
+"""See `rms_match_scale`."""
 
 
 def can_fuse(tensors: Iterable[torch.Tensor]) -> bool:
@@ -20,7 +20,7 @@ def can_fuse(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 @torch.no_grad()
-def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, nesterov: bool, scale: float) -> Tensors:
+def update_momentum(gradients: Tensors, momenta: Tensors, *, momentum: float, nesterov: bool, scale: float) -> Tensors:
     """Advance the momenta, M <- mu M + s G, and return what is to be orthogonalised: s G + mu M, or M without Nesterov.
 
     Momenta are float32 or bfloat16; bfloat16 ones are rounded once, after the sum. Gradients have any floating dtype.
@@ -42,7 +42,7 @@ def muon_directions(gradients: Tensors, momenta: Tensors, *, momentum: float, ne
 
 
 @torch.no_grad()
-def directions_and_norms(
+def update_momentum_norms(
     gradients: Tensors,
     momenta: Tensors,
     matrix_elements: Sequence[int],
@@ -51,29 +51,29 @@ def directions_and_norms(
     nesterov: bool,
     scale: float,
 ) -> tuple[Tensors, Tensors | None]:
-    """`muon_directions`; on a GPU in one pass, which also gives the Frobenius norms of the matrices in each tensor.
+    """`update_momentum`; on a GPU in one pass, which also gives the Frobenius norms of the matrices in each tensor.
 
     `matrix_elements`: of one matrix of each tensor. Norms are float32 [number of matrices], or None where the pass does
     not give them.
     """
     if not gradients or not can_fuse([*gradients, *momenta]):
-        return muon_directions(gradients, momenta, momentum=momentum, nesterov=nesterov, scale=scale), None
-    from moonlight.kernels.muon_update import momentum_pass
+        return update_momentum(gradients, momenta, momentum=momentum, nesterov=nesterov, scale=scale), None
+    from moonlight.kernels.muon_update import fused_momentum
 
     passes = [
-        momentum_pass(gradient, own, elements, factor=momentum, nesterov=nesterov, scale=scale)
+        fused_momentum(gradient, own, elements, factor=momentum, nesterov=nesterov, scale=scale)
         for gradient, own, elements in zip(gradients, momenta, matrix_elements, strict=True)
     ]
     return [direction for direction, _ in passes], [norms for _, norms in passes]
 
 
-def muon_scale(
+def rms_match_scale(
     rows: int, columns: int, rms_match: float, rms_matching: str = "adjusted_lr", hidden_size: int = 0
 ) -> float:
     """Factor of an orthogonal update that gives it the RMS of AdamW's (arXiv 2502.16982, eq. 4 and section 3.1).
 
     adjusted_lr: rms_match * sqrt(max(rows, columns)), from its shape; baseline: rms_match * sqrt(hidden_size), the same
-    for all; update_norm: rms_match, of an update that `to_unit_rms` has seen.
+    for all; update_norm: rms_match, of an update that `normalize_rms_` has seen.
     """
     if rms_matching == "update_norm":
         return rms_match
@@ -81,7 +81,7 @@ def muon_scale(
 
 
 @torch.no_grad()
-def to_unit_rms(updates: Tensors) -> Tensors:
+def normalize_rms_(updates: Tensors) -> Tensors:
     """Divide each matrix of tensors [..., rows, columns] by its RMS, in place: whole matrices only. Zeros stay zero."""
     for update in updates:
         norms = torch.linalg.matrix_norm(update.float(), keepdim=True)
@@ -92,8 +92,8 @@ def to_unit_rms(updates: Tensors) -> Tensors:
 @torch.no_grad()
 def adamw_updates(
     gradients: Tensors,
-    first: Tensors,
-    second: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
     *,
     beta1: float,
     beta2: float,
@@ -103,13 +103,13 @@ def adamw_updates(
 ) -> Tensors:
     """Advance AdamW's two float32 moments and return its update, before learning rate and decay; `step` from 1."""
     scaled = torch._foreach_mul(gradients, scale)
-    torch._foreach_lerp_(first, scaled, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, scaled, scaled, 1 - beta2)
-    denominators = torch._foreach_div(second, 1 - beta2**step)
+    torch._foreach_lerp_(exp_avgs, scaled, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, 1 - beta2)
+    denominators = torch._foreach_div(exp_avg_sqs, 1 - beta2**step)
     torch._foreach_sqrt_(denominators)
     torch._foreach_add_(denominators, eps)
-    updates = torch._foreach_div(first, 1 - beta1**step)
+    updates = torch._foreach_div(exp_avgs, 1 - beta1**step)
     torch._foreach_div_(updates, denominators)
     return list(updates)
 

@@ -6,38 +6,38 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from moonlight.config.run import Run
-from moonlight.placement.owners import Fragment
+from moonlight.config.run import RunConfig
+from moonlight.placement.owners import RowShard
 
 GRADIENT_BYTES = 4
 """Of one element of what an owner has added up."""
 
 
 @dataclass(frozen=True)
-class Flow:
+class CommBytes:
     """Bytes of one rank on the wire."""
 
     sent: float = 0
     received: float = 0
 
-    def __add__(self, other: "Flow") -> "Flow":
-        return Flow(self.sent + other.sent, self.received + other.received)
+    def __add__(self, other: "CommBytes") -> "CommBytes":
+        return CommBytes(self.sent + other.sent, self.received + other.received)
 
     @property
-    def worse(self) -> float:
+    def larger(self) -> float:
         """The larger direction."""
         return max(self.sent, self.received)
 
 
 @dataclass
-class Share:
+class OptimizerCost:
     """Bytes of one rank for one data-parallel group: on the wire in one step, and of optimizer state."""
 
-    gradients: Flow = field(default_factory=Flow)
+    gradients: CommBytes = field(default_factory=CommBytes)
     """To their owners."""
-    matrices: Flow = field(default_factory=Flow)
+    matrices: CommBytes = field(default_factory=CommBytes)
     """Rows of matrices with several owners to the one that orthogonalises them, and back."""
-    weights: Flow = field(default_factory=Flow)
+    weights: CommBytes = field(default_factory=CommBytes)
     """From their owners to all."""
     masters: float = 0
     momenta: float = 0
@@ -54,8 +54,8 @@ class Share:
     def state(self) -> float:
         return self.masters + self.momenta
 
-    def __add__(self, other: "Share") -> "Share":
-        return Share(
+    def __add__(self, other: "OptimizerCost") -> "OptimizerCost":
+        return OptimizerCost(
             self.gradients + other.gradients,
             self.matrices + other.matrices,
             self.weights + other.weights,
@@ -64,34 +64,36 @@ class Share:
         )
 
 
-def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stages: Collection[int] = ()) -> list[Share]:
+def muon_costs(
+    fragments: Sequence[RowShard], num_ranks: int, config: RunConfig, on_two_stages: Collection[int] = ()
+) -> list[OptimizerCost]:
     """Of every rank of a group: gradients to their owners, cut matrices to their home and back, weights to all.
 
     Args:
         on_two_stages: parameters of which two pipeline stages hold a copy, and whose gradients their owners add up.
     """
     total = sum(fragment.numel for fragment in fragments)
-    weight, direction = weight_bytes(run), direction_bytes(run)
+    weight, direction = weight_bytes(config), direction_bytes(config)
     owned, twice, masters, momenta, rows_moved = ([0] * num_ranks for _ in range(5))
     for fragment in fragments:
-        owner, numel = fragment.owner, fragment.numel
+        owner, numel = fragment.owner_rank, fragment.numel
         owned[owner] += numel
-        masters[owner] += numel * master_bytes(run)
-        momenta[owner] += numel * (momentum_bytes(run) if fragment.matrix_rows else 8)
-        if fragment.parameter in on_two_stages:
+        masters[owner] += numel * master_bytes(config)
+        momenta[owner] += numel * (momentum_bytes(config) if fragment.matrix_rows else 8)
+        if fragment.param_index in on_two_stages:
             twice[owner] += numel * GRADIENT_BYTES
-        if fragment.is_cut and owner != fragment.home:
+        if fragment.is_split and owner != fragment.home_rank:
             rows_moved[owner] += numel * direction
-            rows_moved[fragment.home] += numel * direction
+            rows_moved[fragment.home_rank] += numel * direction
     others = num_ranks - 1
     return [
-        Share(
-            Flow(
-                (total - mine) * gradient_bytes(run) + twice[rank],
-                others * mine * gradient_bytes(run) + twice[rank],
+        OptimizerCost(
+            CommBytes(
+                (total - mine) * gradient_bytes(config) + twice[rank],
+                others * mine * gradient_bytes(config) + twice[rank],
             ),
-            Flow(rows_moved[rank], rows_moved[rank]),
-            Flow(others * mine * weight, (total - mine) * weight),
+            CommBytes(rows_moved[rank], rows_moved[rank]),
+            CommBytes(others * mine * weight, (total - mine) * weight),
             masters[rank],
             momenta[rank],
         )
@@ -99,38 +101,44 @@ def shares(fragments: Sequence[Fragment], num_ranks: int, run: Run, on_two_stage
     ]
 
 
-def adamw_share(numel: int, num_ranks: int, run: Run, num_on_two_stages: int = 0) -> Share:
+def zero1_cost(numel: int, num_ranks: int, config: RunConfig, num_on_two_stages: int = 0) -> OptimizerCost:
     """Of every rank under AdamW with sharded state (ZeRO-1) and no padding: reduce-scatter, then all-gather.
 
     Args:
         num_on_two_stages: elements among `numel` of which two pipeline stages hold a copy.
     """
-    weight, ring = weight_bytes(run), numel * (num_ranks - 1) / num_ranks
-    gradients = ring * gradient_bytes(run) + num_on_two_stages * GRADIENT_BYTES / num_ranks
+    weight, ring = weight_bytes(config), numel * (num_ranks - 1) / num_ranks
+    gradients = ring * gradient_bytes(config) + num_on_two_stages * GRADIENT_BYTES / num_ranks
     masters = 0 if weight == 4 else 4 * numel / num_ranks
-    return Share(Flow(gradients, gradients), Flow(), Flow(ring * weight, ring * weight), masters, numel * 8 / num_ranks)
+    return OptimizerCost(
+        CommBytes(gradients, gradients),
+        CommBytes(),
+        CommBytes(ring * weight, ring * weight),
+        masters,
+        numel * 8 / num_ranks,
+    )
 
 
-def weight_bytes(run: Run) -> int:
+def weight_bytes(config: RunConfig) -> int:
     """Of one element of the model."""
-    return 2 if run.train.dtype == "bfloat16" else 4
+    return 2 if config.train.dtype == "bfloat16" else 4
 
 
-def gradient_bytes(run: Run) -> int:
+def gradient_bytes(config: RunConfig) -> int:
     """Of one element of a gradient sum before the exchange, and on the wire."""
-    return 2 if run.optimizer.gradient_dtype == "bfloat16" else 4
+    return 2 if config.optimizer.gradient_dtype == "bfloat16" else 4
 
 
-def master_bytes(run: Run) -> int:
+def master_bytes(config: RunConfig) -> int:
     """Of one element's master weight, beyond the model's own."""
-    return 0 if weight_bytes(run) == 4 else {"float32": 4, "split": 2}[run.optimizer.master_weights]
+    return 0 if weight_bytes(config) == 4 else {"float32": 4, "split": 2}[config.optimizer.master_weights]
 
 
-def momentum_bytes(run: Run) -> int:
+def momentum_bytes(config: RunConfig) -> int:
     """Of one element's momentum under Muon."""
-    return 2 if run.optimizer.momentum_dtype == "bfloat16" else 4
+    return 2 if config.optimizer.momentum_dtype == "bfloat16" else 4
 
 
-def direction_bytes(run: Run) -> int:
+def direction_bytes(config: RunConfig) -> int:
     """Of one element of what is orthogonalised."""
-    return 2 if run.optimizer.newton_schulz_dtype == "bfloat16" else 4
+    return 2 if config.optimizer.newton_schulz_dtype == "bfloat16" else 4

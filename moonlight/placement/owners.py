@@ -15,7 +15,7 @@ TOLERANCE = 1.05
 SLACK = 0.1
 """Newton-Schulz work that differs by less than this share of the mean counts as equal."""
 
-SMALLEST_CUT = 1024
+MIN_SPLIT_ELEMENTS = 1024
 """An AdamW block is cut over all ranks only if each would get this many elements; smaller ones stay whole."""
 
 
@@ -26,10 +26,10 @@ def newton_schulz_cost(rows: int, columns: int) -> int:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows [start, stop) of one parameter. Those of one matrix if `is_matrix`."""
 
-    parameter: int
+    param_index: int
     start: int
     stop: int
     columns: int
@@ -47,17 +47,17 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Fragment:
+class RowShard:
     """Rows [start, stop) of one parameter that one rank owns: several whole matrices, rows of one, or AdamW's rows."""
 
-    parameter: int
+    param_index: int
     start: int
     stop: int
     columns: int
-    owner: int
+    owner_rank: int
     matrix_rows: int = 0
     """Height of its whole matrices; 0 for AdamW."""
-    home: int = -1
+    home_rank: int = -1
     """Rank that orthogonalises them: the owner, unless the matrix is cut over several owners."""
     matrix_start: int = -1
     """First row of the cut matrix that these rows belong to; -1 if its matrices are whole."""
@@ -67,11 +67,11 @@ class Fragment:
         return (self.stop - self.start) * self.columns
 
     @property
-    def is_cut(self) -> bool:
+    def is_split(self) -> bool:
         return self.matrix_start >= 0
 
 
-def newton_schulz_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
+def balance_by_cost(costs: Sequence[int], num_ranks: int) -> list[int]:
     """A rank for each job, longest first to whoever has least to do."""
     load = [0] * num_ranks
     owners = [0] * len(costs)
@@ -82,7 +82,7 @@ def newton_schulz_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
     return owners
 
 
-def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
+def assign_owners(blocks: Sequence[RowBlock], num_ranks: int) -> list[RowShard]:
     """Give every row an owner. All ranks compute the same answer, in the order of the parameters.
 
     Matrices go, longest processing time first, to a rank with least Newton-Schulz work among those whose elements
@@ -98,10 +98,10 @@ def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
     for block in blocks:
         region[block.bucket] += block.numel / num_ranks
     mean, slack = sum(region.values()), SLACK * sum(block.cost for block in blocks) / num_ranks
-    fragments: list[Fragment] = []
-    whole: dict[tuple[int, int], list[tuple[Block, int]]] = {}
+    fragments: list[RowShard] = []
+    whole: dict[tuple[int, int], list[tuple[RowBlock, int]]] = {}
 
-    def give(rank: int, block: Block, numel: int) -> None:
+    def give(rank: int, block: RowBlock, numel: int) -> None:
         elements[rank] += numel
         in_bucket[block.bucket][rank] += numel
 
@@ -119,7 +119,9 @@ def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
             for part, owner in enumerate(owners):
                 start, stop = (block.start + rows * p // parts for p in (part, part + 1))
                 give(owner, block, (stop - start) * block.columns)
-                fragments.append(Fragment(block.parameter, start, stop, block.columns, owner, rows, home, block.start))
+                fragments.append(
+                    RowShard(block.param_index, start, stop, block.columns, owner, rows, home, block.start)
+                )
             continue
         fitting = [rank for rank in range(num_ranks) if elements[rank] + block.numel <= mean]
         if fitting:
@@ -129,38 +131,38 @@ def partition(blocks: Sequence[Block], num_ranks: int) -> list[Fragment]:
             owner = min(range(num_ranks), key=lambda rank: (elements[rank], there[rank], work[rank]))
         work[owner] += block.cost
         give(owner, block, block.numel)
-        whole.setdefault((block.parameter, rows), []).append((block, owner))
+        whole.setdefault((block.param_index, rows), []).append((block, owner))
     for placed in whole.values():
         fragments += _runs(placed)
     fragments += _fill([block for block in blocks if not block.is_matrix], elements)
-    return sorted(fragments, key=lambda fragment: (fragment.parameter, fragment.start))
+    return sorted(fragments, key=lambda fragment: (fragment.param_index, fragment.start))
 
 
-def _runs(placed: list[tuple[Block, int]]) -> list[Fragment]:
+def _runs(placed: list[tuple[RowBlock, int]]) -> list[RowShard]:
     """Fragments of the equal matrices of one parameter: each owner keeps its count, but gets neighbours."""
     owners = sorted(owner for _, owner in placed)
-    fragments: list[Fragment] = []
+    fragments: list[RowShard] = []
     for block, owner in zip(sorted((block for block, _ in placed), key=lambda b: b.start), owners, strict=True):
         last = fragments[-1] if fragments else None
         rows = block.stop - block.start
-        if last is not None and last.owner == owner and last.stop == block.start:
+        if last is not None and last.owner_rank == owner and last.stop == block.start:
             fragments.pop()
-            fragments.append(Fragment(block.parameter, last.start, block.stop, block.columns, owner, rows, owner))
+            fragments.append(RowShard(block.param_index, last.start, block.stop, block.columns, owner, rows, owner))
         else:
-            fragments.append(Fragment(block.parameter, block.start, block.stop, block.columns, owner, rows, owner))
+            fragments.append(RowShard(block.param_index, block.start, block.stop, block.columns, owner, rows, owner))
     return fragments
 
 
-def _fill(blocks: list[Block], elements: list[int]) -> list[Fragment]:
+def _fill(blocks: list[RowBlock], elements: list[int]) -> list[RowShard]:
     """AdamW's rows, small blocks whole and large ones cut, to lift the ranks that have least to one level."""
     fragments = []
     num_ranks = len(elements)
     missing = _missing(elements, sum(block.numel for block in blocks))
     for block in sorted(blocks, key=lambda block: block.numel):
-        if block.numel < SMALLEST_CUT * num_ranks:
+        if block.numel < MIN_SPLIT_ELEMENTS * num_ranks:
             owner = max(range(num_ranks), key=lambda rank: missing[rank])
             missing[owner] -= block.numel
-            fragments.append(Fragment(block.parameter, block.start, block.stop, block.columns, owner))
+            fragments.append(RowShard(block.param_index, block.start, block.stop, block.columns, owner))
             continue
         weights = [max(0.0, m) for m in missing]
         rows, total, before, start = block.stop - block.start, sum(weights), 0.0, block.start
@@ -168,7 +170,7 @@ def _fill(blocks: list[Block], elements: list[int]) -> list[Fragment]:
             before += weight
             stop = block.start + round(rows * before / total) if before < total else block.stop
             if stop > start:
-                fragments.append(Fragment(block.parameter, start, stop, block.columns, owner))
+                fragments.append(RowShard(block.param_index, start, stop, block.columns, owner))
                 missing[owner] -= (stop - start) * block.columns
                 start = stop
     return fragments
@@ -184,7 +186,7 @@ def _missing(elements: list[int], total: int) -> list[float]:
     return [max(0.0, level - there) for there in elements]
 
 
-SMALLEST_BUCKET = 40_000_000
+MIN_BUCKET_ELEMENTS = 40_000_000
 ELEMENTS_PER_RANK = 8_000_000
 """Of a bucket of automatic size."""
 
@@ -205,31 +207,31 @@ ROUND_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
-class Outline:
+class ParamSpec:
     """One parameter of a rank, as rows x columns."""
 
     index: int
     columns: int
-    heights: tuple[int, ...]
+    block_rows: tuple[int, ...]
     """Rows of each matrix for Muon, of each part of a fused projection for AdamW."""
     is_matrix: bool
     """Whether Muon updates it."""
-    on_two_stages: bool
+    is_shared_embedding: bool
     """Whether the first and the last of several pipeline stages each hold a copy."""
 
     @property
     def numel(self) -> int:
-        return sum(self.heights) * self.columns
+        return sum(self.block_rows) * self.columns
 
-    def blocks(self, bucket: int) -> Iterator[Block]:
+    def blocks(self, bucket: int) -> Iterator[RowBlock]:
         """Its rows, in a bucket of that number, divided at `heights`."""
         start = 0
-        for height in self.heights:
-            yield Block(self.index, start, start + height, self.columns, self.is_matrix, bucket)
+        for height in self.block_rows:
+            yield RowBlock(self.index, start, start + height, self.columns, self.is_matrix, bucket)
             start += height
 
 
-def buckets(parameters: Sequence[Outline], num_ranks: int, bucket_size: int = 0) -> list[list[Outline]]:
+def make_buckets(parameters: Sequence[ParamSpec], num_ranks: int, bucket_size: int = 0) -> list[list[ParamSpec]]:
     """Parameters from the last to the first, as a backward pass completes them, in runs that travel together.
 
     What two pipeline stages hold has a bucket of its own.
@@ -239,11 +241,11 @@ def buckets(parameters: Sequence[Outline], num_ranks: int, bucket_size: int = 0)
             regions of one bucket are not too uneven, but a quarter of all at most.
     """
     total = sum(parameter.numel for parameter in parameters)
-    size = bucket_size or max(SMALLEST_BUCKET, min(ELEMENTS_PER_RANK * num_ranks, total // 4))
-    runs: list[list[Outline]] = []
+    size = bucket_size or max(MIN_BUCKET_ELEMENTS, min(ELEMENTS_PER_RANK * num_ranks, total // 4))
+    runs: list[list[ParamSpec]] = []
     elements = size
     for parameter in reversed(parameters):
-        if elements >= size or runs[-1][-1].on_two_stages != parameter.on_two_stages:
+        if elements >= size or runs[-1][-1].is_shared_embedding != parameter.is_shared_embedding:
             runs.append([])
             elements = 0
         runs[-1].append(parameter)
@@ -251,22 +253,22 @@ def buckets(parameters: Sequence[Outline], num_ranks: int, bucket_size: int = 0)
     return runs
 
 
-def place(
-    parameters: Sequence[Outline], num_ranks: int, bucket_size: int = 0
-) -> list[tuple[list[Outline], list[Fragment]]]:
+def place_params(
+    parameters: Sequence[ParamSpec], num_ranks: int, bucket_size: int = 0
+) -> list[tuple[list[ParamSpec], list[RowShard]]]:
     """`buckets`, and who owns their rows.
 
     What two pipeline stages hold has a partition of its own: their other parameters differ, and both must give its rows
     to the same data-parallel ranks.
     """
-    runs = buckets(parameters, num_ranks, bucket_size)
-    bucket_of = {parameter.index: number for number, run in enumerate(runs) for parameter in run}
-    of_parameter: dict[int, list[Fragment]] = {parameter.index: [] for parameter in parameters}
+    runs = make_buckets(parameters, num_ranks, bucket_size)
+    bucket_of = {parameter.index: index for index, run in enumerate(runs) for parameter in run}
+    of_parameter: dict[int, list[RowShard]] = {parameter.index: [] for parameter in parameters}
     for on_two_stages in (False, True):
-        own = [parameter for parameter in parameters if parameter.on_two_stages == on_two_stages]
+        own = [parameter for parameter in parameters if parameter.is_shared_embedding == on_two_stages]
         blocks = [block for parameter in own for block in parameter.blocks(bucket_of[parameter.index])]
-        for fragment in partition(blocks, num_ranks):
-            of_parameter[fragment.parameter].append(fragment)
+        for fragment in assign_owners(blocks, num_ranks):
+            of_parameter[fragment.param_index].append(fragment)
     return [(run, [fragment for p in run for fragment in of_parameter[p.index]]) for run in runs]
 
 
@@ -275,7 +277,7 @@ def round_limit(numel: int, num_ranks: int) -> int:
     return min(-(-ROUND_FACTOR * numel // num_ranks), max(1, ROUND_ELEMENTS // num_ranks))
 
 
-def rounds(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
+def comm_rounds(sizes: Sequence[int]) -> list[tuple[int, list[int]]]:
     """A bucket whose owners' regions have these sizes, as rounds: where each starts in the regions, and its sizes."""
     limit = round_limit(sum(sizes), len(sizes))
     return [(start, [max(0, min(limit, size - start)) for size in sizes]) for start in range(0, max(sizes), limit)]

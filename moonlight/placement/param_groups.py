@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 
-from moonlight.config.model import Model
-from moonlight.config.optimizer import Optimizer
+from moonlight.config.model import ModelConfig
+from moonlight.config.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class ParamGroupRule:
     """Parameters whose checkpoint name matches `pattern`."""
 
     pattern: str
@@ -21,39 +21,39 @@ class Rule:
     fused gate-and-up projection is two. Tensors of three dimensions are one matrix per expert besides."""
     head_rows: tuple[int, ...] = ()
     """Heights of the matrices of one attention head, which repeat along the rows; not empty only in `per_head`."""
-    decay: bool = True
+    use_weight_decay: bool = True
 
 
-RULES = (
-    Rule(pattern="embedding.word_embeddings.weight", algorithm="adamw"),
-    Rule(pattern="output_layer.weight", algorithm="adamw"),
-    Rule(pattern="*layernorm.weight", algorithm="adamw"),
-    Rule(pattern="decoder.layers.*.self_attention.linear_*.weight", algorithm="muon"),
-    Rule(pattern="decoder.layers.*.mlp.router.weight", algorithm="muon"),
-    Rule(pattern="decoder.layers.*.mlp.experts.*_proj", algorithm="muon"),
-    Rule(pattern="decoder.layers.*.linear_fc1.weight", algorithm="muon", num_matrices=2),
-    Rule(pattern="decoder.layers.*.linear_fc2.weight", algorithm="muon"),
+PARAM_GROUP_RULES = (
+    ParamGroupRule(pattern="embedding.word_embeddings.weight", algorithm="adamw"),
+    ParamGroupRule(pattern="output_layer.weight", algorithm="adamw"),
+    ParamGroupRule(pattern="*layernorm.weight", algorithm="adamw"),
+    ParamGroupRule(pattern="decoder.layers.*.self_attention.linear_*.weight", algorithm="muon"),
+    ParamGroupRule(pattern="decoder.layers.*.mlp.router.weight", algorithm="muon"),
+    ParamGroupRule(pattern="decoder.layers.*.mlp.experts.*_proj", algorithm="muon"),
+    ParamGroupRule(pattern="decoder.layers.*.linear_fc1.weight", algorithm="muon", num_matrices=2),
+    ParamGroupRule(pattern="decoder.layers.*.linear_fc2.weight", algorithm="muon"),
 )
 """First match wins (arXiv 2502.16982, 2.2: AdamW for embedding, head and norms; Muon for every other matrix)."""
 
 
-def rules_of(optimizer: Optimizer, model: Model) -> tuple[Rule, ...]:
+def param_group_rules(optimizer_config: OptimizerConfig, model_config: ModelConfig) -> tuple[ParamGroupRule, ...]:
     """The rules that a recipe asks for."""
-    if optimizer.name == "adamw":
-        return tuple(replace(rule, algorithm="adamw") for rule in RULES)
-    if optimizer.matrices == "per_matrix":
-        return RULES
-    query = (model.qk_nope_head_dim, model.qk_rope_head_dim)
-    key_value = (model.qk_nope_head_dim, model.v_head_dim)
+    if optimizer_config.name == "adamw":
+        return tuple(replace(rule, algorithm="adamw") for rule in PARAM_GROUP_RULES)
+    if optimizer_config.matrices == "per_matrix":
+        return PARAM_GROUP_RULES
+    query = (model_config.qk_nope_head_dim, model_config.qk_rope_head_dim)
+    key_value = (model_config.qk_nope_head_dim, model_config.v_head_dim)
     by_head = {"linear_q_proj": query, "linear_q_up_proj": query, "linear_kv_up_proj": key_value}
     heads = tuple(
-        Rule(pattern=f"decoder.layers.*.self_attention.{name}.weight", algorithm="muon", head_rows=rows)
+        ParamGroupRule(pattern=f"decoder.layers.*.self_attention.{name}.weight", algorithm="muon", head_rows=rows)
         for name, rows in by_head.items()
     )
-    return heads + RULES
+    return heads + PARAM_GROUP_RULES
 
 
-def route(keys: list[str], rules: tuple[Rule, ...] = RULES) -> dict[str, Rule]:
+def match_rules(keys: list[str], rules: tuple[ParamGroupRule, ...] = PARAM_GROUP_RULES) -> dict[str, ParamGroupRule]:
     """The rule of every parameter: the first whose pattern matches its name.
 
     Raises:
@@ -72,7 +72,7 @@ def route(keys: list[str], rules: tuple[Rule, ...] = RULES) -> dict[str, Rule]:
     return {key: found[0] for key, found in matching.items()}
 
 
-def matrix_heights(rule: Rule, shape: tuple[int, ...]) -> list[int]:
+def rows_per_matrix(rule: ParamGroupRule, shape: tuple[int, ...]) -> list[int]:
     """Rows of each matrix of a parameter that is laid out as rows on one rank: [rows, columns], or [experts, rows,
     columns] with the experts' rows one after another."""
     if len(shape) == 3:
@@ -95,13 +95,13 @@ _PATTERNS = {
     "head": ("output_layer.weight",),
     "norms": ("*layernorm.weight",),
 }
-GROUPS = tuple(_PATTERNS)
-MATRIX_GROUPS = GROUPS[:6]
+MONITOR_GROUPS = tuple(_PATTERNS)
+MATRIX_GROUPS = MONITOR_GROUPS[:6]
 """Those of the paper, which hold the matrices that Muon orthogonalises."""
 
 
 @cache
-def group_of(key: str) -> str:
+def find_monitor_group(key: str) -> str:
     """The group of a parameter, by its name in checkpoints."""
     found = [name for name, patterns in _PATTERNS.items() if any(fnmatchcase(key, pattern) for pattern in patterns)]
     assert len(found) == 1, (key, found)

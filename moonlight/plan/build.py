@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.placement.comm_bytes import Share, adamw_share, momentum_bytes
-from moonlight.placement.param_groups import matrix_heights
-from moonlight.plan.cut import PlannedParameter
-from moonlight.plan.hardware import Machine
-from moonlight.plan.owners import Lane, Rank, exact_lane, largest, mean_lane
-from moonlight.plan.speed import StepSeconds, step_seconds
-from moonlight.plan.stages import Stage, make_stages
+from moonlight.placement.comm_bytes import OptimizerCost, momentum_bytes, zero1_cost
+from moonlight.placement.param_groups import rows_per_matrix
+from moonlight.plan.cut import PlannedParam
+from moonlight.plan.hardware import HardwareModel
+from moonlight.plan.owners import GroupCosts, RankCost, group_costs, largest, mean_group_cost
+from moonlight.plan.speed import StepTime, step_seconds
+from moonlight.plan.stages import PipelineStage, make_stages
 
 
 @dataclass(frozen=True)
-class Line:
+class ParamLine:
     """One parameter of the whole model."""
 
     key: str
@@ -34,7 +34,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryBreakdown:
     """Bytes of one rank by part. Activations and exchange are there during forward and backward pass, `update` after
     them, all else always."""
 
@@ -69,103 +69,104 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The whole recipe."""
 
-    run: Run
+    config: RunConfig
     world_size: int
-    machine: Machine
-    timeline: Timeline
+    machine: HardwareModel
+    timeline: RunSchedule
     global_batch_size: int
     """The one that most tokens are trained with; figures of a step are of this batch."""
-    stages: list[Stage]
-    lines: list[Line]
+    stages: list[PipelineStage]
+    params: list[ParamLine]
     """Empty in a sketch."""
-    members: list[Rank]
+    ranks: list[RankCost]
     """Every rank of the world; in a sketch, one mean rank of each stage."""
-    adamw: list[Share]
+    adamw: list[OptimizerCost]
     """The same under AdamW with sharded state (ZeRO-1)."""
-    worst: list[Rank]
+    stage_maxima: list[RankCost]
     """Of each stage, the largest of each figure of the exchange."""
     num_router_biases: int
 
     @property
-    def ranks(self) -> list[Share]:
+    def optimizer_costs(self) -> list[OptimizerCost]:
         """What each rank sends, receives and keeps for its share."""
-        return [member.share for member in self.members]
+        return [member.share for member in self.ranks]
 
-    def stage_of(self, number: int) -> Stage:
+    def rank_stage(self, rank: int) -> PipelineStage:
         """The stage of one of `members`."""
-        return self.stages[number * len(self.stages) // len(self.members)]
+        return self.stages[rank * len(self.stages) // len(self.ranks)]
 
     @cached_property
-    def memories(self) -> list[Memory]:
+    def memories(self) -> list[MemoryBreakdown]:
         """Of each of `members`."""
-        return [_memory(self.stage_of(number), member) for number, member in enumerate(self.members)]
+        return [_memory(self.rank_stage(index), member) for index, member in enumerate(self.ranks)]
 
     @property
-    def fullest(self) -> int:
+    def peak_rank(self) -> int:
         """The one of `members` that needs most memory."""
-        return max(range(len(self.members)), key=lambda number: self.memories[number].peak)
+        return max(range(len(self.ranks)), key=lambda number: self.memories[number].peak)
 
     @cached_property
-    def seconds(self) -> StepSeconds:
+    def seconds(self) -> StepTime:
         """Of a step with `global_batch_size`."""
         return self._seconds(self.stages)
 
-    def _seconds(self, stages: list[Stage]) -> StepSeconds:
-        newton_schulz = max(member.newton_schulz_flops for member in self.members)
-        return step_seconds(self.run, self.world_size, self.machine, stages, self.worst, newton_schulz)
+    def _seconds(self, stages: list[PipelineStage]) -> StepTime:
+        newton_schulz = max(member.newton_schulz_flops for member in self.ranks)
+        return step_seconds(self.config, self.world_size, self.machine, stages, self.stage_maxima, newton_schulz)
 
     @cached_property
     def total_seconds(self) -> float:
         """Of the whole recipe: every step at the time of its own batch."""
         counts = self.timeline.steps_by_batch_size()
         return sum(
-            count * self._seconds(make_stages(self.run, self.world_size, size)).total for size, count in counts.items()
+            count * self._seconds(make_stages(self.config, self.world_size, size)).total
+            for size, count in counts.items()
         )
 
     @property
     def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.run.data.sequence_length
+        return self.global_batch_size * self.config.data.sequence_length
 
     @property
     def num_tokens(self) -> int:
         """Of the whole recipe."""
-        return self.timeline.num_sequences * self.run.data.sequence_length
+        return self.timeline.num_sequences * self.config.data.sequence_length
 
     @property
     def checkpoint_bytes(self) -> int:
         """float32 master weights and router biases, and momenta as they are; everything once."""
-        momenta = momentum_bytes(self.run) * self.num_parameters("muon") + 8 * self.num_parameters("adamw")
+        momenta = momentum_bytes(self.config) * self.num_parameters("muon") + 8 * self.num_parameters("adamw")
         return 4 * (self.num_parameters("muon") + self.num_parameters("adamw") + self.num_router_biases) + momenta
 
     def num_parameters(self, algorithm: str) -> int:
         """Elements that one algorithm updates."""
-        return sum(math.prod(line.shape) for line in self.lines if line.algorithm == algorithm)
+        return sum(math.prod(line.shape) for line in self.params if line.algorithm == algorithm)
 
     @property
     def num_matrices(self) -> int:
         """Matrices that Muon orthogonalises in a step."""
-        return sum(sum(line.matrices.values()) for line in self.lines)
+        return sum(sum(line.matrices.values()) for line in self.params)
 
 
-def make_plan(run: Run, world_size: int, machine: Machine | None = None) -> Plan:
+def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None = None) -> RunPlan:
     """Plan a recipe for `world_size` processes.
 
     Raises:
         UserError: the layout or the batch does not divide the processes.
     """
-    parallel = run.parallel
-    run.check_batches(world_size)
-    timeline = Timeline(run)
-    batch = most_trained_batch(timeline)
-    stages = make_stages(run, world_size, batch)
-    dense_size, expert_size = lane_sizes(run, world_size)
-    lines: list[Line] = []
-    members: list[Rank] = []
-    adamw: list[Share] = []
-    worst: list[Rank] = []
+    parallel = config.parallel
+    config.check_batches(world_size)
+    timeline = RunSchedule(config)
+    batch = most_trained_batch_size(timeline)
+    stages = make_stages(config, world_size, batch)
+    dense_size, expert_size = data_parallel_sizes(config, world_size)
+    lines: list[ParamLine] = []
+    members: list[RankCost] = []
+    adamw: list[OptimizerCost] = []
+    worst: list[RankCost] = []
     for stage in stages:
         lanes, baselines = [], []
         owners: dict[int, set[int]] = {}
@@ -174,75 +175,88 @@ def make_plan(run: Run, world_size: int, machine: Machine | None = None) -> Plan
             (True, expert_size, parallel.expert_tensor_parallel_size),
         ):
             own = [parameter for parameter in stage.parameters if parameter.is_expert == is_expert]
-            lane = exact_lane(own, size, slices, run)
+            lane = group_costs(own, size, slices, config)
             lanes.append(lane)
             owners |= lane.owners
-            twice = sum(parameter.numel for parameter in own if parameter.outline.on_two_stages)
-            baselines.append(adamw_share(sum(parameter.numel for parameter in own), size, run, twice))
-        lines += [_line(p, owners[p.outline.index]) for p in stage.parameters if not p.is_copy]
-        members += of_world(run, world_size, *lanes)
+            twice = sum(parameter.numel for parameter in own if parameter.spec.is_shared_embedding)
+            baselines.append(zero1_cost(sum(parameter.numel for parameter in own), size, config, twice))
+        lines += [_line(p, owners[p.spec.index]) for p in stage.parameters if not p.is_embedding_replica]
+        members += stage_ranks(config, world_size, *lanes)
         adamw += [baselines[0] + baselines[1]] * (world_size // len(stages))
-        worst.append(Rank(*(largest([held for peers in lane.ranks for held in peers]) for lane in lanes)))
-    return Plan(
-        run, world_size, machine or Machine(), timeline, batch, stages, lines, members, adamw, worst, _num_biases(run)
+        worst.append(RankCost(*(largest([held for peers in lane.ranks for held in peers]) for lane in lanes)))
+    return RunPlan(
+        config,
+        world_size,
+        machine or HardwareModel(),
+        timeline,
+        batch,
+        stages,
+        lines,
+        members,
+        adamw,
+        worst,
+        _num_biases(config),
     )
 
 
-def sketch_plan(run: Run, world_size: int, machine: Machine) -> Plan:
+def estimate_plan(config: RunConfig, world_size: int, machine: HardwareModel) -> RunPlan:
     """The same with mean shares in place of owners: for a search. It knows no parameters' owners and no unevenness."""
-    run.check_batches(world_size)
-    timeline = Timeline(run)
-    batch = most_trained_batch(timeline)
-    stages = make_stages(run, world_size, batch)
-    sizes = lane_sizes(run, world_size)
-    slices = (run.parallel.tensor_parallel_size, run.parallel.expert_tensor_parallel_size)
+    config.check_batches(world_size)
+    timeline = RunSchedule(config)
+    batch = most_trained_batch_size(timeline)
+    stages = make_stages(config, world_size, batch)
+    sizes = data_parallel_sizes(config, world_size)
+    slices = (config.parallel.tensor_parallel_size, config.parallel.expert_tensor_parallel_size)
     means = []
     for stage in stages:
         dense, expert = (
-            mean_lane(
-                [p for p in stage.parameters if p.is_expert == is_expert], sizes[is_expert], slices[is_expert], run
+            mean_group_cost(
+                [p for p in stage.parameters if p.is_expert == is_expert], sizes[is_expert], slices[is_expert], config
             )
             for is_expert in (False, True)
         )
-        means.append(Rank(dense, expert))
-    return Plan(run, world_size, machine, timeline, batch, stages, [], means, [], means, 0)
+        means.append(RankCost(dense, expert))
+    return RunPlan(config, world_size, machine, timeline, batch, stages, [], means, [], means, 0)
 
 
-def most_trained_batch(timeline: Timeline) -> int:
+def most_trained_batch_size(timeline: RunSchedule) -> int:
     """The global batch size that most tokens are trained with."""
     counts = timeline.steps_by_batch_size()
     return max(counts, key=lambda size: size * counts[size])
 
 
-def lane_sizes(run: Run, world_size: int) -> tuple[int, int]:
+def data_parallel_sizes(config: RunConfig, world_size: int) -> tuple[int, int]:
     """Data-parallel ranks of dense and of expert parameters."""
-    parallel = run.parallel
+    parallel = config.parallel
     of_stage = world_size // parallel.pipeline_parallel_size
     inner = parallel.expert_tensor_parallel_size * parallel.expert_parallel_size
     return of_stage // parallel.tensor_parallel_size, of_stage // inner
 
 
-def of_world(run: Run, world_size: int, dense: Lane, expert: Lane) -> list[Rank]:
+def stage_ranks(config: RunConfig, world_size: int, dense: GroupCosts, expert: GroupCosts) -> list[RankCost]:
     """Every rank of one pipeline stage, in Megatron's order of ranks."""
-    parallel = run.parallel
+    parallel = config.parallel
     tp, etp = parallel.tensor_parallel_size, parallel.expert_tensor_parallel_size
     inner = etp * parallel.expert_parallel_size
     return [
-        Rank(dense.ranks[rank // tp][rank % tp], expert.ranks[rank // inner][rank % etp])
+        RankCost(dense.ranks[rank // tp][rank % tp], expert.ranks[rank // inner][rank % etp])
         for rank in range(world_size // parallel.pipeline_parallel_size)
     ]
 
 
-def mean_memory(memories: Sequence[Memory]) -> Memory:
+def mean_memory(memories: Sequence[MemoryBreakdown]) -> MemoryBreakdown:
     """Part by part, over all ranks."""
-    return Memory(
-        **{field.name: sum(getattr(m, field.name) for m in memories) / len(memories) for field in fields(Memory)}
+    return MemoryBreakdown(
+        **{
+            field.name: sum(getattr(m, field.name) for m in memories) / len(memories)
+            for field in fields(MemoryBreakdown)
+        }
     )
 
 
-def _memory(stage: Stage, rank: Rank) -> Memory:
+def _memory(stage: PipelineStage, rank: RankCost) -> MemoryBreakdown:
     share = rank.share
-    return Memory(
+    return MemoryBreakdown(
         weights=stage.weights,
         gradient_sums=stage.gradient_sums,
         gradient_shards=rank.gradient_shards,
@@ -256,12 +270,16 @@ def _memory(stage: Stage, rank: Rank) -> Memory:
     )
 
 
-def _line(parameter: PlannedParameter, owners: set[int]) -> Line:
-    shape, rule = parameter.whole_shape, parameter.rule
-    heights = matrix_heights(rule, shape) if rule.algorithm == "muon" else []
+def _line(parameter: PlannedParam, owners: set[int]) -> ParamLine:
+    shape, rule = parameter.global_shape, parameter.rule
+    heights = rows_per_matrix(rule, shape) if rule.algorithm == "muon" else []
     matrices = Counter((height, shape[-1]) for height in heights)
-    return Line(parameter.key, shape, rule.algorithm, rule.decay, dict(matrices), tuple(sorted(owners)))
+    return ParamLine(parameter.key, shape, rule.algorithm, rule.use_weight_decay, dict(matrices), tuple(sorted(owners)))
 
 
-def _num_biases(run: Run) -> int:
-    return sum(math.prod(row.shape) for row in hf_mapping.table(run.model) if row.parts[0].kind == "bias")
+def _num_biases(config: RunConfig) -> int:
+    return sum(
+        math.prod(row.shape)
+        for row in hf_mapping.tensor_mappings(config.model)
+        if row.hf_tensors[0].init_kind == "bias"
+    )

@@ -18,25 +18,25 @@ _SILENT = ("barrier", "monitored_barrier_", "check_for_nan")
 
 
 @dataclass
-class Traffic:
+class CommStats:
     """Payload of one rank in one process group, in bytes. What a rank gives itself does not count."""
 
     sent: float = 0.0
     received: float = 0.0
     collectives: int = 0
 
-    def minus(self, other: "Traffic") -> "Traffic":
+    def minus(self, other: "CommStats") -> "CommStats":
         """What this has besides the other."""
-        return Traffic(self.sent - other.sent, self.received - other.received, self.collectives - other.collectives)
+        return CommStats(self.sent - other.sent, self.received - other.received, self.collectives - other.collectives)
 
     @property
-    def worse(self) -> float:
+    def larger(self) -> float:
         """The larger direction."""
         return max(self.sent, self.received)
 
 
-class TrafficCounter(TorchDispatchMode):
-    """Counts while it is entered: `with TrafficCounter() as counter: ...`, then `counter.of(group)`.
+class CommCounter(TorchDispatchMode):
+    """Counts while it is entered: `with CommCounter() as counter: ...`, then `counter.of(group)`.
 
     An all-reduce counts as a ring's, 2 (W - 1) / W of its tensor each way; in all others every rank sends its part
     straight to whoever needs it, which is also a ring's payload where parts are even.
@@ -44,11 +44,11 @@ class TrafficCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._of: dict[str, Traffic] = {}
+        self._of: dict[str, CommStats] = {}
 
-    def of(self, group: dist.ProcessGroup) -> Traffic:
+    def stats(self, group: dist.ProcessGroup) -> CommStats:
         """What was counted for a group so far."""
-        return self._of.setdefault(group.group_name, Traffic())
+        return self._of.setdefault(group.group_name, CommStats())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
@@ -59,7 +59,7 @@ class TrafficCounter(TorchDispatchMode):
                 given |= kwargs or {}
                 group = dist.ProcessGroup.unbox(given["process_group"])
                 sent, received = _payload(name, given, group.size(), group.rank())
-                traffic = self.of(group)
+                traffic = self.stats(group)
                 traffic.sent += sent
                 traffic.received += received
                 traffic.collectives += 1

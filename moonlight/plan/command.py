@@ -10,13 +10,13 @@ from rich.console import Console
 
 from moonlight.config.checks import require
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.plan.build import make_plan
-from moonlight.plan.figures import figures
-from moonlight.plan.hardware import Machine, machine
+from moonlight.plan.figures import plan_to_json
+from moonlight.plan.hardware import HardwareModel, hardware_model
 from moonlight.plan.suggest import suggest
-from moonlight.plan.suggest_text import print_suggestions, suggestions_as_figures
+from moonlight.plan.suggest_text import print_suggestions, suggestions_to_json
 from moonlight.plan.text import print_plan
 
 
@@ -55,37 +55,37 @@ def run_plan(recipe: Path, overrides: Sequence[str], options: PlanOptions) -> bo
         UserError: options, recipe or layout cannot be used; or no layout fits.
     """
     options.check()
-    hardware = machine(options.gpu, options.gpu_memory_gb, options.efficiency, options.storage_gb_per_second)
-    run = load_recipe(recipe, overrides)
-    world_size = run.parallel.num_processes if options.gpus is None else options.gpus
+    hardware = hardware_model(options.gpu, options.gpu_memory_gb, options.efficiency, options.storage_gb_per_second)
+    config = load_recipe(recipe, overrides)
+    world_size = config.parallel.num_processes if options.gpus is None else options.gpus
     if options.suggest:
-        found = suggest(run, world_size, hardware)
+        found = suggest(config, world_size, hardware)
         if options.json:
-            _print_json(suggestions_as_figures(found))
+            _print_json(suggestions_to_json(found))
         else:
             print_suggestions(found)
         return True
-    return _plan_one(run, world_size, hardware, options)
+    return _plan_one(config, world_size, hardware, options)
 
 
-def _plan_one(run: Run, world_size: int, hardware: Machine, options: PlanOptions) -> bool:
+def _plan_one(config: RunConfig, world_size: int, hardware: HardwareModel, options: PlanOptions) -> bool:
     try:
-        plan = make_plan(run, world_size, hardware)
+        plan = make_plan(config, world_size, hardware)
     except UserError as error:
         raise UserError(f"{error}; --suggest searches layouts for {world_size}") from None
     rank = options.rank or 0
     require(0 <= rank < world_size, f"--rank is {rank}: the world has {world_size} processes, 0 to {world_size - 1}")
     content: dict[str, Any] = {}
     if options.json:
-        content = figures(plan)
+        content = plan_to_json(plan)
     else:
         print_plan(plan, parameters=options.parameters)
     agrees = True
     if options.dry_run:
-        from moonlight.plan.compare import compare, comparison_figures, print_comparison
-        from moonlight.plan.dry_run import count
+        from moonlight.plan.compare import compare_with_dry_run, comparison_figures, print_comparison
+        from moonlight.plan.dry_run import count_rank
 
-        rows = compare(plan, rank, count(run, world_size, rank))
+        rows = compare_with_dry_run(plan, rank, count_rank(config, world_size, rank))
         agrees = all(row.agrees for row in rows)
         if options.json:
             content["dry_run"] = comparison_figures(rows, rank)

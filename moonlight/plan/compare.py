@@ -7,17 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.plan.build import Plan
-from moonlight.plan.comm_counter import Traffic
-from moonlight.plan.dry_run import Counted
-from moonlight.plan.text import gb
+from moonlight.plan.build import RunPlan
+from moonlight.plan.comm_counter import CommStats
+from moonlight.plan.dry_run import DryRunCounts
+from moonlight.plan.text import format_bytes
 
 TOLERANCE = 0.01
 """Of optimizer state and of the exchange of gradients and weights."""
 
 
 @dataclass(frozen=True)
-class Compared:
+class PlanCheck:
     """One figure of both."""
 
     name: str
@@ -36,20 +36,20 @@ class Compared:
         return self.tolerance is None or self.difference <= self.tolerance
 
 
-def compare(plan: Plan, rank: int, counted: Counted) -> list[Compared]:
+def compare_with_dry_run(plan: RunPlan, rank: int, counted: DryRunCounts) -> list[PlanCheck]:
     """Every figure that both know, of one rank."""
-    member, memory, stage = plan.members[rank], plan.memories[rank], plan.stage_of(rank)
+    member, memory, stage = plan.ranks[rank], plan.memories[rank], plan.rank_stage(rank)
     share = member.share
     rows = [
-        Compared("parameters of the rank", stage.num_elements, counted.num_parameters, 0.0),
-        Compared("weights", stage.weights, counted.weights, 0.0),
-        Compared("buffers", stage.buffers, counted.buffers, TOLERANCE),
-        Compared("gradient sums", stage.gradient_sums, counted.gradient_sums, 0.0),
-        Compared("gradient shards", member.gradient_shards, counted.gradient_shards, TOLERANCE),
-        Compared("optimizer state", share.state, counted.optimizer, TOLERANCE),
-        Compared("all of it between steps", memory.state, counted.all_state, TOLERANCE),
-        Compared("exchange buffers", member.exchange_buffers, counted.exchange_buffers, None),
-        Compared("workspace of the update", member.update, counted.update, None),
+        PlanCheck("parameters of the rank", stage.num_elements, counted.num_parameters, 0.0),
+        PlanCheck("weights", stage.weights, counted.weights, 0.0),
+        PlanCheck("buffers", stage.buffers, counted.buffers, TOLERANCE),
+        PlanCheck("gradient sums", stage.gradient_sums, counted.gradient_sums, 0.0),
+        PlanCheck("gradient shards", member.gradient_shards, counted.gradient_shards, TOLERANCE),
+        PlanCheck("optimizer state", share.state, counted.optimizer, TOLERANCE),
+        PlanCheck("all of it between steps", memory.state, counted.all_state, TOLERANCE),
+        PlanCheck("exchange buffers", member.exchange_buffers, counted.exchange_buffers, None),
+        PlanCheck("workspace of the update", member.update, counted.update, None),
     ]
     # Gradients that tensor-parallel peers add up stand with the slices in the plan.
     peers = [counted.gradients_on_wire[group] for group in ("slices", "expert slices")]
@@ -61,19 +61,19 @@ def compare(plan: Plan, rank: int, counted: Counted) -> list[Compared]:
         ("matrices and slices", share.matrices + slices, (matrices[0] + added[0], matrices[1] + added[1])),
         ("weights", share.weights, _sums(counted.weights_on_wire)),
     ):
-        rows.append(Compared(f"{name} sent", flow.sent, sent, TOLERANCE))
-        rows.append(Compared(f"{name} received", flow.received, received, TOLERANCE))
+        rows.append(PlanCheck(f"{name} sent", flow.sent, sent, TOLERANCE))
+        rows.append(PlanCheck(f"{name} received", flow.received, received, TOLERANCE))
     return rows
 
 
-def print_comparison(rows: list[Compared], rank: int, console: Console) -> None:
+def print_comparison(rows: list[PlanCheck], rank: int, console: Console) -> None:
     """Plan and dry run side by side."""
     table = Table(f"dry run of rank {rank:,}", "plan", "counted", "difference", "", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:4]:
         column.justify = "right"
     for row in rows:
         is_count = row.name.startswith("parameters")
-        numbers = [f"{value:,.0f}" if is_count else gb(value) for value in (row.planned, row.counted)]
+        numbers = [f"{value:,.0f}" if is_count else format_bytes(value) for value in (row.planned, row.counted)]
         verdict = "shown only" if row.tolerance is None else "" if row.agrees else "DIFFERS"
         table.add_row(row.name, *numbers, f"{row.difference:.2%}", verdict)
     console.print()
@@ -87,7 +87,7 @@ def print_comparison(rows: list[Compared], rank: int, console: Console) -> None:
     )
 
 
-def comparison_figures(rows: list[Compared], rank: int) -> dict[str, Any]:
+def comparison_figures(rows: list[PlanCheck], rank: int) -> dict[str, Any]:
     """The same as numbers by name."""
     return {
         "rank": rank,
@@ -103,5 +103,5 @@ def comparison_figures(rows: list[Compared], rank: int) -> dict[str, Any]:
     }
 
 
-def _sums(wires: Mapping[str, Traffic]) -> tuple[float, float]:
+def _sums(wires: Mapping[str, CommStats]) -> tuple[float, float]:
     return sum(wire.sent for wire in wires.values()), sum(wire.received for wire in wires.values())

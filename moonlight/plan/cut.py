@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moonlight.config.model import Model
-from moonlight.config.optimizer import Optimizer
-from moonlight.config.pipeline import layers_of_stages
-from moonlight.config.run import Run
+from moonlight.config.model import ModelConfig
+from moonlight.config.optimizer import OptimizerConfig
+from moonlight.config.pipeline import stage_layers
+from moonlight.config.run import RunConfig
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.dist_checkpoint.hf_mapping import Row
-from moonlight.placement.owners import Outline
-from moonlight.placement.param_groups import Rule, matrix_heights, route, rules_of
+from moonlight.dist_checkpoint.hf_mapping import TensorMapping
+from moonlight.placement.owners import ParamSpec
+from moonlight.placement.param_groups import ParamGroupRule, match_rules, param_group_rules, rows_per_matrix
 
 EMBEDDING, FINAL_NORM, HEAD = (
     "embedding.word_embeddings.weight",
@@ -49,57 +49,57 @@ _ORDER = (
 
 
 @dataclass(frozen=True)
-class PlannedParameter:
+class PlannedParam:
     """One parameter of every rank of a pipeline stage."""
 
     key: str
     """Name in checkpoints."""
-    whole_shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
     """As the model has it, experts [experts, in, out]."""
-    rule: Rule
-    outline: Outline
-    slicing: str
-    """How tensor parallelism treats its matrices: alone, cut or replicated, as in `moonlight.optim.parameters`."""
-    cut_axis: int
+    rule: ParamGroupRule
+    spec: ParamSpec
+    tp_mode: str
+    """Tensor parallelism of its matrices: unsharded, sharded or replicated, as in `moonlight.optim.parameters`."""
+    tp_dim: int
     is_expert: bool
-    is_copy: bool
+    is_embedding_replica: bool
     """Whether it is the last stage's copy of a tied embedding."""
 
     @property
     def numel(self) -> int:
-        return self.outline.numel
+        return self.spec.numel
 
 
-def stage_parameters(run: Run, stage: int) -> list[PlannedParameter]:
+def stage_parameters(config: RunConfig, stage: int) -> list[PlannedParam]:
     """The parameters of a rank of a pipeline stage, in the model's order."""
-    parallel, model = run.parallel, run.model
-    chunks = layers_of_stages(
-        model.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
+    parallel, model_config = config.parallel, config.model
+    chunks = stage_layers(
+        model_config.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     )[stage]
     is_last = stage == parallel.pipeline_parallel_size - 1
-    rows, rules = _rows(model, run.optimizer)
+    rows, rules = _rows(model_config, config.optimizer)
     keys = [EMBEDDING] if stage == 0 else []
     for layer in (layer for chunk in chunks for layer in chunk):
         keys += rows.by_layer[layer]
     if is_last:
         keys.append(FINAL_NORM)
-        if not model.tie_word_embeddings:
+        if not model_config.tie_word_embeddings:
             keys.append(HEAD)
         elif stage > 0:
             keys.append(EMBEDDING)
-    return [_planned(run, index, rows.by_key[key], rules[key], stage) for index, key in enumerate(keys)]
+    return [_planned(config, index, rows.by_key[key], rules[key], stage) for index, key in enumerate(keys)]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    by_key: dict[str, Row]
+    by_key: dict[str, TensorMapping]
     by_layer: dict[int, list[str]]
 
 
 @lru_cache(maxsize=4)
-def _rows(model: Model, optimizer: Optimizer) -> tuple[_Rows, dict[str, Rule]]:
+def _rows(model_config: ModelConfig, optimizer_config: OptimizerConfig) -> tuple[_Rows, dict[str, ParamGroupRule]]:
     """Of a model and an optimizer; the layouts that a search tries have them in common."""
-    trained = [row for row in hf_mapping.table(model) if row.parts[0].kind != "bias"]
+    trained = [row for row in hf_mapping.tensor_mappings(model_config) if row.hf_tensors[0].init_kind != "bias"]
     by_layer: dict[int, list[str]] = {}
     for row in trained:
         if row.key.startswith("decoder.layers."):
@@ -107,7 +107,7 @@ def _rows(model: Model, optimizer: Optimizer) -> tuple[_Rows, dict[str, Rule]]:
     for keys in by_layer.values():
         keys.sort(key=lambda key: _ORDER.index(_module(key)))
     keys = [row.key for row in trained]
-    rules = route(keys, rules_of(optimizer, model))
+    rules = match_rules(keys, param_group_rules(optimizer_config, model_config))
     return _Rows({row.key: row for row in trained}, by_layer), rules
 
 
@@ -116,8 +116,8 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _planned(run: Run, index: int, row: Row, rule: Rule, stage: int) -> PlannedParameter:
-    parallel, model, module = run.parallel, run.model, _module(row.key)
+def _planned(config: RunConfig, index: int, row: TensorMapping, rule: ParamGroupRule, stage: int) -> PlannedParam:
+    parallel, model_config, module = config.parallel, config.model, _module(row.key)
     is_expert = ".mlp.experts." in row.key
     slices = parallel.expert_tensor_parallel_size if is_expert else parallel.tensor_parallel_size
     if is_expert:
@@ -132,26 +132,26 @@ def _planned(run: Run, index: int, row: Row, rule: Rule, stage: int) -> PlannedP
         shape[0] //= parallel.expert_parallel_size
     if axis:
         shape[axis] //= slices
-    slicing = "alone" if slices == 1 or (axis == -2 and rule.head_rows) else "cut" if axis else "replicated"
-    is_tied = row.key == EMBEDDING and model.tie_word_embeddings and parallel.pipeline_parallel_size > 1
+    tp_mode = "unsharded" if slices == 1 or (axis == -2 and rule.head_rows) else "sharded" if axis else "replicated"
+    is_tied = row.key == EMBEDDING and model_config.tie_word_embeddings and parallel.pipeline_parallel_size > 1
     columns = shape[-1] if len(shape) > 1 else 1
-    return PlannedParameter(
+    return PlannedParam(
         key=row.key,
-        whole_shape=tuple(whole),
+        global_shape=tuple(whole),
         rule=rule,
-        outline=Outline(index, columns, tuple(_heights(row, rule, shape)), rule.algorithm == "muon", is_tied),
-        slicing=slicing,
-        cut_axis=axis if slicing == "cut" else 0,
+        spec=ParamSpec(index, columns, tuple(_heights(row, rule, shape)), rule.algorithm == "muon", is_tied),
+        tp_mode=tp_mode,
+        tp_dim=axis if tp_mode == "sharded" else 0,
         is_expert=is_expert,
-        is_copy=is_tied and stage > 0,
+        is_embedding_replica=is_tied and stage > 0,
     )
 
 
-def _heights(row: Row, rule: Rule, shape: Sequence[int]) -> Iterator[int]:
+def _heights(row: TensorMapping, rule: ParamGroupRule, shape: Sequence[int]) -> Iterator[int]:
     if rule.algorithm == "muon":
-        yield from matrix_heights(rule, tuple(shape))
+        yield from rows_per_matrix(rule, tuple(shape))
     elif len(shape) == 3:
         yield shape[0] * shape[1]
     else:  # gate and up are two parts of one parameter
-        for _ in row.parts:
-            yield shape[0] // len(row.parts)
+        for _ in row.hf_tensors:
+            yield shape[0] // len(row.hf_tensors)

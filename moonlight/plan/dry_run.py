@@ -20,17 +20,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moonlight import parallel
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.model.build import build_model
-from moonlight.optim.distributed_muon import ShardedOptimizer, make_optimizer
+from moonlight.optim.distributed_muon import DistributedMuon, build_optimizer
 from moonlight.optim.parameters import data_parallel_group, embedding_group, tensor_parallel_group
-from moonlight.plan.comm_counter import Traffic, TrafficCounter
+from moonlight.plan.comm_counter import CommCounter, CommStats
 
 META = torch.device("meta")
 
 
 @contextlib.contextmanager
-def dry_run(run: Run, world_size: int, rank: int) -> Iterator[list[GPTModel]]:
+def fake_rank(config: RunConfig, world_size: int, rank: int) -> Iterator[list[GPTModel]]:
     """This rank's model chunks in a world of `world_size`. Whatever is made of them inside has no memory either.
 
     What needs values (a forward pass that sends tokens to experts, a norm as a number) raises an error of torch's.
@@ -40,18 +40,18 @@ def dry_run(run: Run, world_size: int, rank: int) -> Iterator[list[GPTModel]]:
     """
     assert not dist.is_initialized(), "a world exists already"
     assert 0 <= rank < world_size, (rank, world_size)
-    run.parallel.data_parallel_size(world_size)
+    config.parallel.data_parallel_size(world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        parallel.build_groups(run.parallel, run.train.seed)
-        with moonlight.megatron_compat.current_device(META), META:
-            yield build_model(run)
+        parallel.init_model_parallel(config.parallel, config.train.seed)
+        with moonlight.megatron_compat.override_current_device(META), META:
+            yield build_model(config)
     finally:
-        parallel.leave_world()
+        parallel.destroy_distributed()
 
 
 @dataclass(frozen=True)
-class Counted:
+class DryRunCounts:
     """What one rank holds and exchanges; all sizes in bytes."""
 
     num_parameters: int
@@ -69,10 +69,10 @@ class Counted:
     """Most that is under way at once between data-parallel ranks."""
     update: int
     """Most that an update holds besides the state."""
-    gradients_on_wire: dict[str, Traffic]
+    gradients_on_wire: dict[str, CommStats]
     """By group: dense, expert (data-parallel), slices, expert slices (tensor-parallel), embedding (two stages)."""
-    matrices_on_wire: dict[str, Traffic]
-    weights_on_wire: dict[str, Traffic]
+    matrices_on_wire: dict[str, CommStats]
+    weights_on_wire: dict[str, CommStats]
 
 
 class MetaMemory(TorchDispatchMode):
@@ -126,39 +126,39 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def count(run: Run, world_size: int, rank: int) -> Counted:
+def count_rank(config: RunConfig, world_size: int, rank: int) -> DryRunCounts:
     """Build one rank and run the optimizer step that would follow a backward pass, Newton-Schulz included.
 
     Left out is what needs values: forward and backward pass, and the norm of the gradient (one all-reduce of a number).
     """
-    with dry_run(run, world_size, rank) as models, MetaMemory() as memory:
+    with fake_rank(config, world_size, rank) as models, MetaMemory() as memory:
         weights = [parameter for model in models for parameter in model.parameters()]
         buffers = [buffer for model in models for buffer in model.buffers()]
         memory.see([*weights, *buffers])
-        optimizer = make_optimizer(models, run)
+        optimizer = build_optimizer(models, config)
         state = memory.live
         data_parallel = optimizer.data_parallel
-        twice = any(parameter.on_two_stages for parameter in data_parallel.parameters)
-        data_parallel.zero_gradients()
-        gradients_on_wire, _ = _counted(memory, twice, data_parallel.finish_gradients)
+        twice = any(parameter.is_shared_embedding for parameter in data_parallel.parameters)
+        data_parallel.zero_grad_buffer()
+        gradients_on_wire, _ = _counted(memory, twice, data_parallel.finish_grad_sync)
 
         def update() -> None:
             optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
 
         def return_weights() -> None:
-            data_parallel.start_weights()
-            data_parallel.finish_weights()
+            data_parallel.start_param_sync()
+            data_parallel.finish_param_sync()
 
-        updated, peak = _counted(memory, twice, update, data_parallel.finish_weights)
+        updated, peak = _counted(memory, twice, update, data_parallel.finish_param_sync)
         weights_on_wire, _ = _counted(memory, twice, return_weights)
-        return Counted(
+        return DryRunCounts(
             num_parameters=sum(parameter.numel() for parameter in weights),
             weights=_bytes(weights),
             buffers=_bytes(buffers),
-            gradient_sums=_bytes([p.model.main_grad for p in data_parallel.parameters]),  # type: ignore[attr-defined]
+            gradient_sums=_bytes([p.torch_param.main_grad for p in data_parallel.parameters]),  # type: ignore[attr-defined]
             gradient_shards=sum(
-                _bytes([bucket._shard])
-                for lane in data_parallel.lanes
+                _bytes([bucket.grad_shard])
+                for lane in data_parallel.bucket_groups
                 for bucket in lane.buckets
                 if bucket.group.size() > 1
             ),
@@ -174,9 +174,9 @@ def count(run: Run, world_size: int, rank: int) -> Counted:
 
 def _counted(
     memory: MetaMemory, on_two_stages: bool, first: Callable[[], None], then: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Traffic], int]:
+) -> tuple[dict[str, CommStats], int]:
     """Traffic of both calls, and the memory that the first needed for a time."""
-    with TrafficCounter() as counter:
+    with CommCounter() as counter:
         with memory.above() as peak:
             first()
         then()
@@ -186,27 +186,27 @@ def _counted(
         "slices": tensor_parallel_group(expert=False),
         "expert slices": tensor_parallel_group(expert=True),
     }
-    found: dict[str, Traffic] = {}
+    found: dict[str, CommStats] = {}
     seen: set[str] = set()
     for name, group in groups.items():
         # Megatron has one group for two purposes where their ranks are the same.
-        found[name] = Traffic() if group.group_name in seen else counter.of(group)
+        found[name] = CommStats() if group.group_name in seen else counter.stats(group)
         seen.add(group.group_name)
-    found["embedding"] = counter.of(embedding_group()) if on_two_stages else Traffic()
+    found["embedding"] = counter.stats(embedding_group()) if on_two_stages else CommStats()
     return found, peak[0]
 
 
-def _exchange_buffers(optimizer: ShardedOptimizer, memory: MetaMemory) -> int:
+def _exchange_buffers(optimizer: DistributedMuon, memory: MetaMemory) -> int:
     """Both lanes are under way at once in a step: gradients in the backward pass, weights in the forward pass."""
     gradients = weights = 0
-    for lane in optimizer.data_parallel.lanes:
+    for lane in optimizer.data_parallel.bucket_groups:
         with memory.above() as peak:
             lane.start_backward()
-            lane.finish_gradients()
+            lane.finish_grad_sync()
         gradients += peak[0]
         with memory.above() as peak:
-            lane.start_weights()
-            lane.finish_weights()
+            lane.start_param_sync()
+            lane.finish_param_sync()
         weights += peak[0]
     return max(gradients, weights)
 

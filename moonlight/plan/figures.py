@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from moonlight.placement.comm_bytes import Flow
-from moonlight.plan.build import Plan, mean_memory
+from moonlight.placement.comm_bytes import CommBytes
+from moonlight.plan.build import RunPlan, mean_memory
 from moonlight.plan.flops import count_parameters, train_flops_per_token
-from moonlight.plan.speed import bubble_share
+from moonlight.plan.speed import bubble_fraction
 
 RESERVE = 0.06
 """Share of a GPU's memory that a plan leaves for what it does not know."""
@@ -16,9 +16,9 @@ FLOWS = ("gradients", "weights", "matrices", "slices", "dispatch", "expert slice
 """Kinds of bytes on the wire."""
 
 
-def layout(plan: Plan) -> str:
+def layout(plan: RunPlan) -> str:
     """The sizes of a layout in short."""
-    parallel = plan.run.parallel
+    parallel = plan.config.parallel
     names = {
         "TP": parallel.tensor_parallel_size,
         "PP": parallel.pipeline_parallel_size,
@@ -29,39 +29,39 @@ def layout(plan: Plan) -> str:
     sizes = " ".join(f"{name}{size}" for name, size in names.items())
     return (
         f"{sizes}, data parallel {parallel.data_parallel_size(plan.world_size)}, "
-        f"{plan.stages[0].num_micro_batches} micro-batches of {plan.run.train.micro_batch_size} a step"
+        f"{plan.stages[0].num_micro_batches} micro-batches of {plan.config.train.micro_batch_size} a step"
     )
 
 
-def worst_flow(plan: Plan, name: str) -> Callable[[int], Flow]:
+def rank_comm_bytes(plan: RunPlan, name: str) -> Callable[[int], CommBytes]:
     """The bytes on the wire of one kind, of each rank."""
 
-    def of(rank: int) -> Flow:
-        member = plan.members[rank]
+    def of(rank: int) -> CommBytes:
+        member = plan.ranks[rank]
         if name == "matrices":
             return member.share.matrices + member.dense.slices + member.expert.slices
         if name in ("gradients", "weights"):
             return getattr(member.share, name)
-        return plan.stage_of(rank).flows[name]
+        return plan.rank_stage(rank).flows[name]
 
     return of
 
 
-def exchange_of(plan: Plan) -> tuple[float, float]:
+def exchange_comm_bytes(plan: RunPlan) -> tuple[float, float]:
     """Gradients and weights of the busiest rank, dense and expert parameters apart."""
-    dense = max((m.dense.share.gradients + m.dense.share.weights).worse for m in plan.members)
-    expert = max((m.expert.share.gradients + m.expert.share.weights).worse for m in plan.members)
+    dense = max((m.dense.share.gradients + m.dense.share.weights).larger for m in plan.ranks)
+    expert = max((m.expert.share.gradients + m.expert.share.weights).larger for m in plan.ranks)
     return dense, expert
 
 
-def figures(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: RunPlan) -> dict[str, Any]:
     """Everything that the tables show."""
-    run, machine = plan.run, plan.machine
-    counts = count_parameters(run.model)
-    fullest = plan.memories[plan.fullest]
-    works = [member.newton_schulz_flops for member in plan.members]
-    flows = {name: [worst_flow(plan, name)(rank) for rank in range(len(plan.members))] for name in FLOWS}
-    dense, expert = exchange_of(plan)
+    config, machine = plan.config, plan.machine
+    counts = count_parameters(config.model)
+    fullest = plan.memories[plan.peak_rank]
+    works = [member.newton_schulz_flops for member in plan.ranks]
+    flows = {name: [rank_comm_bytes(plan, name)(rank) for rank in range(len(plan.ranks))] for name in FLOWS}
+    dense, expert = exchange_comm_bytes(plan)
 
     def memory_of(memory: Any) -> dict[str, float]:
         return {f"{part}_bytes": value for part, value in asdict(memory).items()} | {"peak_bytes": memory.peak}
@@ -69,12 +69,12 @@ def figures(plan: Plan) -> dict[str, Any]:
     mean = memory_of(mean_memory(plan.memories))
     mean["peak_bytes"] = sum(memory.peak for memory in plan.memories) / len(plan.memories)
     return {
-        "recipe": run.name,
+        "recipe": config.name,
         "gpus": plan.world_size,
         "gpu": machine.name,
-        "parallel": asdict(run.parallel) | {"num_processes": plan.world_size},
-        "data_parallel_size": run.parallel.data_parallel_size(plan.world_size),
-        "micro_batch_size": run.train.micro_batch_size,
+        "parallel": asdict(config.parallel) | {"num_processes": plan.world_size},
+        "data_parallel_size": config.parallel.data_parallel_size(plan.world_size),
+        "micro_batch_size": config.train.micro_batch_size,
         "micro_batches_per_step": plan.stages[0].num_micro_batches,
         "global_batch_size": plan.global_batch_size,
         "parameters": {
@@ -86,7 +86,7 @@ def figures(plan: Plan) -> dict[str, Any]:
             "muon_matrices": plan.num_matrices,
         },
         "memory": {
-            "fullest_rank": plan.fullest,
+            "fullest_rank": plan.peak_rank,
             "fullest": memory_of(fullest),
             "mean": mean,
             "gpu_bytes": machine.memory_bytes,
@@ -95,14 +95,14 @@ def figures(plan: Plan) -> dict[str, Any]:
             "fits_with_reserve": fullest.peak <= machine.memory_bytes * (1 - RESERVE),
         },
         "optimizer": {
-            "state_bytes": max(share.state for share in plan.ranks),
-            "state_mean_bytes": sum(share.state for share in plan.ranks) / len(plan.ranks),
+            "state_bytes": max(share.state for share in plan.optimizer_costs),
+            "state_mean_bytes": sum(share.state for share in plan.optimizer_costs) / len(plan.optimizer_costs),
             "adamw_state_bytes": max(share.state for share in plan.adamw),
         },
         "wire_per_step": {
             name.replace(" ", "_"): {
-                "busiest_bytes": max(flow.worse for flow in of_ranks),
-                "mean_bytes": sum(flow.worse for flow in of_ranks) / len(of_ranks),
+                "busiest_bytes": max(flow.larger for flow in of_ranks),
+                "mean_bytes": sum(flow.larger for flow in of_ranks) / len(of_ranks),
             }
             for name, of_ranks in flows.items()
         }
@@ -110,13 +110,13 @@ def figures(plan: Plan) -> dict[str, Any]:
         "newton_schulz": {
             "busiest_flops": max(works),
             "mean_flops": sum(works) / len(works),
-            "share_of_step_flops": max(work / (work + plan.stage_of(rank).flops) for rank, work in enumerate(works)),
+            "share_of_step_flops": max(work / (work + plan.rank_stage(rank).flops) for rank, work in enumerate(works)),
         },
-        "pipeline_bubble_share": bubble_share(run, plan.stages[0].num_micro_batches),
+        "pipeline_bubble_share": bubble_fraction(config, plan.stages[0].num_micro_batches),
         "step_seconds": asdict(plan.seconds) | {"total": plan.seconds.total},
         "efficiency": machine.efficiency,
         "peak_flops_per_second": machine.gpu.peak_flops_per_second,
-        "flops_per_token": train_flops_per_token(run.model, run.data.sequence_length),
+        "flops_per_token": train_flops_per_token(config.model, config.data.sequence_length),
         "tokens_per_second": plan.tokens_per_step / plan.seconds.total,
         "steps_by_batch_size": {str(size): count for size, count in plan.timeline.steps_by_batch_size().items()},
         "tokens": plan.num_tokens,

@@ -7,39 +7,39 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.placement.comm_bytes import (
     GRADIENT_BYTES,
-    Flow,
-    Share,
-    adamw_share,
+    CommBytes,
+    OptimizerCost,
     direction_bytes,
     gradient_bytes,
     master_bytes,
     momentum_bytes,
-    shares,
+    muon_costs,
     weight_bytes,
+    zero1_cost,
 )
 from moonlight.placement.owners import (
     MAX_IN_FLIGHT,
-    Fragment,
-    buckets,
+    RowShard,
+    balance_by_cost,
+    comm_rounds,
+    make_buckets,
     newton_schulz_cost,
-    newton_schulz_owners,
-    place,
+    place_params,
     round_limit,
-    rounds,
 )
-from moonlight.plan.cut import PlannedParameter
+from moonlight.plan.cut import PlannedParam
 from moonlight.plan.update import Matrices, update_bytes
 
 
 @dataclass
-class Held:
+class GroupRankCost:
     """What one rank holds and sends of one lane (dense or expert parameters), or of both; in bytes unless said."""
 
-    share: Share = field(default_factory=Share)
-    slices: Flow = field(default_factory=Flow)
+    share: OptimizerCost = field(default_factory=OptimizerCost)
+    slices: CommBytes = field(default_factory=CommBytes)
     """Slices of matrices to tensor-parallel peers and back, and gradients that those add up."""
     gradient_shards: float = 0
     gradient_buffers: float = 0
@@ -53,14 +53,14 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankCost:
     """One rank: its dense and its expert lane."""
 
-    dense: Held
-    expert: Held
+    dense: GroupRankCost
+    expert: GroupRankCost
 
     @property
-    def share(self) -> Share:
+    def share(self) -> OptimizerCost:
         """Of both lanes, slices with tensor-parallel peers apart."""
         return self.dense.share + self.expert.share
 
@@ -86,133 +86,137 @@ class Rank:
         return max(self.dense.update, self.expert.update, self.dense.first_weights + self.expert.first_weights)
 
 
-def largest(held: Sequence[Held]) -> Held:
+def largest(held: Sequence[GroupRankCost]) -> GroupRankCost:
     """The largest of each figure of the exchange, and of Newton-Schulz, over some ranks."""
 
-    def flow(flows: Iterable[Flow]) -> Flow:
+    def flow(flows: Iterable[CommBytes]) -> CommBytes:
         both = list(flows)
-        return Flow(max(f.sent for f in both), max(f.received for f in both))
+        return CommBytes(max(f.sent for f in both), max(f.received for f in both))
 
-    share = Share(
+    share = OptimizerCost(
         flow(h.share.gradients for h in held), flow(h.share.matrices for h in held), flow(h.share.weights for h in held)
     )
-    return Held(share, flow(h.slices for h in held), newton_schulz_flops=max(h.newton_schulz_flops for h in held))
+    return GroupRankCost(
+        share, flow(h.slices for h in held), newton_schulz_flops=max(h.newton_schulz_flops for h in held)
+    )
 
 
 @dataclass
-class Lane:
+class GroupCosts:
     """One group of data-parallel ranks, and the tensor-parallel peers of each."""
 
-    ranks: list[list[Held]]
+    ranks: list[list[GroupRankCost]]
     """`[data-parallel rank][tensor-parallel rank]`."""
     owners: dict[int, set[int]]
     """Data-parallel ranks that own rows of each parameter, by its index."""
 
 
-def exact_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices: int, run: Run) -> Lane:
+def group_costs(parameters: Sequence[PlannedParam], num_ranks: int, num_slices: int, config: RunConfig) -> GroupCosts:
     """Every rank of a lane by its real owners. `num_slices` tensor-parallel ranks cut each matrix."""
     if not parameters:
-        return Lane([[Held() for _ in range(num_slices)] for _ in range(num_ranks)], {})
-    by_index = {parameter.outline.index: parameter for parameter in parameters}
-    placed = place([parameter.outline for parameter in parameters], num_ranks, run.parallel.bucket_size)
+        return GroupCosts([[GroupRankCost() for _ in range(num_slices)] for _ in range(num_ranks)], {})
+    by_index = {parameter.spec.index: parameter for parameter in parameters}
+    placed = place_params([parameter.spec for parameter in parameters], num_ranks, config.parallel.bucket_size)
     fragments = [fragment for _, found in placed for fragment in found]
     owners: dict[int, set[int]] = {}
-    of_rank: list[list[Fragment]] = [[] for _ in range(num_ranks)]
-    homes: list[list[Fragment]] = [[] for _ in range(num_ranks)]
+    of_rank: list[list[RowShard]] = [[] for _ in range(num_ranks)]
+    homes: list[list[RowShard]] = [[] for _ in range(num_ranks)]
     for fragment in fragments:
-        owners.setdefault(fragment.parameter, set()).add(fragment.owner)
-        of_rank[fragment.owner].append(fragment)
-        if fragment.is_cut and fragment.start == fragment.matrix_start:
-            homes[fragment.home].append(fragment)
-    two_stages = [p.outline.index for p in parameters if p.outline.on_two_stages]
-    found = shares(fragments, num_ranks, run, two_stages)
+        owners.setdefault(fragment.param_index, set()).add(fragment.owner_rank)
+        of_rank[fragment.owner_rank].append(fragment)
+        if fragment.is_split and fragment.start == fragment.matrix_start:
+            homes[fragment.home_rank].append(fragment)
+    two_stages = [p.spec.index for p in parameters if p.spec.is_shared_embedding]
+    found = muon_costs(fragments, num_ranks, config, two_stages)
     if num_ranks > 1:
-        gradients, weights, first = _buffers([_sizes(part, num_ranks) for _, part in placed], run)
+        gradients, weights, first = _buffers([_sizes(part, num_ranks) for _, part in placed], config)
     else:
         gradients, weights, first = [0.0], [0.0], [0.0]
     ranks = []
     for rank, share in enumerate(found):
         shards = sum(f.numel for f in of_rank[rank]) * GRADIENT_BYTES if num_ranks > 1 else 0
-        matrices = _matrices(of_rank[rank], homes[rank], by_index, num_slices, run)
+        matrices = _matrices(of_rank[rank], homes[rank], by_index, num_slices, config)
         ranks.append(
             [
-                Held(
+                GroupRankCost(
                     share,
                     flow,
                     shards,
                     gradients[rank],
                     weights[rank],
                     first[rank],
-                    update_bytes(work, run),
-                    work.flops(run),
+                    update_bytes(work, config),
+                    work.flops(config),
                 )
                 for flow, work in matrices
             ]
         )
-    return Lane(ranks, owners)
+    return GroupCosts(ranks, owners)
 
 
-def mean_lane(parameters: Sequence[PlannedParameter], num_ranks: int, num_slices: int, run: Run) -> Held:
+def mean_group_cost(
+    parameters: Sequence[PlannedParam], num_ranks: int, num_slices: int, config: RunConfig
+) -> GroupRankCost:
     """As if every rank owned its mean share: close, and much faster than asking for the owners."""
-    outlines = [parameter.outline for parameter in parameters]
+    outlines = [parameter.spec for parameter in parameters]
     numel, muon = sum(o.numel for o in outlines), sum(o.numel for o in outlines if o.is_matrix)
-    twice = sum(o.numel for o in outlines if o.on_two_stages)
-    state = adamw_share(numel, num_ranks, run, twice)
-    state.masters = numel * master_bytes(run) / num_ranks
-    state.momenta = (muon * momentum_bytes(run) + (numel - muon) * 8) / num_ranks
-    sliced = sum(p.numel for p in parameters if p.slicing != "alone" and p.outline.is_matrix) / num_ranks
-    wire = 2 * sliced * direction_bytes(run) * (num_slices - 1) / num_slices
+    twice = sum(o.numel for o in outlines if o.is_shared_embedding)
+    state = zero1_cost(numel, num_ranks, config, twice)
+    state.masters = numel * master_bytes(config) / num_ranks
+    state.momenta = (muon * momentum_bytes(config) + (numel - muon) * 8) / num_ranks
+    sliced = sum(p.numel for p in parameters if p.tp_mode != "unsharded" and p.spec.is_matrix) / num_ranks
+    wire = 2 * sliced * direction_bytes(config) * (num_slices - 1) / num_slices
     work = Matrices()
     for parameter in parameters:
-        if parameter.outline.is_matrix:
-            for height, count in Counter(parameter.outline.heights).items():
+        if parameter.spec.is_matrix:
+            for height, count in Counter(parameter.spec.block_rows).items():
                 shape = _whole(parameter, height, num_slices)
-                share_of_rank = count / num_ranks / (num_slices if parameter.slicing != "alone" else 1)
-                work.add(shape, share_of_rank, is_local=parameter.slicing == "alone")
+                share_of_rank = count / num_ranks / (num_slices if parameter.tp_mode != "unsharded" else 1)
+                work.add(shape, share_of_rank, is_local=parameter.tp_mode == "unsharded")
     sizes = []
-    for bucket in buckets(outlines, num_ranks, run.parallel.bucket_size):
+    for bucket in make_buckets(outlines, num_ranks, config.parallel.bucket_size):
         total = sum(o.numel for o in bucket)
         limit = round_limit(total, num_ranks) * num_ranks
         sizes += [min(limit, total - start) for start in range(0, total, limit)]
     under_way = max((sum(sizes[i : i + MAX_IN_FLIGHT]) for i in range(len(sizes))), default=0) if num_ranks > 1 else 0
     work.elements_of_members = sliced
     work.elements_of_adamw = (numel - muon) / num_ranks
-    return Held(
+    return GroupRankCost(
         state,
-        Flow(wire, wire),
+        CommBytes(wire, wire),
         numel * GRADIENT_BYTES / num_ranks if num_ranks > 1 else 0,
-        2 * under_way * gradient_bytes(run),
-        2 * under_way * weight_bytes(run),
-        2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(run) if num_ranks > 1 else 0,
-        update_bytes(work, run),
-        work.flops(run),
+        2 * under_way * gradient_bytes(config),
+        2 * under_way * weight_bytes(config),
+        2 * sum(sizes[-MAX_IN_FLIGHT:]) * weight_bytes(config) if num_ranks > 1 else 0,
+        update_bytes(work, config),
+        work.flops(config),
     )
 
 
-def _whole(parameter: PlannedParameter, rows: int, num_slices: int) -> tuple[int, int]:
+def _whole(parameter: PlannedParam, rows: int, num_slices: int) -> tuple[int, int]:
     """Shape of one of its matrices of so many rows here, with tensor parallelism undone."""
-    shape = [rows, parameter.outline.columns]
-    if parameter.slicing == "cut":
-        shape[parameter.cut_axis] *= num_slices
+    shape = [rows, parameter.spec.columns]
+    if parameter.tp_mode == "sharded":
+        shape[parameter.tp_dim] *= num_slices
     return shape[0], shape[1]
 
 
-def _sizes(fragments: Iterable[Fragment], num_ranks: int) -> list[int]:
+def _sizes(fragments: Iterable[RowShard], num_ranks: int) -> list[int]:
     sizes = [0] * num_ranks
     for fragment in fragments:
-        sizes[fragment.owner] += fragment.numel
+        sizes[fragment.owner_rank] += fragment.numel
     return sizes
 
 
-def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float]]:
+def _buffers(bucket_sizes: Sequence[Sequence[int]], config: RunConfig) -> list[list[float]]:
     """Of every rank, the most that gradients, and that weights, need while so many rounds as may be are under way; and
     what the first rounds of weights need.
 
     A round of gradients needs what is sent (all rows) and what is received (own rows from every rank); one of weights
     own rows for every other rank, and all others' rows.
     """
-    num_ranks, weight = len(bucket_sizes[0]), weight_bytes(run)
-    by_bucket = [[sizes for _, sizes in rounds(bucket)] for bucket in bucket_sizes]
+    num_ranks, weight = len(bucket_sizes[0]), weight_bytes(config)
+    by_bucket = [[sizes for _, sizes in comm_rounds(bucket)] for bucket in bucket_sizes]
     down = [sizes for bucket in by_bucket for sizes in bucket]
     up = [sizes for bucket in reversed(by_bucket) for sizes in bucket]
     gradients, weights, first = ([0.0] * num_ranks for _ in range(3))
@@ -220,7 +224,9 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float
         totals = [sum(sizes) for sizes in order]
         for rank in range(num_ranks):
             if order is down:
-                of_round = [gradient_bytes(run) * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)]
+                of_round = [
+                    gradient_bytes(config) * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)
+                ]
             else:
                 of_round = [weight * (t + (num_ranks - 2) * s[rank]) for t, s in zip(totals, order, strict=True)]
             most[rank] = max(sum(of_round[i : i + MAX_IN_FLIGHT]) for i in range(len(of_round)))
@@ -229,54 +235,54 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], run: Run) -> list[list[float
 
 
 def _matrices(
-    mine: Sequence[Fragment],
-    homes: Sequence[Fragment],
-    by_index: dict[int, PlannedParameter],
+    mine: Sequence[RowShard],
+    homes: Sequence[RowShard],
+    by_index: dict[int, PlannedParam],
     num_slices: int,
-    run: Run,
-) -> list[tuple[Flow, Matrices]]:
+    config: RunConfig,
+) -> list[tuple[CommBytes, Matrices]]:
     """Of a data-parallel rank's tensor-parallel peers: what they exchange, and what each orthogonalises.
 
     `homes`: first rows of the cut matrices that are brought together here. Peers share out their matrices in the order
     of `optim/gathered.py`.
     """
     work = [Matrices() for _ in range(num_slices)]
-    sliced: list[tuple[PlannedParameter, tuple[int, int]]] = []
+    sliced: list[tuple[PlannedParam, tuple[int, int]]] = []
 
-    def add(parameter: PlannedParameter, rows: int, count: int, *, is_local: bool) -> None:
+    def add(parameter: PlannedParam, rows: int, count: int, *, is_local: bool) -> None:
         shape = _whole(parameter, rows, num_slices)
-        if parameter.slicing != "alone":
+        if parameter.tp_mode != "unsharded":
             sliced.extend([(parameter, shape)] * count)
             return
         for of_peer in work:
             of_peer.add(shape, count, is_local=is_local)
 
-    in_order = sorted(homes, key=lambda fragment: (fragment.parameter, fragment.start))
+    in_order = sorted(homes, key=lambda fragment: (fragment.param_index, fragment.start))
     for fragment in in_order:
-        add(by_index[fragment.parameter], fragment.matrix_rows, 1, is_local=False)
+        add(by_index[fragment.param_index], fragment.matrix_rows, 1, is_local=False)
     replicated = 0
-    for fragment in sorted(mine, key=lambda fragment: (fragment.parameter, fragment.start)):
-        parameter = by_index[fragment.parameter]
-        if parameter.slicing == "replicated":
+    for fragment in sorted(mine, key=lambda fragment: (fragment.param_index, fragment.start)):
+        parameter = by_index[fragment.param_index]
+        if parameter.tp_mode == "replicated":
             replicated += fragment.numel
         if not fragment.matrix_rows:
             for of_peer in work:
                 of_peer.elements_of_adamw += fragment.numel
             continue
-        if fragment.is_cut or parameter.slicing != "alone":
+        if fragment.is_split or parameter.tp_mode != "unsharded":
             for of_peer in work:
                 of_peer.elements_of_members += fragment.numel
-        if not fragment.is_cut:
+        if not fragment.is_split:
             rows = fragment.stop - fragment.start
             add(parameter, fragment.matrix_rows, rows // fragment.matrix_rows, is_local=True)
     others = num_slices - 1
     sent, received = [[0.0] * num_slices for _ in range(2)]
-    element = direction_bytes(run)
-    owners = newton_schulz_owners([newton_schulz_cost(*shape) for _, shape in sliced], num_slices)
+    element = direction_bytes(config)
+    owners = balance_by_cost([newton_schulz_cost(*shape) for _, shape in sliced], num_slices)
     for (parameter, shape), owner in zip(sliced, owners, strict=True):
         numel = shape[0] * shape[1]
         work[owner].add(shape, 1, is_local=False)
-        is_cut = parameter.slicing == "cut"
+        is_cut = parameter.tp_mode == "sharded"
         part = numel / num_slices if is_cut else numel
         for rank in range(num_slices):
             if rank == owner:  # collects the slices, hands back the results
@@ -286,4 +292,4 @@ def _matrices(
                 sent[rank] += part * element if is_cut else 0
                 received[rank] += part * element
     ring = 2 * others / num_slices * replicated * GRADIENT_BYTES
-    return [(Flow(sent[t] + ring, received[t] + ring), work[t]) for t in range(num_slices)]
+    return [(CommBytes(sent[t] + ring, received[t] + ring), work[t]) for t in range(num_slices)]

@@ -4,15 +4,15 @@ hidden behind it. It knows no kernels, no contention and no stragglers."""
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from moonlight.config.run import Run
-from moonlight.placement.comm_bytes import Flow
-from moonlight.plan.hardware import GPUS_OF_A_NODE, Machine
-from moonlight.plan.owners import Rank
-from moonlight.plan.stages import Stage
+from moonlight.config.run import RunConfig
+from moonlight.placement.comm_bytes import CommBytes
+from moonlight.plan.hardware import GPUS_OF_A_NODE, HardwareModel
+from moonlight.plan.owners import RankCost
+from moonlight.plan.stages import PipelineStage
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSeconds:
+class StepTime:
     """Where the seconds of a step go; they add up to `total`."""
 
     arithmetic: float
@@ -39,27 +39,27 @@ class StepSeconds:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def bubble_share(run: Run, num_micro_batches: int) -> float:
+def bubble_fraction(config: RunConfig, num_micro_batches: int) -> float:
     """Share of a step that a pipeline stage waits: (p - 1) / (v m + p - 1)."""
-    stages, virtual = run.parallel.pipeline_parallel_size, run.parallel.virtual_pipeline_parallel_size
+    stages, virtual = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
     return (stages - 1) / (virtual * num_micro_batches + stages - 1)
 
 
 def step_seconds(
-    run: Run,
+    config: RunConfig,
     world_size: int,
-    machine: Machine,
-    stages: Sequence[Stage],
-    worst: Sequence[Rank],
+    machine: HardwareModel,
+    stages: Sequence[PipelineStage],
+    worst: Sequence[RankCost],
     newton_schulz_flops: float,
-) -> StepSeconds:
+) -> StepTime:
     """Of a step, each line by the stage that takes longest.
 
     Args:
         worst: of every stage, the largest of each figure over its ranks.
         newton_schulz_flops: of the rank with most.
     """
-    parallel = run.parallel
+    parallel = config.parallel
     tp, etp, ep = (
         parallel.tensor_parallel_size,
         parallel.expert_tensor_parallel_size,
@@ -72,7 +72,7 @@ def step_seconds(
         for stage in stages
     )
     dispatch = max(machine.wire_seconds(stage.flows["dispatch"], ep, etp) for stage in stages)
-    waiting = bubble_share(run, stages[0].num_micro_batches)
+    waiting = bubble_fraction(config, stages[0].num_micro_batches)
     busy = arithmetic + slices + dispatch
     between = parallel.pipeline_parallel_size
     # In more than one node some neighbouring stages lie in two, and the slowest pair counts.
@@ -80,13 +80,13 @@ def step_seconds(
     count = stages[0].num_micro_batches
     forward, backward = busy / count / 3, busy / count * 2 / 3
 
-    def data_parallel(dense: Flow, expert: Flow) -> float:
+    def data_parallel(dense: CommBytes, expert: CommBytes) -> float:
         """Dense and expert parameters share the network."""
         return machine.wire_seconds(dense, of_stage // tp, tp) + machine.wire_seconds(
             expert, of_stage // (etp * ep), etp * ep
         )
 
-    return StepSeconds(
+    return StepTime(
         arithmetic=arithmetic,
         slices=slices,
         dispatch=dispatch,

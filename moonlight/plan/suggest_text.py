@@ -5,24 +5,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
-from moonlight.plan.build import Plan, make_plan
+from moonlight.plan.build import RunPlan, make_plan
 from moonlight.plan.figures import RESERVE, layout
-from moonlight.plan.speed import bubble_share
+from moonlight.plan.speed import bubble_fraction
 from moonlight.plan.suggest import Suggestions
-from moonlight.plan.text import NARROW, fit, gb, in_seconds, num_gpus
+from moonlight.plan.text import NARROW, fit, format_bytes, format_seconds, num_gpus
 
 
-def print_suggestions(found: Suggestions, console: Console | None = None) -> None:
+def print_suggestions(suggestions: Suggestions, console: Console | None = None) -> None:
     """A table of the best layouts, how to ask for the first, and why others are not in it."""
     console = console or Console()
     if not console.is_terminal:
         console.width = NARROW
-    machine = found.machine
+    machine = suggestions.machine
     console.print(
-        f"{found.run.name} on {num_gpus(found.world_size, machine.name)}: {found.num_fitting:,} of "
-        f"{found.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of {gb(machine.memory_bytes)}; time: a "
+        f"{suggestions.config.name} on {num_gpus(suggestions.world_size, machine.name)}: "
+        f"{suggestions.num_fitting:,} of "
+        f"{suggestions.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of "
+        f"{format_bytes(machine.memory_bytes)}; time: a "
         f"model, arithmetic at {machine.efficiency:g} of its peak",
         highlight=False,
     )
@@ -30,28 +32,28 @@ def print_suggestions(found: Suggestions, console: Console | None = None) -> Non
     table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in table.columns:
         column.justify = "right"
-    for plan in found.best:
+    for plan in suggestions.best:
         table.add_row(*_cells(plan))
     console.print()
     console.print(table, highlight=False)
     console.print()
-    if own := recipes_own(found):
+    if own := recipe_layout_text(suggestions):
         console.print(own, highlight=False, soft_wrap=True)
-    asked = " ".join(changes(found.best[0], found.run))
+    asked = " ".join(changes(suggestions.best[0], suggestions.config))
     # In one line, however long, to be copied.
     console.print(f"the first of them: {asked or 'the recipe as it is'}", highlight=False, soft_wrap=True)
     console.print("TP, PP, VPP, EP, ETP: tensor, pipeline, virtual pipeline, expert, expert-tensor parallel size")
     console.print("\nwhy the others are not possible:", highlight=False)
     reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     reasons.add_column(justify="right")
-    for count, reason in found.reasons:
+    for count, reason in suggestions.reasons:
         reasons.add_row(f"{count:,}", reason)
     console.print(reasons, highlight=False)
 
 
-def overrides(run: Run) -> list[str]:
+def overrides(config: RunConfig) -> list[str]:
     """What to write after a recipe to get this layout."""
-    parallel = run.parallel
+    parallel = config.parallel
     names = (
         "tensor_parallel_size",
         "pipeline_parallel_size",
@@ -60,63 +62,63 @@ def overrides(run: Run) -> list[str]:
         "expert_tensor_parallel_size",
     )
     return [f"parallel.{name}={getattr(parallel, name)}" for name in names] + [
-        f"train.micro_batch_size={run.train.micro_batch_size}"
+        f"train.micro_batch_size={config.train.micro_batch_size}"
     ]
 
 
-def changes(plan: Plan, run: Run) -> list[str]:
+def changes(plan: RunPlan, config: RunConfig) -> list[str]:
     """Those of `overrides` that differ from the recipe."""
-    return [override for override in overrides(plan.run) if override not in overrides(run)]
+    return [override for override in overrides(plan.config) if override not in overrides(config)]
 
 
-def recipes_own(found: Suggestions) -> str:
+def recipe_layout_text(suggestions: Suggestions) -> str:
     """The recipe's own layout and whether it fits; empty if it does not divide the GPUs."""
     try:
-        plan = make_plan(found.run, found.world_size, found.machine)
+        plan = make_plan(suggestions.config, suggestions.world_size, suggestions.machine)
     except UserError:
         return ""
-    return f"the recipe as it is: {layout(plan)}: {in_seconds(plan.seconds.total)}\n{fit(plan)}"
+    return f"the recipe as it is: {layout(plan)}: {format_seconds(plan.seconds.total)}\n{fit(plan)}"
 
 
-def suggestions_as_figures(found: Suggestions) -> dict[str, Any]:
+def suggestions_to_json(suggestions: Suggestions) -> dict[str, Any]:
     """The same as numbers by name."""
     return {
-        "recipe": found.run.name,
-        "gpus": found.world_size,
-        "gpu": found.machine.name,
-        "usable_memory_bytes": found.machine.memory_bytes * (1 - RESERVE),
-        "layouts": found.num_layouts,
-        "fitting_layouts": found.num_fitting,
+        "recipe": suggestions.config.name,
+        "gpus": suggestions.world_size,
+        "gpu": suggestions.machine.name,
+        "usable_memory_bytes": suggestions.machine.memory_bytes * (1 - RESERVE),
+        "layouts": suggestions.num_layouts,
+        "fitting_layouts": suggestions.num_fitting,
         "best": [
             {
-                "overrides": overrides(plan.run),
+                "overrides": overrides(plan.config),
                 "step_seconds": plan.seconds.total,
                 "tokens_per_second": plan.tokens_per_step / plan.seconds.total,
                 "total_seconds": plan.total_seconds,
-                "bubble_share": bubble_share(plan.run, plan.stages[0].num_micro_batches),
-                "fullest_rank_bytes": plan.memories[plan.fullest].peak,
+                "bubble_share": bubble_fraction(plan.config, plan.stages[0].num_micro_batches),
+                "fullest_rank_bytes": plan.memories[plan.peak_rank].peak,
             }
-            for plan in found.best
+            for plan in suggestions.best
         ],
-        "reasons": [{"layouts": count, "reason": reason} for count, reason in found.reasons],
+        "reasons": [{"layouts": count, "reason": reason} for count, reason in suggestions.reasons],
     }
 
 
-def _cells(plan: Plan) -> list[str]:
-    parallel, seconds = plan.run.parallel, plan.seconds.total
+def _cells(plan: RunPlan) -> list[str]:
+    parallel, seconds = plan.config.parallel, plan.seconds.total
     sizes = (
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.virtual_pipeline_parallel_size,
         parallel.expert_parallel_size,
         parallel.expert_tensor_parallel_size,
-        plan.run.train.micro_batch_size,
+        plan.config.train.micro_batch_size,
     )
     return [
         *map(str, sizes),
-        in_seconds(seconds),
+        format_seconds(seconds),
         f"{plan.tokens_per_step / seconds:,.0f}",
         f"{plan.total_seconds / 86400:,.2f}",
-        f"{bubble_share(plan.run, plan.stages[0].num_micro_batches):.1%}",
-        gb(plan.memories[plan.fullest].peak),
+        f"{bubble_fraction(plan.config, plan.stages[0].num_micro_batches):.1%}",
+        format_bytes(plan.memories[plan.peak_rank].peak),
     ]

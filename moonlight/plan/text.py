@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moonlight.plan.build import Plan, mean_memory
-from moonlight.plan.figures import RESERVE, exchange_of, layout, worst_flow
+from moonlight.plan.build import RunPlan, mean_memory
+from moonlight.plan.figures import RESERVE, exchange_comm_bytes, layout, rank_comm_bytes
 from moonlight.plan.flops import count_parameters, train_flops_per_token
-from moonlight.plan.speed import bubble_share
+from moonlight.plan.speed import bubble_fraction
 
 WIDE = 200
 """Columns for the list of parameters where there is no terminal to fit: one line for each."""
@@ -17,7 +17,7 @@ WIDE = 200
 NARROW = 100
 """Columns of all else."""
 
-LONGEST_LIST = 14
+MAX_LIST = 14
 """Characters of a list of ranks."""
 
 MEMORY_PARTS = {
@@ -56,7 +56,7 @@ SECONDS_PARTS = {
 }
 
 
-def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) -> None:
+def print_plan(plan: RunPlan, *, parameters: bool, console: Console | None = None) -> None:
     """Summary and tables and, if asked for, before them a table of every parameter.
 
     Into a file or a pipe goes one line for each parameter; on a terminal, layers are headings, so that names fit.
@@ -77,14 +77,14 @@ def print_plan(plan: Plan, *, parameters: bool, console: Console | None = None) 
         console.print(text, soft_wrap=soft_wrap, highlight=False)
 
 
-def _print_parameters(plan: Plan, console: Console) -> None:
+def _print_parameters(plan: RunPlan, console: Console) -> None:
     wide = not console.is_terminal
     if wide:
         console.width = WIDE
     table = Table("parameter", "shape", "rule", "decay", "matrices", "owner", box=None, padding=(0, 1, 0, 0))
     table.columns[0].overflow = "fold"
     layer = ""
-    for line in plan.lines:
+    for line in plan.params:
         name = line.key
         if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
             if found[0] != layer:
@@ -98,109 +98,115 @@ def _print_parameters(plan: Plan, console: Console) -> None:
     console.print("owner: among data-parallel ranks; for experts, among expert-data-parallel ranks\n")
 
 
-def summary(plan: Plan) -> list[str]:
+def summary(plan: RunPlan) -> list[str]:
     """Layout, parameters, arithmetic, and the optimizer beside AdamW's, one line each."""
-    run, counts, length = plan.run, count_parameters(plan.run.model), plan.run.data.sequence_length
-    flops = train_flops_per_token(run.model, length)
+    config, counts, length = plan.config, count_parameters(plan.config.model), plan.config.data.sequence_length
+    flops = train_flops_per_token(config.model, length)
     muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
-    state, base_state = [r.state for r in plan.ranks], max(a.state for a in plan.adamw)
-    wire, base_wire = [max(r.sent, r.received) for r in plan.ranks], max(a.sent for a in plan.adamw)
+    state, base_state = [r.state for r in plan.optimizer_costs], max(a.state for a in plan.adamw)
+    wire, base_wire = [max(r.sent, r.received) for r in plan.optimizer_costs], max(a.sent for a in plan.adamw)
     mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
     return [
-        f"{run.name} on {num_gpus(plan.world_size, plan.machine.name)}",
+        f"{config.name} on {num_gpus(plan.world_size, plan.machine.name)}",
         f"layout: {layout(plan)}",
         f"parameters: {muon + adamw + plan.num_router_biases:,}, of them router biases {plan.num_router_biases:,}",
         f"optimizer: Muon for {muon:,} in {plan.num_matrices:,} matrices, AdamW for {adamw:,}",
         f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
         f"training: {plan.num_tokens:,} tokens in {plan.timeline.num_steps:,} steps; {flops:.4g} FLOPs per token at "
         f"sequence length {length:,}",
-        f"optimizer state of a rank: {gb(max(state))} at most, mean {gb(mean_state)}; "
-        f"AdamW (ZeRO-1) {gb(base_state)}{_ratio(max(state), base_state)}",
-        f"sent or received for it in a step: {gb(max(wire))} at most, mean {gb(mean_wire)}; "
-        f"AdamW (ZeRO-1) {gb(base_wire)}{_ratio(max(wire), base_wire)}",
+        f"optimizer state of a rank: {format_bytes(max(state))} at most, mean {format_bytes(mean_state)}; "
+        f"AdamW (ZeRO-1) {format_bytes(base_state)}{_ratio(max(state), base_state)}",
+        f"sent or received for it in a step: {format_bytes(max(wire))} at most, mean {format_bytes(mean_wire)}; "
+        f"AdamW (ZeRO-1) {format_bytes(base_wire)}{_ratio(max(wire), base_wire)}",
     ]
 
 
-def _memory_table(plan: Plan) -> Table:
-    fullest, mean = plan.memories[plan.fullest], mean_memory(plan.memories)
-    stage = plan.stage_of(plan.fullest)
+def _memory_table(plan: RunPlan) -> Table:
+    fullest, mean = plan.memories[plan.peak_rank], mean_memory(plan.memories)
+    stage = plan.rank_stage(plan.peak_rank)
     words = {
         "micro_batches": _count(
             stage.micro_batches_in_flight,
-            "micro-batch" if plan.run.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
+            "micro-batch" if plan.config.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
         ),
         "stage": stage.number,
     }
-    table = _table("memory of a rank", f"fullest, rank {plan.fullest:,}", "mean", "")
+    table = _table("memory of a rank", f"fullest, rank {plan.peak_rank:,}", "mean", "")
     for name, what in MEMORY_PARTS.items():
         if getattr(mean, name):
             table.add_row(
-                name.replace("_", " "), gb(getattr(fullest, name)), gb(getattr(mean, name)), what.format(**words)
+                name.replace("_", " "),
+                format_bytes(getattr(fullest, name)),
+                format_bytes(getattr(mean, name)),
+                what.format(**words),
             )
     peaks = sum(memory.peak for memory in plan.memories) / len(plan.memories)
-    table.add_row("peak", gb(fullest.peak), gb(peaks), _parts_of_peak(plan))
+    table.add_row("peak", format_bytes(fullest.peak), format_bytes(peaks), _parts_of_peak(plan))
     return table
 
 
-def _parts_of_peak(plan: Plan) -> str:
-    memory = plan.memories[plan.fullest]
+def _parts_of_peak(plan: RunPlan) -> str:
+    memory = plan.memories[plan.peak_rank]
     if memory.update > memory.passes:
         return "the most at once: during the update, without activations"
     smaller = "loss" if memory.exchange >= memory.loss else "exchange"
     return f"the most at once: without {smaller} and update"
 
 
-def _wire_table(plan: Plan) -> Table:
+def _wire_table(plan: RunPlan) -> Table:
     table = _table("wire, rank and step", "busiest", "mean", "sent or received, the larger")
     for name, what in WIRE_PARTS.items():
-        flow_of = worst_flow(plan, name)
-        flows = [flow_of(rank).worse for rank in range(len(plan.members))]
+        flow_of = rank_comm_bytes(plan, name)
+        flows = [flow_of(rank).larger for rank in range(len(plan.ranks))]
         if max(flows):
-            table.add_row(name, gb(max(flows)), gb(sum(flows) / len(flows)), what)
+            table.add_row(name, format_bytes(max(flows)), format_bytes(sum(flows) / len(flows)), what)
         if name == "weights" and max(flows):
-            dense, expert = exchange_of(plan)
-            table.add_row("  of dense parameters", gb(dense), "", "gradients and weights together")
-            table.add_row("  of experts", gb(expert), "", "gradients and weights together")
+            dense, expert = exchange_comm_bytes(plan)
+            table.add_row("  of dense parameters", format_bytes(dense), "", "gradients and weights together")
+            table.add_row("  of experts", format_bytes(expert), "", "gradients and weights together")
     return table
 
 
-def _seconds_table(plan: Plan) -> Table:
+def _seconds_table(plan: RunPlan) -> Table:
     seconds = plan.seconds
     table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "share", "")
-    waiting = bubble_share(plan.run, plan.stages[0].num_micro_batches)
+    waiting = bubble_fraction(plan.config, plan.stages[0].num_micro_batches)
     words = {"bubble": waiting, "efficiency": plan.machine.efficiency}
     for name, what in SECONDS_PARTS.items():
         value = getattr(seconds, name)
         if value or name in ("gradients", "weights"):
             share = f"{value / seconds.total:.2%}"
             table.add_row(
-                name.replace("_", "-" if name.startswith("n") else " "), in_seconds(value), share, what.format(**words)
+                name.replace("_", "-" if name.startswith("n") else " "),
+                format_seconds(value),
+                share,
+                what.format(**words),
             )
-    table.add_row("step", in_seconds(seconds.total), "", _speed(plan))
+    table.add_row("step", format_seconds(seconds.total), "", _speed(plan))
     return table
 
 
-def _speed(plan: Plan) -> str:
+def _speed(plan: RunPlan) -> str:
     rate = plan.tokens_per_step / plan.seconds.total
     return f"{rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a GPU"
 
 
-def conclusions(plan: Plan) -> list[str]:
+def conclusions(plan: RunPlan) -> list[str]:
     """Newton-Schulz, days and checkpoint, one line each."""
-    machine, gpu, run = plan.machine, plan.machine.gpu, plan.run
-    works = [member.newton_schulz_flops for member in plan.members]
+    machine, gpu, config = plan.machine, plan.machine.gpu, plan.config
+    works = [member.newton_schulz_flops for member in plan.ranks]
     busiest, mean = max(works), sum(works) / len(works)
-    stage = plan.stage_of(works.index(busiest))
+    stage = plan.rank_stage(works.index(busiest))
     batches = plan.timeline.steps_by_batch_size()
     steps = ", ".join(f"{count:,} steps of {size:,}" for size, count in batches.items())
     lines = [
         f"Newton-Schulz: {busiest:.3g} FLOPs on the busiest rank, {busiest / (stage.flops + busiest):.3%} of its step; "
         + (f"its share is {busiest / mean:.2f} of the mean" if mean else "no matrices"),
-        f"the whole recipe: {in_days(plan.total_seconds)} ({steps} sequences)",
-        f"checkpoint: {gb(plan.checkpoint_bytes)} of float32 masters and momenta, "
+        f"the whole recipe: {format_duration(plan.total_seconds)} ({steps} sequences)",
+        f"checkpoint: {format_bytes(plan.checkpoint_bytes)} of float32 masters and momenta, "
         f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
         f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
-        + (", while training goes on" if run.train.async_save else ""),
+        + (", while training goes on" if config.train.async_save else ""),
         f"a model, not a measurement: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; links at "
         f"their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8,",
         f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
@@ -208,20 +214,22 @@ def conclusions(plan: Plan) -> list[str]:
     return lines
 
 
-def fit(plan: Plan) -> str:
+def fit(plan: RunPlan) -> str:
     """Whether the fullest rank fits its GPU, in one line."""
-    peak, room = plan.memories[plan.fullest].peak, plan.machine.memory_bytes
+    peak, room = plan.memories[plan.peak_rank].peak, plan.machine.memory_bytes
     if peak > room:
         return (
-            f"DOES NOT FIT: the fullest rank needs {gb(peak)}, {gb(peak - room)} more than the {gb(room)} of a GPU; "
+            f"DOES NOT FIT: the fullest rank needs {format_bytes(peak)}, {format_bytes(peak - room)} more than the "
+            f"{format_bytes(room)} of a GPU; "
             "--suggest searches layouts that do"
         )
     if peak > room * (1 - RESERVE):
         return (
-            f"FITS ONLY JUST: the fullest rank needs {gb(peak)} of {gb(room)}; {RESERVE:.0%} should be left for what "
+            f"FITS ONLY JUST: the fullest rank needs {format_bytes(peak)} of {format_bytes(room)}; {RESERVE:.0%} "
+            "should be left for what "
             "is not planned"
         )
-    return f"fits: the fullest rank needs {gb(peak)} of {gb(room)}"
+    return f"fits: the fullest rank needs {format_bytes(peak)} of {format_bytes(room)}"
 
 
 def _table(*columns: str) -> Table:
@@ -246,27 +254,27 @@ def ranges(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank, rank])
     text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return text if len(text) <= LONGEST_LIST else f"{len(ranks)} in {ranks[0]}-{ranks[-1]}"
+    return text if len(text) <= MAX_LIST else f"{len(ranks)} in {ranks[0]}-{ranks[-1]}"
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def gb(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in units of 10^9, 10^6 or 10^3."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
 
 
-def in_days(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Days; hours, minutes or seconds if there is less than one."""
     if seconds >= 86400:
         return f"{seconds / 86400:,.2f} days"
     if seconds >= 3600:
         return f"{seconds / 3600:.2f} hours"
-    return f"{seconds / 60:.2f} minutes" if seconds >= 60 else in_seconds(seconds)
+    return f"{seconds / 60:.2f} minutes" if seconds >= 60 else format_seconds(seconds)
 
 
 def num_gpus(count: int, name: str) -> str:
@@ -274,7 +282,7 @@ def num_gpus(count: int, name: str) -> str:
     return f"{count:,} {name} {'GPU' if count == 1 else 'GPUs'}"
 
 
-def in_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """With four digits or so."""
     if 0 < seconds < 0.1:
         return f"{seconds * 1e3:.2f} ms"

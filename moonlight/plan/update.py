@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.placement.comm_bytes import direction_bytes
 from moonlight.placement.owners import AT_ONCE, GRAM_FROM_SIDE, newton_schulz_cost
 
@@ -31,21 +31,21 @@ class Matrices:
         """Elements of the matrices that are whole here."""
         return sum(shape[0] * shape[1] * count for shape, count in self.local.items())
 
-    def flops(self, run: Run) -> float:
+    def flops(self, config: RunConfig) -> float:
         """Floating-point operations of Newton-Schulz in a step: two products of n^2 m and one of n^3 in each of its
         steps, as they are written: neither symmetry nor shared Gram matrices are counted."""
         both = [*self.local.items(), *self.gathered.items()]
         cost = sum(newton_schulz_cost(*shape) * count for shape, count in both)
-        return 2 * cost * run.optimizer.num_newton_schulz_steps
+        return 2 * cost * config.optimizer.num_newton_schulz_steps
 
 
-def update_bytes(matrices: Matrices, run: Run) -> float:
-    """Most bytes that `ShardedOptimizer.step` needs at once for these matrices, by what it holds in each part.
+def update_bytes(matrices: Matrices, config: RunConfig) -> float:
+    """Most bytes that `DistributedMuon.step` needs at once for these matrices, by what it holds in each part.
 
     Matrices that are whole are updated in batches: their directions in float32, then Newton-Schulz.
     Those that are brought together are all there at once, with their slices and their results.
     """
-    element = direction_bytes(run)
+    element = direction_bytes(config)
     whole = matrices.whole_elements
     batch = min(whole, max([AT_ONCE, *(shape[0] * shape[1] for shape in matrices.local)]))
     local = 4 * batch + _newton_schulz(matrices.local, element)

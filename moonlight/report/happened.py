@@ -5,18 +5,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from moonlight.report.history import History
+from moonlight.report.history import RunHistory
 from moonlight.report.metrics import finite
-from moonlight.report.words import moment, short
+from moonlight.report.words import format_number, format_time
 
-MOST_LINES = 40
+MAX_LINES = 40
 _SAVES = {"saving", "saved"}
-_LONGEST = 400
+_MAX_TEXT = 400
 """Characters of one line."""
 
 
 @dataclass(frozen=True)
-class Line:
+class EventLine:
     """One line of the list."""
 
     kind: str
@@ -25,29 +25,33 @@ class Line:
     text: str
 
 
-def what_happened(history: History) -> list[Line]:
+def event_lines(history: RunHistory) -> list[EventLine]:
     """The lines, oldest first; of very many, those in the middle are only counted."""
     told = [event for event in history.events if event["event"] not in _SAVES]
     groups = [(kind, list(those)) for kind, those in groupby(_with_stages(history, told), key=lambda it: it["event"])]
     lines = [_line(kind, those) for kind, those in groups]
-    if len(lines) > MOST_LINES:
-        half = MOST_LINES // 2
+    if len(lines) > MAX_LINES:
+        half = MAX_LINES // 2
         between = Counter[str]()
         for kind, those in groups[half:-half]:
             between[kind] += len(those)
         counted = ", ".join(f"{count:,} × {kind}" for kind, count in between.most_common())
-        lines = [*lines[:half], Line("between", "", "", f"{len(lines) - 2 * half} more: {counted}"), *lines[-half:]]
+        lines = [
+            *lines[:half],
+            EventLine("between", "", "", f"{len(lines) - 2 * half} more: {counted}"),
+            *lines[-half:],
+        ]
     if saved := sum(event["event"] == "saved" for event in history.events):
-        lines.append(Line("saved", "", "", f"{saved:,} checkpoint{'s' * (saved > 1)} saved in all"))
+        lines.append(EventLine("saved", "", "", f"{saved:,} checkpoint{'s' * (saved > 1)} saved in all"))
     metrics = history.metrics
     if metrics and metrics.skipped and not any(event["event"] == "skipped" for event in told):
         count = int(finite(metrics.last.get("optim/skipped_steps")) or 0) or len(metrics.skipped)
         text = f"{count:,} skipped or not finite, as the metrics tell"
-        lines.append(Line("skipped", "", _steps(metrics.skipped[0], metrics.skipped[-1]), text))
+        lines.append(EventLine("skipped", "", _steps(metrics.skipped[0], metrics.skipped[-1]), text))
     return lines
 
 
-def marks(history: History) -> dict[str, list[Any]]:
+def marks(history: RunHistory) -> dict[str, list[Any]]:
     """What the charts mark: steps by kind, at most one of a kind in each bucket of the charts."""
     found: dict[str, list[Any]] = {"stage": [], "restart": [], "spike": [], "rollback": [], "skipped": []}
     if history.metrics is None:
@@ -69,7 +73,7 @@ def marks(history: History) -> dict[str, list[Any]]:
     return found
 
 
-def _with_stages(history: History, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_stages(history: RunHistory, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events, each stage of the metrics put before the first event at or after its first step."""
     left = list(history.metrics.stages) if history.metrics else []
     found: list[dict[str, Any]] = []
@@ -81,21 +85,21 @@ def _with_stages(history: History, events: list[dict[str, Any]]) -> list[dict[st
     return found + [{"event": "stage", "step": step, "stage": name} for step, name in left]
 
 
-def _line(kind: str, those: list[dict[str, Any]]) -> Line:
+def _line(kind: str, those: list[dict[str, Any]]) -> EventLine:
     steps = [int(step) for event in those if (step := finite(event.get("step"))) is not None]
     text = _text(kind, those[-1])
     if len(those) > 1:
         if kind in ("spike", "skipped"):
             losses = [loss for event in those if (loss := finite(event.get("loss"))) is not None]
-            highest = f", the highest loss {short(max(losses), 4)}" if losses else ""
+            highest = f", the highest loss {format_number(max(losses), 4)}" if losses else ""
             text = f"{len(those):,} {'loss spikes' if kind == 'spike' else 'steps skipped'}{highest}"
         elif kind == "stage":
             text = "; ".join(f"{event['stage']} from step {event['step']:,}" for event in those)
             text = f"stages: {text}"
         else:
             text = f"{len(those):,} times; the last: {text}"
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
-    return Line(kind, moment(those[0].get("time")), _steps(min(steps), max(steps)) if steps else "", text)
+    text = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} …"
+    return EventLine(kind, format_time(those[0].get("time")), _steps(min(steps), max(steps)) if steps else "", text)
 
 
 def _steps(first: int, last: int) -> str:

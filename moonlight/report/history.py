@@ -7,22 +7,22 @@ from typing import Any
 
 import yaml
 
-from moonlight.config.load import from_dict
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
-from moonlight.errors import UserError, message_of, naming
-from moonlight.report.metrics import Metrics, read_metrics
+from moonlight.config.load import parse_run_config
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
+from moonlight.errors import UserError, attach_path, user_message
+from moonlight.report.metrics import RunMetrics, load_run_metrics
 from moonlight.train.metrics import METRICS_FILE
 from moonlight.train.run_log import EVENTS_FILE, read_events
 
 CONFIG_FILE = "config.yaml"
 EVALUATION_FILE = "evaluation.json"
-MOST_NUMBERS = 8
+MAX_NUMBERS = 8
 """Of damaged lines that a warning lists."""
 
 
 @dataclass(kw_only=True)
-class History:
+class RunHistory:
     """One run."""
 
     folder: Path
@@ -30,10 +30,10 @@ class History:
     recipe_text: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     """config.yaml as plain values; empty if it cannot be read."""
-    run: Run | None = None
+    run: RunConfig | None = None
     """The same checked; None if this version of the recipe does not know it."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    metrics: Metrics | None = None
+    metrics: RunMetrics | None = None
     """None if no step was finished."""
     written: float = 0.0
     """When metrics.jsonl was last written, in seconds since 1970."""
@@ -44,7 +44,7 @@ class History:
     def total_steps(self) -> int | None:
         """Steps that the recipe wants, if it can tell."""
         if self.run is not None:
-            return Timeline(self.run).num_steps
+            return RunSchedule(self.run).num_steps
         steps = self.setting("train", "train_steps")
         return steps if type(steps) is int and steps > 0 else None
 
@@ -72,7 +72,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}: give runs/<name>")
 
 
-def load(folder: Path, num_runs: int) -> History:
+def load_history(folder: Path, num_runs: int) -> RunHistory:
     """Read a run's folder; what is damaged in it is said in the warnings of the result.
 
     Args:
@@ -82,20 +82,20 @@ def load(folder: Path, num_runs: int) -> History:
         UserError: `folder` is none of a run.
     """
     check_folder(folder)
-    history = History(folder=folder, name=folder.resolve().name)
+    history = RunHistory(folder=folder, name=folder.resolve().name)
     _load_recipe(history)
     _load_events(history)
     path = folder / METRICS_FILE
     if path.exists():
-        with naming(path):
-            history.metrics = read_metrics(path, num_runs)
+        with attach_path(path):
+            history.metrics = load_run_metrics(path, num_runs)
             history.written = path.stat().st_mtime
     _load_evaluation(history)
     _warn_of_metrics(history)
     return history
 
 
-def _load_recipe(history: History) -> None:
+def _load_recipe(history: RunHistory) -> None:
     path = history.folder / CONFIG_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -113,17 +113,17 @@ def _load_recipe(history: History) -> None:
         return
     history.recipe_text, history.recipe = text, recipe
     try:
-        history.run = from_dict(recipe)
-        Timeline(history.run)
+        history.run = parse_run_config(recipe)
+        RunSchedule(history.run)
     except UserError:  # of another version: it is shown as it is
         history.run = None
 
 
-def _load_events(history: History) -> None:
+def _load_events(history: RunHistory) -> None:
     path = history.folder / EVENTS_FILE
     if not path.exists():
         return
-    with naming(path):
+    with attach_path(path):
         found = read_events(history.folder)
         lines = sum(1 for line in path.read_bytes().splitlines() if line.strip())
     history.events = [event for event in found if isinstance(event, dict) and isinstance(event.get("event"), str)]
@@ -131,7 +131,7 @@ def _load_events(history: History) -> None:
         history.warnings.append(f"{path}: {lost} of {lines} lines could not be read, and are left out")
 
 
-def _load_evaluation(history: History) -> None:
+def _load_evaluation(history: RunHistory) -> None:
     path = history.folder / EVALUATION_FILE
     if not path.exists():
         return
@@ -141,18 +141,18 @@ def _load_evaluation(history: History) -> None:
             raise ValueError("it is no object")
         history.evaluation = found
     except (OSError, ValueError, RecursionError) as error:
-        history.warnings.append(f"{path} cannot be read ({message_of(error) or error}): it is left out")
+        history.warnings.append(f"{path} cannot be read ({user_message(error) or error}): it is left out")
 
 
-def _warn_of_metrics(history: History) -> None:
+def _warn_of_metrics(history: RunHistory) -> None:
     path, metrics = history.folder / METRICS_FILE, history.metrics
     if metrics is None:
         return
     if metrics.scan.damaged:
         numbers = [str(number) for number in metrics.scan.damaged]
-        more = f" and {len(numbers) - MOST_NUMBERS} more" if len(numbers) > MOST_NUMBERS else ""
+        more = f" and {len(numbers) - MAX_NUMBERS} more" if len(numbers) > MAX_NUMBERS else ""
         what = "line" if len(numbers) == 1 else "lines"
-        listed = ", ".join(numbers[:MOST_NUMBERS])
+        listed = ", ".join(numbers[:MAX_NUMBERS])
         history.warnings.append(f"{path}: {what} {listed}{more} damaged (no JSON object with a step), left out")
     if metrics.scan.cut:
         history.warnings.append(

@@ -78,21 +78,21 @@ def scan(file: BinaryIO, tell: Callable[[int], None]) -> Scan | None:
     )
 
 
-def entries(file: BinaryIO, found: Scan, tell: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+def entries(file: BinaryIO, scan_result: Scan, tell: Callable[[int], None]) -> Iterator[dict[str, Any]]:
     """The objects of the lines that count, in the order of the file; damaged ones are added to `found.damaged`."""
     done = 0
     file.seek(0)
-    for number, (line, counts) in enumerate(zip(file, found.counts, strict=False), start=1):
+    for number, (line, counts) in enumerate(zip(file, scan_result.counts, strict=False), start=1):
         done += len(line)
         if counts:
             entry = parse(line)
             if entry is None:
-                found.damaged.append(number)
+                scan_result.damaged.append(number)
             else:
                 yield entry
         if number % _LINES_BETWEEN_TOLD == 0:
             tell(done)
-    found.damaged.sort()
+    scan_result.damaged.sort()
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

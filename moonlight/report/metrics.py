@@ -10,7 +10,7 @@ import numpy as np
 
 from moonlight.progress import byte_progress
 from moonlight.report.lines import Scan, entries, scan
-from moonlight.report.thin import Grid, Map, Points, Series, packed
+from moonlight.report.thin import Heatmap, Series, SparseSeries, StepBuckets, packed
 
 _SERIES = {
     "consumed_tokens",
@@ -43,29 +43,29 @@ _LARGEST = {"attention/max_logit_by_layer": True, "moe/max_load_by_layer": True}
 _MAPS = _LARGEST | {"moe/load_spread_by_layer": False, "moe/load_by_expert": False}
 """Lists, and whether a bucket keeps the largest value or else the mean."""
 
-MOST_COLUMNS, MOST_CELLS = 300, 1_600_000
+MAX_COLUMNS, MAX_CELLS = 300, 1_600_000
 """Of a map over time: buckets of steps, and values in all of them."""
-MOST_BUCKETS = 600
-MOST_KEYS = 200
+MAX_BUCKETS = 600
+MAX_KEYS = 200
 """Figures of one run; a file with more names than that was not written by the trainer."""
-MOST_MARKS = 500
+MAX_MARKS = 500
 RECENT = 100
 """Steps over whose losses the final training loss is a mean."""
 _ROWS_AT_ONCE = 1000
 
 
-class Metrics:
+class RunMetrics:
     """The steps of a run. Whatever the file holds beyond the known figures is passed over."""
 
-    def __init__(self, found: Scan, num_runs: int) -> None:
+    def __init__(self, scan: Scan, num_runs: int) -> None:
         """`num_runs` share the page, and its size."""
-        self.scan = found
-        self._most_columns, self._most_cells = MOST_COLUMNS // num_runs, MOST_CELLS // num_runs
-        buckets = min(MOST_BUCKETS, max(120, 2 * MOST_BUCKETS // num_runs))
-        self.grid = Grid.over(found.first_step, found.last_step, buckets)
+        self.scan = scan
+        self._max_columns, self._max_cells = MAX_COLUMNS // num_runs, MAX_CELLS // num_runs
+        buckets = min(MAX_BUCKETS, max(120, 2 * MAX_BUCKETS // num_runs))
+        self.grid = StepBuckets.over(scan.first_step, scan.last_step, buckets)
         self.series: dict[str, Series] = {}
-        self.points: dict[str, Points] = {}
-        self.maps: dict[str, Map] = {}
+        self.points: dict[str, SparseSeries] = {}
+        self.maps: dict[str, Heatmap] = {}
         self.steps = Series(self.grid)
         """The step itself: where a bucket's mean lies."""
         self.stages: list[tuple[int, str]] = []
@@ -119,22 +119,22 @@ class Metrics:
         known: dict[str, Any] | None = None
         if key in _MAPS:
             known = self.maps
-            new: Any = Map(
+            new: Any = Heatmap(
                 self.scan.first_step,
                 self.scan.last_step,
-                self._most_columns,
-                self._most_cells,
+                self._max_columns,
+                self._max_cells,
                 largest=_MAPS[key],
             )
         elif key in _POINTS or key.startswith(_POINTS_PREFIXES):
-            known, new = self.points, Points(self.grid)
+            known, new = self.points, SparseSeries(self.grid)
         elif key in _SERIES or key.startswith(_SERIES_PREFIXES):
             known, new = self.series, Series(self.grid)
-        if known is not None and len(known) >= MOST_KEYS:
+        if known is not None and len(known) >= MAX_KEYS:
             self.dropped.add(key)
             known = None
         if known is None:
-            if len(self._columns) < 10 * MOST_KEYS:  # else they are looked at anew each time
+            if len(self._columns) < 10 * MAX_KEYS:  # else they are looked at anew each time
                 self._columns[key] = None
             return None
         known[key] = new
@@ -145,7 +145,7 @@ class Metrics:
     def _look_for_marks(self, step: int, entry: dict[str, Any]) -> None:
         stage = entry.get("stage")
         if isinstance(stage, str) and stage and (not self.stages or self.stages[-1][1] != stage):
-            self.stages = [*self.stages, (step, stage)][:MOST_MARKS]
+            self.stages = [*self.stages, (step, stage)][:MAX_MARKS]
         not_finite = any(key in entry and finite(entry[key]) is None for key in ("loss/train", "optim/grad_norm"))
         self.num_not_finite += not_finite
         skipped = finite(entry.get("optim/skipped_steps"))
@@ -210,7 +210,7 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def read_metrics(path: Path, num_runs: int) -> Metrics | None:
+def load_run_metrics(path: Path, num_runs: int) -> RunMetrics | None:
     """Read a metrics.jsonl, which may grow meanwhile; None without a whole line that is a step's.
 
     Raises:
@@ -223,7 +223,7 @@ def read_metrics(path: Path, num_runs: int) -> Metrics | None:
             found = scan(file, lambda done: tell(done // 2))
             if found is None:
                 return None
-            metrics = Metrics(found, num_runs)
+            metrics = RunMetrics(found, num_runs)
             for entry in entries(file, found, lambda done: tell((size + done) // 2)):
                 metrics.add(entry)
             metrics.flush()

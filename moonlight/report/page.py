@@ -9,20 +9,29 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from moonlight.report.facts import Fact, Table, data_read, differences, environment, evaluation, facts, state
-from moonlight.report.happened import Line, marks, what_happened
-from moonlight.report.history import History
+from moonlight.report.facts import (
+    SummaryFigure,
+    TextTable,
+    data_read,
+    environment,
+    evaluation,
+    recipe_differences,
+    state,
+    summary_figures,
+)
+from moonlight.report.happened import EventLine, event_lines, marks
+from moonlight.report.history import RunHistory
 
 SCRIPTS = ("data.js", "panel.js", "charts.js", "page.js")
-MOST_OPEN = 8
+MAX_OPEN = 8
 """Newest lines of what happened that need no click."""
-MOST_ROWS = 10
+MAX_ROWS = 10
 """Settings in which recipes differ that need no click."""
-MOST_RECIPE = 200_000
+MAX_RECIPE = 200_000
 """Characters of a recipe that the page shows."""
 
 
-def build(histories: Sequence[History]) -> str:
+def build(histories: Sequence[RunHistory]) -> str:
     """The page as text."""
     names = ", ".join(history.name for history in histories)
     script = "".join(_part(name) for name in SCRIPTS)
@@ -44,32 +53,32 @@ def _part(name: str) -> str:
     return (files("moonlight.report") / name).read_text(encoding="utf-8")
 
 
-def _data(histories: Sequence[History]) -> str:
+def _data(histories: Sequence[RunHistory]) -> str:
     """What page.js draws, safe inside a script element."""
     runs = [
         {
             "name": history.name,
-            "color": number,
+            "color": index,
             "firstExpertLayer": history.first_expert_layer,
             "marks": marks(history),
             **history.metrics.for_page(),
         }
-        for number, history in enumerate(histories)
+        for index, history in enumerate(histories)
         if history.metrics is not None
     ]
     text = json.dumps({"runs": runs}, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _body(histories: Sequence[History]) -> str:
+def _body(histories: Sequence[RunHistory]) -> str:
     several = len(histories) > 1
     title = f"{len(histories)} runs compared" if several else escape(histories[0].name)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     parts = [f'<header class="top"><p class="over">Moonlight training run{"s" * several}</p><h1>{title}</h1>']
-    for number, history in enumerate(histories):
+    for index, history in enumerate(histories):
         word, sentence = state(history)
         name = f"<b>{escape(history.name)}</b>: " if several else ""
-        swatch = f'<i class="swatch c{number}"></i>' if several else ""
+        swatch = f'<i class="swatch c{index}"></i>' if several else ""
         kind = "done" if word == "finished" else "open"
         parts.append(f'<p class="state">{swatch}{name}<span class="pill {kind}">{word}</span> {escape(sentence)}</p>')
     parts.append("</header><main>")
@@ -79,9 +88,9 @@ def _body(histories: Sequence[History]) -> str:
     if several:
         parts.append(_section("Figures", _facts_table(histories)))
         same = "<p>The recipes that can be read are the same.</p>"
-        parts.append(_differences(differences(histories), same))
+        parts.append(_differences(recipe_differences(histories), same))
     else:
-        parts.append(_tiles(facts(histories[0])))
+        parts.append(_tiles(summary_figures(histories[0])))
     parts += [_happened(history, several=several) for history in histories]
     parts.append('<div id="charts"><noscript><p>The charts need JavaScript, which is off.</p></noscript></div>')
     parts.append(_section("Evaluation", _table(evaluation(histories), "<p>No validation has taken place yet.</p>")))
@@ -98,15 +107,15 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
-def _differences(table: Table | None, nothing: str) -> str:
+def _differences(table: TextTable | None, nothing: str) -> str:
     """Many take a click, so that they do not stand before the charts."""
     title = "Differences between the recipes"
-    if table is None or len(table.rows) <= MOST_ROWS:
+    if table is None or len(table.rows) <= MAX_ROWS:
         return _section(title, _table(table, nothing))
     return f"<details><summary>{title}: {len(table.rows)} settings</summary>{_table(table)}</details>"
 
 
-def _tiles(found: Sequence[Fact]) -> str:
+def _tiles(found: Sequence[SummaryFigure]) -> str:
     tiles = "".join(
         f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd class=note>{escape(fact.note)}</dd></div>"
         for fact in found
@@ -115,26 +124,26 @@ def _tiles(found: Sequence[Fact]) -> str:
     return f'<section aria-label="figures"><dl class="tiles">{tiles}</dl></section>'
 
 
-def _facts_table(histories: Sequence[History]) -> str:
+def _facts_table(histories: Sequence[RunHistory]) -> str:
     """Figures of several runs; their notes as text below them."""
-    columns = [{fact.label: fact for fact in facts(history)} for history in histories]
+    columns = [{fact.label: fact for fact in summary_figures(history)} for history in histories]
     labels = dict.fromkeys(label for column in columns for label in column)
     head = "".join(
-        f'<th scope="col"><i class="swatch c{number}"></i>{escape(history.name)}</th>'
-        for number, history in enumerate(histories)
+        f'<th scope="col"><i class="swatch c{index}"></i>{escape(history.name)}</th>'
+        for index, history in enumerate(histories)
     )
     rows = []
     for label in labels:
         cells = "".join(
             f"<td>{escape(fact.value)}<small>{escape(fact.note)}</small></td>"
             for column in columns
-            for fact in (column.get(label, Fact(label, "–")),)
+            for fact in (column.get(label, SummaryFigure(label, "–")),)
         )
         rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     return f'<div class="scroll"><table class="facts"><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _table(table: Table | None, nothing: str = "") -> str:
+def _table(table: TextTable | None, nothing: str = "") -> str:
     if table is None:
         return nothing
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
@@ -145,21 +154,21 @@ def _table(table: Table | None, nothing: str = "") -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
 
 
-def _happened(history: History, *, several: bool) -> str:
-    lines = what_happened(history)
+def _happened(history: RunHistory, *, several: bool) -> str:
+    lines = event_lines(history)
     name = f": {escape(history.name)}" if several else ""
     if not lines:
         return "" if several else _section("What happened", "<p>events.jsonl is missing or empty.</p>")
     content = _list(lines)
     if several:
         return f"<details><summary>What happened{name}</summary>{content}</details>"
-    if len(lines) > MOST_OPEN + 2:
-        earlier, lines = lines[:-MOST_OPEN], lines[-MOST_OPEN:]
+    if len(lines) > MAX_OPEN + 2:
+        earlier, lines = lines[:-MAX_OPEN], lines[-MAX_OPEN:]
         content = f"<details><summary>{len(earlier)} earlier lines</summary>{_list(earlier)}</details>{_list(lines)}"
     return _section("What happened", content)
 
 
-def _list(lines: Sequence[Line]) -> str:
+def _list(lines: Sequence[EventLine]) -> str:
     items = "".join(
         f'<li class="{escape(line.kind.replace(" ", "-"))}"><span class="when">{line.when}</span>'
         f'<span class="step">{line.steps}</span><span>{escape(line.text)}</span></li>'
@@ -168,8 +177,8 @@ def _list(lines: Sequence[Line]) -> str:
     return f'<ol class="happened">{items}</ol>'
 
 
-def _recipe(history: History, *, several: bool) -> str:
+def _recipe(history: RunHistory, *, several: bool) -> str:
     name = f" of {escape(history.name)}" if several else ""
     text = history.recipe_text
-    more = "\n…" if len(text) > MOST_RECIPE else ""
-    return f"<details><summary>Resolved recipe{name}</summary><pre>{escape(text[:MOST_RECIPE])}{more}</pre></details>"
+    more = "\n…" if len(text) > MAX_RECIPE else ""
+    return f"<details><summary>Resolved recipe{name}</summary><pre>{escape(text[:MAX_RECIPE])}{more}</pre></details>"

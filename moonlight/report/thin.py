@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-MOST_POINTS = 600
+MAX_POINTS = 600
 """Values that are kept one by one, such as validation losses; more of them are thinned like any series."""
 
 MISSING, DEAD, LOWEST, HIGHEST = 0, 1, 2, 255
 """Codes of expert loads: none recorded, exactly zero, and the ends of the scale."""
-LARGEST_LOG2 = 3.0
+MAX_LOG2 = 3.0
 """The scale goes from 1/8 to 8 times the even share."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class StepBuckets:
     """Buckets of equal width over the steps of a run."""
 
     first: int
@@ -26,9 +26,9 @@ class Grid:
     size: int
 
     @classmethod
-    def over(cls, first: int, last: int, most: int) -> "Grid":
+    def over(cls, first: int, last: int, max_buckets: int) -> "StepBuckets":
         """The finest one of at most `most` buckets that holds steps `first` to `last`."""
-        width = -(-(last - first + 1) // most)
+        width = -(-(last - first + 1) // max_buckets)
         return cls(first, width, -(-(last - first + 1) // width))
 
     def index(self, steps: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ class Grid:
 class Series:
     """Smallest, mean and largest value of each bucket; what is not a finite number counts as missing."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: StepBuckets) -> None:
         self.grid = grid
         self._count = np.zeros(grid.size, dtype=np.int64)
         self._total = np.zeros(grid.size)
@@ -89,10 +89,10 @@ class Series:
         return found
 
 
-class Points(Series):
+class SparseSeries(Series):
     """Values that come now and then, kept one by one as long as they are few."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: StepBuckets) -> None:
         super().__init__(grid)
         self._points: list[tuple[int, float]] = []
         self._many = False
@@ -106,7 +106,7 @@ class Points(Series):
         new = list(zip(steps[finite].tolist(), numbers[finite].tolist(), strict=True))
         if new and (self.last is None or max(new)[0] >= self.last[0]):
             self.last = max(new)
-        self._many = self._many or len(self._points) + len(new) > MOST_POINTS
+        self._many = self._many or len(self._points) + len(new) > MAX_POINTS
         self._points = [] if self._many else sorted(self._points + new)
 
     def for_page(self) -> dict[str, Any] | None:
@@ -117,11 +117,11 @@ class Points(Series):
         return {"points": list(steps), "mean": packed(np.array(values), "<f4")}
 
 
-class Map:
+class Heatmap:
     """A list in each step, of layers or of experts in each layer: its mean, or its largest, in each bucket."""
 
-    def __init__(self, first: int, last: int, most_columns: int, most_cells: int, *, largest: bool) -> None:
-        self._span, self._most_columns, self._most_cells = (first, last), most_columns, most_cells
+    def __init__(self, first: int, last: int, max_columns: int, max_cells: int, *, largest: bool) -> None:
+        self._span, self._max_columns, self._max_cells = (first, last), max_columns, max_cells
         self._largest = largest
         self.shape: tuple[int, ...] | None = None
         """Of the first list; lists of another shape are counted in `strange` and left out."""
@@ -134,7 +134,7 @@ class Map:
                 array = np.array(value, dtype=np.float64)
             except (ValueError, TypeError, OverflowError):
                 array = np.zeros(())
-            if self.shape is None and 1 <= array.ndim <= 2 and 0 < array.size <= self._most_cells:
+            if self.shape is None and 1 <= array.ndim <= 2 and 0 < array.size <= self._max_cells:
                 self._begin(array.shape)
             if self.shape is None or array.shape != self.shape:
                 self.strange += 1
@@ -150,7 +150,7 @@ class Map:
     def _begin(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         cells = int(np.prod(shape))
-        self.grid = Grid.over(*self._span, max(1, min(self._most_columns, self._most_cells // cells)))
+        self.grid = StepBuckets.over(*self._span, max(1, min(self._max_columns, self._max_cells // cells)))
         self._values = np.full((self.grid.size, *shape), np.nan if self._largest else 0.0)
         self._count = np.zeros((self.grid.size, *shape), dtype=np.int32)
 
@@ -181,7 +181,7 @@ def load_codes(load: np.ndarray) -> np.ndarray:
     """Loads relative to the even share as uint8: log2 of them in 253 even steps, with codes for zero and for NaN."""
     codes = np.full(load.shape, MISSING, dtype=np.uint8)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = (np.clip(np.log2(load), -LARGEST_LOG2, LARGEST_LOG2) + LARGEST_LOG2) / (2 * LARGEST_LOG2)
+        share = (np.clip(np.log2(load), -MAX_LOG2, MAX_LOG2) + MAX_LOG2) / (2 * MAX_LOG2)
     above = load > 0
     codes[above] = LOWEST + np.rint(share[above] * (HIGHEST - LOWEST))
     codes[load == 0] = DEAD

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def short(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """1234567 as 1.23M; a dash for None."""
     if value is None:
         return "–"
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
     return f"{days:,} d {hours} h"
 
 
-def moment(time: object) -> str:
+def format_time(time: object) -> str:
     """Seconds since 1970 as a date and a time of day; nothing if they are no such time."""
     if isinstance(time, bool) or not isinstance(time, int | float):
         return ""
@@ -39,8 +39,10 @@ def moment(time: object) -> str:
         return ""
 
 
-def flat(tree: object, prefix: str = "") -> list[tuple[str, str]]:
+def flatten_items(tree: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested mappings as dotted keys and the text of their values; a list is one value."""
     if not isinstance(tree, dict) or not tree:
         return [(prefix, "none" if tree is None or tree == {} else str(tree))]
-    return [pair for key, value in tree.items() for pair in flat(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [
+        pair for key, value in tree.items() for pair in flatten_items(value, f"{prefix}.{key}" if prefix else str(key))
+    ]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moonlight.errors import UserError
-from moonlight.files import check_output_file, make_folder, write_text
-from moonlight.report.history import check_folder, load
+from moonlight.files import atomic_write_text, check_output_file, make_folder
+from moonlight.report.history import check_folder, load_history
 from moonlight.report.page import build
 
 PAGE_FILE = "report.html"
-MOST_RUNS = 8
+MAX_RUNS = 8
 """Runs whose colours can still be told apart."""
 
 
@@ -25,14 +25,14 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
         UserError: a folder is that of no run, no step was finished, or `out` cannot be a file.
     """
     folders, warnings = _different(folders)
-    if len(folders) > MOST_RUNS:
-        raise UserError(f"{len(folders)} runs were given: at most {MOST_RUNS} can be told apart in one chart")
+    if len(folders) > MAX_RUNS:
+        raise UserError(f"{len(folders)} runs were given: at most {MAX_RUNS} can be told apart in one chart")
     for folder in folders:
         check_folder(folder)
     if out is None:
         out = folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE)
     check_output_file("--out", out, PAGE_FILE)
-    histories = [load(folder, len(folders)) for folder in folders]
+    histories = [load_history(folder, len(folders)) for folder in folders]
     empty = [history for history in histories if history.metrics is None]
     if len(empty) == len(histories):
         which = f"{histories[0].folder}: " if len(histories) == 1 else ""
@@ -48,7 +48,7 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
     for history in histories:
         for warning in history.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    write_text(out, build(histories))
+    atomic_write_text(out, build(histories))
     return out
 
 

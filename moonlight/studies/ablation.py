@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moonlight.errors import UserError
-from moonlight.studies.study import AnyPoint, Study, load_study
+from moonlight.studies.study import Study, StudyRun, load_study
 
 
 @dataclass(frozen=True)
-class Trial(AnyPoint):
+class AblationRun(StudyRun):
     """One run of an ablation."""
 
     variant: str
@@ -28,11 +28,11 @@ class Trial(AnyPoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation(Study[Trial]):
+class Ablation(Study[AblationRun]):
     """A file of `configs/ablations/`."""
 
-    kind, part, point_type = "ablation", "variant", Trial
-    of_the_point = frozenset({"name", "schedule.lr", "train.seed"})
+    kind, part, point_type = "ablation", "variant", AblationRun
+    run_keys = frozenset({"name", "schedule.lr", "train.seed"})
 
     variants: dict[str, dict[str, Any]]
     """Settings of each variant, laid over the recipe and `settings`."""
@@ -54,10 +54,10 @@ class Ablation(Study[Trial]):
         known = {name: values[self.varied] for name, values in self.variants.items() if self.varied in values}
         return dict(sorted(known.items(), key=lambda item: item[1]))
 
-    def first_point(self, group: str) -> Trial:
-        return Trial(group, self.rates[0], self.seeds[0])
+    def representative_run(self, group: str) -> AblationRun:
+        return AblationRun(group, self.rates[0], self.seeds[0])
 
-    def own_settings(self, point: Trial) -> dict[str, Any]:
+    def run_settings(self, point: AblationRun) -> dict[str, Any]:
         return {"schedule.lr": f"{point.rate:g}"}
 
     def check(self) -> None:
@@ -70,12 +70,12 @@ class Ablation(Study[Trial]):
         if self.varied and (len(values) < 2 or any(type(value) not in (int, float) for value in values)):
             raise UserError(f"{start}: varied is {self.varied!r}: at least 2 variants must set it to a number")
 
-    def wanted(self, losses: Mapping[Trial, float]) -> list[Trial]:
+    def pending_runs(self, losses: Mapping[AblationRun, float]) -> list[AblationRun]:
         """All variants with the first seed, then with the next."""
-        every = [Trial(name, rate, seed) for seed in self.seeds for name in self.variants for rate in self.rates]
+        every = [AblationRun(name, rate, seed) for seed in self.seeds for name in self.variants for rate in self.rates]
         return [trial for trial in every if trial not in losses]
 
-    def kept(self, losses: Mapping[Trial, float]) -> set[Trial]:
+    def runs_to_keep(self, losses: Mapping[AblationRun, float]) -> set[AblationRun]:
         """All that ended well: their weights are looked at when all runs have ended."""
         return {trial for trial, loss in losses.items() if math.isfinite(loss)}
 

@@ -11,7 +11,7 @@ from moonlight.files import write_figure
 from moonlight.studies.ablation import Ablation
 from moonlight.studies.ablation_text import Outcomes
 from moonlight.studies.measured import Measured
-from moonlight.studies.outcome import Outcome, curve_differences
+from moonlight.studies.outcome import VariantResult, curve_differences
 from moonlight.studies.scaling_picture import new_figure
 
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
@@ -66,7 +66,7 @@ def _weights_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes, wei
     axes.set_ylabel("RMS of the weights at the end")
 
 
-def _mean_rms(outcome: Outcome, weight_rms: Measured, kind: str) -> float:
+def _mean_rms(outcome: VariantResult, weight_rms: Measured, kind: str) -> float:
     """Over seeds; 0 where nothing was measured."""
     known = [weight_rms.get(run.point.name, {}).get(kind, 0.0) for run in outcome.runs.values()]
     return fmean(known) if all(known) else 0.0
@@ -84,9 +84,9 @@ def _name_numbers(axes: Any, ablation: Ablation) -> None:
 def _curves(axes: Any, outcomes: Outcomes, colors: dict[str, str]) -> None:
     late: list[float] = []
     for variant, outcome in outcomes.items():
-        for number, run in enumerate(outcome.runs.values()):
+        for index, run in enumerate(outcome.runs.values()):
             tokens, values = np.array(run.curve).reshape(-1, 2).T
-            axes.plot(tokens / 1e6, values, color=colors[variant], lw=1.2, alpha=0.8, label=None if number else variant)
+            axes.plot(tokens / 1e6, values, color=colors[variant], lw=1.2, alpha=0.8, label=None if index else variant)
             late += list(values[len(values) // 10 :])
     if late:
         room = 0.05 * (max(late) - min(late))

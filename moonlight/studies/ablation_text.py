@@ -6,14 +6,14 @@ from itertools import pairwise
 from statistics import fmean
 
 from moonlight.placement.param_groups import MATRIX_GROUPS
-from moonlight.studies.ablation import Ablation, Trial
+from moonlight.studies.ablation import Ablation, AblationRun
 from moonlight.studies.grid import on_edge
 from moonlight.studies.measured import Measured
-from moonlight.studies.outcome import Outcome, curve_differences, differences
-from moonlight.studies.results import Result, losses
+from moonlight.studies.outcome import VariantResult, curve_differences, loss_differences
+from moonlight.studies.results import StudyResult, losses
 from moonlight.studies.weights import KINDS
 
-Outcomes = Mapping[str, Outcome]
+Outcomes = Mapping[str, VariantResult]
 PARTS, TENTHS = 4, 10
 """Of a run: over which differences of the training loss are told, and after which changes of sign are looked for."""
 
@@ -29,7 +29,7 @@ def loss_table(ablation: Ablation, outcomes: Outcomes) -> str:
             is_base = variant == ablation.baseline and rate == outcome.best
             cells = [variant, f"{rate:g}", f"**{mean}**" if rate == outcome.best and len(ablation.rates) > 1 else mean]
             cells += [_loss(runs[seed].loss) if seed in runs else "" for seed in ablation.seeds]
-            cells.append("baseline" if is_base else _spread(differences(runs, base.runs)))
+            cells.append("baseline" if is_base else _spread(loss_differences(runs, base.runs)))
             lines += _rows([*cells, f"{fmean(run.seconds for run in runs.values()):.0f}"], head=False)
     return "\n".join(lines)
 
@@ -85,7 +85,7 @@ def matrices_text(outcomes: Outcomes, weight_rms: Measured) -> str:
 def _matrices_table(
     title: str,
     outcomes: Outcomes,
-    of_run: Callable[[Result[Trial]], Mapping[str, float]],
+    of_run: Callable[[StudyResult[AblationRun]], Mapping[str, float]],
     columns: Iterable[str] = MATRIX_GROUPS,
 ) -> str:
     means: dict[str, dict[str, float]] = {}
@@ -120,7 +120,7 @@ def verdict(ablation: Ablation, outcomes: Outcomes) -> str:
     return f"{said}; both ends are worse, {worse}."
 
 
-def doubts(ablation: Ablation, outcomes: Outcomes) -> list[str]:
+def ablation_caveats(ablation: Ablation, outcomes: Outcomes) -> list[str]:
     """Runs that diverged or are missing, and learning rates that are best at an edge."""
     every = {run.point: run for one in outcomes.values() for runs in one.by_rate.values() for run in runs.values()}
     said = [f"{trial.name} diverged ({run.diverged})." for trial, run in every.items() if run.diverged]
@@ -128,7 +128,7 @@ def doubts(ablation: Ablation, outcomes: Outcomes) -> list[str]:
         means = {rate: outcome.mean(rate) for rate in outcome.by_rate}
         if outcome.best is not None and len(means) > 1 and (edge := on_edge(means)):
             said.append(f"{variant} is best at {outcome.best:g}, the {edge} edge of its learning rates.")
-    if missing := ablation.wanted(losses(every)):
+    if missing := ablation.pending_runs(losses(every)):
         names = ", ".join(trial.name for trial in missing[:3])
         said.append(f"{len(missing)} runs are still to be done: {names}{', ...' if missing[3:] else ''}.")
     return said

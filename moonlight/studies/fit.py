@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moonlight.errors import UserError
-from moonlight.studies.ladder import LEAST_SIZES
+from moonlight.studies.ladder import MIN_SIZES
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -23,7 +23,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Cell:
+class SizeLosses:
     """One size of one optimizer, at its best learning rate."""
 
     flops: float
@@ -32,14 +32,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """L = a C^b with C in PFLOP/s-days, and the draws of the bootstrap."""
 
     a: float
     b: float
     a_interval: Interval
     b_interval: Interval
-    farthest: float
+    max_deviation: float
     """The largest distance of a size from the line, as a share of its loss."""
     log_a: np.ndarray
     """Natural logarithms of a, [draws]."""
@@ -54,7 +54,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Share:
+class FlopsRatio:
     """Muon's training FLOPs over AdamW's, for the loss that AdamW reaches with `flops`."""
 
     flops: float
@@ -70,14 +70,14 @@ class Share:
 class Comparison:
     """Both laws and what they say together."""
 
-    laws: dict[str, Law]
-    shares: tuple[Share, ...]
+    laws: dict[str, ScalingLaw]
+    shares: tuple[FlopsRatio, ...]
     """At the least FLOPs of the ladder, in the geometric middle, at the most."""
-    read_off: tuple[Share, ...]
+    interpolated: tuple[FlopsRatio, ...]
     """At AdamW's sizes, the smallest first, between Muon's neighbouring ones; intervals know the seeds alone."""
 
     @property
-    def middle(self) -> Share:
+    def middle(self) -> FlopsRatio:
         return self.shares[1]
 
 
@@ -95,7 +95,7 @@ def least_squares(log_flops: np.ndarray, log_losses: np.ndarray) -> tuple[np.nda
     return mean_y[..., 0] - slope * mean_x[..., 0], slope
 
 
-def compare(cells: Mapping[str, Mapping[str, Cell]], draws: int = DRAWS, seed: int = 0) -> Comparison:
+def compare(cells: Mapping[str, Mapping[str, SizeLosses]], draws: int = DRAWS, seed: int = 0) -> Comparison:
     """Fit the law of each optimizer, and compare them.
 
     Args:
@@ -105,13 +105,12 @@ def compare(cells: Mapping[str, Mapping[str, Cell]], draws: int = DRAWS, seed: i
         UserError: an optimizer has fewer sizes than the fit needs, or its loss does not fall with FLOPs.
     """
     for name, own in cells.items():
-        if len(own) < LEAST_SIZES:
+        if len(own) < MIN_SIZES:
             raise UserError(
-                f"{name} has results at {len(own)} sizes ({', '.join(own) or 'none'}): a fit needs at least "
-                f"{LEAST_SIZES}"
+                f"{name} has results at {len(own)} sizes ({', '.join(own) or 'none'}): a fit needs at least {MIN_SIZES}"
             )
-        if len({cell.flops for cell in own.values()}) < LEAST_SIZES:
-            raise UserError(f"{name} has results at fewer than {LEAST_SIZES} different FLOPs: a fit needs as many")
+        if len({cell.flops for cell in own.values()}) < MIN_SIZES:
+            raise UserError(f"{name} has results at fewer than {MIN_SIZES} different FLOPs: a fit needs as many")
     generator = np.random.default_rng(seed)
     sizes = sorted(set().union(*cells.values()))
     laws = _laws(cells, sizes, _draw_sizes(cells, sizes, draws, generator), generator)
@@ -130,7 +129,7 @@ def compare(cells: Mapping[str, Mapping[str, Cell]], draws: int = DRAWS, seed: i
 
 
 def _draw_sizes(
-    cells: Mapping[str, Mapping[str, Cell]], sizes: Sequence[str], draws: int, generator: np.random.Generator
+    cells: Mapping[str, Mapping[str, SizeLosses]], sizes: Sequence[str], draws: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Numbers of sizes, int [draws, sizes]; those from which no line can be drawn for both optimizers come again."""
     drawn = generator.integers(len(sizes), size=(draws, len(sizes)))
@@ -145,8 +144,11 @@ def _draw_sizes(
 
 
 def _laws(
-    cells: Mapping[str, Mapping[str, Cell]], sizes: Sequence[str], drawn: np.ndarray, generator: np.random.Generator
-) -> dict[str, Law]:
+    cells: Mapping[str, Mapping[str, SizeLosses]],
+    sizes: Sequence[str],
+    drawn: np.ndarray,
+    generator: np.random.Generator,
+) -> dict[str, ScalingLaw]:
     laws = {}
     for name, own in cells.items():
         x = np.log([cell.flops / PFLOPS_DAY for cell in own.values()])
@@ -155,15 +157,15 @@ def _laws(
         farthest = float(np.expm1(np.abs(y - log_a - b * x).max()))
         # Every time that a size is drawn its seeds are drawn anew, [draws, sizes]; NaN: a size that is not there.
         some_x, some_y = np.full(drawn.shape, np.nan), np.full(drawn.shape, np.nan)
-        for number, size in enumerate(sizes):
+        for index, size in enumerate(sizes):
             if size in own:
-                here = drawn == number
+                here = drawn == index
                 values = np.array(own[size].losses)
                 picked = values[generator.integers(len(values), size=(int(here.sum()), len(values)))]
                 some_x[here], some_y[here] = np.log(own[size].flops / PFLOPS_DAY), np.log(picked.mean(-1))
         many_a, many_b = _masked_least_squares(some_x, some_y)
         intervals = interval(np.exp(many_a)), interval(many_b)
-        laws[name] = Law(float(np.exp(log_a)), float(b), *intervals, farthest, many_a, many_b)
+        laws[name] = ScalingLaw(float(np.exp(log_a)), float(b), *intervals, farthest, many_a, many_b)
     return laws
 
 
@@ -176,7 +178,7 @@ def _masked_least_squares(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.
     return mean_y[:, 0] - slope * mean_x[:, 0], slope
 
 
-def _share(muon: Law, adamw: Law, flops: float, ends: Interval) -> Share:
+def _share(muon: ScalingLaw, adamw: ScalingLaw, flops: float, ends: Interval) -> FlopsRatio:
     """At the loss of AdamW's line; in every draw, of that draw's line. Muon was trained with FLOPs between `ends`."""
     log_c = np.log(flops / PFLOPS_DAY)
 
@@ -189,10 +191,12 @@ def _share(muon: Law, adamw: Law, flops: float, ends: Interval) -> Share:
     point = float(share(*(np.array(value) for value in (np.log(muon.a), muon.b, np.log(adamw.a), adamw.b))))
     many = share(muon.log_a, muon.slopes, adamw.log_a, adamw.slopes)
     is_measured = 0.999 * ends[0] <= point * flops <= 1.001 * ends[1]
-    return Share(flops, adamw.loss(flops), point, interval(many), is_measured)
+    return FlopsRatio(flops, adamw.loss(flops), point, interval(many), is_measured)
 
 
-def _read_off(cells: Mapping[str, Mapping[str, Cell]], draws: int, generator: np.random.Generator) -> tuple[Share, ...]:
+def _read_off(
+    cells: Mapping[str, Mapping[str, SizeLosses]], draws: int, generator: np.random.Generator
+) -> tuple[FlopsRatio, ...]:
     """For AdamW's loss at each size, log C between the neighbouring sizes of Muon, log L in a line between them."""
     muon = sorted(cells["muon"].values(), key=lambda cell: cell.flops)
     x = np.log([cell.flops for cell in muon])
@@ -206,11 +210,11 @@ def _read_off(cells: Mapping[str, Mapping[str, Cell]], draws: int, generator: np
         is_measured = 0 < share < np.inf
         least, most = np.exp(x[[0, -1]] - np.log(cell.flops))
         known = interval(many) if is_measured else (0.0, float(least)) if share == 0 else (float(most), np.inf)
-        found.append(Share(cell.flops, loss, share, known, is_measured))
+        found.append(FlopsRatio(cell.flops, loss, share, known, is_measured))
     return tuple(found)
 
 
-def _drawn_means(cell: Cell, draws: int, generator: np.random.Generator) -> np.ndarray:
+def _drawn_means(cell: SizeLosses, draws: int, generator: np.random.Generator) -> np.ndarray:
     """Logarithms of mean losses of seeds drawn with replacement, [draws]."""
     values = np.array(cell.losses)
     return np.log(values[generator.integers(len(values), size=(draws, len(values)))].mean(-1))

@@ -23,8 +23,8 @@ def on_edge(values: Mapping[float, Any]) -> str:
     return "lower" if best == min(values) else "upper" if best == max(values) else ""
 
 
-def wanted_rates(
-    start: Sequence[float], factor: float, most: int, values: Mapping[str, Mapping[float, Any]]
+def pending_rates(
+    start: Sequence[float], factor: float, max_rates: int, values: Mapping[str, Mapping[float, Any]]
 ) -> list[float]:
     """The rates that every optimizer should have a value for, in rising order.
 
@@ -41,6 +41,6 @@ def wanted_rates(
         return rates
     edges = {on_edge(known) for known in values.values()}
     for edge, rate in (("lower", rates[0] / factor), ("upper", rates[-1] * factor)):
-        if edge in edges and len(rates) < most:
+        if edge in edges and len(rates) < max_rates:
             rates.append(rounded(rate))
     return sorted(rates)

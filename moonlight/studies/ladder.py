@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from moonlight.errors import UserError
-from moonlight.studies.grid import best_rate, wanted_rates
-from moonlight.studies.study import AnyPoint, Study, load_study
+from moonlight.studies.grid import best_rate, pending_rates
+from moonlight.studies.study import Study, StudyRun, load_study
 
 OPTIMIZERS = ("muon", "adamw")
-LEAST_SIZES = 3
+MIN_SIZES = 3
 """That a fit of two numbers and its interval need."""
 
 
 @dataclass(frozen=True)
-class Point(AnyPoint):
+class LadderRun(StudyRun):
     """One run of a ladder."""
 
     size: str
@@ -38,11 +38,11 @@ class Point(AnyPoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder(Study[Point]):
+class Ladder(Study[LadderRun]):
     """A file of `configs/scaling/`."""
 
-    kind, part, point_type = "ladder", "size", Point
-    of_the_point = frozenset({"name", "optimizer.name", "schedule.lr", "train.seed"})
+    kind, part, point_type = "ladder", "size", LadderRun
+    run_keys = frozenset({"name", "optimizer.name", "schedule.lr", "train.seed"})
 
     rates: tuple[float, ...]
     """Learning rates that both optimizers begin with at every size."""
@@ -60,10 +60,10 @@ class Ladder(Study[Point]):
     def groups(self) -> dict[str, dict[str, Any]]:
         return self.sizes
 
-    def first_point(self, group: str) -> Point:
-        return Point(group, OPTIMIZERS[0], self.rates[0], self.seeds[0])
+    def representative_run(self, group: str) -> LadderRun:
+        return LadderRun(group, OPTIMIZERS[0], self.rates[0], self.seeds[0])
 
-    def own_settings(self, point: Point) -> dict[str, Any]:
+    def run_settings(self, point: LadderRun) -> dict[str, Any]:
         return {"optimizer.name": point.optimizer, "schedule.lr": f"{point.rate:g}"}
 
     def check(self) -> None:
@@ -72,25 +72,25 @@ class Ladder(Study[Point]):
                 least = "above 1" if key == "factor" else f"at least the {len(self.rates)} of rates"
                 raise UserError(f"ladder {self.path}: {key} is {getattr(self, key)}: it must be {least}")
 
-    def wanted(self, losses: Mapping[Point, float]) -> list[Point]:
+    def pending_runs(self, losses: Mapping[LadderRun, float]) -> list[LadderRun]:
         """The grid of a size comes first, and grows equally for both optimizers until neither is best at its edge; then
         come the other seeds at each one's best rate."""
-        missing: list[Point] = []
+        missing: list[LadderRun] = []
         for size in self.sizes:
             values = losses_at(self, size, losses)
-            rates = wanted_rates(self.rates, self.factor, self.most_rates, values)
-            grid = [Point(size, name, rate, self.seeds[0]) for rate in rates for name in OPTIMIZERS]
+            rates = pending_rates(self.rates, self.factor, self.most_rates, values)
+            grid = [LadderRun(size, name, rate, self.seeds[0]) for rate in rates for name in OPTIMIZERS]
             if lacking := [point for point in grid if point not in losses]:
                 missing += lacking
                 continue
             for name in OPTIMIZERS:
                 best = best_rate(values[name])
                 if math.isfinite(values[name][best]):
-                    again = [Point(size, name, best, seed) for seed in self.seeds[1:]]
+                    again = [LadderRun(size, name, best, seed) for seed in self.seeds[1:]]
                     missing += [point for point in again if point not in losses]
         return missing
 
-    def kept(self, losses: Mapping[Point, float]) -> set[Point]:
+    def runs_to_keep(self, losses: Mapping[LadderRun, float]) -> set[LadderRun]:
         return set(best_points(self, losses).values())
 
 
@@ -99,7 +99,7 @@ def load_ladder(path: Path) -> Ladder:
     return load_study(Ladder, path)
 
 
-def losses_at(ladder: Ladder, size: str, losses: Mapping[Point, float]) -> dict[str, dict[float, float]]:
+def losses_at(ladder: Ladder, size: str, losses: Mapping[LadderRun, float]) -> dict[str, dict[float, float]]:
     """Loss by optimizer and learning rate of one size, for the seed of the grid; infinite where a run diverged."""
     found: dict[str, dict[float, float]] = {name: {} for name in OPTIMIZERS}
     for point, loss in losses.items():
@@ -108,11 +108,11 @@ def losses_at(ladder: Ladder, size: str, losses: Mapping[Point, float]) -> dict[
     return found
 
 
-def best_points(ladder: Ladder, losses: Mapping[Point, float]) -> dict[tuple[str, str], Point]:
+def best_points(ladder: Ladder, losses: Mapping[LadderRun, float]) -> dict[tuple[str, str], LadderRun]:
     """By size and optimizer, the run of the grid's seed with the least loss so far, if one has not diverged."""
     found = {}
     for size in ladder.sizes:
         for name, values in losses_at(ladder, size, losses).items():
             if values and math.isfinite(values[best := best_rate(values)]):
-                found[size, name] = Point(size, name, best, ladder.seeds[0])
+                found[size, name] = LadderRun(size, name, best, ladder.seeds[0])
     return found

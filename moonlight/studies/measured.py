@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.files import write_json
-from moonlight.placement.param_groups import MATRIX_GROUPS, group_of
+from moonlight.placement.param_groups import MATRIX_GROUPS, find_monitor_group
 from moonlight.studies.study import P, Study
 
 if TYPE_CHECKING:
@@ -17,15 +17,15 @@ Measured = dict[str, dict[str, float]]
 """By run, and by what was measured."""
 
 
-def matrices_of(run_folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
+def iter_matrices(run_folder: Path) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Every matrix that Muon would move, by its Hugging Face name, from the run's newest checkpoint."""
     from checkpoints.reader import open_checkpoint
 
     checkpoint = open_checkpoint(run_folder)
-    for row in hf_mapping.table(checkpoint.model):
-        for part in row.parts:
-            if part.kind == "matrix" and group_of(row.key) in MATRIX_GROUPS:
-                yield part.name, checkpoint.part(row, part)
+    for row in hf_mapping.tensor_mappings(checkpoint.model_config):
+        for part in row.hf_tensors:
+            if part.init_kind == "matrix" and find_monitor_group(row.key) in MATRIX_GROUPS:
+                yield part.name, checkpoint.read_hf_tensor(row, part)
 
 
 def read_measured(path: Path) -> Measured:
@@ -43,10 +43,10 @@ def measure(
     study: Study[P], points: Iterable[P], file_name: str, of_run: Callable[[Path], dict[str, float]]
 ) -> Measured:
     """`of_run` of the folders of `points`: from a file of the study, or from checkpoints and kept there."""
-    path = study.home / file_name
+    path = study.folder_path / file_name
     known, found = read_measured(path), {}
     for point in points:
-        folder = study.home / "points" / point.name
+        folder = study.folder_path / "points" / point.name
         if point.name in known:
             found[point.name] = known[point.name]
         elif (folder / "checkpoints").is_dir():

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from moonlight.studies.ablation import Ablation, Trial
+from moonlight.studies.ablation import Ablation, AblationRun
 from moonlight.studies.grid import best_rate
-from moonlight.studies.results import Result
+from moonlight.studies.results import StudyResult
 
-Runs = Mapping[int, Result[Trial]]
+Runs = Mapping[int, StudyResult[AblationRun]]
 """By seed."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VariantResult:
     """All runs of one variant."""
 
     by_rate: Mapping[float, Runs]
@@ -36,25 +36,27 @@ class Outcome:
         return self.by_rate[self.best] if self.best is not None else {}
 
 
-def outcomes_of(ablation: Ablation, results: Mapping[Trial, Result[Trial]]) -> dict[str, Outcome]:
+def variant_results(
+    ablation: Ablation, results: Mapping[AblationRun, StudyResult[AblationRun]]
+) -> dict[str, VariantResult]:
     """By variant, in the order of the file."""
-    found: dict[str, dict[float, dict[int, Result[Trial]]]] = {name: {} for name in ablation.variants}
+    found: dict[str, dict[float, dict[int, StudyResult[AblationRun]]]] = {name: {} for name in ablation.variants}
     for trial in sorted(results, key=lambda trial: (trial.rate, trial.seed)):
         found[trial.variant].setdefault(trial.rate, {})[trial.seed] = results[trial]
-    return {name: Outcome(by_rate) for name, by_rate in found.items()}
+    return {name: VariantResult(by_rate) for name, by_rate in found.items()}
 
 
-def differences(own: Runs, base: Runs) -> list[float]:
+def loss_differences(runs: Runs, baseline_runs: Runs) -> list[float]:
     """Held-out loss less the baseline's, of each seed that both ended well with."""
-    pairs = [(run.loss, base[seed].loss) for seed, run in own.items() if seed in base]
+    pairs = [(run.loss, baseline_runs[seed].loss) for seed, run in runs.items() if seed in baseline_runs]
     return [loss - theirs for loss, theirs in pairs if loss is not None and theirs is not None]
 
 
-def curve_differences(own: Runs, base: Runs) -> list[tuple[list[float], list[float]]]:
+def curve_differences(runs: Runs, baseline_runs: Runs) -> list[tuple[list[float], list[float]]]:
     """Tokens, and training loss less the baseline's on the same batches, of each seed that both have."""
     found: list[tuple[list[float], list[float]]] = []
-    for seed, run in own.items():
-        other = base[seed].curve if seed in base else []
+    for seed, run in runs.items():
+        other = baseline_runs[seed].curve if seed in baseline_runs else []
         tokens = [at for at, _ in run.curve]
         if tokens and tokens == [at for at, _ in other] and tokens == (found[0][0] if found else tokens):
             found.append((tokens, [loss - theirs for (_, loss), (_, theirs) in zip(run.curve, other, strict=True)]))

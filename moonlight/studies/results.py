@@ -12,7 +12,7 @@ from moonlight.data.manifest import load_manifest
 from moonlight.errors import UserError
 from moonlight.files import make_folder, read_json, write_json
 from moonlight.studies.study import P, Study
-from moonlight.train.run_folder import FREE_TO_CHANGE, flat
+from moonlight.train.run_folder import MUTABLE_SETTINGS, flatten
 
 RESULTS_FILE = "results.json"
 VERSION = 1
@@ -21,7 +21,7 @@ _SINCE = {"optimizer.rms_matching": "adjusted_lr"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(Generic[P]):
+class StudyResult(Generic[P]):
     """What a run of a study came to."""
 
     point: P
@@ -43,27 +43,27 @@ class Result(Generic[P]):
     """Tokens seen, and the mean training loss since the point before: nats per token."""
 
 
-def settings_of(study: Study[P], group: str) -> dict[str, Any]:
+def group_settings(study: Study[P], group: str) -> dict[str, Any]:
     """All that decides what the runs of a group come to, besides their point."""
-    every = flat(dataclasses.asdict(study.run(study.first_point(group))))
-    free = FREE_TO_CHANGE | study.of_the_point
+    every = flatten(dataclasses.asdict(study.make_config(study.representative_run(group))))
+    free = MUTABLE_SETTINGS | study.run_keys
     return {key: value for key, value in every.items() if not {key, key.split(".")[0]} & free}
 
 
-def data_of(study: Study[P]) -> dict[str, str]:
+def data_checksums(study: Study[P]) -> dict[str, str]:
     """Checksum of the text behind each source that is prepared here."""
     sources = study.first_run().data.mixture
     folders = {name: Path(source.path) for name, source in sources.items() if Path(source.path).is_dir()}
     return {name: str(load_manifest(folder).get("inputs_sha256", "")) for name, folder in folders.items()}
 
 
-def read_results(study: Study[P]) -> dict[P, Result[P]]:
+def read_results(study: Study[P]) -> dict[P, StudyResult[P]]:
     """What there is of a study, by point.
 
     Raises:
         UserError: the file is damaged, or of a study with other settings; the first that differs is named.
     """
-    path = study.home / RESULTS_FILE
+    path = study.folder_path / RESULTS_FILE
     if not path.exists():
         return {}
     content = read_json(path, ("version", "settings", "data", "points"))
@@ -79,7 +79,7 @@ def read_results(study: Study[P]) -> dict[P, Result[P]]:
         assert len({result.point for result in results}) == len(results)
     except (KeyError, TypeError, ValueError, AssertionError):
         raise UserError(f"{path} is damaged: an entry of its points cannot be read; remove it to begin again") from None
-    for name, digest in data_of(study).items():
+    for name, digest in data_checksums(study).items():
         if content["data"].get(name, digest) != digest:
             raise UserError(
                 f"{path} is of other text: that of {name} has checksum {str(content['data'][name])[:12]} there and "
@@ -91,7 +91,7 @@ def read_results(study: Study[P]) -> dict[P, Result[P]]:
                 f"{path} is of another {study.kind}: it has the {study.part} {group}, {study.path} has "
                 f"{', '.join(study.groups)}; give this one another name"
             )
-        now, before = json.loads(json.dumps(settings_of(study, group))), _SINCE | before
+        now, before = json.loads(json.dumps(group_settings(study, group))), _SINCE | before
         for key in before | now:
             if before.get(key) != now.get(key):
                 raise UserError(
@@ -101,26 +101,26 @@ def read_results(study: Study[P]) -> dict[P, Result[P]]:
     return {result.point: result for result in results}
 
 
-def _from_entry(study: Study[P], entry: Mapping[str, Any]) -> Result[P]:
+def _from_entry(study: Study[P], entry: Mapping[str, Any]) -> StudyResult[P]:
     names = [one.name for one in dataclasses.fields(study.point_type)]
     point = study.point_type(**{name: entry[name] for name in names})
-    return Result(point=point, **{key: value for key, value in entry.items() if key not in names})
+    return StudyResult(point=point, **{key: value for key, value in entry.items() if key not in names})
 
 
-def write_results(study: Study[P], results: Mapping[P, Result[P]]) -> None:
+def write_results(study: Study[P], results: Mapping[P, StudyResult[P]]) -> None:
     """Write all results, in one step."""
     entries = [dataclasses.asdict(result) for result in results.values()]
     content = {
         "version": VERSION,
         study.kind: study.name,
-        "settings": {group: settings_of(study, group) for group in study.groups},
-        "data": data_of(study),
+        "settings": {group: group_settings(study, group) for group in study.groups},
+        "data": data_checksums(study),
         "points": [entry.pop("point") | entry for entry in entries],
     }
-    make_folder(study.home)
-    write_json(study.home / RESULTS_FILE, content)
+    make_folder(study.folder_path)
+    write_json(study.folder_path / RESULTS_FILE, content)
 
 
-def losses(results: Mapping[P, Result[P]]) -> dict[P, float]:
+def losses(results: Mapping[P, StudyResult[P]]) -> dict[P, float]:
     """Loss by point, infinite where a run diverged."""
     return {point: math.inf if result.loss is None else result.loss for point, result in results.items()}

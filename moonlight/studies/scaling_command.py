@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from moonlight.errors import UserError
-from moonlight.files import check_output_file, write_text
-from moonlight.studies.fit import Cell, Comparison, compare
-from moonlight.studies.ladder import Ladder, Point, load_ladder, losses_at
+from moonlight.files import atomic_write_text, check_output_file
+from moonlight.studies.fit import Comparison, SizeLosses, compare
+from moonlight.studies.ladder import Ladder, LadderRun, load_ladder, losses_at
 from moonlight.studies.measured import read_measured
-from moonlight.studies.results import Result, losses
-from moonlight.studies.runs import conclude_all
+from moonlight.studies.results import StudyResult, losses
+from moonlight.studies.runs import run_and_report
 from moonlight.studies.scaling_picture import draw_entropies, draw_grid, draw_laws
-from moonlight.studies.scaling_text import cells_of, doubts, grid_table, laws_text
-from moonlight.studies.spectra import SPECTRA_FILE, look, pairs_of, spectra_text
+from moonlight.studies.scaling_text import best_losses, grid_table, ladder_caveats, laws_text
+from moonlight.studies.spectra import SPECTRA_FILE, measure_entropies, pair_entropies, spectra_text
 
 
 def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path | None) -> None:
@@ -30,7 +30,7 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
     if out:
         check_output_file("--out", out, "scaling.png")
     ladders = [load_ladder(path) for path in paths]
-    fitted = conclude_all(ladders, partial(_conclude, fit_only=fit_only), run_none=fit_only, dry_run=dry_run)
+    fitted = run_and_report(ladders, partial(_conclude, fit_only=fit_only), run_none=fit_only, dry_run=dry_run)
     if len(fitted) > 1 or (fitted and out):
         figure = out or Path(ladders[0].folder) / "scaling.png"
         draw_laws(fitted, figure)
@@ -38,27 +38,31 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
 
 
 def _conclude(
-    ladder: Ladder, results: Mapping[Point, Result[Point]], *, fit_only: bool
-) -> tuple[dict[str, dict[str, Cell]], Comparison]:
+    ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]], *, fit_only: bool
+) -> tuple[dict[str, dict[str, SizeLosses]], Comparison]:
     """Table, laws and pictures of one ladder, into its folder and on the screen."""
     if not results:
-        raise UserError(f"{ladder.home} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only")
+        raise UserError(
+            f"{ladder.folder_path} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only"
+        )
     parts = [f"# {ladder.name}", "Held-out loss, nats per token:", grid_table(ladder, results)]
-    spectra = look(ladder, results) if not fit_only else read_measured(ladder.home / SPECTRA_FILE)
-    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := doubts(ladder, results)) else []
-    draw_grid({size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.home / "rates.png")
-    if pairs := pairs_of(ladder, results, spectra):
+    spectra = measure_entropies(ladder, results) if not fit_only else read_measured(ladder.folder_path / SPECTRA_FILE)
+    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := ladder_caveats(ladder, results)) else []
+    draw_grid(
+        {size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.folder_path / "rates.png"
+    )
+    if pairs := pair_entropies(ladder, results, spectra):
         parts.append(spectra_text(pairs))
-        draw_entropies(pairs, ladder.home / "svd_entropy.png")
+        draw_entropies(pairs, ladder.folder_path / "svd_entropy.png")
     print("\n\n".join(parts), flush=True)
-    cells = cells_of(ladder, results)
+    cells = best_losses(ladder, results)
     comparison = compare(cells)
     parts.append(laws_text(comparison))
     if found:
         parts[-1] += f"\n\nNot the last word: {len(found)} reasons for doubt stand under the table of losses."
     print("\n" + parts[-1])
-    write_text(ladder.home / "results.md", "\n\n".join(parts) + "\n")
-    draw_laws({ladder.name: (cells, comparison)}, ladder.home / "scaling.png")
+    atomic_write_text(ladder.folder_path / "results.md", "\n\n".join(parts) + "\n")
+    draw_laws({ladder.name: (cells, comparison)}, ladder.folder_path / "scaling.png")
     entropies = ", svd_entropy.png" if pairs else ""
-    print(f"{ladder.home}: results.json, results.md, scaling.png, rates.png{entropies}")
+    print(f"{ladder.folder_path}: results.json, results.md, scaling.png, rates.png{entropies}")
     return cells, comparison

@@ -10,7 +10,7 @@ import numpy as np
 
 from moonlight.files import write_figure
 from moonlight.placement.param_groups import MATRIX_GROUPS
-from moonlight.studies.fit import PFLOPS_DAY, Cell, Comparison
+from moonlight.studies.fit import PFLOPS_DAY, Comparison, SizeLosses
 
 if TYPE_CHECKING:
     from moonlight.studies.spectra import Pair
@@ -43,7 +43,7 @@ def mark_rates(axes: Any, rates: Iterable[float]) -> None:
     axes.set_xlabel("learning rate")
 
 
-def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, Cell]], Comparison]], out: Path) -> None:
+def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, SizeLosses]], Comparison]], out: Path) -> None:
     """The paper's figure: loss over training FLOPs of both optimizers, with the fitted laws; ladders side by side."""
     figure, every = new_figure(len(ladders), height=5.2)
     from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullLocator
@@ -84,10 +84,10 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
     """Loss over learning rate at every size; `sizes` by size, optimizer and rate. Runs that diverged are left out."""
     figure, every = new_figure(2)
     for axes, name in zip(every, LABELS, strict=True):
-        for number, (size, values) in enumerate(sizes.items()):
+        for index, (size, values) in enumerate(sizes.items()):
             known = {rate: loss for rate, loss in sorted(values[name].items()) if math.isfinite(loss)}
             if known:
-                shade = 0.35 + 0.65 * (number + 1) / len(sizes)
+                shade = 0.35 + 0.65 * (index + 1) / len(sizes)
                 axes.plot(list(known), list(known.values()), "o-", markersize=3, color=COLORS[name], alpha=shade)
                 axes.annotate(f" {size}", (max(known), known[max(known)]), fontsize=8)
                 best = min(known, key=lambda rate: known[rate])

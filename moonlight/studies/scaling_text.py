@@ -4,26 +4,28 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moonlight.studies.fit import Cell, Comparison, Interval
+from moonlight.studies.fit import Comparison, Interval, SizeLosses
 from moonlight.studies.grid import best_rate, on_edge
-from moonlight.studies.ladder import OPTIMIZERS, Ladder, Point, best_points, losses_at
-from moonlight.studies.results import Result, losses
+from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, best_points, losses_at
+from moonlight.studies.results import StudyResult, losses
 from moonlight.studies.scaling_picture import LABELS
 
 PAPER = "Moonlight's, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052, AdamW 2.608 C^-0.054, share 0.519"
 
 
-def cells_of(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> dict[str, dict[str, Cell]]:
+def best_losses(
+    ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]
+) -> dict[str, dict[str, SizeLosses]]:
     """By optimizer and size, the losses at the best learning rate; without sizes where no run has ended well."""
-    cells: dict[str, dict[str, Cell]] = {name: {} for name in OPTIMIZERS}
+    cells: dict[str, dict[str, SizeLosses]] = {name: {} for name in OPTIMIZERS}
     for (size, name), best in best_points(ladder, losses(results)).items():
         runs = [results.get(replace(best, seed=seed)) for seed in ladder.seeds]
         known = tuple(run.loss for run in runs if run and run.loss is not None)
-        cells[name][size] = Cell(results[best].flops, known)
+        cells[name][size] = SizeLosses(results[best].flops, known)
     return cells
 
 
-def grid_table(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> str:
+def grid_table(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> str:
     """Loss at every size, optimizer and learning rate, as Markdown; the best in bold, with its other seeds."""
     rates = sorted({point.rate for point in results})
     if not rates:
@@ -34,7 +36,7 @@ def grid_table(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> str:
         for name, values in losses_at(ladder, size, losses(results)).items():
             cells = []
             for rate in rates:
-                runs = [run for seed in ladder.seeds if (run := results.get(Point(size, name, rate, seed)))]
+                runs = [run for seed in ladder.seeds if (run := results.get(LadderRun(size, name, rate, seed)))]
                 words = ["diverged" if run.loss is None else f"{run.loss:.4f}" for run in runs]
                 best = values and rate == best_rate(values)
                 cells.append(" ".join([f"**{words[0]}**", *words[1:]] if best and words else words))
@@ -42,7 +44,7 @@ def grid_table(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> str:
     return "\n".join(lines)
 
 
-def doubts(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> list[str]:
+def ladder_caveats(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> list[str]:
     """What keeps the table from being the last word: runs that diverged or are missing, bests at an edge."""
     said = [
         f"{point.name} diverged ({result.diverged}): it is left out of the fit."
@@ -56,7 +58,7 @@ def doubts(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> list[str]:
                 diverged, label = math.isinf(values[best]), LABELS[name]
                 why = f"every run of {label} diverged" if diverged else f"{label} is best at {best:g}"
                 said.append(f"{size}: {why}, the {edge} edge of the grid: not yet an optimum.")
-    if missing := ladder.wanted(losses(results)):
+    if missing := ladder.pending_runs(losses(results)):
         names = ", ".join(point.name for point in missing[:3])
         said.append(f"At least {len(missing)} runs are still to be done: {names}{', ...' if missing[3:] else ''}.")
     return said
@@ -74,7 +76,7 @@ def laws_text(comparison: Comparison) -> str:
     for name, law in comparison.laws.items():
         lines.append(
             f"| {LABELS[name]} | {law.a:.4f} {_between(law.a_interval, 4)} | "
-            f"{law.b:.4f} {_between(law.b_interval, 4)} | {law.farthest:.1%} of its loss |"
+            f"{law.b:.4f} {_between(law.b_interval, 4)} | {law.max_deviation:.1%} of its loss |"
         )
     lines += ["", "| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
     for share in comparison.shares:
@@ -86,7 +88,7 @@ def laws_text(comparison: Comparison) -> str:
         "Without a law: at each size of AdamW, between the neighbouring sizes of Muon; 95% intervals of the seeds.\n",
     ]
     lines += ["| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
-    for share in comparison.read_off:
+    for share in comparison.interpolated:
         said = f"{share.share:.3f} {_between(share.interval, 3)}"
         if share.share == 0:
             said = f"below {share.interval[1]:.3f}: Muon's smallest size has less loss"

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.placement.param_groups import MATRIX_GROUPS, group_of
-from moonlight.studies.ladder import OPTIMIZERS, Ladder, Point, best_points
-from moonlight.studies.measured import Measured, matrices_of, measure
-from moonlight.studies.results import Result, losses
+from moonlight.placement.param_groups import MATRIX_GROUPS, find_monitor_group
+from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, best_points
+from moonlight.studies.measured import Measured, iter_matrices, measure
+from moonlight.studies.results import StudyResult, losses
 
 SPECTRA_FILE = "svd_entropy.json"
 
@@ -29,29 +29,31 @@ class Pair:
     adamw: float
 
 
-def entropies_of(run_folder: Path) -> dict[str, float]:
-    """Entropy of each of `matrices_of`."""
-    from moonlight.optim.svd_entropy import entropy
+def compute_entropies(run_folder: Path) -> dict[str, float]:
+    """Entropy of each of `iter_matrices`."""
+    from moonlight.optim.svd_entropy import svd_entropy
 
-    return {name: entropy(matrix) for name, matrix in matrices_of(run_folder)}
+    return {name: svd_entropy(matrix) for name, matrix in iter_matrices(run_folder)}
 
 
-def look(ladder: Ladder, results: Mapping[Point, Result[Point]]) -> Measured:
+def measure_entropies(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> Measured:
     """Entropies of the best runs, by the Hugging Face names of their matrices."""
-    return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, entropies_of)
+    return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, compute_entropies)
 
 
-def pairs_of(ladder: Ladder, results: Mapping[Point, Result[Point]], spectra: Measured) -> list[Pair]:
+def pair_entropies(
+    ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]], spectra: Measured
+) -> list[Pair]:
     """Every matrix that was looked at in the best runs of both optimizers at one size."""
     best = best_points(ladder, losses(results))
     found = []
     for size in ladder.sizes:
         muon, adamw = (spectra.get(point.name, {}) if (point := best.get((size, name))) else {} for name in OPTIMIZERS)
         groups = {
-            part.name: group_of(row.key)
-            for row in hf_mapping.table(ladder.run(ladder.first_point(size)).model)
-            for part in row.parts
-            if part.kind == "matrix"
+            part.name: find_monitor_group(row.key)
+            for row in hf_mapping.tensor_mappings(ladder.make_config(ladder.representative_run(size)).model)
+            for part in row.hf_tensors
+            if part.init_kind == "matrix"
         }
         for name in muon:
             if name in adamw and name in groups and math.isfinite(muon[name] + adamw[name]):

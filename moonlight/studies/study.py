@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 import yaml
 
 from moonlight.config.load import load_recipe
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.errors import UserError
 from moonlight.plan.flops import train_flops_per_token
 
 STANDARD_LIBRARY = "python"
 
 
-class AnyPoint(ABC):
+class StudyRun(ABC):
     """One run of a study: a frozen dataclass of plain values, which stand in the file of results."""
 
     seed: int
@@ -37,7 +37,7 @@ class AnyPoint(ABC):
         """Whose settings it has."""
 
 
-P = TypeVar("P", bound=AnyPoint)
+P = TypeVar("P", bound=StudyRun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Study(ABC, Generic[P]):
     part: ClassVar[str]
     """What they call one of its groups of points."""
     point_type: ClassVar[type]
-    of_the_point: ClassVar[frozenset[str]]
+    run_keys: ClassVar[frozenset[str]]
     """Settings in which the points of one group differ."""
 
     path: Path
@@ -75,15 +75,15 @@ class Study(ABC, Generic[P]):
         """Settings of each group."""
 
     @abstractmethod
-    def first_point(self, group: str) -> P:
-        """One that stands for its group: all others differ in `of_the_point` alone."""
+    def representative_run(self, group: str) -> P:
+        """One that stands for its group: all others differ in `run_keys` alone."""
 
     @abstractmethod
-    def own_settings(self, point: P) -> dict[str, Any]:
+    def run_settings(self, point: P) -> dict[str, Any]:
         """Those of a point, besides its group's and its seed."""
 
     @abstractmethod
-    def wanted(self, losses: Mapping[P, float]) -> list[P]:
+    def pending_runs(self, losses: Mapping[P, float]) -> list[P]:
         """The runs that are still to be done, as far as `losses` of those that are done tell (infinite: diverged).
 
         It depends on `losses` alone, so that a study that was interrupted goes on with the very runs that it would have
@@ -91,14 +91,14 @@ class Study(ABC, Generic[P]):
         """
 
     @abstractmethod
-    def kept(self, losses: Mapping[P, float]) -> set[P]:
+    def runs_to_keep(self, losses: Mapping[P, float]) -> set[P]:
         """The points, of those in `losses`, whose checkpoints are still looked at."""
 
     def check(self) -> None:
         """Raise UserError for values that do not go together."""
 
     @property
-    def home(self) -> Path:
+    def folder_path(self) -> Path:
         """Where everything of the study lies."""
         return Path(self.folder) / self.name
 
@@ -108,17 +108,17 @@ class Study(ABC, Generic[P]):
 
     def overrides(self, point: P) -> list[str]:
         """What turns the recipe into the run of a point: arguments of `moonlight pretrain`."""
-        own = {"name": point.name, "runs_folder": str(self.home / "points"), "train.seed": point.seed}
-        every = self.settings | self.groups[point.group] | self.own_settings(point) | own
+        own = {"name": point.name, "runs_folder": str(self.folder_path / "points"), "train.seed": point.seed}
+        every = self.settings | self.groups[point.group] | self.run_settings(point) | own
         return [f"{key}={_plain(value)}" for key, value in every.items()]
 
-    def run(self, point: P) -> Run:
+    def make_config(self, point: P) -> RunConfig:
         """The recipe of a point, checked."""
         return load_recipe(self.recipe_path, self.overrides(point))
 
-    def first_run(self) -> Run:
+    def first_run(self) -> RunConfig:
         """The recipe of one point: for what all have in common."""
-        return self.run(self.first_point(next(iter(self.groups))))
+        return self.make_config(self.representative_run(next(iter(self.groups))))
 
 
 S = TypeVar("S", bound=Study)
@@ -137,19 +137,19 @@ def load_study(cls: type[S], path: Path) -> S:
     if not 0 < study.validation_share < 1:
         raise UserError(f"{start}: validation_share is {study.validation_share}: it must be between 0 and 1")
     study.check()
-    runs: dict[str, Run] = {}
-    own = sorted(study.of_the_point | {"runs_folder"})
+    runs: dict[str, RunConfig] = {}
+    own = sorted(study.run_keys | {"runs_folder"})
     for group, values in study.groups.items():
         if taken := [key for key in own if key in study.settings | values]:
             raise UserError(f"{start}, {study.part} {group}: {taken[0]} is not free: the {study.kind} sets it itself")
-        run = dataclasses.replace(study.run(study.first_point(group)), name=study.kind)
-        if run.stages:
+        config = dataclasses.replace(study.make_config(study.representative_run(group)), name=study.kind)
+        if config.stages:
             raise UserError(f"{start}: recipe {study.recipe} has stages: a {study.kind} needs one with a schedule")
-        if run.model.vocab_size < 2:
+        if config.model.vocab_size < 2:
             raise UserError(f"{start}, {study.part} {group}: model.vocab_size must be at least 2")
-        if same := [other for other, theirs in runs.items() if theirs == run]:
+        if same := [other for other, theirs in runs.items() if theirs == config]:
             raise UserError(f"{start}: {study.part}s {same[0]} and {group} are the same run")
-        runs[group] = run
+        runs[group] = config
     return study
 
 
@@ -210,15 +210,19 @@ def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def train_flops(run: Run) -> float:
+def train_flops(config: RunConfig) -> float:
     """Of the model over the whole run, without the optimizer: what the law is a law of."""
-    timeline = Timeline(run)
+    timeline = RunSchedule(config)
     return (
-        train_flops_per_token(run.model, run.data.sequence_length) * timeline.num_sequences * run.data.sequence_length
+        train_flops_per_token(config.model, config.data.sequence_length)
+        * timeline.num_sequences
+        * config.data.sequence_length
     )
 
 
-def flops_of(study: Study[P], points: Sequence[P]) -> float:
+def total_flops(study: Study[P], points: Sequence[P]) -> float:
     """Of all `points` together."""
     counts = Counter(point.group for point in points)
-    return sum(count * train_flops(study.run(study.first_point(group))) for group, count in counts.items())
+    return sum(
+        count * train_flops(study.make_config(study.representative_run(group))) for group, count in counts.items()
+    )

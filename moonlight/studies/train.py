@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import make_folder
 from moonlight.plan.flops import train_flops_per_token
-from moonlight.studies.results import Result, losses, write_results
-from moonlight.studies.study import STANDARD_LIBRARY, P, Study, flops_of
+from moonlight.studies.results import StudyResult, losses, write_results
+from moonlight.studies.study import STANDARD_LIBRARY, P, Study, total_flops
 from moonlight.train import run_folder
 from moonlight.train.metrics import read_metrics
 from pretrain.local import die_with_parent
@@ -42,12 +42,12 @@ def cores() -> int:
 
 def side_by_side(study: Study[P]) -> int:
     """How many runs go on at a time."""
-    run = study.first_run()
-    each = run.parallel.num_processes * max(1, run.train.threads_per_process)
+    config = study.first_run()
+    each = config.parallel.num_processes * max(1, config.train.threads_per_process)
     return study.side_by_side or max(1, cores() // each)
 
 
-def corpus_of(study: Study[P]) -> Path | None:
+def find_corpus(study: Study[P]) -> Path | None:
     """The text that a study names, if it names one; raise UserError if there is no such text."""
     if not study.corpus:
         return None
@@ -65,13 +65,13 @@ def prepare_data(study: Study[P]) -> None:
     Raises:
         UserError: the corpus does not exist, or a step failed.
     """
-    corpus = corpus_of(study)
+    corpus = find_corpus(study)
     if corpus is None:
         return
-    run = study.first_run()
-    tokenizer, data = Path(run.data.tokenizer), Path(run.data.path)
+    config = study.first_run()
+    tokenizer, data = Path(config.data.tokenizer), Path(config.data.path)
     if not tokenizer.exists():
-        vocabulary = ("--vocab-size", run.model.vocab_size)
+        vocabulary = ("--vocab-size", config.model.vocab_size)
         _step("tokenizer", "train", "--input", corpus, *vocabulary, "--out", tokenizer)
     if not data.exists():
         share = ("--validation-share", study.validation_share)
@@ -84,23 +84,23 @@ def _step(*arguments: object) -> None:
         raise UserError(f"moonlight {' '.join(map(str, arguments))} failed: it has said why")
 
 
-def train_all(study: Study[P], results: dict[P, Result[P]]) -> None:
+def train_all(study: Study[P], results: dict[P, StudyResult[P]]) -> None:
     """Do all runs that are wanted and not in `results`, which grows, and is written after each.
 
     Raises:
         UserError: a run failed in another way than by diverging; its log is named.
     """
-    logs, points = study.home / "logs", study.home / "points"
+    logs, points = study.folder_path / "logs", study.folder_path / "points"
     for folder in (logs, points):
         make_folder(folder)
     _forget_checkpoints(study, results)
     jobs, started, done_flops = side_by_side(study), time.monotonic(), 0.0
     running: _Running[P] = {}
-    if study.wanted(losses(results)):
+    if study.pending_runs(losses(results)):
         print(f"{jobs} side by side; how each is getting on stands in {logs}", flush=True)
     with _ending(running):
         while True:
-            todo = study.wanted(losses(results))
+            todo = study.pending_runs(losses(results))
             for point in [one for one in todo if one not in running][: jobs - len(running)]:
                 output = (logs / f"{point.name}.log").open("ab")
                 running[point] = (_start(study, point, output), output)
@@ -109,11 +109,11 @@ def train_all(study: Study[P], results: dict[P, Result[P]]) -> None:
             point = _next_ended(running)
             process, log = running.pop(point)
             log.close()
-            results[point] = result_of(study, point, process.returncode, logs / f"{point.name}.log")
+            results[point] = read_run_result(study, point, process.returncode, logs / f"{point.name}.log")
             write_results(study, results)
             _forget_checkpoints(study, results)
-            done_flops += flops_of(study, [point])
-            left = flops_of(study, study.wanted(losses(results)))
+            done_flops += total_flops(study, [point])
+            left = total_flops(study, study.pending_runs(losses(results)))
             speed = done_flops / (time.monotonic() - started)
             _say(results[point], len(results), left / speed)
 
@@ -165,27 +165,27 @@ def _ending(running: _Running[P]) -> Iterator[None]:
             log.close()
 
 
-def result_of(study: Study[P], point: P, code: int, log: Path) -> Result[P]:
+def read_run_result(study: Study[P], point: P, code: int, log: Path) -> StudyResult[P]:
     """What a run that ended came to.
 
     Raises:
         UserError: it failed, and not because its loss was not finite any more.
     """
-    run = study.run(point)
-    folder = run_folder.path(run)
+    config = study.make_config(point)
+    folder = run_folder.run_path(config)
     entries = read_metrics(folder)
-    why = divergence(entries, run)
+    why = divergence(entries, config)
     if not why and (code or not entries or "loss/held_out" not in entries[-1]):
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise UserError(f"run {point.name} failed with code {code}: {lines[-1][:300]} (all of it is in {log})")
     tokens = entries[-1]["consumed_tokens"]
-    return Result(
+    return StudyResult(
         point=point,
         diverged=why,
         loss=None if why else entries[-1]["loss/held_out"],
         steps=entries[-1]["step"],
         tokens=tokens,
-        flops=tokens * train_flops_per_token(run.model, run.data.sequence_length),
+        flops=tokens * train_flops_per_token(config.model, config.data.sequence_length),
         seconds=sum(entry["time/step_seconds"] for entry in entries),
         svd_entropy=_last_by_group(entries, "optim/svd_entropy/"),
         update_rms=_last_by_group(entries, "optim/update_rms/"),
@@ -213,32 +213,32 @@ def _curve(entries: list[dict[str, Any]]) -> list[list[float]]:
     return points
 
 
-def divergence(entries: list[dict[str, Any]], run: Run) -> str:
+def divergence(entries: list[dict[str, Any]], config: RunConfig) -> str:
     """Why a run that ended counts as diverged; empty if it does not, or failed for another reason."""
     if not entries:
         return ""
-    last, most = entries[-1], run.train.max_skipped_steps_in_a_row
+    last, most = entries[-1], config.train.max_skipped_steps_in_a_row
     before = entries[-most - 1]["optim/skipped_steps"] if len(entries) > most else 0
-    if last["step"] < Timeline(run).num_steps:
+    if last["step"] < RunSchedule(config).num_steps:
         in_a_row = last["optim/skipped_steps"] - before
         return f"no finite step in {most} up to step {last['step']}" if in_a_row >= most else ""
     loss = last.get("loss/held_out", 0.0)
     if not math.isfinite(loss):
         return "the loss is not finite"
-    if loss >= math.log(run.model.vocab_size):
+    if loss >= math.log(config.model.vocab_size):
         return f"the loss, {loss:.3f}, is no better than guessing"
     return ""
 
 
-def _forget_checkpoints(study: Study[P], results: dict[P, Result[P]]) -> None:
+def _forget_checkpoints(study: Study[P], results: dict[P, StudyResult[P]]) -> None:
     """Of runs whose results are kept, but for those that are still looked at: they are what takes space."""
-    kept = study.kept(losses(results))
+    kept = study.runs_to_keep(losses(results))
     for point in results:
         for name in (".order", *["checkpoints"] * (point not in kept)):
-            shutil.rmtree(study.home / "points" / point.name / name, ignore_errors=True)
+            shutil.rmtree(study.folder_path / "points" / point.name / name, ignore_errors=True)
 
 
-def _say(result: Result[P], count: int, seconds_left: float) -> None:
+def _say(result: StudyResult[P], count: int, seconds_left: float) -> None:
     said = f"diverged, {result.diverged}" if result.diverged else f"held-out loss {result.loss:.4f}"
     left = f"at least {seconds_left / 60:.0f} min left" if seconds_left else "none left"
     print(f"{result.point.name}: {said} ({result.seconds:.0f} s of steps); {count} runs done, {left}", flush=True)

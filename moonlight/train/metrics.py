@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moonlight.errors import UserError, naming
-from moonlight.files import write_figure, write_text
+from moonlight.errors import UserError, attach_path
+from moonlight.files import atomic_write_text, write_figure
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -69,7 +69,7 @@ def scalars(entry: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
-class Metrics:
+class MetricsWriter:
     """Writes one JSON object a step, and the same values to TensorBoard. Only the first rank makes one."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -77,7 +77,7 @@ class Metrics:
         self._path = folder / METRICS_FILE
         lines = _whole_lines(self._path) if self._path.exists() else iter(())
         kept = b"".join(line for line, entry in lines if entry["step"] <= step)
-        write_text(self._path, kept.decode())
+        atomic_write_text(self._path, kept.decode())
         self._file = self._path.open("ab", buffering=0)
         self._left = b""
         """What the disk did not take yet."""
@@ -103,7 +103,7 @@ class Metrics:
     def sync(self) -> None:
         """Flush to the disk; called before a checkpoint that makes these steps final. Raises OSError as `write`."""
         self._write_left()
-        with naming(self._path):
+        with attach_path(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -119,12 +119,12 @@ class Metrics:
         return SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step)
 
     def _write_left(self) -> None:
-        with naming(self._path):
+        with attach_path(self._path):
             while self._left:
                 self._left = self._left[self._file.write(self._left) :]
 
 
-class LiveLine:
+class ProgressLine:
     """One line on a terminal that follows the run; elsewhere a plain line every few seconds."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:

@@ -10,27 +10,27 @@ from typing import Any
 from rich.console import Console
 
 from moonlight.config.load import load_recipe, to_yaml
-from moonlight.config.run import Run
-from moonlight.config.timeline import Timeline
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.data.manifest import check_tokenizer, held_out_counts, is_chat, load_manifest
-from moonlight.data.mixture import mixture_of, samples_per_epoch
+from moonlight.data.mixture import build_mixture, samples_per_epoch
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.dist_checkpoint.state import (
-    DamagedError,
+    CorruptCheckpointError,
     check_model,
     check_optimizer,
     complete_checkpoints,
-    find,
     read_latest,
     read_state,
+    resolve_checkpoint,
 )
 from moonlight.errors import UserError
-from moonlight.files import write_text
+from moonlight.files import atomic_write_text
 from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
 
 CONFIG_FILE = "config.yaml"
 
-FREE_TO_CHANGE = frozenset(
+MUTABLE_SETTINGS = frozenset(
     {
         "runs_folder",
         "data.cache_folder",
@@ -61,38 +61,39 @@ FREE_TO_CHANGE = frozenset(
 """Settings, or whole sections, that a run may be continued with at other values than it was started with."""
 
 
-def path(run: Run) -> Path:
+def run_path(config: RunConfig) -> Path:
     """Where everything of the run lies."""
-    return Path(run.runs_folder) / run.name
+    return Path(config.runs_folder) / config.name
 
 
-def cache_folder(run: Run) -> Path:
+def cache_folder(config: RunConfig) -> Path:
     """Where this host keeps the orders of the run's epochs."""
-    return Path(run.data.cache_folder) / run.name if run.data.cache_folder else path(run) / ".order"
+    return Path(config.data.cache_folder) / config.name if config.data.cache_folder else run_path(config) / ".order"
 
 
-def check_data(run: Run) -> dict[str, dict[str, Any]]:
+def check_data(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The manifest of each source, after checking that data, tokenizer and model belong together.
 
     Raises:
         UserError: something is missing, the three do not match, or the run asks for more epochs than are allowed.
     """
-    found = {name: load_manifest(Path(source.path)) for name, source in run.data.mixture.items()}
-    tokenizer = Tokenizer.load(Path(run.data.tokenizer))
-    for name, source in run.data.mixture.items():
-        _check_source(run, source.path, found[name], tokenizer)
-    if tokenizer.num_text_ids > run.model.vocab_size:
+    found = {name: load_manifest(Path(source.path)) for name, source in config.data.mixture.items()}
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    for name, source in config.data.mixture.items():
+        _check_source(config, source.path, found[name], tokenizer)
+    if tokenizer.num_text_ids > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size is {run.model.vocab_size}: the tokenizer {run.data.tokenizer} can give text any of "
+            f"model.vocab_size is {config.model.vocab_size}: the tokenizer {config.data.tokenizer} can give text "
+            "any of "
             f"{tokenizer.num_text_ids} ids, which need at least as many rows"
         )
-    _check_epochs(run, found)
+    _check_epochs(config, found)
     return found
 
 
-def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _check_source(config: RunConfig, folder: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Raise UserError unless one data folder can be used."""
-    if is_chat(manifest) != run.data.conversations:
+    if is_chat(manifest) != config.data.conversations:
         kind, command = ("conversations", "sft") if is_chat(manifest) else ("text", "pretrain")
         raise UserError(
             f"data {folder} holds {kind}: data.conversations must be {str(is_chat(manifest)).lower()}, "
@@ -101,15 +102,15 @@ def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: To
     check_tokenizer(Path(folder), manifest, tokenizer)
     # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
     largest = max(split["largest_id"] for split in manifest["splits"].values())
-    if largest >= run.model.vocab_size:
+    if largest >= config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size is {run.model.vocab_size}: id {largest} occurs in the data {folder}, which needs "
+            f"model.vocab_size is {config.model.vocab_size}: id {largest} occurs in the data {folder}, which needs "
             f"at least {largest + 1} rows"
         )
     if "validation" not in manifest["splits"]:
         raise UserError(f"data {folder} has no held-out documents: prepare it with a validation share above 0")
-    length = run.data.sequence_length
-    if run.data.conversations and manifest["chat"]["sequence_length"] != length:
+    length = config.data.sequence_length
+    if config.data.conversations and manifest["chat"]["sequence_length"] != length:
         raise UserError(
             f"data.sequence_length is {length}: {folder} was packed for {manifest['chat']['sequence_length']}; "
             "give that, or prepare the conversations again"
@@ -122,12 +123,12 @@ def _check_source(run: Run, folder: str, manifest: dict[str, Any], tokenizer: To
         )
 
 
-def _check_epochs(run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
+def _check_epochs(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> None:
     """Raise UserError if the run would see the documents of a source more often than is allowed."""
-    timeline = Timeline(run)
-    counts = mixture_of(run).counts(timeline.first_sequence + timeline.num_sequences)
-    for name, source in run.data.mixture.items():
-        epochs = counts[name] / samples_in_an_epoch(manifests[name], run.data.sequence_length)
+    timeline = RunSchedule(config)
+    counts = build_mixture(config).counts(timeline.first_sequence + timeline.num_sequences)
+    for name, source in config.data.mixture.items():
+        epochs = counts[name] / samples_in_an_epoch(manifests[name], config.data.sequence_length)
         if 0 < source.max_epochs < epochs:
             raise UserError(
                 f"source {name} is asked for {epochs:.4g} epochs up to the end of this run, data.sources.{name}."
@@ -141,32 +142,34 @@ def samples_in_an_epoch(manifest: dict[str, Any], sequence_length: int) -> int:
     return split["windows"] if is_chat(manifest) else samples_per_epoch(split["tokens"], sequence_length)
 
 
-def count_steps(run: Run) -> Run:
+def resolve_train_steps(config: RunConfig) -> RunConfig:
     """The run with train.train_steps where it has train.epochs, after looking at its data.
 
     Raises:
         UserError: there is no such data, or it has another number of steps than the run says.
     """
-    train = run.train
-    if train.epochs == 0:
-        return run
-    manifest = load_manifest(Path(run.data.path))
-    samples = samples_in_an_epoch(manifest, run.data.sequence_length)
-    steps = max(1, math.ceil(train.epochs * samples / train.global_batch_size))
-    if train.train_steps not in (0, steps):
+    train_config = config.train
+    if train_config.epochs == 0:
+        return config
+    manifest = load_manifest(Path(config.data.path))
+    samples = samples_in_an_epoch(manifest, config.data.sequence_length)
+    steps = max(1, math.ceil(train_config.epochs * samples / train_config.global_batch_size))
+    if train_config.train_steps not in (0, steps):
         raise UserError(
-            f"train.train_steps is {train.train_steps}: train.epochs {train.epochs:g} are {steps} steps of "
-            f"{run.data.path}; set one of them to 0"
+            f"train.train_steps is {train_config.train_steps}: train.epochs {train_config.epochs:g} are {steps} "
+            "steps of "
+            f"{config.data.path}; set one of them to 0"
         )
-    if run.schedule and steps < run.schedule.warmup_steps:
+    if config.schedule and steps < config.schedule.warmup_steps:
         raise UserError(
-            f"train.epochs {train.epochs:g} are {steps} steps of {run.data.path}, fewer than schedule.warmup_steps "
-            f"({run.schedule.warmup_steps}): raise the one or lower the other"
+            f"train.epochs {train_config.epochs:g} are {steps} steps of {config.data.path}, fewer than "
+            "schedule.warmup_steps "
+            f"({config.schedule.warmup_steps}): raise the one or lower the other"
         )
-    return dataclasses.replace(run, train=dataclasses.replace(train, train_steps=steps))
+    return dataclasses.replace(config, train=dataclasses.replace(train_config, train_steps=steps))
 
 
-def check_initial_checkpoint(run: Run) -> Path | None:
+def check_initial_checkpoint(config: RunConfig) -> Path | None:
     """Check that the run, if it is a new one, can start from the weights that it names; its files are not read.
 
     Returns:
@@ -176,30 +179,32 @@ def check_initial_checkpoint(run: Run) -> Path | None:
         UserError: there are none, they are of another model, or were trained with another tokenizer than the data was
             made with.
     """
-    train = run.train
-    if train.only_stage not in ("", *list(run.stages)[:1]) and not train.initial_checkpoint:
+    train_config = config.train
+    if train_config.only_stage not in ("", *list(config.stages)[:1]) and not train_config.initial_checkpoint:
         raise UserError(
-            f"train.only_stage is {train.only_stage!r}, which is not the first stage: give the weights to begin with "
+            f"train.only_stage is {train_config.only_stage!r}, which is not the first stage: give the weights to "
+            "begin with "
             "as train.initial_checkpoint"
         )
-    if not train.initial_checkpoint or complete_checkpoints(path(run)):
+    if not train_config.initial_checkpoint or complete_checkpoints(run_path(config)):
         return None
     try:
-        folder = find(Path(run.train.initial_checkpoint))
+        folder = resolve_checkpoint(Path(config.train.initial_checkpoint))
     except UserError as error:
         raise UserError(f"train.initial_checkpoint: {error}") from None
     content = read_state(folder, check_files=False)
-    check_model(folder, content, run)
-    known, own = content["tokenizer_sha256"], Tokenizer.load(Path(run.data.tokenizer)).sha256
+    check_model(folder, content, config)
+    known, own = content["tokenizer_sha256"], Tokenizer.load(Path(config.data.tokenizer)).sha256
     if known and known != own:
         raise UserError(
             f"train.initial_checkpoint {folder} was trained with the tokenizer of checksum {known[:12]}, "
-            f"data.tokenizer {run.data.tokenizer} has {own[:12]}: prepare the data with the tokenizer of the checkpoint"
+            f"data.tokenizer {config.data.tokenizer} has {own[:12]}: prepare the data with the tokenizer of the "
+            "checkpoint"
         )
     return folder
 
 
-def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
+def check_resumable(folder: Path, config: RunConfig, *, force: bool = False) -> list[str]:
     """Check that `folder` is new, or holds the run that `run` would continue; nothing is written.
 
     Args:
@@ -211,19 +216,19 @@ def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
     Raises:
         UserError: the folder holds a run of other settings, or something that is no run.
     """
-    config = folder / CONFIG_FILE
-    if config.exists():
+    config_path = folder / CONFIG_FILE
+    if config_path.exists():
         try:
-            there = load_recipe(config)
+            there = load_recipe(config_path)
         except UserError as error:
             raise UserError(
                 f"{folder} cannot be continued, its {CONFIG_FILE} is damaged: {error}; choose another name"
             ) from None
-        before, now = flat(dataclasses.asdict(there)), flat(dataclasses.asdict(run))
+        before, now = flatten(dataclasses.asdict(there)), flatten(dataclasses.asdict(config))
         changed = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in before | now
-            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & FREE_TO_CHANGE
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & MUTABLE_SETTINGS
         ]
         if changed and not force:
             raise UserError(
@@ -232,15 +237,15 @@ def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
             )
         _, newest = read_latest(folder / "checkpoints")
         if changed and newest is not None:
-            with contextlib.suppress(DamagedError):  # training will say so, and go on from another
+            with contextlib.suppress(CorruptCheckpointError):  # training will say so, and go on from another
                 content = read_state(newest, check_files=False)
-                check_model(newest, content, run)
-                check_optimizer(newest, content, run)
+                check_model(newest, content, config)
+                check_optimizer(newest, content, config)
         return changed
     elif folder.is_dir():
         # Tokenizer and data may have been made inside the folder before the run.
-        data = [source.path for source in run.data.mixture.values()]
-        own = [Path(place).resolve() for place in (*data, run.data.tokenizer)]
+        data = [source.path for source in config.data.mixture.values()]
+        own = [Path(place).resolve() for place in (*data, config.data.tokenizer)]
         for entry in sorted(folder.iterdir()):
             if not entry.name.startswith(".") and not any(place.is_relative_to(entry.resolve()) for place in own):
                 raise UserError(
@@ -252,42 +257,42 @@ def check_folder(folder: Path, run: Run, *, force: bool = False) -> list[str]:
     return []
 
 
-def claim(folder: Path, run: Run, *, force: bool = False) -> list[str]:
+def write_config(folder: Path, config: RunConfig, *, force: bool = False) -> list[str]:
     """Write the resolved recipe into the folder, after `check_folder`, and return what that returned."""
-    changed = check_folder(folder, run, force=force)
-    write_text(folder / CONFIG_FILE, to_yaml(run))
+    changed = check_resumable(folder, config, force=force)
+    atomic_write_text(folder / CONFIG_FILE, to_yaml(config))
     return changed
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one mapping, by dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flatten(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found
 
 
-def is_finished(run: Run) -> bool:
+def is_finished(config: RunConfig) -> bool:
     """Whether the run's newest checkpoint is its last and its summary was made; cheap, and imports no torch."""
-    _, newest = read_latest(path(run) / "checkpoints")
-    if newest is None or not (path(run) / CURVE_FILE).exists():
+    _, newest = read_latest(run_path(config) / "checkpoints")
+    if newest is None or not (run_path(config) / CURVE_FILE).exists():
         return False
     try:
-        return read_state(newest, check_files=False)["state"]["step"] >= Timeline(run).num_steps
-    except DamagedError:
+        return read_state(newest, check_files=False)["state"]["step"] >= RunSchedule(config).num_steps
+    except CorruptCheckpointError:
         return False  # training will say so, and go on from another
 
 
-def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -> None:
+def summarize(folder: Path, config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> None:
     """Draw the loss curve and print the table of results."""
     entries = read_metrics(folder)
     curve = folder / CURVE_FILE
-    draw_loss_curve(entries, curve, f"{run.name}: {run.optimizer.name}")
+    draw_loss_curve(entries, curve, f"{config.name}: {config.optimizer.name}")
     rows = {
-        "steps": f"{entries[-1]['step']} of {Timeline(run).num_steps}",
+        "steps": f"{entries[-1]['step']} of {RunSchedule(config).num_steps}",
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
         "training loss": f"{entries[-1]['loss/train']:.4f} nats per token",
     }
@@ -295,11 +300,15 @@ def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -
     for name in several:
         rows[f"tokens of {name}"] = f"{entries[-1][f'data/tokens/{name}']:,}"
     if validated := [entry for entry in entries if "loss/validation" in entry]:
-        which = f", first {run.train.validation_sequences} held-out sequences" if run.train.validation_sequences else ""
+        which = (
+            f", first {config.train.validation_sequences} held-out sequences"
+            if config.train.validation_sequences
+            else ""
+        )
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{which}"
         for name in several:
             rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
-    if run.data.conversations and "loss/held_out" in entries[-1]:
+    if config.data.conversations and "loss/held_out" in entries[-1]:
         rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per token that the assistant says"
     if "bits_per_byte/held_out" in entries[-1]:
         split = held_out_counts(manifests.values())
@@ -310,7 +319,7 @@ def summarize(folder: Path, run: Run, manifests: Mapping[str, dict[str, Any]]) -
             bits = 8 * split[f"{name}_bytes"] / split["compressed_text_bytes"]
             rows[f"bits per byte: {name} -9"] = f"{bits:.3f}"
     seconds = sum(entry["time/step_seconds"] for entry in entries)
-    tokens = sum(entry["optim/global_batch_size"] for entry in entries) * run.data.sequence_length
+    tokens = sum(entry["optim/global_batch_size"] for entry in entries) * config.data.sequence_length
     rows["speed"] = f"{tokens / seconds:,.0f} tokens/s over {seconds:.0f} s of steps"
     rows["loss curve"] = str(curve)
     rows["checkpoint"] = str(folder / "checkpoints")

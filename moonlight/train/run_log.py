@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moonlight.config.run import Run
-from moonlight.errors import message_of, naming
+from moonlight.config.run import RunConfig
+from moonlight.errors import attach_path, user_message
 from moonlight.files import make_folder
-from moonlight.train.metrics import LiveLine, Metrics, scalars
-from moonlight.train.wandb_log import Tracking
+from moonlight.train.metrics import MetricsWriter, ProgressLine, scalars
+from moonlight.train.wandb_log import WandbLogger
 
 EVENTS_FILE = "events.jsonl"
 
@@ -31,7 +31,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-class Events:
+class EventLog:
     """Appends to events.jsonl. Every rank has one; only that of the first rank writes."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
@@ -58,7 +58,7 @@ class Events:
         line = json.dumps({"time": round(time.time(), 3), "event": event, "step": step} | details)
         self._left.append(line.encode() + b"\n")
         make_folder(self._path.parent)
-        with naming(self._path), self._path.open("a+b") as file:
+        with attach_path(self._path), self._path.open("a+b") as file:
             while self._left:
                 # A line that a crash or a full disk cut off must not swallow this one.
                 end = file.seek(0, os.SEEK_END)
@@ -68,21 +68,23 @@ class Events:
                 self._left.pop(0)
 
 
-class Journal:
+class RunLogger:
     """Every rank has one, and calls it alike; only that of the first rank writes. Closed when its block is left."""
 
-    def __init__(self, folder: Path, run: Run, step: int, total_steps: int, last_step: int, *, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, step: int, total_steps: int, last_step: int, *, writes: bool
+    ) -> None:
         """Args:
         folder: of the run.
         step: after which it goes on. What a killed run wrote beyond it is dropped, because those steps are done again.
         last_step: where this process stops, for the time that is left.
         """
         self._folder, self._last_step = folder, last_step
-        self._events = Events(folder, writes=writes)
-        self._metrics = Metrics(folder, step) if writes else None
-        self._line = LiveLine(total_steps, step) if writes else None
+        self._events = EventLog(folder, writes=writes)
+        self._metrics = MetricsWriter(folder, step) if writes else None
+        self._line = ProgressLine(total_steps, step) if writes else None
         self._step = step
-        self._tracking = Tracking(folder, run, self._warn) if writes and run.monitor.wandb_project else None
+        self._tracking = WandbLogger(folder, config, self._warn) if writes and config.monitor.wandb_project else None
         self._started, self._first_step = time.monotonic(), step
         self._warned = False
 
@@ -98,21 +100,21 @@ class Journal:
             self._metrics.close()
             self._line.close()
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Say something that stays on the screen."""
         if self._line:
             self._line.note(text)
 
     def _warn(self, text: str) -> None:
-        self.note(f"warning: {text}")
-        self.event("warning", self._step, text=text)
+        self.print_line(f"warning: {text}")
+        self.log_event("warning", self._step, text=text)
 
-    def event(self, event: str, step: int, **details: Any) -> None:
+    def log_event(self, event: str, step: int, **details: Any) -> None:
         """Append to events.jsonl."""
         with self._warning():
             self._events.add(event, step, **details)
 
-    def step(self, entry: dict[str, Any]) -> None:
+    def log_step(self, entry: dict[str, Any]) -> None:
         """Append a step's metrics, and show them."""
         self._step = entry["step"]
         if self._metrics and self._line:
@@ -123,16 +125,16 @@ class Journal:
             seconds = (time.monotonic() - self._started) / (entry["step"] - self._first_step)
             self._line.update(entry, seconds * (self._last_step - entry["step"]))
 
-    def go_back(self, step: int, spike: int, passed_over_sequences: int) -> None:
+    def rollback(self, step: int, spike: int, passed_over_sequences: int) -> None:
         """Drop the metrics after `step`, which the run has gone back to because of one in step `spike`."""
-        self.note(f"step {spike}: back to step {step}, passing over the data up to the spike")
-        self.event("rolled back", step, spike=spike, passed_over_sequences=passed_over_sequences)
+        self.print_line(f"step {spike}: back to step {step}, passing over the data up to the spike")
+        self.log_event("rolled back", step, spike=spike, passed_over_sequences=passed_over_sequences)
         if self._metrics:
             self._metrics.close()
-            self._metrics = Metrics(self._folder, step)
+            self._metrics = MetricsWriter(self._folder, step)
         self._started, self._first_step = time.monotonic(), step
 
-    def sync(self) -> None:
+    def flush(self) -> None:
         """Bring the metrics to the disk; called before a checkpoint that makes these steps final."""
         if self._metrics:
             with self._warning():
@@ -146,6 +148,6 @@ class Journal:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                reason = message_of(error) or error
-                self.note(f"warning: {reason}; training goes on, and keeps its metrics in memory until then")
+                reason = user_message(error) or error
+                self.print_line(f"warning: {reason}; training goes on, and keeps its metrics in memory until then")
             self._warned = True

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moonlight.errors import UserError, message_of
-from moonlight.files import write_text
+from moonlight.errors import UserError, user_message
+from moonlight.files import atomic_write_text
 
 SECONDS_TO_APPEAR = 10.0
 """Network file systems show a new file to other hosts with a delay."""
@@ -28,9 +28,9 @@ def check_shared(folder: Path, seconds: float = SECONDS_TO_APPEAR) -> None:
     failure: str | None = None
     if dist.get_rank() == 0:
         try:
-            write_text(folder / name, name)
+            atomic_write_text(folder / name, name)
         except OSError as error:
-            failure = message_of(error) or str(error)
+            failure = user_message(error) or str(error)
     said = [(name, failure)]
     dist.broadcast_object_list(said, src=0)
     name, failure = said[0]

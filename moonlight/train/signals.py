@@ -16,36 +16,36 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from moonlight.config.train import Train
+from moonlight.config.train import TrainConfig
 from moonlight.errors import CODE_KILLED
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class Wish:
+class SaveRequest:
     """What the world was asked for during a step. Equal on every rank."""
 
     stop: bool
-    save: bool
+    save_requested: bool
     """SIGUSR1 came."""
-    is_due: bool
+    timer_expired: bool
     """`save_every_minutes` have passed since the last save."""
 
     @property
     def reason(self) -> str:
         """Of the save; empty when nothing was asked for."""
-        return "SIGTERM" if self.stop else "SIGUSR1" if self.save else "clock" if self.is_due else ""
+        return "SIGTERM" if self.stop else "SIGUSR1" if self.save_requested else "clock" if self.timer_expired else ""
 
 
-class Triggers:
+class SignalHandler:
     """Takes the signals while it is entered, which only the main thread may do.
 
     A thread hears of them, so that the grace time runs while the main thread waits in a collective.
     """
 
-    def __init__(self, train: Train) -> None:
-        self._grace_seconds, self._minutes = train.grace_seconds, train.save_every_minutes
+    def __init__(self, train_config: TrainConfig) -> None:
+        self._grace_seconds, self._minutes = train_config.grace_seconds, train_config.save_every_minutes
         self._stop = False
         self._saves_asked = self._saves_agreed = 0
         self._saved_at = time.monotonic()
@@ -95,11 +95,11 @@ class Triggers:
         )
         os._exit(CODE_KILLED)
 
-    def saved(self) -> None:
+    def reset_timer(self) -> None:
         """A checkpoint was written, for whatever reason: the clock begins again."""
         self._saved_at = time.monotonic()
 
-    def agree(self) -> Wish:
+    def poll_all_ranks(self) -> SaveRequest:
         """What any rank was asked for since the last call; all ranks must call it."""
         asked = self._saves_asked
         is_due = 0 < self._minutes * 60 <= time.monotonic() - self._saved_at
@@ -108,4 +108,4 @@ class Triggers:
         agreed = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         stop, save, is_due = (bool(flag) for flag in agreed.tolist())
-        return Wish(stop, save, is_due)
+        return SaveRequest(stop, save, is_due)

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from moonlight.config.run import Run
-from moonlight.config.timeline import Moment, Timeline
-from moonlight.config.train import Train
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import RunSchedule, StepSchedule
+from moonlight.config.train import TrainConfig
 from moonlight.dist_checkpoint import lifecycle
-from moonlight.dist_checkpoint.recovery import sound_until
+from moonlight.dist_checkpoint.recovery import newest_valid_up_to
 from moonlight.dist_checkpoint.state import TrainState
 from moonlight.errors import UserError
-from moonlight.optim.distributed_muon import ShardedOptimizer
+from moonlight.optim.distributed_muon import DistributedMuon
 
 FLOOR = 0.01
 """Nats. Added to the spread, so that a loss which hardly moves does not make every ripple a spike."""
@@ -30,7 +30,7 @@ def _center_and_spread(recent: Sequence[float], window: int) -> tuple[float, flo
     return center, MAD_TO_SIGMA * statistics.median(abs(loss - center) for loss in last) + FLOOR
 
 
-def score(loss: float, recent: Sequence[float], window: int) -> float | None:
+def spike_score(loss: float, recent: Sequence[float], window: int) -> float | None:
     """Robust standard score of `loss` among the last `window` losses: (loss - median) / (1.4826 MAD + 0.01).
 
     None until there are so many, and for a loss that is not finite.
@@ -39,10 +39,10 @@ def score(loss: float, recent: Sequence[float], window: int) -> float | None:
     return (loss - found[0]) / found[1] if found and math.isfinite(loss) else None
 
 
-def limit(recent: Sequence[float], train: Train) -> float:
+def spike_limit(recent: Sequence[float], train_config: TrainConfig) -> float:
     """The loss above which a step is a spike; infinite until the window is full."""
-    found = _center_and_spread(recent, train.spike_window)
-    return found[0] + train.spike_threshold * found[1] if found else math.inf
+    found = _center_and_spread(recent, train_config.spike_window)
+    return found[0] + train_config.spike_threshold * found[1] if found else math.inf
 
 
 def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, ...]:
@@ -50,8 +50,13 @@ def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, 
     return (*recent, loss)[-window:]
 
 
-def go_back(
-    checkpoints: Path, run: Run, timeline: Timeline, optimizer: ShardedOptimizer, state: TrainState, spike: Moment
+def roll_back(
+    checkpoints: Path,
+    config: RunConfig,
+    timeline: RunSchedule,
+    optimizer: DistributedMuon,
+    state: TrainState,
+    spike: StepSchedule,
 ) -> TrainState | None:
     """Load the newest sound checkpoint at least `rollback_steps` before a spike, and pass over the data from there on.
 
@@ -63,18 +68,18 @@ def go_back(
     Raises:
         UserError: the run has gone back too often without getting past a spike.
     """
-    folder = sound_until(checkpoints, spike.step - run.train.rollback_steps)
+    folder = newest_valid_up_to(checkpoints, spike.step - config.train.rollback_steps)
     if folder is None:
         return None
-    if state.rollbacks_in_a_row >= run.train.max_rollbacks_in_a_row:
+    if state.rollbacks_in_a_row >= config.train.max_rollbacks_in_a_row:
         raise UserError(
             f"{checkpoints.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
             "rollbacks in a row (train.max_rollbacks_in_a_row), so training stops; see loss/train and "
             "loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
             "under another name"
         )
-    lifecycle.forget_after(folder)
-    back = lifecycle.load(folder, run, optimizer)
+    lifecycle.delete_later(folder)
+    back = lifecycle.load_checkpoint(folder, config, optimizer)
     # By the timeline: a run forced to other batches counted the steps before in another way.
     first_sequence = timeline.at(back.step + 1).first_sequence
     return dataclasses.replace(

@@ -21,19 +21,19 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from moonlight.config.run import Run
-from moonlight.config.timeline import Moment
-from moonlight.data.loader import Packed, Sample, stack
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import StepSchedule
+from moonlight.data.loader import PackedSample, Sample, collate
 from moonlight.model.attention import CausalAttention
 from moonlight.model.router import Router, update_expert_bias
-from moonlight.optim.distributed_muon import ShardedOptimizer
+from moonlight.optim.distributed_muon import DistributedMuon
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
-from moonlight.train.monitors import Watched, is_due, logits_by_layer, root_mean_squares, watch
+from moonlight.train.monitors import MonitorValues, collect_monitors, is_due, logits_by_layer, root_mean_squares
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """One micro-batch of this data-parallel rank. All [micro_batch_size, sequence_length]."""
 
     tokens: torch.Tensor
@@ -46,61 +46,61 @@ class Batch:
     """int32: number of each token's document within the sequence; None takes the sequence for one."""
 
 
-def data_parallel_share(numbers: Sequence[int]) -> Sequence[int]:
+def local_samples(numbers: Sequence[int]) -> Sequence[int]:
     """This data-parallel rank's run of the samples of a global batch."""
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     each = len(numbers) // size
     return numbers[rank * each : (rank + 1) * each]
 
 
-def to_batches(samples: Sequence[Sample], run: Run, eos_id: int) -> list[Batch]:
+def make_micro_batches(samples: Sequence[Sample], config: RunConfig, eos_id: int) -> list[MicroBatch]:
     """Cut samples into micro-batches on this rank's device. Documents of text end with `eos_id`."""
-    device, size = torch.cuda.current_device(), run.train.micro_batch_size
-    apart = run.data.mask_documents or run.data.reset_positions
+    device, size = torch.cuda.current_device(), config.train.micro_batch_size
+    apart = config.data.mask_documents or config.data.reset_positions
     batches = []
     for start in range(0, len(samples), size):
         some = samples[start : start + size]
-        tokens, labels, loss_mask = (tensor.to(device) for tensor in stack(some))
+        tokens, labels, loss_mask = (tensor.to(device) for tensor in collate(some))
         documents = None
-        if known := [sample.documents for sample in some if isinstance(sample, Packed)]:
+        if known := [sample.documents for sample in some if isinstance(sample, PackedSample)]:
             documents = torch.from_numpy(np.stack(known)).to(device)
         elif apart:
-            documents = number_documents(tokens, eos_id)
-        batches.append(Batch(tokens, labels, loss_mask, documents))
+            documents = compute_document_ids(tokens, eos_id)
+        batches.append(MicroBatch(tokens, labels, loss_mask, documents))
     return batches
 
 
-def number_documents(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+def compute_document_ids(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
     """Number of each token's document within its sequence, from 0: a token after `eos_id` begins one. int32."""
     ends = (tokens == eos_id).to(torch.int32)
     return ends.cumsum(1, dtype=torch.int32) - ends
 
 
-def routers(models: Sequence[Any]) -> list[Router]:
+def routers(model_chunks: Sequence[Any]) -> list[Router]:
     """The routers of this rank, in the order of their layers."""
-    found = [module for model in models for module in model.modules() if isinstance(module, Router)]
+    found = [module for model in model_chunks for module in model.modules() if isinstance(module, Router)]
     return sorted(found, key=lambda router: router.layer_number)
 
 
-def attentions(models: Sequence[Any]) -> list[CausalAttention]:
+def attentions(model_chunks: Sequence[Any]) -> list[CausalAttention]:
     """The core attentions of this rank, in the order of their layers."""
-    found = [module for model in models for module in model.modules() if isinstance(module, CausalAttention)]
+    found = [module for model in model_chunks for module in model.modules() if isinstance(module, CausalAttention)]
     return sorted(found, key=lambda attention: attention.layer_number)
 
 
-def let_go_of_the_graph(models: Sequence[Any]) -> None:
+def release_autograd_graph(model_chunks: Sequence[Any]) -> None:
     """Drop the last autograd graph, which token dispatchers keep by their router's weights.
 
     Its hooks name the model, so the two would keep each other, and every process group, alive out of the garbage
     collector's sight.
     """
-    for model in models:
+    for model in model_chunks:
         for module in model.modules():
             if isinstance(module, MoELayer):
                 module.token_dispatcher.probs = module.token_dispatcher.routing_map = None
 
 
-def _forward(global_count: torch.Tensor, iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward(global_count: torch.Tensor, iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
     """Megatron's forward step: this micro-batch's share of the loss on the last stage, and how to report it."""
     batch = next(iterator)
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
@@ -140,7 +140,7 @@ class StepResult:
     max_logits: tuple[float, ...]
     """Largest attention logit of each layer; infinite where one was not a number. With `qk_clip` that of the whole
     batch, else, in watched steps, that of the first micro-batch of every data-parallel rank; empty in others."""
-    watched: Watched | None = None
+    watched: MonitorValues | None = None
 
     @property
     def max_logit(self) -> float:
@@ -149,11 +149,11 @@ class StepResult:
 
 
 def train_step(
-    models: Sequence[GPTModel],
-    optimizer: ShardedOptimizer,
-    run: Run,
-    batches: Sequence[Batch],
-    moment: Moment,
+    model_chunks: Sequence[GPTModel],
+    optimizer: DistributedMuon,
+    config: RunConfig,
+    batches: Sequence[MicroBatch],
+    moment: StepSchedule,
     spike_above: float = math.inf,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
@@ -164,34 +164,36 @@ def train_step(
     therefore updated only after both are known.
     `before_update` is called before anything moves.
     """
-    is_watched = is_due(moment.step, run.monitor.every_steps)
-    clips = run.optimizer.qk_clip > 0
-    optimizer.data_parallel.zero_gradients()
-    loss, _ = forward_backward(models, run, batches, recorded_batches=len(batches) if clips else int(is_watched))
+    is_watched = is_due(moment.step, config.monitor.every_steps)
+    clips = config.optimizer.qk_clip > 0
+    optimizer.data_parallel.zero_grad_buffer()
+    loss, _ = forward_backward(
+        model_chunks, config, batches, recorded_batches=len(batches) if clips else int(is_watched)
+    )
     gradient_norms = optimizer.gradient_norms()
     norm = math.hypot(*gradient_norms.values())
     broken = not (math.isfinite(norm) and math.isfinite(loss.item()))
     broken, is_above = _any_rank(broken, loss.item() > spike_above)
     is_spike = is_above and not broken
-    skipped = broken or (is_spike and run.train.spike_policy != "none")
+    skipped = broken or (is_spike and config.train.spike_policy != "none")
     before_update()
     head_group = parallel_state.get_model_parallel_group()  # tensor and pipeline: together they have every head once
     max_logits: tuple[float, ...] = ()
     if clips or is_watched:
-        recorded = attentions(models)
+        recorded = attentions(model_chunks)
         maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
-        max_logits = logits_by_layer(maxima, recorded, run.model, head_group)
+        max_logits = logits_by_layer(maxima, recorded, config.model, head_group)
     update_rms: dict[str, float] = {}
     clipped_heads = torch.zeros((), dtype=torch.int64, device=loss.device)
     if not skipped:
         factors = None
         if clips:
-            gammas = logit_factors(maxima, run.optimizer.qk_clip)
+            gammas = logit_factors(maxima, config.optimizer.qk_clip)
             clipped_heads = (gammas < 1).sum()
-            factors = row_factors(recorded, gammas, run.model)
+            factors = row_factors(recorded, gammas, config.model)
         update_sums = optimizer.step(
             learning_rate=moment.learning_rate,
-            weight_decay=run.optimizer.weight_decay,
+            weight_decay=config.optimizer.weight_decay,
             step=moment.step,
             gradient_norm=norm,
             row_factors=factors,
@@ -201,7 +203,7 @@ def train_step(
         dist.all_reduce(clipped_heads, group=head_group)
     model_group = parallel_state.get_tensor_and_data_parallel_group()
     max_load, aux_loss, dead_experts, counts = torch.zeros(4, device=loss.device).unbind()
-    if local := routers(models):
+    if local := routers(model_chunks):
         counts = update_expert_bias(local, 0.0 if skipped else moment.router_bias_update_rate, model_group)
         max_load = (counts.max(-1).values / counts.mean(-1)).max()
         dead_experts = (counts == 0).sum().float()
@@ -211,7 +213,7 @@ def train_step(
     over_layers = torch.stack([aux_loss, dead_experts])
     dist.all_reduce(over_layers, group=pipeline_group)
     dist.all_reduce(max_load, op=dist.ReduceOp.MAX, group=pipeline_group)
-    watched = watch(optimizer, run, moment.step, local, counts, pipeline_group) if is_watched else None
+    watched = collect_monitors(optimizer, config, moment.step, local, counts, pipeline_group) if is_watched else None
     return StepResult(
         loss=loss.item(),
         aux_loss=over_layers[0].item(),
@@ -236,9 +238,9 @@ def _any_rank(*here: bool) -> tuple[bool, ...]:
 
 
 def forward_backward(
-    models: Sequence[GPTModel],
-    run: Run,
-    batches: Sequence[Batch],
+    model_chunks: Sequence[GPTModel],
+    config: RunConfig,
+    batches: Sequence[MicroBatch],
     *,
     forward_only: bool = False,
     recorded_batches: int = 0,
@@ -259,22 +261,22 @@ def forward_backward(
     global_count = count.clamp(min=1)
     if not forward_only:
         num_sequences = sum(len(batch.tokens) for batch in batches) * dist.get_world_size(data_group)
-        for router in routers(models):
-            router.aux_loss_weight = run.model.aux_loss_alpha / num_sequences
+        for router in routers(model_chunks):
+            router.aux_loss_weight = config.model.aux_loss_alpha / num_sequences
             router.aux_loss.zero_()
-        for attention in attentions(models):
+        for attention in attentions(model_chunks):
             attention.record(recorded_batches)
     schedule = get_forward_backward_func()
     losses = schedule(
         forward_step_func=partial(_forward, global_count),
-        data_iterator=[iter(batches) for _ in models],
-        model=list(models),
+        data_iterator=[iter(batches) for _ in model_chunks],
+        model=list(model_chunks),
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=forward_only,
     )
-    let_go_of_the_graph(models)
+    release_autograd_graph(model_chunks)
     loss = torch.stack(losses).sum() if losses else torch.zeros_like(global_count)
     dist.all_reduce(loss, group=data_group)
     # Earlier pipeline stages hold zero.

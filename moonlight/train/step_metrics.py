@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moonlight.config.run import Run
-from moonlight.config.timeline import Moment
+from moonlight.config.run import RunConfig
+from moonlight.config.timeline import StepSchedule
 from moonlight.dist_checkpoint.state import TrainState
 from moonlight.hardware import peak_flops_per_second
 from moonlight.plan.flops import train_flops_per_token
-from moonlight.train.monitors import Watched
+from moonlight.train.monitors import MonitorValues
 from moonlight.train.step import StepResult
 from moonlight.train.validate import bits_per_byte
 
@@ -23,10 +23,12 @@ _DIGITS = 4
 """Of figures by layer and by expert, of which there are thousands."""
 
 
-def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, seconds: float) -> dict[str, Any]:
+def step_metrics(
+    state: TrainState, config: RunConfig, moment: StepSchedule, result: StepResult, seconds: float
+) -> dict[str, Any]:
     """One step's object in metrics.jsonl. Lists are by layer, of the experts' figures by layer that has experts."""
-    tokens = moment.global_batch_size * run.data.sequence_length
-    flops = train_flops_per_token(run.model, run.data.sequence_length) * tokens / seconds / dist.get_world_size()
+    tokens = moment.global_batch_size * config.data.sequence_length
+    flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / seconds / dist.get_world_size()
     entry: dict[str, Any] = {
         "step": state.step,
         "consumed_tokens": state.consumed_tokens,
@@ -41,13 +43,13 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
         "speed/model_tflops": flops / 1e12,
         "time/step_seconds": seconds,
     }
-    if run.model.has_experts:
+    if config.model.has_experts:
         entry |= {"moe/max_load": result.max_load, "moe/dead_experts": result.dead_experts}
-    if peak := peak_tflops(run):
+    if peak := peak_tflops(config):
         entry["speed/mfu"] = flops / 1e12 / peak
     if moment.stage:
         entry["stage"] = moment.stage
-    if run.optimizer.qk_clip > 0:
+    if config.optimizer.qk_clip > 0:
         entry["attention/clipped_heads"] = result.clipped_heads
     if result.max_logits:
         entry["attention/max_logit"] = result.max_logit
@@ -59,16 +61,16 @@ def describe(state: TrainState, run: Run, moment: Moment, result: StepResult, se
     return entry
 
 
-def peak_tflops(run: Run) -> float | None:
+def peak_tflops(config: RunConfig) -> float | None:
     """Of one process's device, in 10^12 FLOP/s: what the recipe says, or what the name of the GPU does."""
-    if run.monitor.peak_tflops:
-        return run.monitor.peak_tflops
-    by_name = torch.cuda.is_available() and run.train.dtype == "bfloat16"
+    if config.monitor.peak_tflops:
+        return config.monitor.peak_tflops
+    by_name = torch.cuda.is_available() and config.train.dtype == "bfloat16"
     known = peak_flops_per_second(torch.cuda.get_device_name()) if by_name else None
     return known / 1e12 if known else None
 
 
-def _describe_watched(watched: Watched) -> dict[str, Any]:
+def _describe_watched(watched: MonitorValues) -> dict[str, Any]:
     entry: dict[str, Any] = {f"optim/weight_rms/{name}": value for name, value in watched.weight_rms.items()}
     entry |= {f"optim/svd_entropy/{name}": value for name, value in watched.svd_entropies.items()}
     spreads = []
@@ -88,7 +90,7 @@ def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def judge(loss: float, counts: dict[str, int] | None) -> dict[str, float]:
+def held_out_metrics(loss: float, counts: dict[str, int] | None) -> dict[str, float]:
     """The loss over all held-out documents and, where every byte of them was predicted, the bits per byte it means.
 
     `counts` are those of the text; None for conversations, of which only a part is.
@@ -99,7 +101,7 @@ def judge(loss: float, counts: dict[str, int] | None) -> dict[str, float]:
     return {"loss/held_out": loss, "bits_per_byte/held_out": bits}
 
 
-def environment() -> dict[str, str]:
+def environment_info() -> dict[str, str]:
     """Versions and hardware of this process."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
     for name in _PACKAGES:

@@ -8,16 +8,16 @@ import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from moonlight.config.run import Run
-from moonlight.data.loader import HeldOut
-from moonlight.train.step import data_parallel_share, forward_backward, to_batches
+from moonlight.config.run import RunConfig
+from moonlight.data.loader import AnyValDataset
+from moonlight.train.step import forward_backward, local_samples, make_micro_batches
 
 
 @torch.no_grad()
 def validate(
-    models: Sequence[GPTModel],
-    run: Run,
-    sources: Mapping[str, HeldOut],
+    model_chunks: Sequence[GPTModel],
+    config: RunConfig,
+    sources: Mapping[str, AnyValDataset],
     alive: Callable[[], None],
     max_sequences: int = 0,
 ) -> tuple[float, dict[str, float]]:
@@ -26,31 +26,31 @@ def validate(
     Takes the first `max_sequences` sequences of each source, or with 0 every held-out token. `alive` is called after
     every pass over a batch.
     """
-    for model in models:
+    for model in model_chunks:
         model.eval()
-    sums = {name: _sum_losses(models, run, samples, alive, max_sequences) for name, samples in sources.items()}
-    for model in models:
+    sums = {name: _sum_losses(model_chunks, config, samples, alive, max_sequences) for name, samples in sources.items()}
+    for model in model_chunks:
         model.train()
     nats, tokens = map(sum, zip(*sums.values(), strict=True))
     return nats / tokens, {name: nats / tokens for name, (nats, tokens) in sums.items()}
 
 
 def _sum_losses(
-    models: Sequence[GPTModel],
-    run: Run,
-    samples: HeldOut,
+    model_chunks: Sequence[GPTModel],
+    config: RunConfig,
+    samples: AnyValDataset,
     alive: Callable[[], None],
     max_sequences: int,
 ) -> tuple[float, float]:
     """Sum of the losses in nats, and number of tokens."""
     total = min(len(samples), max_sequences) if max_sequences else len(samples)
     nats = tokens = 0.0
-    per_pass = run.train.global_batch_size
+    per_pass = config.train.global_batch_size
     for start in range(0, total, per_pass):
         numbers = range(start, start + per_pass)
-        mine = [samples[number if number < total else len(samples)] for number in data_parallel_share(numbers)]
-        batches = to_batches(mine, run, samples.eos_id)
-        loss, count = forward_backward(models, run, batches, forward_only=True)
+        mine = [samples[number if number < total else len(samples)] for number in local_samples(numbers)]
+        batches = make_micro_batches(mine, config, samples.eos_id)
+        loss, count = forward_backward(model_chunks, config, batches, forward_only=True)
         nats += loss.item() * count.item()
         tokens += count.item()
         alive()

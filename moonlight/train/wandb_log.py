@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moonlight.config.run import Run
+from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
-from moonlight.files import make_folder, write_text
+from moonlight.files import atomic_write_text, make_folder
 
 INIT_TIMEOUT_SECONDS = 30.0
 FINISH_TIMEOUT_SECONDS = 60.0
@@ -21,21 +21,21 @@ LEAVE_TIMEOUT_SECONDS = 5.0
 """The same where a run is stopped, whose grace time is short, or fails."""
 
 
-def check_installed(run: Run) -> None:
+def check_installed(config: RunConfig) -> None:
     """Raise UserError if the recipe asks for Weights & Biases and its package is not there."""
-    if run.monitor.wandb_project and importlib.util.find_spec("wandb") is None:
+    if config.monitor.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"monitor.wandb_project is {run.monitor.wandb_project!r}, and the package wandb is not installed: "
+            f"monitor.wandb_project is {config.monitor.wandb_project!r}, and the package wandb is not installed: "
             "pip install wandb, or leave the setting out"
         )
 
 
-class Tracking:
+class WandbLogger:
     """Sends metrics to one run there. Whatever fails is said once, by `warn`, and nothing is sent from then on."""
 
-    def __init__(self, folder: Path, run: Run, warn: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, config: RunConfig, warn: Callable[[str], None]) -> None:
         """`folder` of the run; what is not sent yet lies in its subfolder wandb/."""
-        self._folder, self._run, self._warn = folder, run, warn
+        self._folder, self._config, self._warn = folder, config, warn
         self._entries: queue.SimpleQueue[dict[str, Any] | int] = queue.SimpleQueue()
         """At the end the exit code."""
         self._failure = ""
@@ -72,12 +72,12 @@ class Tracking:
                 init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS, console="off", silent=True
             )
             there = wandb.init(
-                project=self._run.monitor.wandb_project,
-                name=self._run.name,
+                project=self._config.monitor.wandb_project,
+                name=self._config.name,
                 id=self._identifier(),
                 resume="allow",
                 dir=self._folder,
-                config=dataclasses.asdict(self._run),
+                config=dataclasses.asdict(self._config),
                 settings=settings,
             )
             # After a restart steps come again, which its own counter would refuse.
@@ -95,5 +95,5 @@ class Tracking:
         path = self._folder / "wandb" / "identifier"
         if not path.exists():
             make_folder(path.parent)
-            write_text(path, secrets.token_hex(8) + "\n")
+            atomic_write_text(path, secrets.token_hex(8) + "\n")
         return path.read_text().strip()

@@ -15,7 +15,7 @@ from moonlight.errors import CODE_HUNG
 
 FIRST_STEP = 2
 """Until the first step has ended, when data and checkpoint are read and kernels chosen, so many timeouts may pass."""
-GROUPS = 3
+GROUP_TIMEOUT_FACTOR = 3
 """After so many timeouts the process groups themselves give up, should a watchdog not have ended its process."""
 
 
@@ -46,11 +46,11 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Something was done that is less than a step."""
         self._idle = 0.0
 
-    def finished(self, step: int) -> None:
+    def step_done(self, step: int) -> None:
         """A step has ended."""
         self._step, self._allowed, self._idle = step, self._timeout, 0.0
 

@@ -12,9 +12,9 @@ import torch
 from matplotlib import image
 
 from moonlight.bench import checkpoint, loader, monitors, optimizer, optimizer_gpu, picture, startup, tokenizer
-from moonlight.bench.report import Figure, against_bar, hardware, report, speed
-from moonlight.config.schedule import Schedule
-from moonlight.dist_checkpoint.async_save import Saver
+from moonlight.bench.report import BenchResult, against_bar, hardware, print_results, time_ratio
+from moonlight.config.schedule import ScheduleConfig
+from moonlight.dist_checkpoint.async_save import AsyncCheckpointer
 from moonlight.dist_checkpoint.state import TrainState, step_folder
 from moonlight.errors import CODE_STOPPED, UserError
 from moonlight.files import check_output_file
@@ -44,18 +44,18 @@ def test_the_symmetric_product_is_compared_before_its_rate_counts(monkeypatch):
 
 
 def test_a_failed_gate_fails_the_figure():
-    assert speed("case", [1.0], [30.0], 10, True).passed
-    assert not speed("case", [1.0], [30.0], 10, False).passed
-    assert not speed("case", [1.0], [9.0], 10, True).passed
+    assert time_ratio("case", [1.0], [30.0], 10, True).passed
+    assert not time_ratio("case", [1.0], [30.0], 10, False).passed
+    assert not time_ratio("case", [1.0], [9.0], 10, True).passed
 
 
 def test_what_is_kept_of_a_benchmark(tmp_path):
     path = tmp_path / "case.json"
     figures = [
-        speed("case", [2.0, 1.0, 4.0], [6.0, 8.0, 4.0], 1.5, True, aim=4.0),
-        Figure("", "", 1, 2, 2, "", "", True),
+        time_ratio("case", [2.0, 1.0, 4.0], [6.0, 8.0, 4.0], 1.5, True, aim=4.0),
+        BenchResult("", "", 1, 2, 2, "", "", True),
     ]
-    assert report("title", figures, hardware("cpu"), ["a note"], path)
+    assert print_results("title", figures, hardware("cpu"), ["a note"], path)
     content = json.loads(path.read_text())
     assert content["versions"]["torch"] == torch.__version__ and "megatron-core" in content["versions"]
     assert content["threads"] == torch.get_num_threads() and content["command"].startswith("moonlight ")
@@ -74,41 +74,41 @@ def test_a_bar_in_the_place_of_a_peer():
 
 def test_the_picture_is_made_of_the_newest_files(tmp_path):
     def keep(name, date, ours, unit="ms"):
-        figures = [speed(f"case of {name}", [ours], [10.0], 2.0, True, unit)]
-        report("title", figures, hardware("cpu"), (), tmp_path / f"{name}-{date}.json")
+        figures = [time_ratio(f"case of {name}", [ours], [10.0], 2.0, True, unit)]
+        print_results("title", figures, hardware("cpu"), (), tmp_path / f"{name}-{date}.json")
 
     with pytest.raises(UserError, match=r"holds no <name>-<date>\.json"):
-        picture.draw(tmp_path, tmp_path / "bench.png")
+        picture.plot_results(tmp_path, tmp_path / "bench.png")
     keep("loader", "2026-01-09", 1.0)
     keep("train-step", "2026-01-08", 2.0)
     out = tmp_path / "images" / "bench.png"
-    assert [path.name for path in picture.draw(tmp_path, out)] == [
+    assert [path.name for path in picture.plot_results(tmp_path, out)] == [
         "loader-2026-01-09.json",
         "train-step-2026-01-08.json",
     ]
     before = image.imread(out)
     assert before.shape[1] == 1200
     keep("loader", "2026-01-08", 3.0)  # older: nothing changes
-    picture.draw(tmp_path, out)
+    picture.plot_results(tmp_path, out)
     assert (image.imread(out) == before).all()
     keep("loader", "2026-01-10", 8.0)
-    picture.draw(tmp_path, out)
+    picture.plot_results(tmp_path, out)
     after = image.imread(out)
     assert after.shape != before.shape or (after != before).any()
     (tmp_path / "odd-2026-01-10.json").write_text("[]")
     with pytest.raises(UserError, match=r"odd-2026-01-10\.json is not what"):
-        picture.draw(tmp_path, out)
+        picture.plot_results(tmp_path, out)
 
 
 def test_what_the_picture_shows():
     content = {
         "figures": [
-            speed("faster", [1.0, 2.0, 4.0], [8.0, 8.0, 8.0], 3.0, True).as_json(),
-            Figure("share", "ms", 1, 200, 0.5, "", "<= 1 %", True, ratio_rounds=(0.4, 0.5, 0.8)).as_json(),
-            Figure("accuracy", "", 1.0, 1.0, 1.0, "", ">= 0.98", True).as_json(),
+            time_ratio("faster", [1.0, 2.0, 4.0], [8.0, 8.0, 8.0], 3.0, True).as_json(),
+            BenchResult("share", "ms", 1, 200, 0.5, "", "<= 1 %", True, ratio_rounds=(0.4, 0.5, 0.8)).as_json(),
+            BenchResult("accuracy", "", 1.0, 1.0, 1.0, "", ">= 0.98", True).as_json(),
         ]
     }
-    faster, share = picture.lines_of("name", content)
+    faster, share = picture.chart_bars("name", content)
     assert (faster.ratio, faster.low, faster.high, faster.bar) == (4.0, 2.0, 8.0, 3.0)
     assert (share.ratio, share.low, share.high, share.bar) == (200.0, 125.0, 250.0, 100.0)
 
@@ -167,11 +167,11 @@ def gate_of_saves(folder):
     """What the gate says of a checkpoint, and then beside a momentum that is one bit off."""
     run = recipe()
     _, optimizer = build(run)
-    saver = Saver(folder, run, optimizer, tokenizer_sha256="")
+    saver = AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="")
     saver.save(TrainState(step=1))
-    saver.finish()
+    saver.finalize()
     said = [checkpoint._is_equal(step_folder(folder, 1), optimizer)]
-    optimizer.owned[0].momenta[0].view(-1)[-1] = 1e-45
+    optimizer.owned[0].states[0].view(-1)[-1] = 1e-45
     return [*said, checkpoint._is_equal(step_folder(folder, 1), optimizer)]
 
 
@@ -181,7 +181,7 @@ def test_a_save_of_other_bits_fails_the_gate(pool, tmp_path):
 
 def monitors_timed(learning_rate):
     run = recipe()
-    return monitors._measure(replace(run, schedule=Schedule(lr=learning_rate, router_bias_update_rate=0.0)), 2)
+    return monitors._measure(replace(run, schedule=ScheduleConfig(lr=learning_rate, router_bias_update_rate=0.0)), 2)
 
 
 def test_monitors_that_change_a_step_would_fail_the_gate(pool):
@@ -222,7 +222,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(command, message)
 def test_figures_are_written_into_a_folder_that_is_made(tmp_path):
     path = tmp_path / "new" / "figures.json"
     check_output_file("--json", path, "figures.json")
-    report("title", [against_bar("case", [1.0], 2.0, True, "s", 1.0)], hardware("cpu"), (), path)
+    print_results("title", [against_bar("case", [1.0], 2.0, True, "s", 1.0)], hardware("cpu"), (), path)
     assert json.loads(path.read_text())["figures"][0]["own_limit"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moonlight.bench import train_step
-from moonlight.bench.train_step import Result, Setting, Workload
+from moonlight.bench.train_step import Setting, SettingResult, Workload
 from moonlight.config.load import load_recipe
 from moonlight.errors import UserError
 
@@ -33,7 +33,7 @@ def test_both_sides_begin_with_the_same_weights_and_learn(monkeypatch):
 
 
 def test_what_fails_the_gate():
-    good = Result(9.0, [1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
+    good = SettingResult(9.0, [1.0, 3.0, 2.0], [0.5], [6.0, 5.0])
     assert good.step_seconds(4) == 8.5
     assert train_step._agree([good, replace(good, losses=[6.01, 4.0])])
     assert not train_step._agree([good, replace(good, losses=[6.1, 4.0])])
@@ -64,14 +64,14 @@ def test_a_machine_with_a_gpu_is_refused(monkeypatch):
 )
 def test_batch_and_experts_are_dealt_out_evenly(name, by_cores):
     workload = train_step.WORKLOADS[name]
-    run = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
+    config = load_recipe(Path(workload.recipe), [f"{key}={value}" for key, value in workload.overrides.items()])
     for cores, processes in by_cores.items():
-        assert train_step.most_processes(run, cores) == processes
+        assert train_step.max_processes(config, cores) == processes
         tried = train_step.settings(name, "muon", processes)
         assert len(set(tried)) == len(tried)
         for setting in tried:
-            assert run.train.global_batch_size % setting.processes == 0
-            assert run.model.num_experts % setting.expert_parallel_size == 0
+            assert config.train.global_batch_size % setting.processes == 0
+            assert config.model.num_experts % setting.expert_parallel_size == 0
 
 
 def test_a_large_model_is_tried_only_where_it_fits():

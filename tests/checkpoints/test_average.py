@@ -11,7 +11,7 @@ from checkpoints.reader import open_checkpoint
 from checkpoints.verify import verify
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
-from moonlight.files import checksum_of
+from moonlight.files import xxh3_checksum
 from tests.support.bad_input import in_state
 
 STEPS = (2, 4)
@@ -25,8 +25,8 @@ def averaged(tiny_run, tmp_path_factory):
 
 
 def weights(checkpoint):
-    rows = hf_mapping.table(checkpoint.model)
-    return {part.name: checkpoint.part(row, part).numpy() for row in rows for part in row.parts}
+    rows = hf_mapping.tensor_mappings(checkpoint.model)
+    return {part.name: checkpoint.read_hf_tensor(row, part).numpy() for row in rows for part in row.hf_tensors}
 
 
 def test_it_is_the_mean_in_float64(tiny_run, averaged):
@@ -65,9 +65,9 @@ def test_it_is_exported_and_verified_and_its_card_names_the_steps(averaged, tiny
 
 
 def test_a_second_call_does_nothing(averaged, tiny_run):
-    before = {path: (path.stat().st_mtime_ns, checksum_of(path)) for path in averaged.iterdir()}
+    before = {path: (path.stat().st_mtime_ns, xxh3_checksum(path)) for path in averaged.iterdir()}
     assert average(tiny_run.folder, 2, averaged) == []
-    assert {path: (path.stat().st_mtime_ns, checksum_of(path)) for path in averaged.iterdir()} == before
+    assert {path: (path.stat().st_mtime_ns, xxh3_checksum(path)) for path in averaged.iterdir()} == before
 
 
 def test_a_damaged_mean_is_not_called_made(averaged, tiny_run, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from checkpoints.average import average
 from checkpoints.hf_import import import_folder
 from moonlight.errors import CODE_INTERRUPTED
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 from tests.support.bad_input import NEWEST, check_line, command, cut, flip, in_state, run_command
 from tests.support.hugging_face import change_tensors, make_folder, raw_tensors
 
@@ -261,7 +261,7 @@ def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     if name == "import":
         for file in ("__0_0.distcp", ".metadata"):
-            assert sha256_of(out / file) == sha256_of(large / "checkpoint" / file)
+            assert sha256_checksum(out / file) == sha256_checksum(large / "checkpoint" / file)
     else:
         assert raw_tensors(out) == raw_tensors(large / "hf")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from checkpoints.card import missing_of_card, model_card
+from checkpoints.card import missing_card_parts, model_card
 from checkpoints.export import _first_weights, export
 from moonlight.config.load import load_recipe
 from moonlight.plan.flops import count_parameters, train_flops_per_token
@@ -17,16 +17,16 @@ from moonlight.train.metrics import read_metrics
 @pytest.fixture(scope="module")
 def known(tiny_run):
     """What is known of the finished tiny run, as arguments of `model_card`."""
-    run = load_recipe(tiny_run.recipe)
+    config = load_recipe(tiny_run.recipe)
     metrics = read_metrics(tiny_run.folder)
     return {
-        "model": run.model,
+        "model": config.model,
         "name": "someone/tiny",
         "step": 4,
         "dtype": "bfloat16",
         "license": "Apache-2.0",
         "chat": False,
-        "run": run,
+        "run": config,
         "consumed_tokens": metrics[-1]["consumed_tokens"],
         "metrics": metrics,
         "manifests": {"data": json.loads((tiny_run.data / "manifest.json").read_text())},
@@ -66,7 +66,7 @@ def test_the_card_says_what_the_run_says(known):
     source = manifest["sources"][0]
     assert f"| {source['documents']:,} | {source['bytes']:,} | {source['tokens']:,} |" in text
     assert "![Loss over tokens](loss.png)" in text
-    assert missing_of_card(text) == []
+    assert missing_card_parts(text) == []
 
 
 def test_the_front_matter_is_the_hubs(known):
@@ -100,7 +100,7 @@ def test_what_is_unknown_is_not_told(known):
     assert "not known" in text and "No losses" in text and "loss.png" not in text
     assert "### Evaluation" not in text and "passes over" not in text
     assert not re.search(r"\b(None|nan)\b", text)
-    assert missing_of_card(text) == ["a licence"]
+    assert missing_card_parts(text) == ["a licence"]
 
 
 def test_a_checkpoint_on_the_way_has_the_results_of_its_step(known):
@@ -251,7 +251,7 @@ def test_licences(known, license, front):
     ],
 )
 def test_what_a_release_lacks(text, missing):
-    (found,) = missing_of_card(text)
+    (found,) = missing_card_parts(text)
     assert missing in found
 
 

@@ -17,7 +17,7 @@ from checkpoints.reader import open_checkpoint
 from checkpoints.verify import compare_tensors, verify
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 from tests.support.layouts import make_run, train_run
 
 
@@ -25,8 +25,8 @@ from tests.support.layouts import make_run, train_run
 def run(pool, data_folder, tokenizer_folder, tmp_path_factory):
     """A finished run of two processes, with query compression and expert groups for good measure."""
     run = make_run(tmp_path_factory.mktemp("runs"), data_folder, tokenizer_folder, "EP2", train_steps=4)
-    model = replace(run.model, q_lora_rank=24, num_expert_groups=4, topk_group=2)
-    run = replace(run, model=model)
+    model_config = replace(run.model, q_lora_rank=24, num_expert_groups=4, topk_group=2)
+    run = replace(run, model=model_config)
     pool.run(2, train_run, run)
     return run
 
@@ -51,13 +51,13 @@ def test_every_tensor_once_with_the_right_dtype(run, folder, exported):
     dtype = getattr(torch, exported.name)
     checkpoint = open_checkpoint(folder)
     found = tensors_of(exported)
-    names = [part.name for row in hf_mapping.table(run.model) for part in row.parts]
+    names = [part.name for row in hf_mapping.tensor_mappings(run.model) for part in row.hf_tensors]
     assert sorted(found) == sorted(names)
-    for row in hf_mapping.table(run.model):
+    for row in hf_mapping.tensor_mappings(run.model):
         whole = checkpoint.read(row.key)
-        for part in row.parts:
+        for part in row.hf_tensors:
             value = whole[part.index]
-            expected = value if part.kind == "bias" else value.to(dtype)
+            expected = value if part.init_kind == "bias" else value.to(dtype)
             assert found[part.name].dtype == expected.dtype
             assert torch.equal(found[part.name], expected), part.name
             assert tuple(found[part.name].shape) == part.shape
@@ -118,7 +118,7 @@ def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
     for name in (file.name, "model.safetensors.index.json", "SHA256SUMS"):
         (out / name).unlink()
     checkpoint = open_checkpoint(folder)
-    _, problems = compare_tensors(checkpoint, checkpoint.model, open_folder(out))
+    _, problems = compare_tensors(checkpoint, checkpoint.model_config, open_folder(out))
     assert len(problems) == 1 and complaint in problems[0]
     assert not verify(folder, out).passed
 
@@ -128,7 +128,7 @@ def test_verify_notices_any_changed_file(folder, tmp_path):
     export(folder, out)
     assert verify(folder, out).passed
     proof = json.loads((out / "verification.json").read_text())
-    assert proof["passed"] and proof["sums_sha256"] == sha256_of(out / "SHA256SUMS")
+    assert proof["passed"] and proof["sums_sha256"] == sha256_checksum(out / "SHA256SUMS")
     (out / "generation_config.json").write_text("{}")
     report = verify(folder, out)
     assert not report.passed and "generation_config.json" in report.problems[0]

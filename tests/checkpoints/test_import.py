@@ -190,7 +190,7 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
     """The first loss of the run is that of transformers on the same tokens."""
     from transformers import AutoModelForCausalLM
 
-    from moonlight.data.loader import TrainingSamples, stack
+    from moonlight.data.loader import TrainDataset, collate
 
     folder = make_folder(tmp_path / "hf", vocab_size=1024)
     for file in tokenizer_folder.iterdir():
@@ -198,13 +198,13 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
             shutil.copy(file, folder)
     import_folder(folder, tmp_path / "checkpoint")
     run = make_run(tmp_path / "runs", data_folder, tokenizer_folder, layout, train_steps=2, save_every_steps=2)
-    model = open_checkpoint(tmp_path / "checkpoint").model
-    run = replace(run, model=model, train=replace(run.train, initial_checkpoint=str(tmp_path / "checkpoint")))
+    model_config = open_checkpoint(tmp_path / "checkpoint").model_config
+    run = replace(run, model=model_config, train=replace(run.train, initial_checkpoint=str(tmp_path / "checkpoint")))
     pool.run(LAYOUTS[layout][0], train_run, run)
     losses = [entry["loss/train"] for entry in read_metrics(tmp_path / "runs" / layout)]
 
-    samples = TrainingSamples(data_folder, run.data.sequence_length, run.train.seed)
-    tokens, labels, mask = stack([samples[number] for number in range(run.train.global_batch_size)])
+    samples = TrainDataset(data_folder, run.data.sequence_length, run.train.seed)
+    tokens, labels, mask = collate([samples[number] for number in range(run.train.global_batch_size)])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -226,7 +226,7 @@ def test_its_recipe_is_a_base(tmp_path, tokenizer_folder):
         "base: checkpoint/recipe.yaml\nname: mine\ndata: {path: data, sequence_length: 32}\nschedule: {lr: 1.0e-3}\n"
         "train: {train_steps: 5, global_batch_size: 8, micro_batch_size: 2}\n"
     )
-    run = load_recipe(recipe)
-    assert run.model == open_checkpoint(tmp_path / "checkpoint").model
-    assert run.train.initial_checkpoint == str(tmp_path / "checkpoint")
-    assert run.data.tokenizer == str(tmp_path / "checkpoint" / "tokenizer")
+    config = load_recipe(recipe)
+    assert config.model == open_checkpoint(tmp_path / "checkpoint").model_config
+    assert config.train.initial_checkpoint == str(tmp_path / "checkpoint")
+    assert config.data.tokenizer == str(tmp_path / "checkpoint" / "tokenizer")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from checkpoints.hf_import import import_folder
 from checkpoints.reader import open_checkpoint
-from moonlight.errors import UserError, message_of
+from moonlight.errors import UserError, user_message
 from tests.support.hugging_face import make_folder
 
 FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "header")
@@ -86,7 +86,7 @@ def test_any_damage(source, name, edits):
         try:
             assert import_folder(folder, out)
         except (UserError, OSError) as error:
-            line = message_of(error)
+            line = user_message(error)
             if line is None:
                 raise
             assert line.isprintable()

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from moonlight.cli.main import main
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, sha256_of
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, sha256_checksum
 from tests.support.bad_input import check_line, command, run_command
 from tests.support.exports import CARD, REPO, TOKEN, seal, set_revision_step, shards
 from tests.support.hub import JUST_MADE, LFS_SUFFIXES
@@ -65,7 +65,7 @@ def test_every_byte_arrives_and_the_token_stays_out_of_sight(hub, folder, tmp_pa
     assert repository.commits == [("main", "step 4", sorted(before))]
     assert not repository.private
     assert len(shards(folder)) > 3
-    assert {sha256_of(shard) for shard in shards(folder)} <= repository.lfs
+    assert {sha256_checksum(shard) for shard in shards(folder)} <= repository.lfs
     assert not hub.leaks
     assert contents(folder) == before
     for path in tmp_path.rglob("*"):
@@ -122,12 +122,12 @@ def test_a_first_release_may_be_one_on_the_way(hub, folder, release):
 
 
 def test_killed_midway_and_run_again_it_completes(hub, folder, release, tmp_path):
-    late = sha256_of(shards(folder)[-1])
+    late = sha256_checksum(shards(folder)[-1])
     hub.faults = {("PUT", late): "stall"}
     process = command("release", folder, "--repo", REPO, env=environment(hub, tmp_path / "home"))
     try:
         assert hub.stalled.wait(60)
-        others = {sha256_of(path) for path in folder.iterdir() if path.suffix in LFS_SUFFIXES} - {late}
+        others = {sha256_checksum(path) for path in folder.iterdir() if path.suffix in LFS_SUFFIXES} - {late}
         deadline = time.monotonic() + 30
         while not others <= hub.objects.keys():
             assert time.monotonic() < deadline and process.poll() is None
@@ -144,7 +144,7 @@ def test_killed_midway_and_run_again_it_completes(hub, folder, release, tmp_path
 
 
 def test_a_dropped_connection_is_tried_again(hub, folder, release):
-    first = sha256_of(shards(folder)[0])
+    first = sha256_checksum(shards(folder)[0])
     hub.faults = {("PUT", first): "drop"}
     release(folder)
     assert hub.count("PUT", first) == 2

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of, write_sums
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum, write_sums
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path):
 def test_sums_are_those_of_the_tool(folder):
     subprocess.run(["sha256sum", "--check", "--strict", SUMS_FILE], cwd=folder, check=True, capture_output=True)
     sums = check_sums(folder)
-    assert sums == {name: sha256_of(folder / name) for name in ("config.json", "deep/月 光.txt", "empty.txt")}
+    assert sums == {name: sha256_checksum(folder / name) for name in ("config.json", "deep/月 光.txt", "empty.txt")}
 
 
 def test_what_the_tool_writes_is_read(folder):

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from moonlight.config.data import Source
+from moonlight.config.data import SourceConfig
 from moonlight.config.load import load_recipe, to_yaml
-from moonlight.config.schedule import Stage
+from moonlight.config.schedule import StageConfig
 from moonlight.data.prepare import prepare
 from tests.support.bad_input import run_command
 
@@ -19,12 +19,12 @@ def mixed(tiny_run, tmp_path):
     shutil.copytree(tiny_run.data, tmp_path / "b")
 
     def write(b=None, **changes):
-        run = load_recipe(tiny_run.recipe)
-        sources = {"a": Source(path=str(tiny_run.data)), "b": Source(path=str(tmp_path / "b"), **(b or {}))}
-        data = replace(run.data, path="", sources=sources)
+        config = load_recipe(tiny_run.recipe)
+        sources = {"a": SourceConfig(path=str(tiny_run.data)), "b": SourceConfig(path=str(tmp_path / "b"), **(b or {}))}
+        data = replace(config.data, path="", sources=sources)
         changes = {"name": "other", "runs_folder": str(tmp_path / "runs")} | changes
         path = tmp_path / "recipe.yaml"
-        path.write_text(to_yaml(replace(run, data=data, **changes)))
+        path.write_text(to_yaml(replace(config, data=data, **changes)))
         return path
 
     return write
@@ -76,13 +76,13 @@ def test_a_source_too_small_for_one_window(refuses, mixed, tokenizer_folder, tmp
 def test_more_epochs_than_are_allowed(refuses, mixed, tiny_run):
     """Of b alone at the end: four steps of 8 sequences, the last 16 sequences of b."""
     stages = {
-        "one": Stage(from_tokens=0, to_tokens=16 * 32, lr=1e-3, decay="constant", weights={"a": 1.0}),
-        "two": Stage(from_tokens=16 * 32, to_tokens=32 * 32, lr=1e-3, decay="linear", weights={"b": 1.0}),
+        "one": StageConfig(from_tokens=0, to_tokens=16 * 32, lr=1e-3, decay="constant", weights={"a": 1.0}),
+        "two": StageConfig(from_tokens=16 * 32, to_tokens=32 * 32, lr=1e-3, decay="linear", weights={"b": 1.0}),
     }
     tokens = json.loads((tiny_run.data / "manifest.json").read_text())["splits"]["train"]["tokens"]
     epochs = 16 / ((tokens - 1) // 32)
-    run = load_recipe(tiny_run.recipe)
-    course = {"stages": stages, "schedule": None, "train": replace(run.train, train_steps=0)}
+    config = load_recipe(tiny_run.recipe)
+    course = {"stages": stages, "schedule": None, "train": replace(config.train, train_steps=0)}
     refuses(
         ["pretrain", mixed({"max_epochs": epochs / 2}, **course)],
         f"source b is asked for {epochs:.4g} epochs up to the end of this run, data.sources.b.max_epochs is "
@@ -106,9 +106,9 @@ def test_a_run_continued_without_one_of_its_sources(refuses, mixed, tmp_path, ti
     folder = tmp_path / "runs" / "other"
     folder.mkdir(parents=True)
     shutil.copy(recipe, folder / "config.yaml")
-    run = load_recipe(recipe)
-    sources = {"a": run.data.sources["a"]}
-    recipe.write_text(to_yaml(replace(run, data=replace(run.data, sources=sources))))
+    config = load_recipe(recipe)
+    sources = {"a": config.data.sources["a"]}
+    recipe.write_text(to_yaml(replace(config, data=replace(config.data, sources=sources))))
     refuses(["pretrain", recipe], f"{folder} holds a run with other settings: data.sources.b.path (")
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.config.load import from_dict, load_recipe, to_yaml
-from moonlight.config.timeline import Timeline
+from moonlight.config.load import load_recipe, parse_run_config, to_yaml
+from moonlight.config.timeline import RunSchedule
 from moonlight.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -17,20 +17,20 @@ RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipe_resolves_to_itself(path, tmp_path):
-    run = load_recipe(path)
+    config = load_recipe(path)
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(to_yaml(run))
-    assert load_recipe(resolved) == run
-    run.check_batches(run.parallel.num_processes)
+    resolved.write_text(to_yaml(config))
+    assert load_recipe(resolved) == config
+    config.check_batches(config.parallel.num_processes)
 
 
 def test_base_and_overrides_apply_in_order(tmp_path):
     recipe = tmp_path / "child.yaml"
     recipe.write_text(f"base: {ROOT / 'configs' / 'quickstart.yaml'}\nname: child\ntrain:\n  seed: 7\n")
-    run = load_recipe(recipe, ["train.seed=8", "schedule.lr=1e-4"])
+    config = load_recipe(recipe, ["train.seed=8", "schedule.lr=1e-4"])
     parent = load_recipe(ROOT / "configs" / "quickstart.yaml")
-    assert (run.name, run.train.seed, run.schedule.lr) == ("child", 8, 1e-4)
-    assert run.model == parent.model
+    assert (config.name, config.train.seed, config.schedule.lr) == ("child", 8, 1e-4)
+    assert config.model == parent.model
 
 
 def test_base_that_leads_back_is_refused(tmp_path):
@@ -42,7 +42,7 @@ def test_base_that_leads_back_is_refused(tmp_path):
 
 def test_missing_key_is_named():
     with pytest.raises(UserError, match="recipe key model is missing"):
-        from_dict({"name": "x"})
+        parse_run_config({"name": "x"})
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,7 +55,7 @@ def test_missing_key_is_named():
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(warmup, total, decay, floor):
     schedule = [f"schedule.{key}={value}" for key, value in (("lr", 1.0), ("min_lr", floor), ("decay", decay))]
     overrides = [*schedule, f"schedule.warmup_steps={warmup}", f"train.train_steps={total}"]
-    timeline = Timeline(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
+    timeline = RunSchedule(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
     rates = [timeline.at(step).learning_rate for step in range(1, total + 1)]
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising) and (not rising or rising[-1] == 1.0)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from moonlight.config.checks import field_types
-from moonlight.config.optimizer import Optimizer
+from moonlight.config.optimizer import OptimizerConfig
 from moonlight.config.settings import field_docstrings, list_sections, settings_page
-from moonlight.config.train import Train
+from moonlight.config.train import TrainConfig
 from moonlight.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_every_key_has_a_meaning():
         if not setting.meaning
     ]
     assert not missing
-    assert set(field_docstrings(Train)) == {field.name for field in dataclasses.fields(Train)}
+    assert set(field_docstrings(TrainConfig)) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def test_a_row_has_type_default_unit_and_meaning():
@@ -40,10 +40,10 @@ def test_a_row_has_type_default_unit_and_meaning():
     assert rows["train.batch_growth.<index>.after_tokens"].unit == "tokens"
 
 
-@pytest.mark.parametrize("name", [name for name, kind in field_types(Optimizer).items() if kind.choices])
+@pytest.mark.parametrize("name", [name for name, kind in field_types(OptimizerConfig).items() if kind.choices])
 def test_a_choice_that_is_none_is_refused_and_the_choices_are_named(name):
-    choices = field_types(Optimizer)[name].choices
+    choices = field_types(OptimizerConfig)[name].choices
     with pytest.raises(
         UserError, match=f"optimizer.{name} is 'nonsense': accepted are {', '.join(map(repr, choices))}"
     ):
-        Optimizer(**{name: "nonsense"})
+        OptimizerConfig(**{name: "nonsense"})

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.config.load import from_dict, load_recipe
-from moonlight.config.timeline import Timeline
+from moonlight.config.load import load_recipe, parse_run_config
+from moonlight.config.timeline import RunSchedule
 from moonlight.errors import UserError
 from moonlight.train.metrics import read_metrics
 from tests.support.layouts import train_run
@@ -30,7 +30,7 @@ MODEL = {
 
 
 def test_the_paper():
-    timeline = Timeline(load_recipe(BIG))
+    timeline = RunSchedule(load_recipe(BIG))
     at, tokens = timeline.at, 8192
 
     assert at(1).learning_rate == pytest.approx(4.2e-4 / 2000)
@@ -53,7 +53,7 @@ def test_the_paper():
 
 
 def test_a_stage_alone_has_the_steps_that_it_has_in_the_whole():
-    whole, alone = Timeline(load_recipe(BIG)), Timeline(load_recipe(BIG, ["train.only_stage=cooldown"]))
+    whole, alone = RunSchedule(load_recipe(BIG)), RunSchedule(load_recipe(BIG, ["train.only_stage=cooldown"]))
     assert alone.first_sequence == -(-5_200_000_000_000 // 8192)
     offset = max(step for step in range(150_000, 165_000) if whole.at(step).stage == "cosine")
     for step in (1, 50, 100, 101, 5000, 14_000):
@@ -86,13 +86,13 @@ def recipes(draw):
         growth.append({"after_tokens": tokens, "global_batch_size": size})
     train["batch_growth"] = growth
     data = {"path": "data", "tokenizer": "tokenizer", "sequence_length": length}
-    return from_dict({"name": "any", "model": MODEL, "data": data, "stages": stages, "train": train})
+    return parse_run_config({"name": "any", "model": MODEL, "data": data, "stages": stages, "train": train})
 
 
 @settings(max_examples=300, deadline=None)
 @given(run=recipes())
 def test_any_course_equals_a_walk_through_its_steps(run):
-    timeline, length = Timeline(run), run.data.sequence_length
+    timeline, length = RunSchedule(run), run.data.sequence_length
     step, consumed, before = 0, 0, 0.0
     for name, stage in run.stages.items():
         sizes = [run.train.global_batch_size]
@@ -160,20 +160,20 @@ def test_a_course_that_cannot_be_is_refused(overrides, words):
     ],
 )
 def test_a_number_of_steps_that_cannot_be_is_refused(overrides, words):
-    run = load_recipe(BIG, overrides)
+    config = load_recipe(BIG, overrides)
     if words is None:
         with pytest.raises(UserError, match=r"train\.only_stage is 'cosine': no step begins in it"):
             end = "stages.cosine.to_tokens=6"
-            Timeline(load_recipe(BIG, [*overrides, end, "stages.cooldown.from_tokens=6", "train.only_stage=cosine"]))
+            RunSchedule(load_recipe(BIG, [*overrides, end, "stages.cooldown.from_tokens=6", "train.only_stage=cosine"]))
     else:
         with pytest.raises(UserError, match=words):
-            Timeline(run)
+            RunSchedule(config)
 
 
 def test_every_batch_of_the_growth_must_be_divisible():
-    run = load_recipe(BIG, ["train.batch_growth=[{after_tokens: 5, global_batch_size: 4100}]"])
+    config = load_recipe(BIG, ["train.batch_growth=[{after_tokens: 5, global_batch_size: 4100}]"])
     with pytest.raises(UserError, match=r"train.batch_growth\[0\].global_batch_size is 4100: it must be a multiple of"):
-        run.check_batches(8)
+        config.check_batches(8)
 
 
 def golden():
@@ -182,13 +182,13 @@ def golden():
 
 
 def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
-    run, paper = load_recipe(ROOT / "configs/rehearsal.yaml"), load_recipe(BIG)
-    timeline = Timeline(run)
+    config, paper = load_recipe(ROOT / "configs/rehearsal.yaml"), load_recipe(BIG)
+    timeline = RunSchedule(config)
     assert timeline.num_steps == 1500
     for row in golden():
         moment = timeline.at(int(row["step"]))
         assert moment.stage == row["stage"]
-        assert moment.end * run.data.sequence_length == int(row["consumed_tokens"])
+        assert moment.end * config.data.sequence_length == int(row["consumed_tokens"])
         assert moment.global_batch_size == int(row["global_batch_size"])
         assert moment.learning_rate == pytest.approx(float(row["learning_rate"]), rel=1e-9, abs=1e-15)
         assert moment.router_bias_update_rate == float(row["router_bias_update_rate"])
@@ -204,19 +204,19 @@ def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
         ]
 
     # Warm-up and growth of the batch end with a step: 1% of their tokens.
-    assert shares(run) == pytest.approx(shares(paper), rel=0.01)
+    assert shares(config) == pytest.approx(shares(paper), rel=0.01)
 
 
 @pytest.mark.full
 def test_a_run_of_the_rehearsal_follows_its_curve(pool, tiny_run, tmp_path):
     """All 1,500 steps on two processes, of a smaller model."""
-    tiny, run = load_recipe(tiny_run.recipe), load_recipe(ROOT / "configs/rehearsal.yaml")
-    data = replace(tiny.data, sequence_length=run.data.sequence_length)
-    model = replace(tiny.model, max_position_embeddings=run.model.max_position_embeddings)
-    train = replace(run.train, validate_every_steps=1500, save_every_steps=500)
-    run = replace(run, model=model, data=data, train=train, runs_folder=str(tmp_path))
-    pool.run(2, train_run, run)
-    check_curve(tmp_path / run.name)
+    tiny, config = load_recipe(tiny_run.recipe), load_recipe(ROOT / "configs/rehearsal.yaml")
+    data = replace(tiny.data, sequence_length=config.data.sequence_length)
+    model_config = replace(tiny.model, max_position_embeddings=config.model.max_position_embeddings)
+    train_config = replace(config.train, validate_every_steps=1500, save_every_steps=500)
+    config = replace(config, model=model_config, data=data, train=train_config, runs_folder=str(tmp_path))
+    pool.run(2, train_run, config)
+    check_curve(tmp_path / config.name)
 
 
 def check_curve(folder):

@@ -15,7 +15,7 @@ from moonlight.data.prepare import prepare
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 from moonlight.train.run_folder import check_data
 from tests.data.test_tokenizer import TEXTS
 from tests.support.layouts import recipe
@@ -82,7 +82,7 @@ def test_which_file_decides(kind):
     folder, file = kind
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.file == file
-    assert tokenizer.sha256 == sha256_of(folder / file)
+    assert tokenizer.sha256 == sha256_checksum(folder / file)
 
 
 def test_a_copy_loads_without_remote_code(kind, tmp_path):

@@ -8,14 +8,16 @@ import signal
 import numpy as np
 import pytest
 
-from moonlight.data.index_cache import IndexCache, Order
-from moonlight.data.loader import TrainingSamples
+from moonlight.data.index_cache import EpochOrder, IndexCache
+from moonlight.data.loader import TrainDataset
 
 FACTS = {"idx_sha256": "0", "sequence_length": 32, "seed": 3}
 
 
 def order_of(number):
-    return Order(np.arange(5, dtype=np.int32) + number, np.arange(5, dtype=np.uint32), np.arange(9, dtype=np.int32))
+    return EpochOrder(
+        np.arange(5, dtype=np.int32) + number, np.arange(5, dtype=np.uint32), np.arange(9, dtype=np.int32)
+    )
 
 
 def build_and_note(folder, notes, barrier):
@@ -62,8 +64,8 @@ def test_a_process_killed_while_it_builds_leaves_nothing_in_the_way(tmp_path):
 
 
 def test_samples_are_those_without_a_cache(data_folder, tmp_path):
-    plain = TrainingSamples(data_folder, 32, 3)
-    cached = TrainingSamples(data_folder, 32, 3, IndexCache(tmp_path, FACTS))
+    plain = TrainDataset(data_folder, 32, 3)
+    cached = TrainDataset(data_folder, 32, 3, IndexCache(tmp_path, FACTS))
     epoch = plain.samples_per_epoch
     for number in (0, 1, epoch - 1, epoch, 3 * epoch + 5, 7):
         assert (cached[number][0] == plain[number][0]).all()
@@ -99,7 +101,7 @@ def swap(place):
 @pytest.mark.parametrize(
     "damage",
     [
-        *(overwrite(f"{name}.npy", change) for name in Order._fields for change in (flip, cut)),
+        *(overwrite(f"{name}.npy", change) for name in EpochOrder._fields for change in (flip, cut)),
         overwrite("sums.json", cut),
         overwrite("sums.json", bytearray.clear),
         lambda place: (place / "ends.npy").unlink(),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from moonlight.data.loader import TrainingSamples, ValidationSamples
+from moonlight.data.loader import TrainDataset, ValDataset
 from moonlight.errors import UserError
 
 EOS = 0
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_an_epoch_shows_every_window_once_and_epochs_differ(folder):
-    samples = TrainingSamples(folder, 16, seed=1)
+    samples = TrainDataset(folder, 16, seed=1)
     epoch = samples.samples_per_epoch
     assert epoch == (samples.stream.num_tokens - 1) // 16
     for first in (0, epoch):
@@ -40,17 +40,17 @@ def test_an_epoch_shows_every_window_once_and_epochs_differ(folder):
 
 
 def test_a_sample_depends_on_seed_and_number_alone(folder):
-    one, other = TrainingSamples(folder, 16, seed=1), TrainingSamples(folder, 16, seed=1)
+    one, other = TrainDataset(folder, 16, seed=1), TrainDataset(folder, 16, seed=1)
     numbers = np.random.default_rng(0).permutation(3 * one.samples_per_epoch)
     shuffled = {number: other[int(number)][0] for number in numbers}
     for number in range(len(numbers)):
         assert (one[number][0] == shuffled[number]).all()
-    assert any((one[n][0] != TrainingSamples(folder, 16, seed=2)[n][0]).any() for n in range(5))
+    assert any((one[n][0] != TrainDataset(folder, 16, seed=2)[n][0]).any() for n in range(5))
 
 
 def test_the_order_is_that_of_a_slow_twin(folder):
     """Documents drawn and joined one by one: what a seed means must never change."""
-    samples = TrainingSamples(folder, 16, seed=7)
+    samples = TrainDataset(folder, 16, seed=7)
     dataset = samples.stream.dataset
     for epoch in (0, 1, 5):
         generator = np.random.Generator(np.random.PCG64([7, epoch]))
@@ -67,11 +67,11 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-4])
     with pytest.raises(UserError, match=r"train\.idx counts \d+ tokens, .*train\.bin has \d+: make the folder"):
-        TrainingSamples(tmp_path, 16, seed=1)
+        TrainDataset(tmp_path, 16, seed=1)
 
 
 def test_tokens_follow_each_other_as_in_the_documents(folder):
-    samples = TrainingSamples(folder, 16, seed=4)
+    samples = TrainDataset(folder, 16, seed=4)
     for number in range(samples.samples_per_epoch):
         tokens, mask = samples[number]
         assert mask.all() and len(tokens) == 17
@@ -80,7 +80,7 @@ def test_tokens_follow_each_other_as_in_the_documents(folder):
 
 
 def test_validation_predicts_every_token_once_in_order(folder):
-    samples = ValidationSamples(folder, 16, eos_id=EOS)
+    samples = ValDataset(folder, 16, eos_id=EOS)
     labels, inputs = [], []
     for number in range(len(samples) + 2):
         tokens, mask = samples[number]
@@ -94,4 +94,4 @@ def test_validation_predicts_every_token_once_in_order(folder):
 
 def test_too_little_text_is_refused(folder):
     with pytest.raises(UserError, match="sequence_length 100000"):
-        TrainingSamples(folder, 100000, seed=1)
+        TrainDataset(folder, 100000, seed=1)

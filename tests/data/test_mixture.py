@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.data.mixture import BLOCK, Mixture
+from moonlight.data.mixture import BLOCK, SourceMixture
 
 WEIGHTS = st.one_of(st.sampled_from([0.0, 1e-4, 0.1, 0.3, 1.0, 1 / 3]), st.floats(1e-3, 10))
 
@@ -44,7 +44,7 @@ def mixtures(draw):
 @given(mixtures(), st.integers(1, 3 * BLOCK))
 def test_every_sample_equals_the_slow_twin(arguments, last):
     names, stages, seed = arguments
-    mixture = Mixture(names, stages, seed)
+    mixture = SourceMixture(names, stages, seed)
     total = stages[-1][0] + BLOCK + last % BLOCK
     counts = Counter()
     found = []
@@ -62,16 +62,16 @@ def test_every_sample_equals_the_slow_twin(arguments, last):
             expected = Counter(names[source] for source in dealt[start : start + BLOCK])
             assert Counter(found[first + start : first + start + BLOCK]) == expected
 
-    other = Mixture(names[::-1], stages, seed)
+    other = SourceMixture(names[::-1], stages, seed)
     assert other[last] == mixture[last]  # without those before, whatever order the sources are named in
-    longer = Mixture(names, [*stages, (total, {names[0]: 1.0})], seed)
+    longer = SourceMixture(names, [*stages, (total, {names[0]: 1.0})], seed)
     assert [longer[number] for number in range(total)] == [mixture[number] for number in range(total)]
     assert longer[total + 5] == (names[0], counts[names[0]] + 5)
 
 
 def test_shares_are_exact_however_far():
     weights = {"a": 0.6, "b": 0.2, "c": 0.2, "rare": 1e-7}
-    mixture = Mixture(list(weights), [(0, weights)], 1)
+    mixture = SourceMixture(list(weights), [(0, weights)], 1)
     for number in (10**6, 10**9 + 7, 700_000_003):
         counts = mixture.counts(number)
         assert sum(counts.values()) == number
@@ -84,7 +84,7 @@ def test_shares_are_exact_however_far():
 
 def test_blocks_are_shuffled_by_seed_and_stage():
     stages = [(0, {"a": 1, "b": 1}), (BLOCK, {"a": 1, "b": 1})]
-    sources = [[Mixture("ab", stages, seed)[number][0] for number in range(3 * BLOCK)] for seed in (1, 2)]
+    sources = [[SourceMixture("ab", stages, seed)[number][0] for number in range(3 * BLOCK)] for seed in (1, 2)]
     assert sources[0] != sources[1]
     blocks = [tuple(sources[0][start : start + BLOCK]) for start in range(0, 3 * BLOCK, BLOCK)]
     assert len(set(blocks)) == 3
@@ -95,5 +95,5 @@ def test_blocks_are_shuffled_by_seed_and_stage():
 
 
 def test_one_source_is_read_in_its_own_order():
-    mixture = Mixture(["only"], [(0, {"only": 0.3})], 9)
+    mixture = SourceMixture(["only"], [(0, {"only": 0.3})], 9)
     assert [mixture[number] for number in (0, 5, 3000)] == [("only", 0), ("only", 5), ("only", 3000)]

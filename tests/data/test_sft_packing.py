@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonlight.data.loader import TrainingConversations, ValidationConversations
+from moonlight.data.loader import ChatTrainDataset, ChatValDataset
 from moonlight.data.packing import pack
 from moonlight.data.prepare_chat import prepare_chat
 from moonlight.data.tokenizer import Tokenizer
@@ -45,8 +45,8 @@ def folders(tokenizer_folder, tmp_path_factory):
 def test_windows_are_what_was_rendered(folders, tokenizer_folder):
     """Each conversation of a window, with its mask and numbers, is one that lies alone in the other folder."""
     eos_id = Tokenizer.load(tokenizer_folder).eos_id
-    packed = TrainingConversations(folders / "packed", 128, eos_id, seed=1)
-    apart = TrainingConversations(folders / "apart", 128, eos_id, seed=1)
+    packed = ChatTrainDataset(folders / "packed", 128, eos_id, seed=1)
+    apart = ChatTrainDataset(folders / "apart", 128, eos_id, seed=1)
     alone = {}
     for number in range(apart.num_windows):
         tokens, mask, documents = apart.window(number)
@@ -70,7 +70,7 @@ def test_windows_are_what_was_rendered(folders, tokenizer_folder):
 
 
 def test_an_epoch_shows_every_window_once_and_epochs_differ(folders):
-    one, other = (TrainingConversations(folders / "packed", 128, 2, seed=seed) for seed in (1, 2))
+    one, other = (ChatTrainDataset(folders / "packed", 128, 2, seed=seed) for seed in (1, 2))
     count = one.num_windows
     epochs = [[one[first + number].tokens.tobytes() for number in range(count)] for first in (0, count)]
     windows = sorted(one.window(number).tokens.tobytes() for number in range(count))
@@ -80,7 +80,7 @@ def test_an_epoch_shows_every_window_once_and_epochs_differ(folders):
 
 
 def test_validation_pads_past_its_end(folders):
-    samples = ValidationConversations(folders / "packed", 128, 2)
+    samples = ChatValDataset(folders / "packed", 128, 2)
     assert len(samples) >= 1 and samples[len(samples) - 1].mask.any() and not samples[len(samples)].mask.any()
 
 

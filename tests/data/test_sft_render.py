@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.data.chat_render import ChatRenderer, UnusableError, find_template
+from moonlight.data.chat_render import ChatRenderer, RenderError, find_template
 from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_files import copy_tokenizer
@@ -152,5 +152,5 @@ def test_templates_that_cannot_be_used(fast_folder, tokenizer_folder):
     forgets = CHAT_TEMPLATE.replace("message['content'] ~", f"{kept} ~")
     renderer = ChatRenderer(own, forgets)
     renderer.render(CHATS[0])
-    with pytest.raises(UnusableError, match="writes earlier turns otherwise"):
+    with pytest.raises(RenderError, match="writes earlier turns otherwise"):
         renderer.render(CHATS[1])

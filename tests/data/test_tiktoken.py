@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from moonlight.data.tiktoken_bpe import convert_tiktoken, fast_tokenizer
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 from tests.data.test_tokenizer import MESSAGES, RENDERED, TEXTS
 from tests.support.foreign_tokenizers import SPECIAL_OFFSETS, reference, write_ranks, write_tiktoken
 
@@ -154,7 +154,7 @@ def test_special_ids(tiktoken_folder, served):
     for index in range(2048, ours.num_ids):
         assert chat.convert_ids_to_tokens(index).encode() == wanted.decode_single_token_bytes(index)
         assert chat.decode([index], skip_special_tokens=True) == ours.decode([index]) == ""
-    assert ours.sha256 == sha256_of(tiktoken_folder / "tiktoken.model")
+    assert ours.sha256 == sha256_checksum(tiktoken_folder / "tiktoken.model")
 
 
 def test_chat(tiktoken_folder, served):

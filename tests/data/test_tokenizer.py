@@ -14,7 +14,7 @@ from moonlight.data.chat_template import CONTROL_PIECES, set_chat_mode
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.data.tokenizer_train import train_tokenizer
 from moonlight.errors import UserError
-from moonlight.files import sha256_of
+from moonlight.files import sha256_checksum
 
 SPACE_MARK = "\u2581"
 SPECIAL = ("<unk>", "[BOS]", "[EOS]", "[PAD]", *CONTROL_PIECES)
@@ -170,15 +170,15 @@ def test_chat_mode_is_for_servers(tokenizer_folder, tmp_path):
 def test_training_repeats_itself(tokenizer_folder, small_corpus, tmp_path):
     train_tokenizer([small_corpus], 1024, tmp_path / "again", threads=3)
     for name in ("tokenizer.model", "tokenizer.json", "manifest.json"):
-        assert sha256_of(tmp_path / "again" / name) == sha256_of(tokenizer_folder / name)
-    assert Tokenizer.load(tokenizer_folder).sha256 == sha256_of(tokenizer_folder / "tokenizer.model")
+        assert sha256_checksum(tmp_path / "again" / name) == sha256_checksum(tokenizer_folder / name)
+    assert Tokenizer.load(tokenizer_folder).sha256 == sha256_checksum(tokenizer_folder / "tokenizer.model")
 
 
 def test_a_part_of_a_large_corpus_serves(small_corpus, tmp_path):
     for name in ("one", "two"):
         train_tokenizer([small_corpus], 512, tmp_path / name, max_training_bytes=200_000)
     train_tokenizer([small_corpus], 512, tmp_path / "all")
-    one, two, whole = (sha256_of(tmp_path / name / "tokenizer.model") for name in ("one", "two", "all"))
+    one, two, whole = (sha256_checksum(tmp_path / name / "tokenizer.model") for name in ("one", "two", "all"))
     assert one == two != whole
 
 

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from checkpoints.reader import open_checkpoint
 from moonlight import parallel
-from moonlight.dist_checkpoint.recovery import newest_sound, sound_until
-from moonlight.dist_checkpoint.state import find
+from moonlight.dist_checkpoint.recovery import newest_valid, newest_valid_up_to
+from moonlight.dist_checkpoint.state import resolve_checkpoint
 from moonlight.errors import UserError
 from tests.support.bad_input import in_state, sign
 from tests.support.layouts import make_run, train_run
@@ -164,13 +164,13 @@ def stopped(pool, data_folder, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture
 def alone():
-    parallel.join_alone()
+    parallel.init_single_process()
     yield
-    parallel.leave_world()
+    parallel.destroy_distributed()
 
 
 def recover(checkpoints):
-    return newest_sound(checkpoints)
+    return newest_valid(checkpoints)
 
 
 def check_passed_by(checkpoints, outcome, named):
@@ -181,7 +181,7 @@ def check_passed_by(checkpoints, outcome, named):
     assert f"going on from {checkpoints / BEFORE}" in warnings[-1]
     assert (checkpoints / "latest").read_text() == BEFORE + "\n"
     assert not (checkpoints / NEWEST).exists() and (checkpoints / f"damaged-{NEWEST}").is_dir()
-    assert find(checkpoints) == checkpoints / BEFORE
+    assert resolve_checkpoint(checkpoints) == checkpoints / BEFORE
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,10 @@ def test_one_that_was_completed_last_is_taken_although_latest_was_not_written(al
 
 def test_a_rollback_goes_to_a_sound_one(alone, stopped, tmp_path):
     checkpoints = Path(shutil.copytree(stopped / "DP2" / "checkpoints", tmp_path / "checkpoints"))
-    assert sound_until(checkpoints, 7) == checkpoints / NEWEST
+    assert newest_valid_up_to(checkpoints, 7) == checkpoints / NEWEST
     flip_bits(checkpoints / NEWEST, random.Random(0), None)
-    assert sound_until(checkpoints, 7) == sound_until(checkpoints, 4) == checkpoints / BEFORE
-    assert sound_until(checkpoints, 1) is None
+    assert newest_valid_up_to(checkpoints, 7) == newest_valid_up_to(checkpoints, 4) == checkpoints / BEFORE
+    assert newest_valid_up_to(checkpoints, 1) is None
 
 
 def test_nothing_sound_is_left(alone, stopped, tmp_path):

@@ -10,16 +10,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints.reader import open_checkpoint
-from checkpoints.shards import Entry, _read_ahead
+from checkpoints.shards import ShardEntry, _read_ahead
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.dist_checkpoint.chunks import Pieces
-from moonlight.dist_checkpoint.direct_io import ALIGNMENT, direct_checksum_of, read_direct
+from moonlight.dist_checkpoint.chunks import LocalChunks
+from moonlight.dist_checkpoint.direct_io import DIRECT_IO_ALIGNMENT, direct_xxh3_checksum, read_direct
 from moonlight.dist_checkpoint.index import StoredTensors
 from moonlight.dist_checkpoint.tensors import save_tensors
-from moonlight.files import checksum_of
+from moonlight.files import xxh3_checksum
 
-BYTES = torch.arange(5 * ALIGNMENT + 77).to(torch.uint8).numpy().tobytes()
-EDGES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, len(BYTES) - 1, len(BYTES), len(BYTES) + ALIGNMENT]
+BYTES = torch.arange(5 * DIRECT_IO_ALIGNMENT + 77).to(torch.uint8).numpy().tobytes()
+EDGES = [
+    0,
+    1,
+    DIRECT_IO_ALIGNMENT - 1,
+    DIRECT_IO_ALIGNMENT,
+    DIRECT_IO_ALIGNMENT + 1,
+    len(BYTES) - 1,
+    len(BYTES),
+    len(BYTES) + DIRECT_IO_ALIGNMENT,
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +57,10 @@ def test_a_file_system_that_refuses_is_read_through_the_cache():
 
 
 def test_checksums_are_the_same(file, tmp_path):
-    assert direct_checksum_of(file) == checksum_of(file)
+    assert direct_xxh3_checksum(file) == xxh3_checksum(file)
     empty = tmp_path / "empty"
     empty.touch()
-    assert direct_checksum_of(empty) == checksum_of(empty)
+    assert direct_xxh3_checksum(empty) == xxh3_checksum(empty)
 
 
 def test_any_part_of_a_stored_rectangle(tmp_path):
@@ -61,32 +70,34 @@ def test_any_part_of_a_stored_rectangle(tmp_path):
         for expert in (0, 2)
         for column in (0, 3)
     ]
-    save_tensors(tmp_path, {"experts": Pieces((4, 6, 5), cuts)})
+    save_tensors(tmp_path, {"experts": LocalChunks((4, 6, 5), cuts)})
     stored = StoredTensors(tmp_path)
-    for offset, sizes in stored.rectangles("experts").items():
-        rectangle = stored.map("experts", offset, sizes)
+    for offset, sizes in stored.chunks("experts").items():
+        rectangle = stored.mmap_chunk("experts", offset, sizes)
         for index in (
             (0, slice(1, 4), slice(0, 2)),
             (1, slice(0, 6), slice(1, 2)),
             (slice(1, 2), slice(2, 3), slice(0, 1)),
             (slice(0, 2), slice(0, 6), slice(0, 2)),
         ):
-            assert stored.read("experts", offset, sizes, index).equal(rectangle[index]), (offset, index)
+            assert stored.read_chunk("experts", offset, sizes, index).equal(rectangle[index]), (offset, index)
 
 
 def test_rows_of_every_part_are_rows_of_the_whole(tiny_run):
     checkpoint = open_checkpoint(tiny_run.folder)
-    for row in hf_mapping.table(checkpoint.model):
-        for part in row.parts:
-            whole = checkpoint.part(row, part)
+    for row in hf_mapping.tensor_mappings(checkpoint.model_config):
+        for part in row.hf_tensors:
+            whole = checkpoint.read_hf_tensor(row, part)
             begin, end = len(whole) // 3, max(len(whole) // 3 + 1, len(whole) - 1)
-            assert checkpoint.part(row, hf_mapping.some_rows(part, begin, end)).equal(whole[begin:end]), part.name
+            assert checkpoint.read_hf_tensor(row, hf_mapping.slice_rows(part, begin, end)).equal(whole[begin:end]), (
+                part.name
+            )
 
 
 def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises():
-    part = hf_mapping.Part(name="x", shape=(10,))
-    entry = Entry(hf_mapping.Row(key="x", shape=(10,), parts=(part,)), part, torch.float32)
-    runs = [replace(entry, part=hf_mapping.some_rows(part, row, row + 1)) for row in range(10)]
+    part = hf_mapping.HFTensor(name="x", shape=(10,))
+    entry = ShardEntry(hf_mapping.TensorMapping(key="x", shape=(10,), hf_tensors=(part,)), part, torch.float32)
+    runs = [replace(entry, part=hf_mapping.slice_rows(part, row, row + 1)) for row in range(10)]
     values = torch.arange(10.0)
 
     def read(run):

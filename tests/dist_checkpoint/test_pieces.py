@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moonlight import parallel
-from moonlight.dist_checkpoint.chunks import Pieces
-from moonlight.dist_checkpoint.tensors import ALIGNMENT, load_tensors, save_tensors
+from moonlight.dist_checkpoint.chunks import LocalChunks
+from moonlight.dist_checkpoint.tensors import TENSOR_ALIGNMENT, load_tensors, save_tensors
 from moonlight.errors import UserError
 
 WHOLES = {
@@ -40,7 +40,7 @@ ONE_RANK = [{key: [(0, len(whole))] for key, whole in WHOLES.items()}]
 
 
 def held(cuts, rank):
-    return {key: Pieces(tuple(WHOLES[key].shape), rows(key, *ranges)) for key, ranges in cuts[rank].items()}
+    return {key: LocalChunks(tuple(WHOLES[key].shape), rows(key, *ranges)) for key, ranges in cuts[rank].items()}
 
 
 def save_cuts(folder, cuts):
@@ -50,7 +50,7 @@ def save_cuts(folder, cuts):
 def load_cuts(folder, cuts):
     """What this rank's rectangles hold after loading, which zeros were in before."""
     state = held(cuts, parallel.rank())
-    tensors = [(key, values) for key, pieces in state.items() for _, values in pieces.rectangles]
+    tensors = [(key, values) for key, pieces in state.items() for _, values in pieces.chunks]
     for _, values in tensors:
         values.zero_()
     load_tensors(folder, state)
@@ -68,7 +68,7 @@ def saved(pool, tmp_path_factory):
 @pytest.mark.parametrize("cuts", [THREE_RANKS, TWO_RANKS, ONE_RANK], ids=["three", "two", "one"])
 def test_other_ranks_read_what_three_wrote(pool, saved, cuts):
     for rank, answer in enumerate(pool.run(len(cuts), load_cuts, saved, cuts)):
-        expected = [(key, values) for key, pieces in held(cuts, rank).items() for _, values in pieces.rectangles]
+        expected = [(key, values) for key, pieces in held(cuts, rank).items() for _, values in pieces.chunks]
         assert [key for key, _ in answer] == [key for key, _ in expected]
         for (key, values), (_, whole) in zip(answer, expected, strict=True):
             assert torch.equal(torch.from_numpy(values), whole), key
@@ -80,8 +80,8 @@ def test_replicas_are_written_once(saved):
     assert len(index.storage_data) == 3 + 3 + 1 + 1
     in_files = sum(path.stat().st_size for path in saved.glob("*.distcp"))
     lengths = [place.length for place in index.storage_data.values()]
-    assert sum(lengths) <= in_files < sum(lengths) + ALIGNMENT * len(lengths)
-    assert all(place.offset % ALIGNMENT == 0 for place in index.storage_data.values())
+    assert sum(lengths) <= in_files < sum(lengths) + TENSOR_ALIGNMENT * len(lengths)
+    assert all(place.offset % TENSOR_ALIGNMENT == 0 for place in index.storage_data.values())
 
 
 def test_elements_that_no_rank_holds(pool, tmp_path):
@@ -94,7 +94,7 @@ def refused(folder, rank_cuts, shape):
     """The error of each rank, which must be the same on all."""
     state = held(rank_cuts, parallel.rank())
     if shape is not None:
-        state["matrix"] = Pieces(shape, [])
+        state["matrix"] = LocalChunks(shape, [])
     try:
         load_tensors(folder, state)
     except UserError as error:
@@ -121,9 +121,9 @@ def test_other_tensors_are_named(pool, saved, tmp_path, wrong):
 
 @pytest.fixture
 def alone():
-    parallel.join_alone()
+    parallel.init_single_process()
     yield
-    parallel.leave_world()
+    parallel.destroy_distributed()
 
 
 @st.composite
@@ -160,7 +160,7 @@ def test_any_cut_reads_any_other(alone, tmp_path_factory, tensors, random):
                 for offset, size in cuts[which]
             ]
             random.shuffle(rectangles)
-            state[str(number)] = Pieces(shape, rectangles)
+            state[str(number)] = LocalChunks(shape, rectangles)
         return state
 
     save_tensors(folder, pieces(0, wholes))

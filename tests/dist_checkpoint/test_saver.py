@@ -14,11 +14,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from checkpoints.reader import open_checkpoint
-from moonlight.dist_checkpoint.async_save import Saver
+from moonlight.dist_checkpoint.async_save import AsyncCheckpointer
 from moonlight.dist_checkpoint.index import StoredTensors
-from moonlight.dist_checkpoint.lifecycle import publish, remove_old
-from moonlight.dist_checkpoint.recovery import check
-from moonlight.dist_checkpoint.state import TrainState, complete_checkpoints, latest, step_of
+from moonlight.dist_checkpoint.lifecycle import apply_retention, commit_checkpoint
+from moonlight.dist_checkpoint.recovery import verify_checkpoint
+from moonlight.dist_checkpoint.state import TrainState, checkpoint_step, complete_checkpoints, latest_checkpoint
 from moonlight.errors import UserError
 from moonlight.optim import master_weights as master
 from moonlight.train.metrics import read_metrics
@@ -37,14 +37,14 @@ def largest_file(nbytes, pid=0):
 
 def saver_of(run, folder):
     _, optimizer = build(run)
-    return Saver(folder, run, optimizer, tokenizer_sha256="abc"), optimizer
+    return AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="abc"), optimizer
 
 
 def split_masters_at_once(run, folder):
     """The most float32 copies of split masters that are there at any time of a save, and how many there are in all."""
     _, optimizer = build(run)
     made, most = [], 0
-    original = master.join
+    original = master.join_halves
 
     def join(*halves):
         nonlocal most
@@ -54,9 +54,9 @@ def split_masters_at_once(run, folder):
         return whole
 
     with mock.patch.object(master, "join", join):
-        saver = Saver(folder, run, optimizer, tokenizer_sha256="abc")
+        saver = AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="abc")
         saver.save(TrainState(step=1))
-        saver.finish()
+        saver.finalize()
     return most, len(made)
 
 
@@ -77,20 +77,20 @@ def one_rank_cannot_write(run, folder, failing):
             largest_file(SMALL_BYTES)
         saver.save(TrainState(step=step))
         if step == 1:
-            saver.finish()
+            saver.finalize()
     assert saver.save(TrainState(step=3)) > 0
     try:
-        saver.finish()
+        saver.finalize()
     except UserError as error:
         said.append(str(error))
     finally:
         largest_file(None)
-    said += [message.text for message in saver.poll()]
+    said += [message.text for message in saver.pop_events()]
     there = sorted(path.name for path in folder.iterdir())
     torch.distributed.barrier()
     saver.save(TrainState(step=4))
-    saver.finish()
-    assert {"time/save_pause_seconds"} <= saver.figures().keys()
+    saver.finalize()
+    assert {"time/save_pause_seconds"} <= saver.pop_metrics().keys()
     return said, there
 
 
@@ -105,31 +105,31 @@ def test_a_rank_that_cannot_write(pool, tmp_path, failing, async_save):
     assert there == ["latest", "step-00000001"]
     (warning,) = [text for text in messages if text.startswith(f"warning: checkpoint {tmp_path / 'step-00000002'}")]
     assert "training goes on, and the next save is tried as usual" in warning and f"process {failing}:" in warning
-    assert latest(tmp_path) == tmp_path / "step-00000004"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     assert not list(tmp_path.glob(".step-*"))
 
 
 def save_then_change(run, folder):
     """Whether the last checkpoint holds the weights as they were when saving began; they change as soon as they may."""
     saver, optimizer = saver_of(run, folder)
-    values = [owned.master.values() for owned in optimizer.owned]
+    values = [owned.master_weight.to_float32() for owned in optimizer.owned]
     before = [value.clone() for value in values]
     for step in range(1, 7):
         saver.save(TrainState(step=step))
-        saver.before_update()
+        saver.wait_until_staged()
         for value, kept in zip(values, before, strict=True):
             value.add_(1)
             kept.add_(step < 6)
-    saver.finish()
-    check(latest(folder))
+    saver.finalize()
+    verify_checkpoint(latest_checkpoint(folder))
     masters = optimizer.master_state()
     for value, kept in zip(values, before, strict=True):
         value.copy_(kept)
-    stored = StoredTensors(latest(folder))
+    stored = StoredTensors(latest_checkpoint(folder))
     return all(
-        torch.equal(stored.map(key, offset, tuple(values.shape)), values)
+        torch.equal(stored.mmap_chunk(key, offset, tuple(values.shape)), values)
         for key, pieces in masters.items()
-        for offset, values in pieces.rectangles
+        for offset, values in pieces.chunks
         if "bias" not in key
     )
 
@@ -138,7 +138,7 @@ def test_what_is_saved_is_what_was_there(pool, tmp_path):
     """Training changes the weights while they are written."""
     run = recipe(keep_checkpoints=2, keep_every_steps=3)
     assert pool.run(1, save_then_change, run, tmp_path) == [True]
-    assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [3, 5, 6]
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [3, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_which_are_kept(tmp_path, train, left):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "state.json").touch()
-    remove_old(tmp_path / "step-00000006", recipe(**train).train)
-    assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == [*left, 7]
+    apply_retention(tmp_path / "step-00000006", recipe(**train).train)
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [*left, 7]
 
 
 def test_latest_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_latest_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "latest").mkdir()  # which a file cannot replace
     with pytest.raises(OSError, match="latest"):
-        publish(tmp_path / ".step-00000004.part", tmp_path / "step-00000004", {})
+        commit_checkpoint(tmp_path / ".step-00000004.part", tmp_path / "step-00000004", {})
     assert (tmp_path / "step-00000004" / "file").read_text() == "step-00000004"
     assert (tmp_path / ".step-00000004.part" / "file").is_file()
     assert not (tmp_path / ".step-00000004.old.part").exists()
@@ -252,7 +252,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
     process = train(tiny_run, tmp_path, 100)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert f"going on after step {step_of(complete[-1])} of 100" in err
+    assert f"going on after step {checkpoint_step(complete[-1])} of 100" in err
     check_finished(tmp_path / "tiny", 100)
 
 
@@ -262,4 +262,4 @@ def test_a_last_save_that_fails_is_an_error(tiny_run, runs):
     (checkpoints / "latest").write_text("step-00000002")
     code, _, err = run_command("pretrain", tiny_run.recipe, f"runs_folder={runs}", largest_file=SMALL_BYTES)
     check_line(code, err.splitlines(keepends=True)[-1], ("step-00000004 could not be written", "start again"))
-    assert latest(checkpoints).name == "step-00000002"
+    assert latest_checkpoint(checkpoints).name == "step-00000002"

@@ -10,12 +10,12 @@ import torch
 from checkpoints.export import export
 from checkpoints.reader import open_checkpoint
 from checkpoints.verify import _megatron
-from eval.evaluate import Options, evaluate
-from eval.harness import load_model
+from eval.evaluate import EvalOptions, evaluate
+from eval.harness import load_harness_model
 from moonlight.errors import UserError
 from tests.support.evaluations import GSM8K, items, write_dense, write_gsm8k
 
-OFFLINE = Options(suite="offline", allow_code=True)
+OFFLINE = EvalOptions(suite="offline", allow_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ PAIRS = [
 
 def test_loglikelihoods_equal_our_own_forward_pass(exported, tiny_run):
     """Megatron's logits on the checkpoint, not on the export, and sums of our own, in float64."""
-    model = load_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
+    model = load_harness_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
     found = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
     checkpoint = open_checkpoint(tiny_run.folder)
     eos_id = model.tokenizer.eos_token_id
@@ -62,7 +62,7 @@ def test_loglikelihoods_equal_our_own_forward_pass(exported, tiny_run):
         new = model.tokenizer(context + continuation)["input_ids"][len(before) :]
         count = len(new)
         whole = [*(before or [eos_id]), *new]
-        whole = whole[-(checkpoint.model.max_position_embeddings + 1) :]
+        whole = whole[-(checkpoint.model_config.max_position_embeddings + 1) :]
         logits, _ = _megatron(checkpoint, torch.tensor([whole[:-1]]), torch.float32)
         logprobs = logits[0, -count:].double().log_softmax(-1)
         labels = torch.tensor(whole[-count:])
@@ -75,10 +75,10 @@ def test_a_text_is_read_whole_in_windows(exported, tiny_run):
     from lm_eval.api.instance import Instance
 
     text = "def area(width, height):\n    return width * height\n\n" * 12
-    model = load_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
+    model = load_harness_model(exported / "tiny" / "hf", "transformers", "float32", batch_size=4)
     (found,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
     checkpoint = open_checkpoint(tiny_run.folder)
-    length = checkpoint.model.max_position_embeddings
+    length = checkpoint.model_config.max_position_embeddings
     ids = [model.tokenizer.eos_token_id, *model.tokenizer(text)["input_ids"]]
     assert len(ids) > 2 * length
     total, done = 0.0, 0
@@ -153,8 +153,8 @@ def test_an_interrupted_evaluation_goes_on(offline, exported, tmp_path):
 
 def test_benchmarks_measured_one_by_one_come_together(offline, exported, tmp_path):
     folder = exported / "tiny" / "hf"
-    evaluate([folder], Options(suite="offline", tasks=("text",)), tmp_path / "out")
-    found = evaluate([folder], Options(suite="offline", tasks=("choice",)), tmp_path / "out")
+    evaluate([folder], EvalOptions(suite="offline", tasks=("text",)), tmp_path / "out")
+    found = evaluate([folder], EvalOptions(suite="offline", tasks=("choice",)), tmp_path / "out")
     rows = [line.split(" | ")[0] for line in found.table.splitlines() if line.startswith("| ")]
     assert rows == ["| benchmark", "| multiple choice", "| text, bits per byte"]
     whole = json.loads((offline.out / "results.json").read_text())["models"][1]["results"]
@@ -165,13 +165,13 @@ def test_benchmarks_measured_one_by_one_come_together(offline, exported, tmp_pat
 
 def test_results_of_another_evaluation_are_not_mixed_in(offline, exported):
     with pytest.raises(UserError, match="another limit: choose another --out"):
-        evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), offline.out)
+        evaluate([exported / "tiny" / "hf"], EvalOptions(suite="offline", limit=2), offline.out)
 
 
 def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
     """So that it never stands in the way of the whole suite."""
     folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder)
-    found = evaluate([folder], Options(suite="offline", tasks=("choice",), limit=2))
+    found = evaluate([folder], EvalOptions(suite="offline", tasks=("choice",), limit=2))
     assert found.out == tmp_path / "evaluation" / "offline-first-2"
     first, second = items(found.out / "llama", "choice")
     assert first["question"] == "def area(width, height):\n    return width *"
@@ -179,7 +179,7 @@ def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
 
 
 def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
-    found = evaluate([exported / "tiny" / "hf"], Options(suite="offline", limit=2), tmp_path / "out")
+    found = evaluate([exported / "tiny" / "hf"], EvalOptions(suite="offline", limit=2), tmp_path / "out")
     assert "code: not run" in capsys.readouterr().out
     assert "| code | 0 | not run |" in found.table and "no result to compare" in found.table
     assert not (tmp_path / "out" / "tiny" / "code.json").exists()
@@ -207,7 +207,7 @@ def test_code_of_a_folder_is_never_run(family, tmp_path, tokenizer_folder):
         if "model_type" in content:
             content["model_type"] = family
         (folder / file).write_text(json.dumps(content))
-    options = Options(suite="offline", tasks=("choice",), limit=2)
+    options = EvalOptions(suite="offline", tasks=("choice",), limit=2)
     if family == "llama":
         assert evaluate([folder], options, tmp_path / "out").table
     else:
@@ -220,7 +220,7 @@ def test_a_benchmark_of_the_paper_from_a_local_folder(tmp_path, tokenizer_folder
     """The harness's own task, with four examples, on a data set in a folder; beside the published scores."""
     folder = write_dense(tmp_path / "llama", "llama", tokenizer_folder, max_position_embeddings=1024)
     data = write_gsm8k(tmp_path / "data")
-    options = Options(suite="paper", tasks=("gsm8k",), data_dir=data, limit=3)
+    options = EvalOptions(suite="paper", tasks=("gsm8k",), data_dir=data, limit=3)
     found = evaluate([folder], options, tmp_path / "out")
     answers = items(tmp_path / "out" / "llama", "gsm8k")
     assert [item["target"] for item in answers] == [row["answer"] for row in GSM8K[:3]]

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from checkpoints.card import missing_of_card
+from checkpoints.card import missing_card_parts
 from checkpoints.card_evaluation import fill_card, with_evaluation
 from checkpoints.export import export
-from checkpoints.release import check
-from eval.evaluate import Options, evaluate
+from checkpoints.release import check_release
+from eval.evaluate import EvalOptions, evaluate
 from moonlight.data.prepare import prepare
 from moonlight.data.prepare_chat import prepare_chat
 from moonlight.errors import UserError
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_of
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum
 from moonlight.train.metrics import read_metrics
 from tests.support.chats import write_chats
 from tests.support.evaluations import write_dense
@@ -27,7 +27,7 @@ def folder(ready_export, tmp_path):
 
 
 def options(*data, **others):
-    return Options(suite="heldout", data=data, **others)
+    return EvalOptions(suite="heldout", data=data, **others)
 
 
 def test_the_figure_is_the_runs_own(folder, tiny_run, tmp_path):
@@ -51,7 +51,7 @@ def test_the_batch_changes_nothing(folder, tiny_run, tmp_path):
 
 def test_a_dense_model_on_data_of_its_own_tokenizer(tmp_path, tokenizer_folder, data_folder):
     model = write_dense(tmp_path / "llama", "llama", tokenizer_folder)
-    evaluate([model], Options(suite="heldout", data=(data_folder,)), tmp_path / "out")
+    evaluate([model], EvalOptions(suite="heldout", data=(data_folder,)), tmp_path / "out")
     entry = json.loads((tmp_path / "out" / "llama" / "small.json").read_text())
     assert entry["sequence_length"] == 128 and 2 < entry["score"] < 20
 
@@ -86,9 +86,9 @@ def test_results_fill_the_card_and_the_export_stays_sound(folder, tmp_path):
     text = (folder / "README.md").read_text()
     assert "| MMLU | 25.0 |" in text and "| data | 3.0 |" in text and "(evaluation-paper.png)" in text
     assert text.index("## Results") < text.index("### Evaluation") < text.index("| MMLU") < text.index("## Limitations")
-    assert not missing_of_card(text)
+    assert not missing_card_parts(text)
     check_sums(folder)
-    check(folder, "moon/tiny")  # all that a release asks for
+    check_release(folder, "moon/tiny")  # all that a release asks for
     # Again, with other results: those of that suite are replaced.
     fill_card(folder, "paper", TABLE.replace("25.0", "26.0"), picture)
     again = (folder / "README.md").read_text()
@@ -102,7 +102,9 @@ def test_a_proof_that_was_not_valid_stays_so(folder):
     (folder / VERIFICATION_FILE).write_text(json.dumps(proof | {"sums_sha256": "0" * 64}))
     fill_card(folder, "paper", TABLE, None)
     assert (
-        json.loads((folder / VERIFICATION_FILE).read_text())["sums_sha256"] == "0" * 64 != sha256_of(folder / SUMS_FILE)
+        json.loads((folder / VERIFICATION_FILE).read_text())["sums_sha256"]
+        == "0" * 64
+        != sha256_checksum(folder / SUMS_FILE)
     )
 
 

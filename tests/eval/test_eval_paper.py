@@ -13,9 +13,9 @@ import pytest
 from lm_eval.api.model import LM
 
 from eval.data_sets import leaves
-from eval.harness import load_tasks, run, task_manager
-from eval.items import items_of
-from eval.suites import PAPER, choose
+from eval.harness import load_tasks, run_benchmark, task_manager
+from eval.items import sample_items
+from eval.suites import PAPER, select_benchmarks
 from moonlight.errors import UserError
 from tests.support.bad_input import ROOT
 from tests.support.paper_sets import LETTERS, ROWS, write_set
@@ -96,7 +96,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
-    (benchmark,) = choose("paper", [name])
+    (benchmark,) = select_benchmarks("paper", [name])
     tasks = load_tasks([benchmark], data_dir)[name]
     right = SAYS[name]
     numbers = iter(range(10**6))
@@ -112,9 +112,9 @@ def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
 
     for says, score in ((right, 1), (wrong, 0)):
         model = Knowing(says)
-        found = run(model, benchmark, tasks, limit=2, backend="transformers", allow_code=True)
+        found = run_benchmark(model, benchmark, tasks, limit=2, backend="transformers", allow_code=True)
         assert found.score == score
-        answers = items_of(benchmark, found.samples)
+        answers = sample_items(benchmark, found.samples)
         assert len(answers) == 2 * len(tasks["tasks"])
         assert {item["score"] for item in answers} == {score}
         for prompt in model.prompts:
@@ -123,25 +123,29 @@ def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
 
 def test_examples_are_answered_and_the_question_is_not(data_dir):
     """What a prompt looks like, of the tasks that are our own."""
-    (benchmark,) = choose("paper", ["mbpp"])
+    (benchmark,) = select_benchmarks("paper", ["mbpp"])
     model = Knowing(SAYS["mbpp"])
-    run(model, benchmark, load_tasks([benchmark], data_dir)["mbpp"], limit=1, backend="transformers", allow_code=True)
+    run_benchmark(
+        model, benchmark, load_tasks([benchmark], data_dir)["mbpp"], limit=1, backend="transformers", allow_code=True
+    )
     (prompt,) = model.prompts
     assert re.findall(r"to add (\d+)\.", prompt) == ["2", "3", "4", "11"]
     assert prompt.count("\n[DONE]\n\nYou are an expert") == 3 and prompt.endswith("assert add(2) == 13\n[BEGIN]\n")
-    (benchmark,) = choose("paper", ["cmath"])
+    (benchmark,) = select_benchmarks("paper", ["cmath"])
     model = Knowing(SAYS["cmath"])
-    run(model, benchmark, load_tasks([benchmark], data_dir)["cmath"], limit=1, backend="transformers", allow_code=False)
+    run_benchmark(
+        model, benchmark, load_tasks([benchmark], data_dir)["cmath"], limit=1, backend="transformers", allow_code=False
+    )
     (prompt,) = model.prompts
     assert prompt.count("所以答案是") == 3 and prompt.endswith("加2等于多少？\n答案：")
 
 
 def test_drawn_examples_are_the_same_every_time(data_dir):
-    (benchmark,) = choose("paper", ["gsm8k"])
+    (benchmark,) = select_benchmarks("paper", ["gsm8k"])
     prompts = []
     for _ in range(2):
         model = Knowing(SAYS["gsm8k"])
-        run(
+        run_benchmark(
             model,
             benchmark,
             load_tasks([benchmark], data_dir)["gsm8k"],
@@ -155,7 +159,7 @@ def test_drawn_examples_are_the_same_every_time(data_dir):
 
 def test_a_folder_is_read_as_it_is_now(tmp_path):
     """`datasets` alone would give the first folder's rows for another of its name, and for changed files."""
-    (benchmark,) = choose("paper", ["cmath"])
+    (benchmark,) = select_benchmarks("paper", ["cmath"])
     configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
     for place in ("one", "other"):
         write_set(tmp_path / place, "cmath", configs)
@@ -167,7 +171,7 @@ def test_a_folder_is_read_as_it_is_now(tmp_path):
 
 
 def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir, tmp_path):
-    (benchmark,) = choose("paper", ["gsm8k"])
+    (benchmark,) = select_benchmarks("paper", ["gsm8k"])
     folder = tmp_path / "openai" / "gsm8k" / "main"
     folder.mkdir(parents=True)
     for split in ("train", "test"):
@@ -180,7 +184,7 @@ def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir,
 
 def test_a_set_that_is_a_script_is_never_run(tmp_path):
     """As CMMLU is on the Hub, or was: a script beside an archive."""
-    (benchmark,) = choose("paper", ["cmmlu"])
+    (benchmark,) = select_benchmarks("paper", ["cmmlu"])
     folder = tmp_path / "haonan-li" / "cmmlu"
     folder.mkdir(parents=True)
     ran = tmp_path / "ran"
@@ -192,7 +196,7 @@ def test_a_set_that_is_a_script_is_never_run(tmp_path):
 
 def test_the_document_shows_how_to_lay_down_an_archive(tmp_path):
     """Its commands, on CSV files as CMMLU's archive holds them."""
-    (benchmark,) = choose("paper", ["cmmlu"])
+    (benchmark,) = select_benchmarks("paper", ["cmmlu"])
     folder = tmp_path / "haonan-li" / "cmmlu"
     configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
     for split in ("dev", "test"):
@@ -211,4 +215,4 @@ def test_the_document_shows_how_to_lay_down_an_archive(tmp_path):
     subprocess.run(["bash", "-e", "-c", script.replace("DIR/", f"{tmp_path}/")], check=True)
     model = Knowing(SAYS["cmmlu"])
     tasks = load_tasks([benchmark], tmp_path)["cmmlu"]
-    assert run(model, benchmark, tasks, limit=1, backend="transformers", allow_code=False).score == 1
+    assert run_benchmark(model, benchmark, tasks, limit=1, backend="transformers", allow_code=False).score == 1

@@ -17,11 +17,11 @@ import pytest
 from eval import confine
 from eval.answers import last_number, score_completion, score_number, score_program
 from eval.data_sets import TASKS
-from eval.sandbox import Limits, run_code
+from eval.sandbox import SandboxLimits, run_code
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=20, memory_bytes=1 << 29)
+SHORT = SandboxLimits(cpu_seconds=1, wall_seconds=20, memory_bytes=1 << 29)
 """A second of CPU time may take many on a busy machine."""
-WAITING = Limits(cpu_seconds=1, wall_seconds=2, memory_bytes=1 << 29)
+WAITING = SandboxLimits(cpu_seconds=1, wall_seconds=2, memory_bytes=1 << 29)
 """For programs that use hardly any."""
 
 RIGHT = {

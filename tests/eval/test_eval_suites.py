@@ -4,7 +4,7 @@ import pytest
 
 from eval.data_sets import hub_names, leaves
 from eval.harness import task_manager
-from eval.suites import OFFLINE, PAPER, SUITES, choose
+from eval.suites import OFFLINE, PAPER, SUITES, select_benchmarks
 from tests.support.bad_input import ROOT, check_line, run_command
 from tests.support.evaluations import write_gsm8k
 from tests.support.exports import make_ready
@@ -77,9 +77,9 @@ def test_the_document_has_every_benchmark(manager):
 
 
 def test_benchmarks_are_chosen_by_name():
-    assert choose("paper", []) == PAPER
-    assert [benchmark.name for benchmark in choose("paper", ["gsm8k", "mmlu"])] == ["mmlu", "gsm8k"]
-    assert choose("heldout", []) == ()
+    assert select_benchmarks("paper", []) == PAPER
+    assert [benchmark.name for benchmark in select_benchmarks("paper", ["gsm8k", "mmlu"])] == ["mmlu", "gsm8k"]
+    assert select_benchmarks("heldout", []) == ()
 
 
 @pytest.fixture(scope="module")

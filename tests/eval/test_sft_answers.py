@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoints.export import export
-from eval.exact_match import Answer, answers, share_exact
+from eval.exact_match import Answer, exact_match_by_task, generate_answers
 from eval.generate import generate
 from moonlight.cli import quickstart_chat
 from moonlight.config.load import load_recipe, to_yaml
@@ -28,7 +28,7 @@ def test_batched_answers_are_those_of_one_at_a_time(chat_export):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chats = [messages[-3:] for messages in CHATS[:10]]
-    together = answers(chat_export, chats, max_new_tokens=8, batch=4)
+    together = generate_answers(chat_export, chats, max_new_tokens=8, batch=4)
     tokenizer = AutoTokenizer.from_pretrained(chat_export)
     model = AutoModelForCausalLM.from_pretrained(chat_export, dtype=torch.float32).eval()
     ends = {tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "[EOS]")}
@@ -46,7 +46,7 @@ def test_batched_answers_are_those_of_one_at_a_time(chat_export):
 def test_exact_is_the_same_text_and_nothing_after_it():
     right, long, wrong = Answer("7", "7", True), Answer("7", "7", False), Answer("7", "7 ", True)
     assert [one.is_exact for one in (right, long, wrong)] == [True, False, False]
-    assert share_exact([right, long, wrong], ["sum", "sum", "count"]) == {
+    assert exact_match_by_task([right, long, wrong], ["sum", "sum", "count"]) == {
         "count": {"exact": 0.0, "conversations": 1},
         "sum": {"exact": 0.5, "conversations": 2},
         "all": {"exact": 1 / 3, "conversations": 3},
@@ -55,7 +55,7 @@ def test_exact_is_the_same_text_and_nothing_after_it():
 
 def test_one_question(chat_export):
     """`generate --chat` gives the answer that exact match is counted from, and nothing else."""
-    (answer,) = answers(
+    (answer,) = generate_answers(
         chat_export, [[{"role": "user", "content": "Repeat: red"}, {"role": "assistant", "content": ""}]]
     )
     assert answer.text
@@ -71,7 +71,7 @@ def test_a_folder_without_a_chat_template_is_refused(chat_export, refuses, tmp_p
 
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"it has no config\.json"):
-        answers(tmp_path, [])
+        generate_answers(tmp_path, [])
 
 
 def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, capfd):

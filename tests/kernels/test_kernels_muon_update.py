@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from moonlight.kernels import muon_update
-from moonlight.kernels.muon_update import momentum_pass, normalize_pass, weights_pass
+from moonlight.kernels.muon_update import fused_momentum, fused_weight_update, normalize_pass
 from moonlight.optim import master_weights
-from moonlight.optim.master_weights import Master, update_all
-from moonlight.optim.update_rules import apply_updates, directions_and_norms, muon_directions
+from moonlight.optim.master_weights import MasterWeight, apply_update
+from moonlight.optim.update_rules import apply_updates, update_momentum, update_momentum_norms
 from tests.support.kernels import DEVICE, needs_triton, random
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
@@ -33,8 +33,8 @@ def test_momentum(shape, momentum_dtype, dtype, nesterov, scale):
     before, exact = gradient.clone(), momentum.to(torch.float32, copy=True)
     elements = shape[1] * shape[2]
     settings = {"nesterov": nesterov, "scale": scale}
-    (expected,) = muon_directions([gradient], [exact], momentum=0.95, **settings)
-    direction, norms = momentum_pass(gradient, momentum, elements, factor=0.95, **settings)
+    (expected,) = update_momentum([gradient], [exact], momentum=0.95, **settings)
+    direction, norms = fused_momentum(gradient, momentum, elements, factor=0.95, **settings)
     assert direction.dtype is torch.float32 and direction.equal(expected)
     assert momentum.equal(exact if momentum_dtype is torch.float32 else to_bfloat16(exact))
     assert gradient.equal(before)
@@ -46,8 +46,8 @@ def test_norms_do_not_depend_on_what_else_is_in_the_tensor():
     gradient, momentum = random(5, 70, 90), random(5, 70, 90, seed=1)
     parts = [(gradient[i : i + 1], momentum[i : i + 1].clone()) for i in range(5)]
     settings = {"factor": 0.95, "nesterov": True, "scale": 1.0}
-    together = momentum_pass(gradient, momentum, 6300, **settings)
-    alone = [momentum_pass(*part, 6300, **settings) for part in parts]
+    together = fused_momentum(gradient, momentum, 6300, **settings)
+    alone = [fused_momentum(*part, 6300, **settings) for part in parts]
     for whole, single in zip(together, zip(*alone, strict=True), strict=True):
         assert whole.equal(torch.cat(single))
 
@@ -69,15 +69,15 @@ def test_normalization(dtype):
 )
 @pytest.mark.parametrize("numel", [4096, 5003, 3])
 def test_weights_of_three_steps(numel, weights_dtype, kind, dtype, factor):
-    fused, twin = (Master(random(1, numel, dtype=weights_dtype), kind) for _ in range(2))
+    fused, twin = (MasterWeight(random(1, numel, dtype=weights_dtype), kind) for _ in range(2))
     for step in range(3):
         update = random(1, numel, seed=step + 1, dtype=dtype)
         rates = {"learning_rate": 1e-2, "weight_decay": 0.1}
-        weights_pass(fused._full, fused.weights, fused._remainder, update, factor=factor, **rates)
-        values = twin.values()
+        fused_weight_update(fused._full, fused.weights, fused._remainder, update, factor=factor, **rates)
+        values = twin.to_float32()
         apply_updates([values], [update.float() * factor], **rates)
-        twin.store(values)
-        assert fused.weights.equal(twin.weights) and fused.values().equal(twin.values())
+        twin.write(values)
+        assert fused.weights.equal(twin.weights) and fused.to_float32().equal(twin.to_float32())
     if kind == "split":
         assert fused._remainder.equal(twin._remainder) and fused._remainder.any()
 
@@ -85,12 +85,12 @@ def test_weights_of_three_steps(numel, weights_dtype, kind, dtype, factor):
 def test_ties_and_extremes_split_as_torch_splits_them():
     bits = [0x3F808000, 0x3F817FFF, 0x3F818000, 0x00008000, 0x7F7FFFFF, -0x40808000, 0x00000001, 0x7F800000]
     values = torch.tensor(bits, dtype=torch.int32, device=DEVICE).view(torch.float32).reshape(1, -1)
-    fused = Master(master_weights.round_to_bfloat16(values), "split")
-    fused._remainder.copy_(master_weights.remainder_of(values))
-    assert fused.values().view(torch.int32).equal(values.view(torch.int32))
+    fused = MasterWeight(master_weights.round_to_bfloat16(values), "split")
+    fused._remainder.copy_(master_weights.low_bits(values))
+    assert fused.to_float32().view(torch.int32).equal(values.view(torch.int32))
     zero = torch.zeros_like(values)
-    weights_pass(None, fused.weights, fused._remainder, zero, factor=1.0, learning_rate=0.0, weight_decay=0.0)
-    assert fused.values().view(torch.int32).equal(values.view(torch.int32))
+    fused_weight_update(None, fused.weights, fused._remainder, zero, factor=1.0, learning_rate=0.0, weight_decay=0.0)
+    assert fused.to_float32().view(torch.int32).equal(values.view(torch.int32))
 
 
 def watched(monkeypatch, name):
@@ -108,21 +108,21 @@ def watched(monkeypatch, name):
 
 def test_the_optimizer_would_call_the_passes_with_what_it_has(monkeypatch):
     gradients = [random(4, 6), random(10, 3, seed=1)]
-    masters = [Master(random(4, 6, seed=2), "float32"), Master(random(10, 3, seed=3).bfloat16(), "split")]
+    masters = [MasterWeight(random(4, 6, seed=2), "float32"), MasterWeight(random(10, 3, seed=3).bfloat16(), "split")]
     found = []
     for fused in (False, True):
         momenta = [random(4, 6, seed=4), random(10, 3, seed=5)]
-        own = [Master(m.weights.clone(), "split" if m._remainder is not None else "float32") for m in masters]
+        own = [MasterWeight(m.weights.clone(), "split" if m._remainder is not None else "float32") for m in masters]
         with monkeypatch.context() as patch:
-            calls = watched(patch, "momentum_pass") if fused else []
-            more = watched(patch, "weights_pass") if fused else []
+            calls = watched(patch, "fused_momentum") if fused else []
+            more = watched(patch, "fused_weight_update") if fused else []
             patch.setattr("moonlight.optim.update_rules.can_fuse", lambda tensors, fused=fused: fused)
             patch.setattr("moonlight.optim.master_weights.can_fuse", lambda tensors, fused=fused: fused)
             settings = {"momentum": 0.9, "nesterov": True, "scale": 0.5}
-            directions, norms = directions_and_norms(gradients, momenta, [12, 15], **settings)
-            update_all(own, [d.bfloat16() for d in directions], [0.7, 0.9], learning_rate=0.1, weight_decay=0.2)
+            directions, norms = update_momentum_norms(gradients, momenta, [12, 15], **settings)
+            apply_update(own, [d.bfloat16() for d in directions], [0.7, 0.9], learning_rate=0.1, weight_decay=0.2)
             assert (len(calls), len(more)) == ((2, 2) if fused else (0, 0))
-        found.append((directions, momenta, [m.values() for m in own], [m.weights for m in own]))
+        found.append((directions, momenta, [m.to_float32() for m in own], [m.weights for m in own]))
     assert norms is not None
     assert [len(norm) for norm in norms] == [2, 2]
     for direction, norm in zip(directions, norms, strict=True):
@@ -136,8 +136,8 @@ def test_the_optimizer_would_call_the_passes_with_what_it_has(monkeypatch):
 def test_what_does_not_fit_is_refused():
     x = random(4, 6)
     with pytest.raises(AssertionError):
-        momentum_pass(x.mT, x.mT, 24, factor=0.9, nesterov=True, scale=1.0)
+        fused_momentum(x.mT, x.mT, 24, factor=0.9, nesterov=True, scale=1.0)
     with pytest.raises(AssertionError):
-        momentum_pass(x, x.clone(), 5, factor=0.9, nesterov=True, scale=1.0)
+        fused_momentum(x, x.clone(), 5, factor=0.9, nesterov=True, scale=1.0)
     with pytest.raises(AssertionError):
-        weights_pass(None, x.bfloat16(), None, x, factor=1.0, learning_rate=0.1, weight_decay=0.1)
+        fused_weight_update(None, x.bfloat16(), None, x, factor=1.0, learning_rate=0.1, weight_decay=0.1)

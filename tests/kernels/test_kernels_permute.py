@@ -10,8 +10,8 @@ from tests.support.kernels import DEVICE, DTYPES, assert_near, needs_triton, ran
 
 pytestmark = needs_triton
 SORTS = (permute.sort_by_expert_triton, permute.sort_by_expert_torch, permute.sort_by_expert)
-GATHERS = (permute.gather_rows_triton, permute.gather_rows_torch, permute.gather_rows)
-COMBINES = (permute.combine_rows_triton, permute.combine_rows_torch, permute.combine_rows)
+GATHERS = (permute.permute_tokens_triton, permute.permute_tokens_torch, permute.permute_tokens)
+COMBINES = (permute.unpermute_tokens_triton, permute.unpermute_tokens_torch, permute.unpermute_tokens)
 
 
 def choose(tokens, k, num_experts, seed=0):

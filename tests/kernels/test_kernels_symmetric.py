@@ -139,7 +139,7 @@ def steps_of(name: str, num_steps: int) -> list[gram_newton_schulz.Coefficients]
 
 def test_which_steps_share_a_gram_matrix():
     def lengths(name, num_steps, rows=20, columns=30):
-        found = gram_newton_schulz.segments(steps_of(name, num_steps), rows, columns)
+        found = gram_newton_schulz.group_steps(steps_of(name, num_steps), rows, columns)
         assert list(chain.from_iterable(found)) == steps_of(name, num_steps)
         return [len(segment) for segment in found]
 
@@ -152,7 +152,7 @@ def test_which_steps_share_a_gram_matrix():
 def in_torch(whole: torch.Tensor, name: str, num_steps: int) -> torch.Tensor:
     """gram.py on one matrix, its products by the torch twin, as they would be in bfloat16 afterwards."""
     x = (whole / whole.norm()).half().unsqueeze(0)
-    return gram_newton_schulz.iterate(x, steps_of(name, num_steps), torch_symmetric_product)[0].bfloat16().float()
+    return gram_newton_schulz.run_steps(x, steps_of(name, num_steps), torch_symmetric_product)[0].bfloat16().float()
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -238,6 +238,6 @@ def test_products_of_float16_are_summed_in_float32():
         torch_symmetric_product(*operands, **factors)
 
     x = random(1, 8, 12)
-    gram_newton_schulz.iterate((x / x.norm()).half(), steps_of("moonlight", 5), product)
+    gram_newton_schulz.run_steps((x / x.norm()).half(), steps_of("moonlight", 5), product)
     assert before and seen and not any(seen)
     assert flags.allow_fp16_reduced_precision_reduction is before

@@ -38,11 +38,11 @@ def documents_of(sequence):
 
 def test_numbers_and_positions_equal_a_walk():
     from moonlight.model.latent_attention import positions_in_documents
-    from moonlight.train.step import number_documents
+    from moonlight.train.step import compute_document_ids
 
     tokens = packed(1)
     tokens[0, :2] = EOS  # documents of one token
-    documents = number_documents(tokens, EOS)
+    documents = compute_document_ids(tokens, EOS)
     positions = positions_in_documents(documents)
     assert documents.dtype == torch.int32
     for row, sequence in enumerate(tokens):
@@ -53,13 +53,13 @@ def test_numbers_and_positions_equal_a_walk():
 
 def forward(run, tokens):
     """Logits [batch, sequence, vocabulary] and the weights."""
-    from moonlight.train.step import number_documents
+    from moonlight.train.step import compute_document_ids
 
     (model,), _ = build(run)
     model.eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        logits = model(tokens, positions, number_documents(tokens, EOS))
+        logits = model(tokens, positions, compute_document_ids(tokens, EOS))
     return logits.numpy(), collect([model])
 
 
@@ -75,8 +75,8 @@ def test_packed_documents_have_the_logits_of_each_alone(pool):
     whole = assemble([weights])
     state = {
         part.name: torch.from_numpy(whole[row.key])[part.index]
-        for row in hf_mapping.table(run.model)
-        for part in row.parts
+        for row in hf_mapping.tensor_mappings(run.model)
+        for part in row.hf_tensors
     }
     model.load_state_dict(fuse_experts(state, run.model))
     compared = 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moonlight.kernels.permute import align_runs, sort_by_expert
+from moonlight.kernels.permute import pad_expert_segments, sort_by_expert
 from moonlight.model import cpu_attention, latent_attention, loss, sdpa
 from moonlight.model.cpu_attention import CpuAttention
 from moonlight.model.experts import SortedExperts
@@ -102,22 +102,24 @@ def test_the_attention_of_a_gpu_is_that_of_a_cpu(widths, apart):
 @pytest.mark.parametrize(("widths", "has_mask", "name"), (((16, 16), False, "FLASH"), ((24, 16), True, "MATH")))
 def test_the_kernel_that_takes_the_shapes_is_found_by_asking(monkeypatch, widths, has_mask, name):
     """As on a GPU, with those kernels that torch has for a CPU: flash attention wants keys and values of one width."""
-    sdpa.kernel_for.cache_clear()
-    sdpa.choices()
+    sdpa.select_backend.cache_clear()
+    sdpa.pop_selections()
     asked = []
     seconds = sdpa._seconds
     monkeypatch.setattr(sdpa, "_seconds", lambda *given: asked.append(given[1]) or seconds(*given))
     query, key, wide = attention_inputs(20, 2, 3, widths)
     inputs = query, key, wide[..., 8:]
     before = torch.get_rng_state()
-    kernel = sdpa.kernel_for(torch.device("cpu"), torch.float32, tuple(map(sdpa.place, inputs)), has_mask)
+    kernel = sdpa.select_backend(torch.device("cpu"), torch.float32, tuple(map(sdpa.memory_layout, inputs)), has_mask)
     assert torch.equal(torch.get_rng_state(), before)
     assert kernel.name.startswith(name)
-    assert asked and all([sdpa.place(x) for x in own] == [sdpa.place(x) for x in inputs] for own in asked)
+    assert asked and all(
+        [sdpa.memory_layout(x) for x in own] == [sdpa.memory_layout(x) for x in inputs] for own in asked
+    )
     assert all(x.is_leaf and x.requires_grad for own in asked for x in own)
-    (text,) = sdpa.choices()
+    (text,) = sdpa.pop_selections()
     assert name.lower() in text and f"keys of {widths[0]} and values of {widths[1]}, 2 x 3 heads x 20 tokens" in text
-    assert sdpa.choices() == []
+    assert sdpa.pop_selections() == []
 
 
 def plain_experts(tokens, probabilities, down_proj, gate_proj, up_proj, chosen):
@@ -141,7 +143,7 @@ def test_sorted_experts(dtype, alignment, which):
     probabilities = torch.rand(tokens, k, generator=torch.Generator().manual_seed(2))
     weights = [random(experts, *shape, dtype=dtype) for shape in ((width, hidden), (hidden, width), (hidden, width))]
     inputs = [random(tokens, hidden, seed=3, dtype=dtype), probabilities, *weights]
-    order = align_runs(sort_by_expert(chosen, experts), chosen, alignment)
+    order = pad_expert_segments(sort_by_expert(chosen, experts), chosen, alignment)
     assert (order[2] % alignment == 0).all()
     grad = random(tokens, hidden, seed=4, dtype=dtype)
     found = gradients(lambda *x: SortedExperts.apply(*x, *order), inputs, grad)
@@ -165,7 +167,7 @@ class Alone:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("tokens", "chunk"), ((1, 1024), (50, 1024), (50, 16)))
 def test_head_and_loss(monkeypatch, dtype, tokens, chunk):
-    monkeypatch.setattr(loss, "rows_of_logits", lambda vocabulary: chunk)
+    monkeypatch.setattr(loss, "logits_chunk_rows", lambda vocabulary: chunk)
     labels = torch.randint(0, 33, (tokens,), generator=torch.Generator().manual_seed(0))
     scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
     scale[0] = 0.5

@@ -70,8 +70,8 @@ def test_logits_and_routes_equal_transformers(pool, shape):
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(run.model))).float().eval()
     whole = assemble([weights])
     state = {}
-    for row in hf_mapping.table(run.model):
-        for part in row.parts:
+    for row in hf_mapping.tensor_mappings(run.model):
+        for part in row.hf_tensors:
             value = torch.from_numpy(whole[row.key])[part.index]
             state[part.name] = value
     model.load_state_dict(fuse_experts(state, run.model))

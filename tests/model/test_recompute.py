@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from moonlight.config.load import from_dict, to_yaml
+from moonlight.config.load import parse_run_config, to_yaml
 from moonlight.errors import UserError
 from tests.support.layouts import LAYOUTS, build, flatten, local_batches, recipe
 
@@ -20,7 +20,7 @@ def one_pass(run):
     from moonlight.train.step import attentions, forward_backward, routers
 
     models, optimizer = build(run)
-    optimizer.data_parallel.zero_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
     batches = local_batches(run, 0)
     with torch.no_grad():
         forward_backward(models, run, batches, forward_only=True)
@@ -70,7 +70,7 @@ def test_names():
     ):
         tree["train"]["recompute_modules"] = names
         with pytest.raises(UserError) as caught:
-            from_dict(tree)
+            parse_run_config(tree)
         assert words in str(caught.value)
     tree["train"]["recompute_modules"] = ["layernorm", "mlp_act"]
-    assert from_dict(tree).train.recompute_modules == ("layernorm", "mlp_act")
+    assert parse_run_config(tree).train.recompute_modules == ("layernorm", "mlp_act")

@@ -19,19 +19,19 @@ from checkpoints.verify import verify
 from moonlight.config.load import load_recipe
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.dist_checkpoint.index import read_index
-from moonlight.dist_checkpoint.state import check_model, find
-from moonlight.dist_checkpoint.tensors import ALIGNMENT
+from moonlight.dist_checkpoint.state import check_model, resolve_checkpoint
+from moonlight.dist_checkpoint.tensors import TENSOR_ALIGNMENT
 from moonlight.errors import UserError
-from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.optim.distributed_muon import build_optimizer
 from moonlight.optim.parameters import data_parallel_group, embedding_group
 from moonlight.plan.build import make_plan
-from moonlight.plan.comm_counter import TrafficCounter
-from moonlight.plan.dry_run import dry_run
+from moonlight.plan.comm_counter import CommCounter
+from moonlight.plan.dry_run import fake_rank
 from tests.model.test_parity import forward, fuse_experts
 from tests.placement.test_traffic import both, exchange
 from tests.support.layouts import (
     LAYOUTS,
-    Parallel,
+    ParallelConfig,
     assemble,
     build,
     first_gradients,
@@ -51,7 +51,7 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
 BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
 EMBEDDING = "embedding.word_embeddings.weight"
 CUT = ["TP2", "PP2", "PP2-interleaved", "EP2", "DP2", "EP2xPP2", "EP2xTP2-4", "TP2xPP2"]
-MORE_LAYOUTS = LAYOUTS | {"TP2xPP2": (4, Parallel(tensor_parallel_size=2, pipeline_parallel_size=2))}
+MORE_LAYOUTS = LAYOUTS | {"TP2xPP2": (4, ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2))}
 STEPS = 10
 
 
@@ -70,8 +70,8 @@ def transformers_model(weights: dict[str, np.ndarray], run) -> Any:
 
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(run.model))).float().eval()
     state = {}
-    for row in hf_mapping.table(run.model):
-        for part in row.parts:
+    for row in hf_mapping.tensor_mappings(run.model):
+        for part in row.hf_tensors:
             value = torch.from_numpy(weights[row.key])[part.index]
             state[part.name] = value
     missing, unexpected = model.load_state_dict(fuse_experts(state, run.model), strict=False)
@@ -152,17 +152,24 @@ def test_losses_norms_and_updates_equal_one_process(pool, reference_results, lay
 def copies(run, steps: int) -> list[Any]:
     """This rank's tied weight after some steps, if it has one: before, after, and the rows and state that it owns."""
     models, optimizer = build(run)
-    found = [parameter for parameter in optimizer.data_parallel.parameters if parameter.on_two_stages]
-    before = [parameter.weights.float().numpy().copy() for parameter in found]
+    found = [parameter for parameter in optimizer.data_parallel.parameters if parameter.is_shared_embedding]
+    before = [parameter.weight_2d.float().numpy().copy() for parameter in found]
     for step in range(1, steps + 1):
         one_step(models, optimizer, run, step)
-    optimizer.data_parallel.finish_weights()
+    optimizer.data_parallel.finish_param_sync()
     owned = [
-        (owned.fragment.start, owned.fragment.stop, owned.counts, [owned.master.values().numpy(), *owned.momenta])
+        (
+            owned.shard.start,
+            owned.shard.stop,
+            owned.is_primary_copy,
+            [owned.master_weight.to_float32().numpy(), *owned.states],
+        )
         for owned in optimizer.owned
-        if owned.parameter.on_two_stages
+        if owned.param.is_shared_embedding
     ]
-    return [(old, p.weights.float().numpy(), p.is_copy, owned) for p, old in zip(found, before, strict=True)]
+    return [
+        (old, p.weight_2d.float().numpy(), p.is_embedding_replica, owned) for p, old in zip(found, before, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -192,9 +199,9 @@ def used_weights(run) -> dict[str, Any]:
 
     models, optimizer = build(run)
     (parameter,) = [p for p in optimizer.data_parallel.parameters if p.key == EMBEDDING]
-    old = parameter.weights.clone()
+    old = parameter.weight_2d.clone()
     one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for
-    under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.lanes)
+    under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.bucket_groups)
     used: dict[str, list[torch.Tensor]] = {"embedding": [], "head": []}
 
     def look_up(module: torch.nn.Module, args: Any) -> None:
@@ -210,8 +217,8 @@ def used_weights(run) -> dict[str, Any]:
         if model.post_process:
             model.output_layer.register_forward_pre_hook(multiply, with_kwargs=True)
     forward_backward(models, run, local_batches(run, 2), forward_only=True)
-    optimizer.data_parallel.finish_weights()
-    new = parameter.weights
+    optimizer.data_parallel.finish_param_sync()
+    new = parameter.weight_2d
     assert not (new == old).all(-1).any()  # every row has moved, those of other owners too
     stale = {name: sum(not torch.equal(weight, new) for weight in weights) for name, weights in used.items()}
     return {"under way": under_way, "uses": {name for name in used if used[name]}, "stale": stale}
@@ -240,14 +247,14 @@ def later_losses(pool):
 def test_saved_under_one_layout_and_continued_under_another(pool, tmp_path, later_losses, writer, reader):
     world_size, run = tied(writer)
     pool.run(world_size, restart, run, tmp_path, 3, False)
-    folder = find(tmp_path)
+    folder = resolve_checkpoint(tmp_path)
     index = read_index(folder)
     keys = [key for key in index.state_dict_metadata if "embedding" in key or "output_layer" in key]
     assert sorted(keys) == [EMBEDDING, f"optimizer.exp_avg.{EMBEDDING}", f"optimizer.exp_avg_sq.{EMBEDDING}"]
     # What a second copy took would be in the files, and not in the index, which leaves no byte but the alignment out.
     ends = dict.fromkeys((file.name for file in folder.glob("*.distcp")), 0)
     for place in sorted(index.storage_data.values(), key=lambda place: (place.relative_path, place.offset)):
-        assert place.offset == -(-ends[place.relative_path] // ALIGNMENT) * ALIGNMENT
+        assert place.offset == -(-ends[place.relative_path] // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
         ends[place.relative_path] = place.offset + place.length
     assert ends == {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
     world_size, run = tied(reader)
@@ -283,12 +290,12 @@ def test_an_export_is_loaded_by_plain_transformers(pool, data_folder, tokenizer_
     ],
 )
 def test_a_plan_counts_the_embedding_once(path, world_sizes, settings):
-    run = load_recipe(path, [*settings, "model.tie_word_embeddings=true", "train.micro_batch_size=1"])
-    untied = replace(run.model, tie_word_embeddings=False)
-    whole = sum(math.prod(row.shape) for row in hf_mapping.table(untied))
+    config = load_recipe(path, [*settings, "model.tie_word_embeddings=true", "train.micro_batch_size=1"])
+    untied = replace(config.model, tie_word_embeddings=False)
+    whole = sum(math.prod(row.shape) for row in hf_mapping.tensor_mappings(untied))
     for world_size in world_sizes:
-        plan = make_plan(run, world_size)
-        keys = [line.key for line in plan.lines]
+        plan = make_plan(config, world_size)
+        keys = [line.key for line in plan.params]
         assert len(keys) == len(set(keys)) and EMBEDDING in keys and "output_layer.weight" not in keys
         counted = plan.num_parameters("muon") + plan.num_parameters("adamw") + plan.num_router_biases
         assert counted == whole - untied.vocab_size * untied.hidden_size
@@ -301,12 +308,12 @@ def traffic(run) -> tuple[float, float]:
 
 
 def count(optimizer) -> tuple[float, float]:
-    with TrafficCounter() as counter:
+    with CommCounter() as counter:
         exchange(optimizer)
-    tied_too = any(parameter.on_two_stages for parameter in optimizer.data_parallel.parameters)
+    tied_too = any(parameter.is_shared_embedding for parameter in optimizer.data_parallel.parameters)
     groups = [data_parallel_group(expert=False), data_parallel_group(expert=True)]
     groups += [embedding_group()] if tied_too else []
-    sent, received = zip(*(both(counter.of(group)) for group in groups), strict=True)
+    sent, received = zip(*(both(counter.stats(group)) for group in groups), strict=True)
     return sum(sent), sum(received)
 
 
@@ -314,10 +321,10 @@ def test_planned_bytes_and_state_are_those_of_real_processes(pool):
     world_size, run = tied("EP2xPP2")
     plan = make_plan(run, world_size)
     for rank, real in enumerate(pool.run(world_size, traffic, run)):
-        with dry_run(run, world_size, rank) as models:
-            optimizer = make_optimizer(models, run)
-            assert count(optimizer) == real == both(plan.ranks[rank])
-            assert optimizer.state_bytes() == plan.ranks[rank].state
+        with fake_rank(run, world_size, rank) as models:
+            optimizer = build_optimizer(models, run)
+            assert count(optimizer) == real == both(plan.optimizer_costs[rank])
+            assert optimizer.state_bytes() == plan.optimizer_costs[rank].state
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused_and_an_older_one_is_untied():

@@ -40,8 +40,8 @@ def places(run):
     _, optimizer = build(run)
     data_parallel = optimizer.data_parallel
     return (
-        {str(parameter.model.main_grad.dtype) for parameter in data_parallel.parameters},
-        {str(gradient.dtype) for _, _, gradient in data_parallel.own()},
+        {str(parameter.torch_param.main_grad.dtype) for parameter in data_parallel.parameters},
+        {str(gradient.dtype) for _, _, gradient in data_parallel.owned_shards()},
     )
 
 

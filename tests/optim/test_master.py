@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.optim.master_weights import Master, join, remainder_of, round_to_bfloat16
+from moonlight.optim.master_weights import MasterWeight, join_halves, low_bits, round_to_bfloat16
 from tests.support.layouts import LAYOUTS, recipe
 from tests.support.synthetic import state_after
 
@@ -19,9 +19,9 @@ floats = st.lists(st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126)
 @given(floats)
 def test_weight_and_remainder_are_the_master(values):
     master = torch.tensor(values, dtype=torch.float32)
-    rounded, remainder = round_to_bfloat16(master), remainder_of(master)
+    rounded, remainder = round_to_bfloat16(master), low_bits(master)
     assert remainder.dtype is torch.int16 and rounded.dtype is torch.bfloat16
-    assert torch.equal(join(rounded, remainder).view(torch.int32), master.view(torch.int32))
+    assert torch.equal(join_halves(rounded, remainder).view(torch.int32), master.view(torch.int32))
 
 
 @settings(max_examples=300, deadline=None)
@@ -38,14 +38,14 @@ def test_rounding_is_to_the_nearest(values):
 @pytest.mark.parametrize("kind", ["float32", "split"])
 def test_master_keeps_what_is_stored(kind):
     weights = torch.zeros(3, 4, dtype=torch.bfloat16)
-    master = Master(weights, kind)
+    master = MasterWeight(weights, kind)
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    kept = master.values()
+    kept = master.to_float32()
     kept.copy_(values)
-    master.store(kept)
-    assert torch.equal(master.values(), values)
+    master.write(kept)
+    assert torch.equal(master.to_float32(), values)
     assert torch.equal(weights, round_to_bfloat16(values))
-    assert torch.equal(master.rows(1, 3).values(), values[1:3])
+    assert torch.equal(master.rows(1, 3).to_float32(), values[1:3])
     assert master.state_bytes() == values.numel() * (2 if kind == "split" else 4)
 
 

@@ -6,29 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from moonlight.placement.param_groups import RULES, Rule, route
+from moonlight.placement.param_groups import PARAM_GROUP_RULES, ParamGroupRule, match_rules
 from tests.support.layouts import assemble, build, collect, flatten, local_batches, recipe
 from tests.support.reference import slow_newton_schulz
 
 
 def test_every_parameter_needs_a_rule():
     with pytest.raises(ValueError, match=r"decoder\.layers\.0\.new\.weight"):
-        route(["embedding.word_embeddings.weight", "decoder.layers.0.new.weight"])
+        match_rules(["embedding.word_embeddings.weight", "decoder.layers.0.new.weight"])
 
 
 def test_no_parameter_may_be_claimed_twice():
-    rules = (Rule(pattern="a*", algorithm="adamw"), Rule(pattern="a*", algorithm="muon"))
+    rules = (ParamGroupRule(pattern="a*", algorithm="adamw"), ParamGroupRule(pattern="a*", algorithm="muon"))
     with pytest.raises(ValueError, match=r"twice: a1, a2"):
-        route(["a1", "a2"], rules)
+        match_rules(["a1", "a2"], rules)
     with pytest.raises(ValueError, match=r"twice: b"):
-        route(["b", "b"], (Rule(pattern="*", algorithm="muon"),))
+        match_rules(["b", "b"], (ParamGroupRule(pattern="*", algorithm="muon"),))
 
 
 def test_the_first_rule_that_matches_wins():
-    rules = (Rule(pattern="a.*", algorithm="adamw"), Rule(pattern="*", algorithm="muon"))
-    assert route(["a.b", "b"], rules)["a.b"].algorithm == "adamw"
-    assert route(["a.b", "b"], rules)["b"].algorithm == "muon"
-    assert route(["decoder.layers.3.mlp.linear_fc1.weight"], RULES).popitem()[1].num_matrices == 2
+    rules = (ParamGroupRule(pattern="a.*", algorithm="adamw"), ParamGroupRule(pattern="*", algorithm="muon"))
+    assert match_rules(["a.b", "b"], rules)["a.b"].algorithm == "adamw"
+    assert match_rules(["a.b", "b"], rules)["b"].algorithm == "muon"
+    assert match_rules(["decoder.layers.3.mlp.linear_fc1.weight"], PARAM_GROUP_RULES).popitem()[1].num_matrices == 2
 
 
 def two_updates(run):
@@ -38,12 +38,12 @@ def two_updates(run):
     models, optimizer = build(run)
     history = [(collect(models), None, None)]
     for step in (1, 2):
-        optimizer.data_parallel.zero_gradients()
+        optimizer.data_parallel.zero_grad_buffer()
         forward_backward(models, run, local_batches(run, step))
         norm = math.hypot(*optimizer.gradient_norms().values())
         gradients = flatten(optimizer.gradient_state())
         optimizer.step(learning_rate=1e-2, weight_decay=0.1, step=step, gradient_norm=norm)
-        optimizer.data_parallel.finish_weights()
+        optimizer.data_parallel.finish_param_sync()
         history.append((collect(models), gradients, norm))
     return history
 

@@ -12,7 +12,7 @@ def watch(run: Recipe) -> dict[str, Any]:
     and rounds of weights still to come when the first module of the second forward pass runs, and when the last does.
     """
     models, optimizer = build(run)
-    lanes = optimizer.data_parallel.lanes
+    lanes = optimizer.data_parallel.bucket_groups
     sent: list[list[int]] = [[] for _ in lanes]
     left: list[int] = []
     one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moonlight.config.schedule import Schedule
+from moonlight.config.schedule import ScheduleConfig
 from moonlight.model.attention import CausalAttention, max_logits
 from moonlight.optim.qk_clip import logit_factors
 from moonlight.train.metrics import read_metrics
@@ -96,7 +96,7 @@ def trained(run, steps=1, recording=True):
         slow.clear()
         result = one_step(models, optimizer, run, step)
         results.append(dataclasses.asdict(result) | {"max_logit": result.max_logit})
-    optimizer.data_parallel.finish_weights()
+    optimizer.data_parallel.finish_param_sync()
     layers = sorted({layer for layer, _ in slow})
     maxima = np.stack([[maxima for number, maxima in slow if number == layer] for layer in layers], axis=1)
     return {"masters": flatten(optimizer.master_state()), "results": results, "maxima": maxima}
@@ -191,7 +191,7 @@ def logits_again(run):
 @pytest.mark.parametrize("q_lora_rank", [None, 12])
 def test_logits_of_the_same_inputs_end_at_the_threshold(pool, q_lora_rank):
     threshold = threshold_of(one_process(pool, wide_recipe(q_lora_rank=q_lora_rank))["maxima"])
-    run = replace(wide_recipe(qk_clip=threshold, q_lora_rank=q_lora_rank), schedule=Schedule(lr=1e-30))
+    run = replace(wide_recipe(qk_clip=threshold, q_lora_rank=q_lora_rank), schedule=ScheduleConfig(lr=1e-30))
     ((before, after),) = pool.run(1, logits_again, run)
     clipped = before > threshold
     assert clipped.any() and not clipped.all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moonlight.dist_checkpoint import hf_mapping
-from tests.support.layouts import LAYOUTS, Parallel, assemble, recipe
+from tests.support.layouts import LAYOUTS, ParallelConfig, assemble, recipe
 from tests.support.reference import slow_scale
 from tests.support.synthetic import normal_gradient, updates, weights_after, zero_experts
 
@@ -42,9 +42,9 @@ def hugging_face_matrices(run) -> dict[str, list[tuple]]:
     """Index of every Muon matrix in its whole tensor: what a Hugging Face folder has as one matrix."""
     on_adamw = ("embedding.word_embeddings.weight", "output_layer.weight")
     return {
-        row.key: [part.index for part in row.parts]
-        for row in hf_mapping.table(run.model)
-        if row.parts[0].kind == "matrix" and row.key not in on_adamw
+        row.key: [part.index for part in row.hf_tensors]
+        for row in hf_mapping.tensor_mappings(run.model)
+        if row.hf_tensors[0].init_kind == "matrix" and row.key not in on_adamw
     }
 
 
@@ -66,7 +66,9 @@ def head_matrices(run) -> dict[str, list[tuple]]:
 def slow_updates(run, newton_schulz=float32_newton_schulz, indices=None, gradient=normal_gradient, steps=STEPS):
     """Updates of each step, one whole matrix at a time: momentum, Nesterov, orthogonalisation, scale."""
     indices = indices or hugging_face_matrices(run)
-    shapes = {row.key: row.shape for row in hf_mapping.table(run.model) if row.parts[0].kind != "bias"}
+    shapes = {
+        row.key: row.shape for row in hf_mapping.tensor_mappings(run.model) if row.hf_tensors[0].init_kind != "bias"
+    }
     momenta = {key: torch.zeros(shapes[key]) for key in indices}
     for step in range(1, steps + 1):
         gradients = {key: gradient(key, shape, step) for key, shape in shapes.items()}
@@ -125,7 +127,7 @@ def test_updates_of_twenty_steps_equal_one_slow_process(pool, reference, layout)
     check(pool.run(world_size, weights_after, recipe(parallel), STEPS), reference, recipe())
 
 
-def wide(parallel=Parallel(), **optimizer):  # noqa: B008
+def wide(parallel=ParallelConfig(), **optimizer):  # noqa: B008
     """The dense layer so wide that at DP2 and DP4 its matrices are larger than a mean share, and are cut by rows."""
     run = recipe(parallel)
     optimizer = {"newton_schulz_dtype": "float32"} | optimizer
@@ -139,7 +141,7 @@ def wide(parallel=Parallel(), **optimizer):  # noqa: B008
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(4, Parallel()), (4, Parallel(tensor_parallel_size=2)), (4, Parallel(pipeline_parallel_size=2))],
+    [(4, ParallelConfig()), (4, ParallelConfig(tensor_parallel_size=2)), (4, ParallelConfig(pipeline_parallel_size=2))],
 )
 def test_matrices_larger_than_a_share_are_cut_and_still_whole_to_newton_schulz(pool, world_size, parallel):
     answers = pool.run(world_size, weights_after, wide(parallel), 5)
@@ -171,7 +173,7 @@ def test_each_way_to_match_the_rms_knows_whole_matrices(pool, layout, matching):
     check(pool.run(world_size, weights_after, run, 3), list(slow_updates(run, steps=3)), run)
 
 
-@pytest.mark.parametrize("parallel", [Parallel(), Parallel(tensor_parallel_size=2)])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor_parallel_size=2)])
 def test_the_rms_of_a_matrix_with_several_owners_is_that_of_the_whole(pool, parallel):
     run = wide(parallel, rms_matching="update_norm")
     answers = pool.run(4, weights_after, run, 3)

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from moonlight.config.load import load_recipe
-from moonlight.optim.distributed_muon import make_optimizer
+from moonlight.optim.distributed_muon import build_optimizer
 from moonlight.optim.parameters import data_parallel_group, tensor_parallel_group
-from moonlight.placement.comm_bytes import Share, adamw_share, shares
+from moonlight.placement.comm_bytes import OptimizerCost, muon_costs, zero1_cost
 from moonlight.plan.build import make_plan
-from moonlight.plan.comm_counter import TrafficCounter
-from moonlight.plan.dry_run import dry_run
+from moonlight.plan.comm_counter import CommCounter
+from moonlight.plan.dry_run import fake_rank
 from tests.support.layouts import LAYOUTS, build, one_step, recipe
 
 BIG = Path(__file__).parents[2] / "configs/moonlight_16b_a3b/pretrain.yaml"
@@ -29,10 +29,10 @@ def big(*overrides):
 
 def exchange(optimizer):
     """Gradients to their owners, the update, and weights back, of every bucket."""
-    optimizer.data_parallel.zero_gradients()
-    optimizer.data_parallel.finish_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
+    optimizer.data_parallel.finish_grad_sync()
     optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
-    optimizer.data_parallel.finish_weights()
+    optimizer.data_parallel.finish_param_sync()
 
 
 def both(traffic):
@@ -47,9 +47,9 @@ class LaneOfRank:
     """In the lane's group."""
     counted: tuple[float, float]
     """Bytes sent and received."""
-    shares: list[Share]
+    shares: list[OptimizerCost]
     """Of every rank of the group, by the sums."""
-    adamw: Share
+    adamw: OptimizerCost
     num_buckets: int
     unevenness: float
     """Sum over buckets of the largest owner's elements, in means: how much longer than a ring the exchange may take."""
@@ -59,42 +59,42 @@ def largest(bucket):
     """Elements of the owner with most of a bucket."""
     owned = [0] * bucket.group.size()
     for fragment in bucket.fragments:
-        owned[fragment.owner] += fragment.numel
+        owned[fragment.owner_rank] += fragment.numel
     return max(owned)
 
 
 def count(run, world_size, rank):
     """The dense and the expert lane of a rank after one exchange, and what its optimizer says it keeps."""
-    with dry_run(run, world_size, rank) as models:
-        optimizer = make_optimizer(models, run)
-        with TrafficCounter() as counter:
+    with fake_rank(run, world_size, rank) as models:
+        optimizer = build_optimizer(models, run)
+        with CommCounter() as counter:
             exchange(optimizer)
-        assert both(counter.of(tensor_parallel_group(expert=False))) == (0, 0)
+        assert both(counter.stats(tensor_parallel_group(expert=False))) == (0, 0)
         lanes = []
-        for lane in optimizer.data_parallel.lanes:
+        for lane in optimizer.data_parallel.bucket_groups:
             group = lane.buckets[0].group
             fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
-            adamw = adamw_share(sum(fragment.numel for fragment in fragments), group.size(), run)
-            found = shares(fragments, group.size(), run)
+            adamw = zero1_cost(sum(fragment.numel for fragment in fragments), group.size(), run)
+            found = muon_costs(fragments, group.size(), run)
             mean = sum(fragment.numel for fragment in fragments) / group.size()
             uneven = sum(map(largest, lane.buckets)) / mean
-            lanes.append(LaneOfRank(group.rank(), both(counter.of(group)), found, adamw, len(lane.buckets), uneven))
+            lanes.append(LaneOfRank(group.rank(), both(counter.stats(group)), found, adamw, len(lane.buckets), uneven))
         return lanes, optimizer.state_bytes()
 
 
 def check_ranks(world, ranks):
     world_size, expert_parallel_size = WORLDS[world]
-    run = big(f"parallel.expert_parallel_size={expert_parallel_size}")
-    plan = make_plan(run, world_size)
-    totals = [max(both(share)) for share in plan.ranks]
+    config = big(f"parallel.expert_parallel_size={expert_parallel_size}")
+    plan = make_plan(config, world_size)
+    totals = [max(both(share)) for share in plan.optimizer_costs]
     most, least = totals.index(max(totals)), totals.index(min(totals))
     for rank in dict.fromkeys([most, least, *ranks]):
-        lanes, state = count(run, world_size, rank)
+        lanes, state = count(config, world_size, rank)
         for lane in lanes:
             assert lane.counted == both(lane.shares[lane.rank])
             assert lane.num_buckets >= 4
-        assert plan.ranks[rank].state == state == sum(lane.shares[lane.rank].state for lane in lanes)
-        assert both(plan.ranks[rank]) == tuple(map(sum, zip(*(lane.counted for lane in lanes), strict=True)))
+        assert plan.optimizer_costs[rank].state == state == sum(lane.shares[lane.rank].state for lane in lanes)
+        assert both(plan.optimizer_costs[rank]) == tuple(map(sum, zip(*(lane.counted for lane in lanes), strict=True)))
     bounds = (DENSE_BOUND[len(lanes[0].shares)], EXPERT_BOUND)
     for lane, bound in zip(lanes, bounds, strict=True):
         worst = [max(both(share)) / lane.adamw.sent for share in lane.shares]
@@ -133,9 +133,9 @@ def test_the_sums_are_what_is_counted_on_many_ranks(world):
 def test_optimizer_state_is_smaller_than_adamws(settings, bound):
     for world_size in (8, 64):
         for expert_parallel_size in (1, 8):
-            run = big(f"parallel.expert_parallel_size={expert_parallel_size}", *settings)
-            plan = make_plan(run, world_size)
-            state = [share.state for share in plan.ranks]
+            config = big(f"parallel.expert_parallel_size={expert_parallel_size}", *settings)
+            plan = make_plan(config, world_size)
+            state = [share.state for share in plan.optimizer_costs]
             ratio, imbalance = max(state) / plan.adamw[0].state, max(state) / (sum(state) / len(state))
             print(f"DP{world_size} EP{expert_parallel_size}: {ratio:.4f} of AdamW, max / mean {imbalance:.4f}")
             assert ratio <= bound
@@ -143,11 +143,11 @@ def test_optimizer_state_is_smaller_than_adamws(settings, bound):
 
 @pytest.mark.parametrize("settings", [("optimizer.momentum_dtype=bfloat16", "optimizer.master_weights=split"), ()])
 def test_the_planned_state_is_the_optimizers(settings):
-    run = big(*settings)
-    plan = make_plan(run, 8)
+    config = big(*settings)
+    plan = make_plan(config, 8)
     for rank in (0, 5):
-        with dry_run(run, 8, rank) as models:
-            assert make_optimizer(models, run).state_bytes() == plan.ranks[rank].state
+        with fake_rank(config, 8, rank) as models:
+            assert build_optimizer(models, config).state_bytes() == plan.optimizer_costs[rank].state
 
 
 def groups():
@@ -162,13 +162,13 @@ def groups():
 def counted_exchange(run):
     """Of this rank of a real world: one exchange by group, and what a whole training step adds to it in the lanes."""
     models, optimizer = build(run)
-    with TrafficCounter() as counter:
+    with CommCounter() as counter:
         exchange(optimizer)
-    alone = {name: counter.of(group) for name, group in groups().items()}
-    with TrafficCounter() as counter:
+    alone = {name: counter.stats(group) for name, group in groups().items()}
+    with CommCounter() as counter:
         one_step(models, optimizer, run, 1)
-        optimizer.data_parallel.finish_weights()
-    step = {name: counter.of(groups()[name]) for name in ("dense", "expert")}
+        optimizer.data_parallel.finish_param_sync()
+    step = {name: counter.stats(groups()[name]) for name in ("dense", "expert")}
     return alone, step
 
 
@@ -179,18 +179,18 @@ def test_real_processes_exchange_what_fake_ones_do(pool, layout):
     run = recipe(replace(parallel, bucket_size=20_000))
     run = replace(run, model=replace(run.model, intermediate_size=2048))
     for rank, (real, step) in enumerate(pool.run(world_size, counted_exchange, run)):
-        with dry_run(run, world_size, rank) as models:
-            optimizer = make_optimizer(models, run)
-            with TrafficCounter() as counter:
+        with fake_rank(run, world_size, rank) as models:
+            optimizer = build_optimizer(models, run)
+            with CommCounter() as counter:
                 exchange(optimizer)
             for name, group in groups().items():
-                assert counter.of(group) == real[name], (rank, name)
-            for lane in optimizer.data_parallel.lanes:
+                assert counter.stats(group) == real[name], (rank, name)
+            for lane in optimizer.data_parallel.bucket_groups:
                 group = lane.buckets[0].group
                 fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
-                if group.size() == 4 and lane is optimizer.data_parallel.lanes[0]:
-                    assert any(fragment.is_cut for fragment in fragments)
-                assert both(counter.of(group)) == both(shares(fragments, group.size(), run)[group.rank()])
+                if group.size() == 4 and lane is optimizer.data_parallel.bucket_groups[0]:
+                    assert any(fragment.is_split for fragment in fragments)
+                assert both(counter.stats(group)) == both(muon_costs(fragments, group.size(), run)[group.rank()])
             assert real["expert"] == step["expert"]
             assert real["dense"].sent > 0
             # A step reports the largest attention logit of each head besides, in one all-reduce.
@@ -258,9 +258,9 @@ def every_collective():
     }
     found = []
     for name, (call, sent, received) in calls.items():
-        with TrafficCounter() as counter:
+        with CommCounter() as counter:
             call()
-        found.append((name, both(counter.of(world)), (sent, received)))
+        found.append((name, both(counter.stats(world)), (sent, received)))
     return found
 
 
@@ -273,7 +273,7 @@ def test_every_collective_is_counted(pool):
 def functional_collective():
     from torch.distributed._functional_collectives import all_reduce
 
-    with TrafficCounter(), pytest.raises(AssertionError, match="not a collective that is counted"):
+    with CommCounter(), pytest.raises(AssertionError, match="not a collective that is counted"):
         all_reduce(torch.ones(2), "sum", dist.group.WORLD)
 
 

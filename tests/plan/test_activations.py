@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moonlight.config.parallel import Parallel
+from moonlight.config.parallel import ParallelConfig
 from moonlight.model import sdpa
 from moonlight.plan.activations import (
     angles_bytes,
@@ -16,7 +16,7 @@ from moonlight.plan.activations import (
     mask_bytes,
     micro_batches_in_flight,
     stage_activations,
-    tokens_of,
+    token_counts,
 )
 from tests.support.layouts import LAYOUTS, build, local_batches, recipe
 
@@ -59,7 +59,7 @@ def run_of(parallel, case):
 def kept(run):
     """Bytes of distinct storages that autograd keeps after one forward pass, by layer (3 is the head), and the pairs
     of tokens and experts that came to each layer's experts."""
-    from moonlight.train.step import let_go_of_the_graph, routers
+    from moonlight.train.step import release_autograd_graph, routers
 
     models, optimizer = build(run)
     (model,) = models
@@ -96,7 +96,7 @@ def kept(run):
     found = [sum(storage.nbytes() for layer, storage in seen.values() if layer == number) for number in range(4)]
     with optimizer.data_parallel.no_sync():
         loss.backward()  # or the graph, whose hooks name the model, keeps every group and its threads
-    let_go_of_the_graph([model])
+    release_autograd_graph([model])
     return found, pairs
 
 
@@ -106,16 +106,16 @@ def test_what_autograd_keeps(pool, layout, case):
     world_size, parallel = LAYOUTS[layout]
     run = run_of(parallel, case)
     # The first pass through a layer that is made again has no graph to keep the angles, which are kept anyhow.
-    angles = 0 if "layer" in run.train.recompute_modules else angles_bytes(run, tokens_of(run))
+    angles = 0 if "layer" in run.train.recompute_modules else angles_bytes(run, token_counts(run))
     for sizes, pairs in pool.run(world_size, kept, run):
         for number in range(3):
-            tokens = tokens_of(run, pairs=pairs[number - 1] if number else 0)
+            tokens = token_counts(run, pairs=pairs[number - 1] if number else 0)
             planned = list(layer_activations(run, tokens, with_experts=number > 0, on_cpu=True))
             total = sum(saved.bytes for saved in planned) + (angles if number == 0 else 0)
             # The first layer has the embedding, which keeps 9 bytes a token under tensor parallelism.
-            embedding = 9 * tokens.whole if parallel.tensor_parallel_size > 1 and number == 0 else 0
+            embedding = 9 * tokens.total if parallel.tensor_parallel_size > 1 and number == 0 else 0
             assert total + embedding == sizes[number], (number, planned)
-        planned = sum(saved.bytes for saved in head_activations(run, tokens_of(run)))
+        planned = sum(saved.bytes for saved in head_activations(run, token_counts(run)))
         assert planned == sizes[3]
 
 
@@ -124,8 +124,8 @@ def test_layers_have_one_mask_of_documents(dtype):
     """A GPU's attention, of three layers and of two micro-batches, with torch's flash kernel for a CPU."""
     run = recipe(dtype=dtype)
     run = replace(run, data=replace(run.data, mask_documents=True))
-    tokens = tokens_of(run)
-    shape = tokens.sequence_length, tokens.whole // tokens.sequence_length
+    tokens = token_counts(run)
+    shape = tokens.sequence_length, tokens.total // tokens.sequence_length
     # Three heads, so that nothing but the mask has its size.
     query = torch.ones(*shape, 3, 16, dtype=getattr(torch, dtype), requires_grad=True)
     sdpa.attention(query, query, query, 0.25, torch.zeros(shape[::-1]))  # the kernel is chosen
@@ -148,7 +148,7 @@ def test_layers_have_one_mask_of_documents(dtype):
 @pytest.mark.parametrize(("modules", "masks"), (((), 2), (("mlp_act",), 2), (("layer",), 1)))
 def test_a_stage_has_a_mask_for_every_pass_in_flight(modules, masks):
     """Whatever the number of its layers; the third of four stages is two passes ahead."""
-    run = run_of(Parallel(pipeline_parallel_size=4), "mask of documents")
+    run = run_of(ParallelConfig(pipeline_parallel_size=4), "mask of documents")
     run = replace(run, train=replace(run.train, recompute_modules=modules))
     plain = replace(run, data=replace(run.data, mask_documents=False))
     for on_cpu in (False, True):
@@ -169,7 +169,7 @@ def peak_kept(run):
 
     models, optimizer = build(run)
     batches = local_batches(run, 0)
-    optimizer.data_parallel.zero_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
     skip = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
     skip |= {t.untyped_storage().data_ptr() for batch in batches for t in (batch.tokens, batch.labels, batch.loss_mask)}
     live, peak, known = 0, 0, weakref.WeakSet()
@@ -197,7 +197,7 @@ def peak_kept(run):
 @pytest.mark.parametrize("modules", [(), ("layer",)])
 def test_what_a_whole_pass_keeps(pool, layout, modules):
     """All experts are chosen, so every micro-batch keeps the same; the schedule decides how many are there."""
-    world_size, parallel = LAYOUTS.get(layout) or (4, Parallel(pipeline_parallel_size=4))
+    world_size, parallel = LAYOUTS.get(layout) or (4, ParallelConfig(pipeline_parallel_size=4))
     run = run_of(parallel, "all experts chosen, wide")
     run = replace(
         run,
@@ -216,9 +216,9 @@ def test_what_a_whole_pass_keeps(pool, layout, modules):
 def test_while_the_loss_is_made(case, element, gradient):
     """Half a vocabulary of 192: logits of all 64 tokens, and of no more than 2^24 elements."""
     run = run_of(LAYOUTS["TP2"][1], case)
-    assert loss_workspace(run, tokens_of(run)) == 64 * 96 * element + gradient
+    assert loss_workspace(run, token_counts(run)) == 64 * 96 * element + gradient
     long = replace(run, train=replace(run.train, micro_batch_size=2**13, global_batch_size=2**13))
-    assert loss_workspace(long, tokens_of(long)) == 2**24 // 96 * 96 * element + gradient
+    assert loss_workspace(long, token_counts(long)) == 2**24 // 96 * 96 * element + gradient
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,20 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from moonlight.config.parallel import Parallel
+from moonlight.config.parallel import ParallelConfig
 from moonlight.plan.collectives import (
-    Leaving,
-    dispatch_flow,
-    expert_slices_flow,
-    stage_flows,
+    DispatchedPairs,
+    dispatch_comm_bytes,
+    expert_slices_comm_bytes,
+    stage_comm_bytes,
 )
 from tests.support.layouts import LAYOUTS, build, local_batches, recipe
 
 MORE = {
-    "TP2xPP2": (4, Parallel(tensor_parallel_size=2, pipeline_parallel_size=2)),
-    "TP4": (4, Parallel(tensor_parallel_size=4)),
-    "EP4": (4, Parallel(expert_parallel_size=4)),
-    "PP4": (4, Parallel(pipeline_parallel_size=4)),
+    "TP2xPP2": (4, ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)),
+    "TP4": (4, ParallelConfig(tensor_parallel_size=4)),
+    "EP4": (4, ParallelConfig(expert_parallel_size=4)),
+    "PP4": (4, ParallelConfig(pipeline_parallel_size=4)),
 }
 RECIPES = {
     "float32": {},
@@ -41,12 +41,12 @@ def counted(run):
     token-expert pairs that left and came, over all micro-batches, and those its experts got."""
     from megatron.core import parallel_state
 
-    from moonlight.plan.comm_counter import TrafficCounter
+    from moonlight.plan.comm_counter import CommCounter
     from moonlight.train.step import forward_backward
 
     models, optimizer = build(run)
     batches = local_batches(run, 0)
-    optimizer.data_parallel.zero_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
     pairs = []
     me = parallel_state.get_expert_model_parallel_rank()
 
@@ -61,7 +61,7 @@ def counted(run):
             if hasattr(layer.mlp, "token_dispatcher"):
                 dispatcher = layer.mlp.token_dispatcher
                 layer.mlp.experts.register_forward_pre_hook(lambda *_, d=dispatcher: see(d))
-    with TrafficCounter() as counter:
+    with CommCounter() as counter:
         forward_backward(models, run, batches)
     groups = {
         "slices": parallel_state.get_tensor_model_parallel_group(),
@@ -69,14 +69,16 @@ def counted(run):
         "expert slices": parallel_state.get_expert_tensor_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
     }
-    found = {name: (counter.of(group).sent, counter.of(group).received) for name, group in groups.items()}
+    found = {name: (counter.stats(group).sent, counter.stats(group).received) for name, group in groups.items()}
     # Not the layers' own: peers add up the gradients of what all of them hold.
-    replicated = sum(gradient.numel() for p, _, gradient in optimizer.data_parallel.own() if p.slicing == "replicated")
+    replicated = sum(
+        gradient.numel() for p, _, gradient in optimizer.data_parallel.owned_shards() if p.tp_mode == "replicated"
+    )
     ranks = run.parallel.tensor_parallel_size
     if groups["expert slices"].group_name == groups["slices"].group_name:
         found["expert slices"] = (0.0, 0.0)
     if run.parallel.virtual_pipeline_parallel_size > 1:  # where Megatron takes the whole world for one direction
-        world = counter.of(dist.group.WORLD)
+        world = counter.stats(dist.group.WORLD)
         found["pipeline"] = tuple(a + b for a, b in zip(found["pipeline"], (world.sent, world.received), strict=True))
     found["slices"] = tuple(count - 2 * (ranks - 1) / ranks * 4 * replicated for count in found["slices"])
     return found, pairs, len(batches), parallel_state.get_pipeline_model_parallel_rank()
@@ -119,7 +121,7 @@ def test_what_real_processes_send(pool, layout, name):
     run = run_of(name, parallel)
     answers = pool.run(world_size, counted, run)
     for rank, (found, pairs, num_batches, stage) in enumerate(answers):
-        planned = stage_flows(run, stage, num_batches)
+        planned = stage_comm_bytes(run, stage, num_batches)
         # Experts are entered twice in a layer that is made again, and sent to one and a half times.
         seen = 0.75 if name == "layer again" else 1
         if parallel.expert_tensor_parallel_size > 1:
@@ -127,14 +129,14 @@ def test_what_real_processes_send(pool, layout, name):
             peers = answers[rank // size * size :][:size]
             came = seen * sum(p[2] for _, of_peer, _, _ in peers for p in of_peer) / size
             found["slices"] = tuple(map(sum, zip(found["slices"], found["expert slices"], strict=True)))
-            check(found["slices"], planned["slices"] + expert_slices_flow(run, came))
+            check(found["slices"], planned["slices"] + expert_slices_comm_bytes(run, came))
         elif parallel.tensor_parallel_size > 1:
             check(found["slices"], planned["slices"])
         if parallel.pipeline_parallel_size > 1:
             check(found["pipeline"], planned["pipeline"])
         if parallel.expert_parallel_size > 1:
             sent, received = seen * sum(p[0] for p in pairs), seen * sum(p[1] for p in pairs)
-            check(found["dispatch"], dispatch_flow(run, Leaving(sent, received)))
+            check(found["dispatch"], dispatch_comm_bytes(run, DispatchedPairs(sent, received)))
             # What an untrained router chooses is near to uniform.
             assert planned["dispatch"].sent == pytest.approx(found["dispatch"][0], rel=0.35)
 
@@ -145,4 +147,4 @@ def test_uniform_dispatch_is_exact_where_every_token_goes_to_every_expert(pool, 
     run = run_of("float32", parallel)
     run = replace(run, model=replace(run.model, num_experts_per_tok=run.model.num_experts))
     for found, _, num_batches, stage in pool.run(world_size, counted, run):
-        check(found["dispatch"], stage_flows(run, stage, num_batches)["dispatch"])
+        check(found["dispatch"], stage_comm_bytes(run, stage, num_batches)["dispatch"])

@@ -23,7 +23,7 @@ def family(name):
 
 
 def size(model, *prefixes):
-    return sum(math.prod(row.shape) for row in hf_mapping.table(model) if row.key.startswith(prefixes))
+    return sum(math.prod(row.shape) for row in hf_mapping.tensor_mappings(model) if row.key.startswith(prefixes))
 
 
 def test_moonlights_counts():
@@ -39,7 +39,7 @@ def test_moonlights_parts():
     assert size(BIG.model, "decoder.layers.7.mlp.") == 571_080_768
     assert size(BIG.model, "decoder.layers.7.mlp.experts.") == 64 * 8_650_752
     # The released file has 27 more: a stale rotary_emb.inv_freq in every layer.
-    assert sum(len(row.parts) for row in hf_mapping.table(BIG.model)) == 5_344 - 27
+    assert sum(len(row.hf_tensors) for row in hf_mapping.tensor_mappings(BIG.model)) == 5_344 - 27
 
 
 def test_moonlights_flops():
@@ -64,22 +64,24 @@ def test_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    model = replace(recipe().model, num_experts_per_tok=8)
-    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model), attn_implementation="eager"))
+    model_config = replace(recipe().model, num_experts_per_tok=8)
+    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model_config), attn_implementation="eager"))
     theirs.set_experts_implementation("eager")
     length = 32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(torch.zeros(1, length, dtype=torch.long))
-    counts = count_parameters(model)
-    vectors = sum(math.prod(r.shape) for r in hf_mapping.table(model) if r.parts[0].kind != "matrix")
-    unmasked = 2 * (train_flops_per_token(model, length) - 6 * counts.activated_with_head)
+    counts = count_parameters(model_config)
+    vectors = sum(
+        math.prod(r.shape) for r in hf_mapping.tensor_mappings(model_config) if r.hf_tensors[0].init_kind != "matrix"
+    )
+    unmasked = 2 * (train_flops_per_token(model_config, length) - 6 * counts.activated_with_head)
     assert 3 * counter.get_total_flops() / length == 6 * (counts.activated_with_head - vectors) + unmasked
 
 
 @pytest.mark.parametrize(("name", "activated"), FAMILY.items())
 def test_the_family_has_moonlights_proportions(name, activated):
-    run = family(name)
-    model, heads = run.model, run.model.num_attention_heads
+    config = family(name)
+    model_config, heads = config.model, config.model.num_attention_heads
     hidden = 128 * heads
     same_proportions = replace(
         BIG.model,
@@ -88,22 +90,22 @@ def test_the_family_has_moonlights_proportions(name, activated):
         intermediate_size=hidden * 11 // 2,
         moe_intermediate_size=hidden * 11 // 16,
         kv_lora_rank=hidden // 4,
-        num_hidden_layers=model.num_hidden_layers,
+        num_hidden_layers=model_config.num_hidden_layers,
     )
-    assert model == same_proportions
-    assert hidden / model.num_hidden_layers == pytest.approx(
+    assert model_config == same_proportions
+    assert hidden / model_config.num_hidden_layers == pytest.approx(
         BIG.model.hidden_size / BIG.model.num_hidden_layers, rel=0.15
     )
-    assert count_parameters(model).activated == pytest.approx(activated, rel=0.15)
-    assert run.schedule.router_bias_update_rate == 1e-3
+    assert count_parameters(model_config).activated == pytest.approx(activated, rel=0.15)
+    assert config.schedule.router_bias_update_rate == 1e-3
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_family_follows_the_papers_fits(name):
-    run = family(name)
-    compute = (count_parameters(run.model).activated / 0.0483359) ** (1 / 0.5112684)
-    batch = run.train.global_batch_size * run.data.sequence_length
-    assert run.data.sequence_length == 8192
-    assert run.schedule.lr == pytest.approx(0.0127339 * compute**-0.0574752, rel=0.01)
+    config = family(name)
+    compute = (count_parameters(config.model).activated / 0.0483359) ** (1 / 0.5112684)
+    batch = config.train.global_batch_size * config.data.sequence_length
+    assert config.data.sequence_length == 8192
+    assert config.schedule.lr == pytest.approx(0.0127339 * compute**-0.0574752, rel=0.01)
     assert batch == pytest.approx(0.0065202 * compute**0.4137915, rel=0.12)
-    assert batch * run.train.train_steps == pytest.approx(3.4480927 * compute**0.4887316, rel=0.02)
+    assert batch * config.train.train_steps == pytest.approx(3.4480927 * compute**0.4887316, rel=0.02)

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from moonlight.config.load import load_recipe
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.placement.comm_bytes import Share
-from moonlight.placement.param_groups import matrix_heights, route, rules_of
-from moonlight.plan.build import make_plan, of_world
-from moonlight.plan.dry_run import dry_run
+from moonlight.placement.comm_bytes import OptimizerCost
+from moonlight.placement.param_groups import match_rules, param_group_rules, rows_per_matrix
+from moonlight.plan.build import make_plan, stage_ranks
+from moonlight.plan.dry_run import fake_rank
 from moonlight.plan.flops import train_flops_per_token
-from moonlight.plan.hardware import machine
-from moonlight.plan.owners import Held, Lane
-from moonlight.plan.speed import bubble_share
+from moonlight.plan.hardware import hardware_model
+from moonlight.plan.owners import GroupCosts, GroupRankCost
+from moonlight.plan.speed import bubble_fraction
 from moonlight.plan.text import print_plan, ranges, summary
 
 ROOT = Path(__file__).parents[2]
@@ -29,17 +29,19 @@ BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
 
 
 def by_key(plan):
-    return {line.key: line for line in plan.lines}
+    return {line.key: line for line in plan.params}
 
 
 def test_the_16b_recipe_has_moonlights_parameters():
-    run = load_recipe(BIG)
-    rows = hf_mapping.table(run.model)
+    config = load_recipe(BIG)
+    rows = hf_mapping.tensor_mappings(config.model)
     assert sum(math.prod(row.shape) for row in rows) == 15_960_110_208
-    biases = [row for row in rows if row.parts[0].kind == "bias"]
-    rules = route([row.key for row in rows if row not in biases], rules_of(run.optimizer, run.model))
+    biases = [row for row in rows if row.hf_tensors[0].init_kind == "bias"]
+    rules = match_rules(
+        [row.key for row in rows if row not in biases], param_group_rules(config.optimizer, config.model)
+    )
     muon = {row.key: row.shape for row in rows if row.key in rules and rules[row.key].algorithm == "muon"}
-    assert sum(len(matrix_heights(rules[key], shape)) for key, shape in muon.items()) == 5_207
+    assert sum(len(rows_per_matrix(rules[key], shape)) for key, shape in muon.items()) == 5_207
     assert sum(map(math.prod, muon.values())) == 15_288_893_440
     # The paper's remainder counts the router biases too, which neither algorithm updates.
     assert sum(math.prod(row.shape) for row in rows if row.key not in muon) == 671_216_768
@@ -48,26 +50,26 @@ def test_the_16b_recipe_has_moonlights_parameters():
 
 @pytest.mark.parametrize("settings", [(), ("parallel.pipeline_parallel_size=3", "parallel.tensor_parallel_size=2")])
 def test_a_plan_of_16b_lists_everything_once(settings):
-    run = load_recipe(BIG, ["parallel.expert_parallel_size=2", *settings])
-    plan = make_plan(run, 24 if settings else 8)
-    rows = hf_mapping.table(run.model)
-    trained = {row.key: row.shape for row in rows if row.parts[0].kind != "bias"}
+    config = load_recipe(BIG, ["parallel.expert_parallel_size=2", *settings])
+    plan = make_plan(config, 24 if settings else 8)
+    rows = hf_mapping.tensor_mappings(config.model)
+    trained = {row.key: row.shape for row in rows if row.hf_tensors[0].init_kind != "bias"}
     # The model holds experts as [experts, in, out], the other way round than checkpoints.
     trained |= {key: (shape[0], shape[2], shape[1]) for key, shape in trained.items() if ".mlp.experts." in key}
-    assert sorted(line.key for line in plan.lines) == sorted(trained)
-    assert {line.key: line.shape for line in plan.lines} == trained
+    assert sorted(line.key for line in plan.params) == sorted(trained)
+    assert {line.key: line.shape for line in plan.params} == trained
     assert plan.num_matrices == 5_207
     assert plan.num_parameters("muon") == 15_288_893_440
     assert plan.num_parameters("adamw") + plan.num_router_biases == 671_216_768
-    assert len(plan.ranks) == len(plan.adamw) == (24 if settings else 8)
+    assert len(plan.optimizer_costs) == len(plan.adamw) == (24 if settings else 8)
     lines = by_key(plan)
     assert lines["decoder.layers.0.mlp.linear_fc1.weight"].matrices == {(11264, 2048): 2}
     assert lines["decoder.layers.26.mlp.experts.down_proj"].matrices == {(1408, 2048): 64}
     assert lines["decoder.layers.3.mlp.router.weight"].matrices == {(64, 2048): 1}
     assert lines["output_layer.weight"].matrices == {}
-    assert all(line.decay for line in plan.lines)
+    assert all(line.decay for line in plan.params)
     data_parallel_size = 4 if settings else 8
-    assert {owner for line in plan.lines for owner in line.owners} == set(range(data_parallel_size))
+    assert {owner for line in plan.params for owner in line.owners} == set(range(data_parallel_size))
     text = "\n".join(summary(plan))
     assert "15,960,110,208" in text and "5,207 matrices" in text
     assert "2,579,231,872, without the head 2,243,687,552" in text and "1.887e+10 FLOPs per token" in text
@@ -86,16 +88,16 @@ def test_heads_apart():
 def test_adamw_alone():
     plan = make_plan(load_recipe(QUICKSTART, ["optimizer.name=adamw", "train.micro_batch_size=1"]), 4)
     assert plan.num_matrices == 0
-    assert {line.algorithm for line in plan.lines} == {"adamw"}
+    assert {line.algorithm for line in plan.params} == {"adamw"}
     # Rows of 128 elements cannot be dealt out quite evenly.
-    for mine, zero in zip(plan.ranks, plan.adamw, strict=True):
+    for mine, zero in zip(plan.optimizer_costs, plan.adamw, strict=True):
         assert mine.state == pytest.approx(zero.state, rel=0.03)
         assert max(mine.sent, mine.received) == pytest.approx(zero.sent, rel=0.03)
 
 
 @pytest.mark.parametrize("rank", [0, 5, 11, 14, 23])
 def test_every_rank_gets_the_share_of_its_groups(rank):
-    run = load_recipe(
+    config = load_recipe(
         BIG,
         [
             "parallel.tensor_parallel_size=2",
@@ -106,10 +108,11 @@ def test_every_rank_gets_the_share_of_its_groups(rank):
     )
     # Each rank's place stands in its masters, among tensor-parallel peers in its momenta.
     dense, expert = (
-        Lane([[Held(Share(masters=d, momenta=t)) for t in range(2)] for d in range(size)], {}) for size in (4, 1)
+        GroupCosts([[GroupRankCost(OptimizerCost(masters=d, momenta=t)) for t in range(2)] for d in range(size)], {})
+        for size in (4, 1)
     )
-    with dry_run(run, 24, rank):
-        place = of_world(run, 24, dense, expert)[rank % 8]
+    with fake_rank(config, 24, rank):
+        place = stage_ranks(config, 24, dense, expert)[rank % 8]
         assert place.dense.share.masters == parallel_state.get_data_parallel_rank()
         assert place.expert.share.masters == parallel_state.get_expert_data_parallel_rank()
         assert place.dense.share.momenta == parallel_state.get_tensor_model_parallel_rank()
@@ -148,7 +151,11 @@ def test_the_command_prints_a_line_for_each_parameter():
     lines = done.stdout.splitlines()
     heads = [line.split() for line in lines]
     assert heads[0] == ["parameter", "shape", "rule", "decay", "matrices", "owner"]
-    keys = {row.key for row in hf_mapping.table(load_recipe(QUICKSTART).model) if row.parts[0].kind != "bias"}
+    keys = {
+        row.key
+        for row in hf_mapping.tensor_mappings(load_recipe(QUICKSTART).model)
+        if row.hf_tensors[0].init_kind != "bias"
+    }
     table = {words[0]: words for words in heads if words and words[0] in keys}
     assert table.keys() == keys
     assert table["embedding.word_embeddings.weight"][1:] == ["4096x128", "adamw", "yes", "0-3"]
@@ -180,7 +187,7 @@ def test_json_is_what_the_tables_say():
     content = json.loads(done.stdout)
     plan = make_plan(load_recipe(BIG), 64)
     assert content["parameters"]["total"] == 15_960_110_208
-    assert content["memory"]["fullest"]["peak_bytes"] == plan.memories[plan.fullest].peak
+    assert content["memory"]["fullest"]["peak_bytes"] == plan.memories[plan.peak_rank].peak
     assert content["step_seconds"]["total"] == pytest.approx(plan.seconds.total)
     assert content["checkpoint"]["bytes"] == plan.checkpoint_bytes
 
@@ -197,14 +204,14 @@ def test_json_is_what_the_tables_say():
     + [(BIG, ("model.first_k_dense_replace=27", "parallel.expert_parallel_size=1"), 64)],
 )
 def test_every_recipe_can_be_planned(recipe, settings, gpus):
-    run = load_recipe(recipe, settings)
-    plan = make_plan(run, gpus or run.parallel.num_processes)
+    config = load_recipe(recipe, settings)
+    plan = make_plan(config, gpus or config.parallel.num_processes)
     out = io.StringIO()
     print_plan(plan, parameters=False, console=Console(file=out, width=100, force_terminal=True, color_system=None))
     assert max(map(len, out.getvalue().splitlines())) <= 100
     assert plan.seconds.total > 0 and plan.total_seconds > 0
     assert sum(stage.flops for stage in plan.stages) * plan.world_size / len(plan.stages) == pytest.approx(
-        train_flops_per_token(run.model, run.data.sequence_length) * plan.tokens_per_step
+        train_flops_per_token(config.model, config.data.sequence_length) * plan.tokens_per_step
     )
 
 
@@ -234,13 +241,13 @@ def test_what_is_made_again_takes_time():
 
 
 def test_time_is_what_it_says():
-    run = load_recipe(BIG, ["parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=2"])
-    half, whole = (make_plan(run, 64, machine(efficiency=efficiency)) for efficiency in (0.25, 0.5))
+    config = load_recipe(BIG, ["parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=2"])
+    half, whole = (make_plan(config, 64, hardware_model(efficiency=efficiency)) for efficiency in (0.25, 0.5))
     assert half.seconds.arithmetic == pytest.approx(2 * whole.seconds.arithmetic)
     slowest = max(stage.flops for stage in whole.stages)
     assert whole.seconds.arithmetic == pytest.approx(slowest / (0.5 * 989e12))
     # 16 data-parallel ranks take 256 micro-batches each of 4,096 sequences.
-    assert bubble_share(run, 256) == 3 / (256 + 3)
+    assert bubble_fraction(config, 256) == 3 / (256 + 3)
     busy = whole.seconds.arithmetic + whole.seconds.dispatch + whole.seconds.slices
     assert whole.seconds.bubble / (busy + whole.seconds.bubble) == pytest.approx(3 / 259)
     counts = whole.timeline.steps_by_batch_size()

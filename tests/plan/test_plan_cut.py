@@ -4,28 +4,28 @@ from dataclasses import replace
 
 import pytest
 
-from moonlight.config.parallel import Parallel
+from moonlight.config.parallel import ParallelConfig
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.model.shards import pieces, sharded_state
-from moonlight.optim.parameters import find_parameters
-from moonlight.placement.param_groups import rules_of
+from moonlight.model.shards import collect_sharded_tensors, local_shards
+from moonlight.optim.parameters import collect_params
+from moonlight.placement.param_groups import param_group_rules
 from moonlight.plan.cut import stage_parameters
-from moonlight.plan.dry_run import dry_run
+from moonlight.plan.dry_run import fake_rank
 from tests.support.layouts import recipe
 
 LAYOUTS = {
-    "1": (1, Parallel()),
-    "DP4": (4, Parallel()),
-    "TP2": (2, Parallel(tensor_parallel_size=2)),
-    "TP4-EP2": (8, Parallel(tensor_parallel_size=4, expert_parallel_size=2)),
-    "TP2-ETP2-EP4": (8, Parallel(tensor_parallel_size=2, expert_tensor_parallel_size=2, expert_parallel_size=4)),
-    "PP4": (4, Parallel(pipeline_parallel_size=4)),
+    "1": (1, ParallelConfig()),
+    "DP4": (4, ParallelConfig()),
+    "TP2": (2, ParallelConfig(tensor_parallel_size=2)),
+    "TP4-EP2": (8, ParallelConfig(tensor_parallel_size=4, expert_parallel_size=2)),
+    "TP2-ETP2-EP4": (8, ParallelConfig(tensor_parallel_size=2, expert_tensor_parallel_size=2, expert_parallel_size=4)),
+    "PP4": (4, ParallelConfig(pipeline_parallel_size=4)),
     "PP2-VPP2-TP2": (
         4,
-        Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2, tensor_parallel_size=2),
+        ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2, tensor_parallel_size=2),
     ),
-    "PP5": (5, Parallel(pipeline_parallel_size=5)),
-    "EP8-PP2": (16, Parallel(expert_parallel_size=8, pipeline_parallel_size=2)),
+    "PP5": (5, ParallelConfig(pipeline_parallel_size=5)),
+    "EP8-PP2": (16, ParallelConfig(expert_parallel_size=8, pipeline_parallel_size=2)),
 }
 MODELS = {
     "plain": ({}, {}),
@@ -45,14 +45,14 @@ def test_parameters_are_the_models(layout, name):
     stages = parallel.pipeline_parallel_size
     seen = set()
     for stage in range(stages):
-        with dry_run(run, world_size, stage * world_size // stages) as models:
-            real = find_parameters(sharded_state(models), rules_of(run.optimizer, run.model))
+        with fake_rank(run, world_size, stage * world_size // stages) as models:
+            real = collect_params(collect_sharded_tensors(models), param_group_rules(run.optimizer, run.model))
             planned = stage_parameters(run, stage)
             assert [p.key for p in planned] == [p.key for p in real]
             for mine, parameter in zip(planned, real, strict=True):
-                assert mine.outline == parameter.outline, mine.key
-                assert mine.whole_shape == tuple(pieces(parameter.sharded)[0].global_shape)
-                for attribute in ("rule", "slicing", "cut_axis", "is_expert", "is_copy"):
+                assert mine.spec == parameter.spec, mine.key
+                assert mine.global_shape == tuple(local_shards(parameter.sharded_param)[0].global_shape)
+                for attribute in ("rule", "tp_mode", "tp_dim", "is_expert", "is_embedding_replica"):
                     assert getattr(mine, attribute) == getattr(parameter, attribute), (mine.key, attribute)
             seen |= {p.key for p in planned}
-    assert seen == {row.key for row in hf_mapping.table(run.model) if row.parts[0].kind != "bias"}
+    assert seen == {row.key for row in hf_mapping.tensor_mappings(run.model) if row.hf_tensors[0].init_kind != "bias"}

@@ -12,9 +12,9 @@ import torch
 
 from moonlight.config.load import load_recipe
 from moonlight.plan.build import make_plan
-from moonlight.plan.compare import Compared, compare
+from moonlight.plan.compare import PlanCheck, compare_with_dry_run
 from moonlight.plan.cut import stage_parameters
-from moonlight.plan.dry_run import META, MetaMemory, count, dry_run
+from moonlight.plan.dry_run import META, MetaMemory, count_rank, fake_rank
 from tests.support.layouts import LAYOUTS, build, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ WORLDS = {
 
 def agree(run, world_size, rank):
     plan = make_plan(run, world_size)
-    rows = compare(plan, rank, count(run, world_size, rank))
+    rows = compare_with_dry_run(plan, rank, count_rank(run, world_size, rank))
     for row in rows:
         print(f"{world_size} rank {rank}: {row.name}: {row.planned:,.0f} {row.counted:,.0f} {row.difference:.3%}")
     by_name = {row.name: row for row in rows}
@@ -53,9 +53,9 @@ def agree(run, world_size, rank):
 def test_the_16b_plan_is_what_a_dry_run_counts(world):
     """First rank, last, and one between."""
     world_size, stages, experts = WORLDS[world]
-    run = load_recipe(BIG, [f"parallel.pipeline_parallel_size={stages}", f"parallel.expert_parallel_size={experts}"])
+    config = load_recipe(BIG, [f"parallel.pipeline_parallel_size={stages}", f"parallel.expert_parallel_size={experts}"])
     for rank in (0, world_size // 2 - 3, world_size - 1):
-        agree(run, world_size, rank)
+        agree(config, world_size, rank)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_the_16b_plan_is_what_a_dry_run_counts(world):
     ],
 )
 def test_other_layouts_and_optimizers(overrides):
-    run = load_recipe(BIG, ["parallel.expert_parallel_size=2", *overrides])
+    config = load_recipe(BIG, ["parallel.expert_parallel_size=2", *overrides])
     for rank in (0, 13, 31):
-        agree(run, 32, rank)
+        agree(config, 32, rank)
 
 
 def held(run):
@@ -120,26 +120,26 @@ def test_live_bytes_are_those_of_storages():
 
 def test_models_are_on_meta_and_the_device_comes_back():
     before = torch.cuda.current_device()
-    with dry_run(recipe(), 1, 0) as models:
+    with fake_rank(recipe(), 1, 0) as models:
         assert torch.cuda.current_device() == META
         assert {parameter.device for model in models for parameter in model.parameters()} == {META}
     assert torch.cuda.current_device() == before
 
 
 def test_differences_are_found():
-    assert not Compared("parameters", 1000, 1001, 0.0).agrees
-    assert Compared("optimizer state", 1000, 1009, 0.01).agrees
-    assert not Compared("optimizer state", 1000, 1011, 0.01).agrees
-    run = load_recipe(QUICKSTART)
-    plan = make_plan(run, 2)
-    counted = count(run, 2, 1)
-    assert all(row.agrees for row in compare(plan, 1, counted))
+    assert not PlanCheck("parameters", 1000, 1001, 0.0).agrees
+    assert PlanCheck("optimizer state", 1000, 1009, 0.01).agrees
+    assert not PlanCheck("optimizer state", 1000, 1011, 0.01).agrees
+    config = load_recipe(QUICKSTART)
+    plan = make_plan(config, 2)
+    counted = count_rank(config, 2, 1)
+    assert all(row.agrees for row in compare_with_dry_run(plan, 1, counted))
     wrong = replace(counted, optimizer=int(counted.optimizer * 1.02), num_parameters=counted.num_parameters + 1)
-    assert {row.name for row in compare(plan, 1, wrong) if not row.agrees} == {
+    assert {row.name for row in compare_with_dry_run(plan, 1, wrong) if not row.agrees} == {
         "optimizer state",
         "parameters of the rank",
     }
-    assert sum(p.numel for p in stage_parameters(run, 0)) == counted.num_parameters
+    assert sum(p.numel for p in stage_parameters(config, 0)) == counted.num_parameters
 
 
 def plan_command(*arguments):

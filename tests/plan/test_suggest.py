@@ -11,9 +11,9 @@ import pytest
 
 from moonlight.config.load import load_recipe
 from moonlight.errors import UserError
-from moonlight.plan.build import make_plan, sketch_plan
+from moonlight.plan.build import estimate_plan, make_plan
 from moonlight.plan.figures import RESERVE
-from moonlight.plan.hardware import Machine, machine
+from moonlight.plan.hardware import HardwareModel, hardware_model
 from moonlight.plan.suggest import suggest
 from moonlight.plan.suggest_text import overrides
 from tests.support.layouts import recipe
@@ -29,16 +29,16 @@ def big(*settings):
 @pytest.mark.parametrize(("gpus", "gpu"), [(64, "h100"), (2048, "h100"), (16, "h200")])
 def test_suggestions_fit_and_are_the_fastest(gpus, gpu):
     started = time.process_time()
-    found = suggest(big(), gpus, machine(gpu))
+    found = suggest(big(), gpus, hardware_model(gpu))
     assert time.process_time() - started < 40
     times = [plan.seconds.total for plan in found.best]
     assert len(times) == 10 and times == sorted(times)
     room = found.machine.memory_bytes * (1 - RESERVE)
     for plan in found.best:
-        assert plan.memories[plan.fullest].peak <= room
+        assert plan.memories[plan.peak_rank].peak <= room
         # What it says to write gives the same plan.
-        again = make_plan(big(*overrides(plan.run)), gpus, found.machine)
-        assert again.seconds == plan.seconds and again.run == plan.run
+        again = make_plan(big(*overrides(plan.config)), gpus, found.machine)
+        assert again.seconds == plan.seconds and again.config == plan.config
     assert sum(count for count, _ in found.reasons) + found.num_fitting == found.num_layouts
     assert any("memory is short" in reason for _, reason in found.reasons)
 
@@ -46,16 +46,16 @@ def test_suggestions_fit_and_are_the_fastest(gpus, gpu):
 @pytest.mark.parametrize("settings", [(), ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=4")])
 @pytest.mark.parametrize("gpus", [64, 512])
 def test_a_sketch_is_near_the_plan(gpus, settings):
-    run = big(*settings)
-    plan, sketch = make_plan(run, gpus), sketch_plan(run, gpus, Machine())
-    assert sketch.memories[sketch.fullest].peak == pytest.approx(plan.memories[plan.fullest].peak, rel=0.04)
+    config = big(*settings)
+    plan, sketch = make_plan(config, gpus), estimate_plan(config, gpus, HardwareModel())
+    assert sketch.memories[sketch.peak_rank].peak == pytest.approx(plan.memories[plan.peak_rank].peak, rel=0.04)
     assert sketch.seconds.total == pytest.approx(plan.seconds.total, rel=0.01)
     assert sketch.memories[0].state == pytest.approx(plan.memories[0].state, rel=0.01)
 
 
 def test_nothing_fits():
     with pytest.raises(UserError) as caught:
-        suggest(big(), 8, machine("a100", memory_gb=20))
+        suggest(big(), 8, hardware_model("a100", memory_gb=20))
     message = str(caught.value)
     assert "fits on no layout of 8 a100 GPUs" in message and "more than 18.80 GB (94% of a GPU)" in message
     assert "its largest part is" in message and "\n" not in message
@@ -65,7 +65,7 @@ def test_no_layout_divides():
     run = recipe()
     run = replace(run, train=replace(run.train, global_batch_size=8))
     with pytest.raises(UserError, match=r"no layout divides 13 GPUs .* nearby counts that work are 8, 10, 16, 20"):
-        suggest(run, 13, Machine())
+        suggest(run, 13, HardwareModel())
 
 
 def test_the_command(refuses):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moonlight.errors import UserError
-from pretrain.diagnose import judge
+from pretrain.diagnose import find_problems
 from pretrain.measure import PACKAGES, Health
 from tests.support.bad_input import check_line
 from tests.support.hosts import Hosts
@@ -135,7 +135,7 @@ def test_the_odd_host_is_named(values, limits, problem):
         Health(rank=rank, host=f"host-{rank // 2}", local_rank=rank % 2, **(usual | (values if rank == 5 else {})))
         for rank in range(8)
     ]
-    found = judge(everyone, argparse.Namespace(**(LIMITS | limits)))
+    found = find_problems(everyone, argparse.Namespace(**(LIMITS | limits)))
     assert len(found) == (problem is not None)
     assert problem is None or found[0].startswith(f"host-2: {problem}")
 

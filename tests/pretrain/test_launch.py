@@ -85,9 +85,9 @@ def test_kubernetes_fits_the_script_the_image_and_the_recipe():
     folder = re.search(r"^WORKDIR (\S+)", image, re.M)[1]
     assert f"docker build -t {container['image']} ." in image
     assert f"USER {pod['securityContext']['runAsUser']}" in image and pod["securityContext"]["runAsNonRoot"]
-    run = load_recipe(ROOT / container["args"][0], container["args"][1:])
+    config = load_recipe(ROOT / container["args"][0], container["args"][1:])
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
-    places = [run.runs_folder, run.data.tokenizer, *(source.path for source in run.data.mixture.values())]
+    places = [config.runs_folder, config.data.tokenizer, *(source.path for source in config.data.mixture.values())]
     places.append(environment.get("LOG_FOLDER", knobs()["LOG_FOLDER"]))
     for place in places:
         assert any((Path(folder) / place).is_relative_to(mount) for mount in mounts), place

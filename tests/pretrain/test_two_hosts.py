@@ -82,8 +82,8 @@ def make_job(hosts, data_folder, tokenizer_folder, tmp_path_factory):
     def make(name, port, **settings):
         steps = {"train_steps": 60, "save_every_steps": 10, "validate_every_steps": 30}
         run = make_run(folder / "runs", data_folder, tokenizer_folder, "EP2", **steps)
-        train = replace(run.train, threads_per_process=1, hang_timeout_seconds=HANG_SECONDS)
-        return Job(hosts, folder, replace(run, name=name, train=train), port, **settings)
+        train_config = replace(run.train, threads_per_process=1, hang_timeout_seconds=HANG_SECONDS)
+        return Job(hosts, folder, replace(run, name=name, train=train_config), port, **settings)
 
     return make
 

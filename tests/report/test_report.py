@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonlight.report.facts import facts, state
-from moonlight.report.happened import MOST_LINES, what_happened
-from moonlight.report.history import load
-from moonlight.report.metrics import MOST_CELLS, read_metrics
+from moonlight.report.facts import state, summary_figures
+from moonlight.report.happened import MAX_LINES, event_lines
+from moonlight.report.history import load_history
+from moonlight.report.metrics import MAX_CELLS, load_run_metrics
 from moonlight.report.page import build
-from moonlight.report.thin import DEAD, MISSING, Grid, Map, Points, Series, load_codes
+from moonlight.report.thin import DEAD, MISSING, Heatmap, Series, SparseSeries, StepBuckets, load_codes
 from moonlight.report.write import report
 from tests.support.bad_input import ROOT
 from tests.support.histories import Shape, write_history
@@ -64,7 +64,7 @@ def number(value):
 @given(rows=st.dictionaries(st.integers(5, 90), VALUES, min_size=1), most=st.integers(1, 60), pieces=st.integers(1, 4))
 def test_buckets_are_those_of_a_slow_twin(rows, most, pieces):
     steps = list(rows)
-    grid = Grid.over(min(steps), max(steps), most)
+    grid = StepBuckets.over(min(steps), max(steps), most)
     assert grid.size <= most and grid.first + grid.size * grid.width > max(steps)
     series = Series(grid)
     for part in range(pieces):
@@ -97,7 +97,7 @@ CELLS = st.one_of(st.floats(0, 100), st.just(0.0), st.sampled_from([None, float(
 )
 def test_maps_are_those_of_a_slow_twin(rows, most, largest):
     sound = {step: value for step, value in rows.items() if len(value[0]) == 3}
-    its = Map(min(rows), max(rows), most, 10**6, largest=largest)
+    its = Heatmap(min(rows), max(rows), most, 10**6, largest=largest)
     its.add(np.array(list(rows), dtype=np.int64), list(rows.values()))
     assert its.strange == len(rows) - len(sound)
     if not sound:
@@ -129,7 +129,7 @@ def test_codes_of_loads_are_near_the_loads():
 
 
 def test_points_stay_whole_while_they_are_few():
-    points = Points(Grid.over(1, 100_000, 600))
+    points = SparseSeries(StepBuckets.over(1, 100_000, 600))
     points.add(np.array([700, 300]), [2.0, 3.0])
     assert points.for_page()["points"] == [300, 700] and points.last == (700, 2.0)
     steps = np.arange(1000, 2000)
@@ -138,9 +138,9 @@ def test_points_stay_whole_while_they_are_few():
 
 
 def test_a_map_of_many_experts_has_fewer_columns():
-    its = Map(1, 100_000, 300, MOST_CELLS, largest=False)
+    its = Heatmap(1, 100_000, 300, MAX_CELLS, largest=False)
     its.add(np.array([10]), [np.ones((58, 256)).tolist()])
-    assert 58 * 256 * its.grid.size <= MOST_CELLS
+    assert 58 * 256 * its.grid.size <= MAX_CELLS
 
 
 # ---- Reading
@@ -170,7 +170,7 @@ def test_the_last_sound_line_of_a_step_counts(lines, whole, tmp_path_factory):
             continue
         if isinstance(entry, dict) and type(entry["step"]) is int and entry["step"] > 0:
             slow[entry["step"]] = entry["loss/train"]
-    metrics = read_metrics(path, 1)
+    metrics = load_run_metrics(path, 1)
     if not slow:
         assert metrics is None
         return
@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_missing_and_marked(tmp_path):
         entry["optim/skipped_steps"] = 1
     entries[28]["optim/skipped_steps"] = 0
     folder = write_lines(tmp_path / "run", [json.dumps(entry) + "\n" for entry in entries])
-    (run,) = data_in(build([load(folder, 1)]))
+    (run,) = data_in(build([load_history(folder, 1)]))
     assert run["marks"]["skipped"] == [5, 10, 20, 30]
     assert 4 not in run["series"]["loss/train"]["at"] and 9 not in run["series"]["loss/train"]["at"]
     assert 19 not in run["series"]["optim/grad_norm"]["at"] and "unknown" not in run["series"]
@@ -212,7 +212,7 @@ def test_what_is_not_finite_is_missing_and_marked(tmp_path):
 
 def test_marks_and_layers_are_those_of_the_run(tmp_path):
     folder = write_history(tmp_path / "run", Shape(steps=1200, trouble=True))
-    (run,) = data_in(build([load(folder, 1)]))
+    (run,) = data_in(build([load_history(folder, 1)]))
     assert run["firstExpertLayer"] == 1
     assert run["marks"]["restart"] == [252, 564, 570, 996] and run["marks"]["spike"] == [372, 624, 792]
     assert run["marks"]["rollback"] == [692] and run["marks"]["skipped"] == [372, 624, 840]
@@ -233,8 +233,10 @@ def test_the_state_of_a_run(events, total, word, tmp_path):
     folder = write_history(tmp_path / "run", Shape(steps=50, total_steps=total))
     text = [json.dumps({"time": 1.79e9, "event": event, "step": 50}) + "\n" for event in events]
     (folder / "events.jsonl").write_text("".join(text))
-    history = load(folder, 1)
-    assert state(history)[0] == word and f"{50 / total:.0%} of {total}" in [fact.note for fact in facts(history)]
+    history = load_history(folder, 1)
+    assert state(history)[0] == word and f"{50 / total:.0%} of {total}" in [
+        fact.note for fact in summary_figures(history)
+    ]
 
 
 def test_thousands_of_events_are_few_lines(tmp_path):
@@ -242,16 +244,16 @@ def test_thousands_of_events_are_few_lines(tmp_path):
     kinds = ("spike", "spike", "skipped", "saved", "resumed", "warning")
     events = [{"time": 1.79e9 + n, "event": kinds[n % 6], "step": n % 50, "text": "x" * 5000} for n in range(9000)]
     (folder / "events.jsonl").write_text("\n".join(map(json.dumps, [*events, 3, {"event": 4}])) + "\nnot json")
-    history = load(folder, 1)
-    lines = what_happened(history)
-    assert len(lines) <= MOST_LINES + 2 and sum(len(line.text) for line in lines) < 30_000
+    history = load_history(folder, 1)
+    lines = event_lines(history)
+    assert len(lines) <= MAX_LINES + 2 and sum(len(line.text) for line in lines) < 30_000
     assert any("1,500 checkpoints" in line.text for line in lines) and "3 of 9003 lines" in history.warnings[0]
 
 
 def test_a_run_of_an_older_version_is_told_of(tmp_path):
     folder = write_lines(tmp_path / "old", ['{"step": 1, "loss/train": 3}\n', '{"step": 2, "loss/train": 2}\n'])
     (folder / "config.yaml").write_text("train: {train_steps: 4, gone: 3}\nmodel: {first_k_dense_replace: 2}\n")
-    history = load(folder, 1)
+    history = load_history(folder, 1)
     assert history.total_steps == 4 and history.first_expert_layer == 2 and not history.warnings
     (run,) = data_in(build([history]))
     assert run["tokens"] is None
@@ -270,7 +272,7 @@ def test_nothing_in_a_run_becomes_markup(tmp_path):
     start = {"time": 1, "event": "started", "step": 0, "host": evil, "environment": {evil: evil}}
     (folder / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps(start) + "\n")
     (folder / "evaluation.json").write_text(json.dumps({evil: {"score": evil}}))
-    for page in (build([load(folder, 1)]), build([load(folder, 2), load(folder, 2)])):
+    for page in (build([load_history(folder, 1)]), build([load_history(folder, 2), load_history(folder, 2)])):
         assert "alert(1)</script>" not in page and "<img" not in page and "<!--" not in page
         assert page.count("<script") == 2 and page.count("</script>") == 2 and page.count("</pre>") <= 2
         assert data_in(page)[0]["marks"]["stage"][0][1] == evil
@@ -279,7 +281,7 @@ def test_nothing_in_a_run_becomes_markup(tmp_path):
 def test_it_needs_neither_torch_nor_network(tmp_path):
     code = "import sys, moonlight.report.write; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
-    page = build([load(write_history(tmp_path / "run", Shape(steps=20)), 1)])
+    page = build([load_history(write_history(tmp_path / "run", Shape(steps=20)), 1)])
     assert "http:" not in page and "https:" not in page and "default-src 'none'" in page
 
 
@@ -301,7 +303,7 @@ def test_runs_compared_differ_by_name_and_recipe(tmp_path, capsys):
 def test_pages_of_many_layers_stay_small(num_runs, tmp_path):
     shape = Shape(steps=6000, layers=26, experts=64, trouble=True)
     folder = write_history(tmp_path / "run", shape)
-    history = load(folder, num_runs)
+    history = load_history(folder, num_runs)
     assert len(build([history] * num_runs)) < 5e6
 
 

@@ -19,10 +19,10 @@ import torch
 from prompts import CHAT, CHAT_ANSWER_TOKENS
 
 from moonlight import parallel
-from moonlight.config.model import Model
-from moonlight.config.run import Run
+from moonlight.config.model import ModelConfig
+from moonlight.config.run import RunConfig
 from moonlight.data.tokenizer import Tokenizer
-from moonlight.dist_checkpoint.async_save import Saver
+from moonlight.dist_checkpoint.async_save import AsyncCheckpointer
 from moonlight.dist_checkpoint.state import TrainState, step_folder
 from tests.support.layouts import build, recipe
 
@@ -30,7 +30,7 @@ VOCAB_SIZE = 2048
 CORPUS = ("argparse", "ast", "csv", "doctest", "enum", "heapq", "tarfile", "typing")
 """Modules of Python's standard library that the tokenizer is trained on."""
 
-MODEL = Model(
+MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE,
     hidden_size=256,
     num_hidden_layers=3,
@@ -55,15 +55,15 @@ def train_tokenizer(folder: Path) -> None:
     moonlight("tokenizer", "train", *inputs, "--vocab-size", VOCAB_SIZE, "--out", folder)
 
 
-def save(run: Run, head_rows: dict[int, torch.Tensor], step: int) -> Path:
+def save(config: RunConfig, head_rows: dict[int, torch.Tensor], step: int) -> Path:
     """Save a checkpoint with initial weights, non-zero router biases, and some rows of the head as given."""
-    tokenizer = Tokenizer.load(Path(run.data.tokenizer))
-    parallel.join_alone()
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    parallel.init_single_process()
     try:
-        _, optimizer = build(run)
+        _, optimizer = build(config)
         with optimizer.fill_masters() as state:
             for key, pieces in state.items():
-                for (first, *_), values in pieces.rectangles:
+                for (first, *_), values in pieces.chunks:
                     if key.endswith("router.expert_bias"):
                         generator = torch.Generator().manual_seed(int(key.split(".")[2]))
                         values.copy_(0.2 * torch.randn(values.shape, generator=generator))
@@ -71,13 +71,13 @@ def save(run: Run, head_rows: dict[int, torch.Tensor], step: int) -> Path:
                         for row, value in head_rows.items():
                             if first <= row < first + len(values):
                                 values[row - first] = value
-        folder = Path(run.runs_folder) / run.name / "checkpoints"
-        saver = Saver(folder, run, optimizer, tokenizer.sha256)
+        folder = Path(config.runs_folder) / config.name / "checkpoints"
+        saver = AsyncCheckpointer(folder, config, optimizer, tokenizer.sha256)
         saver.save(TrainState(step=step))
-        saver.finish()
+        saver.finalize()
         return step_folder(folder, step)
     finally:
-        parallel.leave_world()
+        parallel.destroy_distributed()
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ from checkpoint import MODEL, moonlight
 from prompts import INSTRUCT_ANSWER_TOKENS, INSTRUCT_CHATS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moonlight.config.data import Data
+from moonlight.config.data import DataConfig
 from moonlight.config.load import to_yaml
-from moonlight.config.schedule import Schedule
+from moonlight.config.schedule import ScheduleConfig
 from moonlight.data.chat_tasks import HELD_OUT_FILE, TRAIN_FILE, write_tasks
 from tests.support.layouts import recipe
 
@@ -32,7 +32,7 @@ def tune(folder: Path) -> None:
     inputs = ("--input", folder / "tasks" / TRAIN_FILE, "--tokenizer", folder / "tokenizer")
     moonlight("data", "prepare-chat", *inputs, "--sequence-length", SEQUENCE_LENGTH, "--out", folder / "chats")
     base = recipe()
-    train = replace(
+    train_config = replace(
         base.train,
         train_steps=0,
         epochs=1,
@@ -45,7 +45,7 @@ def tune(folder: Path) -> None:
         name="tuned",
         runs_folder=str(folder),
         model=MODEL,
-        data=Data(
+        data=DataConfig(
             path=str(folder / "chats"),
             tokenizer=str(folder / "tokenizer"),
             sequence_length=SEQUENCE_LENGTH,
@@ -53,8 +53,8 @@ def tune(folder: Path) -> None:
             mask_documents=True,
             reset_positions=True,
         ),
-        schedule=Schedule(lr=5e-3, warmup_steps=10, decay="linear", router_bias_update_rate=0.0),
-        train=train,
+        schedule=ScheduleConfig(lr=5e-3, warmup_steps=10, decay="linear", router_bias_update_rate=0.0),
+        train=train_config,
     )
     (folder / "tuned.yaml").write_text(to_yaml(run))
     moonlight("sft", folder / "tuned.yaml")

@@ -9,12 +9,12 @@ import yaml
 
 from moonlight.data.prepare import prepare
 from moonlight.errors import UserError
-from moonlight.studies.ablation import Trial, load_ablation
+from moonlight.studies.ablation import AblationRun, load_ablation
 from moonlight.studies.ablation_command import ablate
-from moonlight.studies.ablation_text import course_table, doubts, loss_table, matrices_text, verdict
-from moonlight.studies.outcome import curve_differences, outcomes_of
-from moonlight.studies.results import Result, read_results, write_results
-from moonlight.studies.weights import kind_of
+from moonlight.studies.ablation_text import ablation_caveats, course_table, loss_table, matrices_text, verdict
+from moonlight.studies.outcome import curve_differences, variant_results
+from moonlight.studies.results import StudyResult, read_results, write_results
+from moonlight.studies.weights import matrix_kind
 from tests.support.studies import call, call_interrupted, ended, steps_of, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +45,14 @@ def result(trial, loss, **more):
     known = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {"router": 0.5}}
     curve = [] if diverged else [[256.0 * number, loss + 1 / number] for number in range(1, 21)]
     known |= {"curve": curve, "update_rms": {"router": 0.2}}
-    return Result(point=trial, diverged=diverged, loss=None if diverged else loss, **known | more)
+    return StudyResult(point=trial, diverged=diverged, loss=None if diverged else loss, **known | more)
 
 
 def results_of(ablation, losses):
     """One for each run, `losses` by variant; the second seed is 0.1 higher, and 0.02 more in the variant "large"."""
     return {
         trial: result(trial, losses[trial.variant] + (trial.seed - 1) * (0.12 if trial.variant == "large" else 0.1))
-        for trial in ablation.wanted({})
+        for trial in ablation.pending_runs({})
     }
 
 
@@ -62,9 +62,9 @@ def test_shipped_ablations_change_what_they_name(path):
     ablation = load_ablation(path)
     assert ablation.name == path.stem and len(ablation.seeds) >= 2 and len(ablation.rates) == 1
     assert all(key.startswith("optimizer.") for settings in ablation.variants.values() for key in settings)
-    run = ablation.first_run()
-    assert run.schedule.decay == "cosine" and run.schedule.min_lr == 0
-    trials = ablation.wanted({})
+    config = ablation.first_run()
+    assert config.schedule.decay == "cosine" and config.schedule.min_lr == 0
+    trials = ablation.pending_runs({})
     assert len(trials) == len(ablation.variants) * len(ablation.seeds)
     assert {trial.seed for trial in trials[: len(ablation.variants)]} == {ablation.seeds[0]}
 
@@ -80,8 +80,8 @@ def test_shipped_ablations_are_those_of_the_paper():
     target = load_ablation(ROOT / "configs" / "ablations" / "target_rms.yaml")
     assert list(target.numbers.values()) == [0.05, 0.1, 0.2, 0.4, 0.8] and "adamw" in target.variants
     matching = load_ablation(ROOT / "configs" / "ablations" / "update_matching.yaml")
-    runs = [matching.run(matching.first_point(name)) for name in matching.variants]
-    assert {run.optimizer.rms_matching for run in runs} == {"adjusted_lr", "update_norm", "baseline"}
+    runs = [matching.make_config(matching.representative_run(name)) for name in matching.variants]
+    assert {config.optimizer.rms_matching for config in runs} == {"adjusted_lr", "update_norm", "baseline"}
     assert all(run.model.intermediate_size == 4 * run.model.hidden_size for run in runs)
 
 
@@ -95,13 +95,16 @@ def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpu
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path)
     assert process.returncode == 0, process.stderr
-    assert sorted(ended(ablation)) == sorted(trial.name for trial in ablation.wanted({})) and len(ended(ablation)) == 4
+    assert (
+        sorted(ended(ablation)) == sorted(trial.name for trial in ablation.pending_runs({}))
+        and len(ended(ablation)) == 4
+    )
     for name in ended(ablation):
         assert steps_of(ablation, name) == list(range(1, 41))
     results = read_results(ablation)
-    weights = json.loads((ablation.home / "weight_rms.json").read_text())
+    weights = json.loads((ablation.folder_path / "weight_rms.json").read_text())
     for trial, run in results.items():
-        metrics = (ablation.home / "points" / trial.name / "metrics.jsonl").read_text().splitlines()
+        metrics = (ablation.folder_path / "points" / trial.name / "metrics.jsonl").read_text().splitlines()
         last = json.loads(metrics[-1])
         assert run.loss == last["loss/held_out"] and run.update_rms["dense"] == last["optim/update_rms/dense"]
         assert run.curve[-1] == [last["consumed_tokens"], last["loss/train"]] and len(run.curve) == 40
@@ -111,19 +114,19 @@ def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpu
             last["optim/weight_rms/attention_kv"], rel=1e-5
         )
         assert run.update_rms["dense"] == pytest.approx(VARIANTS[trial.variant]["optimizer.rms_match"], rel=0.2)
-    text = (ablation.home / "results.md").read_text()
+    text = (ablation.folder_path / "results.md").read_text()
     assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
-    picture = ablation.home / "ablation.png"
+    picture = ablation.folder_path / "ablation.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
     again = call("ablate", path, "--draw-only")
-    assert again.returncode == 0 and picture.exists() and (ablation.home / "results.md").read_text() == text
+    assert again.returncode == 0 and picture.exists() and (ablation.folder_path / "results.md").read_text() == text
 
 
 def test_differences_pair_the_seeds(write):
     ablation = load_ablation(write(varied="optimizer.rms_match"))
     results = results_of(ablation, {"large": 4.0, "small": 4.2, "adamw": 4.5})
-    outcomes = outcomes_of(ablation, results)
+    outcomes = variant_results(ablation, results)
     table = loss_table(ablation, outcomes).splitlines()
     assert table[2] == "| large | 0.008 | 4.0600 | 4.0000 | 4.1200 | -0.1900 [-0.2000, -0.1800] | 1 |"
     assert table[3] == "| small | 0.008 | 4.2500 | 4.2000 | 4.3000 | baseline | 1 |"
@@ -133,7 +136,7 @@ def test_differences_pair_the_seeds(write):
     tokens, less = curve_differences(outcomes["adamw"].runs, outcomes["small"].runs)[1]
     assert tokens == [256.0 * number for number in range(1, 21)] and less == pytest.approx([0.3] * 20)
     assert "least at 0.4, the upper end: not yet an optimum" in verdict(ablation, outcomes)
-    assert doubts(ablation, outcomes) == []
+    assert ablation_caveats(ablation, outcomes) == []
 
 
 def test_a_crossing_is_told(write):
@@ -142,10 +145,10 @@ def test_a_crossing_is_told(write):
     results = results_of(ablation, {"large": 4.0, "small": 4.0, "adamw": 4.0})
     for seed, ahead in ((1, 11), (2, 13)):
         curve = [[1e6 * n, 4.0 + (-0.1 if n <= ahead else 0.1)] for n in range(1, 21)]
-        results[Trial("large", 0.008, seed)] = result(Trial("large", 0.008, seed), 4.1, curve=curve)
+        results[AblationRun("large", 0.008, seed)] = result(AblationRun("large", 0.008, seed), 4.1, curve=curve)
         flat = [[tokens, 4.0] for tokens, _ in curve]
-        results[Trial("small", 0.008, seed)] = result(Trial("small", 0.008, seed), 4.0, curve=flat)
-    course = course_table(ablation, outcomes_of(ablation, results)).splitlines()
+        results[AblationRun("small", 0.008, seed)] = result(AblationRun("small", 0.008, seed), 4.0, curve=flat)
+    course = course_table(ablation, variant_results(ablation, results)).splitlines()
     assert len(course) == 3 and "| 0 to 25% | 25 to 50% | 50 to 75% | 75 to 100% |" in course[0]
     assert course[2].startswith("| large | -0.1000 [-0.1000, -0.1000] |") and course[2].endswith("| 12.00 |")
 
@@ -154,7 +157,7 @@ def test_an_optimum_has_two_ends_that_are_worse(write):
     variants = {str(rms): {"optimizer.rms_match": rms} for rms in (0.8, 0.05, 0.2)}
     ablation = load_ablation(write(variants=variants, baseline="0.2", varied="optimizer.rms_match"))
     assert list(ablation.numbers) == ["0.05", "0.2", "0.8"]
-    outcomes = outcomes_of(ablation, results_of(ablation, {"0.05": 4.3, "0.2": 4.0, "0.8": 4.1}))
+    outcomes = variant_results(ablation, results_of(ablation, {"0.05": 4.3, "0.2": 4.0, "0.8": 4.1}))
     assert verdict(ablation, outcomes).endswith(
         "least at 0.2; both ends are worse, at 0.05 by 0.3000 and at 0.8 by 0.1000."
     )
@@ -165,12 +168,12 @@ def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
     path = write(varied=varied, rates=[0.004, 0.008, 0.016], seeds=[1, 2, 3])
     ablation = load_ablation(path)
     results = {}
-    for trial in ablation.wanted({})[:-1]:
+    for trial in ablation.pending_runs({})[:-1]:
         bad = trial.variant == "adamw" or (trial.variant == "large" and trial.rate == 0.016 and trial.seed == 2)
         results[trial] = result(trial, math.inf if bad else 4 + trial.rate)
-    outcomes = outcomes_of(ablation, results)
+    outcomes = variant_results(ablation, results)
     assert outcomes["large"].best == 0.004 and outcomes["adamw"].best is None and not outcomes["adamw"].runs
-    said = doubts(ablation, outcomes)
+    said = ablation_caveats(ablation, outcomes)
     assert sum("diverged" in line for line in said) == 3 * 3  # AdamW's eight, and one
     assert "small is best at 0.004, the lower edge of its learning rates." in said
     assert said[-1] == "1 runs are still to be done: adamw-lr0.016-seed3."
@@ -178,7 +181,7 @@ def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
     assert "| large | 0.016 | diverged | 4.0160 | diverged | 4.0160 |" in table and "| **4.0040** |" in table
     write_results(ablation, results)
     ablate([path], draw_only=True, dry_run=False)
-    assert (ablation.home / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (ablation.folder_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_of_another_recipe_or_ablation_are_refused(write):
@@ -236,15 +239,15 @@ def test_a_file_that_is_no_ablation_is_refused(write, refuses, tmp_path):
 def test_every_matrix_has_a_kind():
     from moonlight.config.load import load_recipe
     from moonlight.dist_checkpoint import hf_mapping
-    from moonlight.placement.param_groups import MATRIX_GROUPS, group_of
+    from moonlight.placement.param_groups import MATRIX_GROUPS, find_monitor_group
 
     kinds = {"attention_qo": {"attention query", "attention output"}, "attention_kv": {"attention key-value"}}
     kinds |= {"router": {"router"}} | {name: {"MLP"} for name in ("experts", "shared_experts", "dense")}
     for settings in ([], ["model.q_lora_rank=16"]):
-        model = load_recipe(ROOT / "configs" / "scaling" / "recipes" / "cpu.yaml", settings).model
+        model_config = load_recipe(ROOT / "configs" / "scaling" / "recipes" / "cpu.yaml", settings).model
         found = {name: set() for name in MATRIX_GROUPS}
-        for row in hf_mapping.table(model):
-            for part in row.parts:
-                if part.kind == "matrix" and (group := group_of(row.key)) in MATRIX_GROUPS:
-                    found[group].add(kind_of(part.name))
+        for row in hf_mapping.tensor_mappings(model_config):
+            for part in row.hf_tensors:
+                if part.init_kind == "matrix" and (group := find_monitor_group(row.key)) in MATRIX_GROUPS:
+                    found[group].add(matrix_kind(part.name))
         assert found == kinds

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moonlight.errors import UserError
-from moonlight.studies.fit import PFLOPS_DAY, Cell, compare, interval, least_squares
+from moonlight.studies.fit import PFLOPS_DAY, SizeLosses, compare, interval, least_squares
 
 FLOPS = (3e11, 8e11, 2e12, 4e12, 9e12)
 PAPER = {"muon": (2.506, -0.052), "adamw": (2.608, -0.054)}
@@ -19,7 +19,9 @@ def cells(laws, noise=0.0, seeds=1, seed=0, flops=FLOPS):
     generator = np.random.default_rng(seed)
     return {
         name: {
-            f"s{number}": Cell(c, tuple(a * (c / PFLOPS_DAY) ** b * np.exp(noise * generator.standard_normal(seeds))))
+            f"s{number}": SizeLosses(
+                c, tuple(a * (c / PFLOPS_DAY) ** b * np.exp(noise * generator.standard_normal(seeds)))
+            )
             for number, c in enumerate(flops)
         }
         for name, (a, b) in laws.items()
@@ -82,7 +84,9 @@ def test_seeds_and_sizes_both_widen_the_interval():
     assert loud[1] - loud[0] > 10 * (quiet[1] - quiet[0])
     # Equal means on a line: what is left is the seeds' scatter.
     split = {
-        name: {size: Cell(cell.flops, (cell.losses[0] * 0.99, cell.losses[0] * 1.01)) for size, cell in own.items()}
+        name: {
+            size: SizeLosses(cell.flops, (cell.losses[0] * 0.99, cell.losses[0] * 1.01)) for size, cell in own.items()
+        }
         for name, own in cells(PAPER).items()
     }
     low, high = compare(split, draws=500).middle.interval
@@ -106,25 +110,25 @@ def test_shares_are_read_off_between_sizes():
     """On a law without noise they are the law's; beyond Muon's sizes nothing is read off."""
     share = 0.8
     made = cells({"muon": (2.5 * share**0.06, -0.06), "adamw": (2.5, -0.06)}, flops=(1e12, 2e12, 4e12))
-    below, *others = compare(made, draws=50).read_off
+    below, *others = compare(made, draws=50).interpolated
     assert below.share == 0 and below.interval == (0, pytest.approx(1)) and not below.is_measured
     for at in others:
         assert at.share == pytest.approx(share, rel=1e-6) and at.is_measured
         assert at.interval == pytest.approx((share, share), rel=1e-6)
     worse = cells({"muon": (2.5, -0.06), "adamw": (2.5 * share**0.06, -0.06)}, flops=(1e12, 2e12, 4e12))
-    above = compare(worse, draws=50).read_off[-1]
+    above = compare(worse, draws=50).interpolated[-1]
     assert above.share == math.inf and above.interval == (pytest.approx(1), math.inf)
 
 
 def test_a_law_that_bends_shows_in_the_distance_from_the_line():
     made = cells(PAPER)
-    assert compare(made, draws=10).laws["muon"].farthest == pytest.approx(0, abs=1e-9)
+    assert compare(made, draws=10).laws["muon"].max_deviation == pytest.approx(0, abs=1e-9)
     bent = made["muon"]["s2"]
-    made["muon"]["s2"] = Cell(bent.flops, tuple(1.02 * loss for loss in bent.losses))
+    made["muon"]["s2"] = SizeLosses(bent.flops, tuple(1.02 * loss for loss in bent.losses))
     found = compare(made, draws=10)
     line = np.polyfit(*(np.log([pick(cell) for cell in made["muon"].values()]) for pick in (flops_of, loss_of)), 1)
     apart = [np.log(loss_of(cell)) - np.polyval(line, np.log(flops_of(cell))) for cell in made["muon"].values()]
-    assert found.laws["muon"].farthest == pytest.approx(np.expm1(np.abs(apart).max()), rel=1e-6)
+    assert found.laws["muon"].max_deviation == pytest.approx(np.expm1(np.abs(apart).max()), rel=1e-6)
 
 
 def test_the_same_results_give_the_same_intervals():

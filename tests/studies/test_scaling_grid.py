@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonlight.studies.grid import best_rate, on_edge, rounded, wanted_rates
+from moonlight.studies.grid import best_rate, on_edge, pending_rates, rounded
 
 START = (0.004, 0.008, 0.016)
 
@@ -18,7 +18,7 @@ def climb(best, most=20, diverges_above=math.inf, factor=2.0):
     """Values of both optimizers after asking and answering until nothing is wanted, and the number of rounds."""
     values = {"muon": {}, "adamw": {}}
     for _ in range(50):
-        rates = wanted_rates(START, factor, most, values)
+        rates = pending_rates(START, factor, most, values)
         missing = [(name, rate) for name in values for rate in rates if rate not in values[name]]
         if not missing:
             return values
@@ -42,7 +42,7 @@ def test_an_interrupted_grid_asks_for_the_same():
     whole = climb({"muon": 0.05, "adamw": 0.002})
     values = {"muon": {}, "adamw": {}}
     while True:
-        rates = wanted_rates(START, 2.0, 20, values)
+        rates = pending_rates(START, 2.0, 20, values)
         missing = [(name, rate) for name in ("adamw", "muon") for rate in reversed(rates) if rate not in values[name]]
         if not missing:
             break

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from moonlight.data.prepare import prepare
 from moonlight.errors import UserError
-from moonlight.studies.ladder import OPTIMIZERS, Ladder, Point, load_ladder
-from moonlight.studies.results import Result, read_results, write_results
-from moonlight.studies.scaling_text import cells_of, doubts, grid_table
+from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, load_ladder
+from moonlight.studies.results import StudyResult, read_results, write_results
+from moonlight.studies.scaling_text import best_losses, grid_table, ladder_caveats
 from moonlight.studies.train import divergence
 from tests.support.bad_input import check_line
 from tests.support.studies import call, call_interrupted, ended, steps_of, write_recipe
@@ -38,7 +38,7 @@ def write(tmp_path, data_folder, tokenizer_folder):
 
 def result(point, loss, flops=1e12):
     diverged = "" if math.isfinite(loss) else "the loss is not finite"
-    return Result(
+    return StudyResult(
         point=point,
         diverged=diverged,
         loss=None if diverged else loss,
@@ -64,7 +64,7 @@ def test_any_order_of_ends_leads_to_the_same_runs(muon, adamw, random):
     found = []
     for shuffled in (False, True):
         losses = {}
-        while missing := ladder.wanted(losses):
+        while missing := ladder.pending_runs(losses):
             assert not losses.keys() & set(missing)
             point = random.choice(missing) if shuffled else missing[0]
             losses[point] = loss_of(point, best)
@@ -83,14 +83,14 @@ def test_runs_that_diverged_are_said_and_left_out(write):
     ladder = load_ladder(write(seeds=[1, 2]))
     best = {"muon": 0.008, "adamw": 0.008}
     results = {}
-    while missing := ladder.wanted({point: r.loss or math.inf for point, r in results.items()}):
+    while missing := ladder.pending_runs({point: r.loss or math.inf for point, r in results.items()}):
         for point in missing:
             bad = point.rate > 0.01 or (point.size == "huge" and point.optimizer == "adamw" and point.seed == 2)
             results[point] = result(point, math.inf if bad else loss_of(point, best))
-    cells = cells_of(ladder, results)
+    cells = best_losses(ladder, results)
     assert cells["muon"]["huge"].losses == (4.01, 4.02)
     assert cells["adamw"]["huge"].losses == (4.01,)
-    said = doubts(ladder, results)
+    said = ladder_caveats(ladder, results)
     assert sum("diverged" in line for line in said) == 7
     assert any(line.startswith("huge-adamw-lr0.008-seed2 diverged") for line in said)
     assert not any("not yet an optimum" in line for line in said)
@@ -99,19 +99,19 @@ def test_runs_that_diverged_are_said_and_left_out(write):
 
 def test_a_best_at_the_edge_is_no_optimum(write):
     ladder = load_ladder(write(most_rates=3, seeds=[1]))
-    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.wanted({})}
-    said = doubts(ladder, results)
+    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.pending_runs({})}
+    said = ladder_caveats(ladder, results)
     assert sum("Muon is best at 0.016, the upper edge of the grid: not yet an optimum" in line for line in said) == 3
     assert len(said) == 3
 
 
 def test_results_are_kept_and_those_of_other_settings_refused(write):
     ladder = load_ladder(write())
-    results = {point: result(point, 4.5) for point in ladder.wanted({})[:3]}
+    results = {point: result(point, 4.5) for point in ladder.pending_runs({})[:3]}
     write_results(ladder, results)
     assert read_results(ladder) == results
     # What was written before a setting existed has its default.
-    file = ladder.home / "results.json"
+    file = ladder.folder_path / "results.json"
     content = json.loads(file.read_text())
     for settings_there in content["settings"].values():
         del settings_there["optimizer.rms_matching"]
@@ -131,8 +131,8 @@ def test_results_are_kept_and_those_of_other_settings_refused(write):
 
 def test_results_of_other_text_are_refused(write):
     ladder = load_ladder(write())
-    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})[:1]})
-    path = ladder.home / "results.json"
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.pending_runs({})[:1]})
+    path = ladder.folder_path / "results.json"
     content = json.loads(path.read_text())
     ((name, digest),) = content["data"].items()
     path.write_text(json.dumps(content | {"data": {name: digest[::-1]}}))
@@ -146,8 +146,8 @@ DAMAGED = '{"version": %s, "settings": {}, "data": {}, "points": %s}'
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1}', DAMAGED % (9, "[]"), DAMAGED % (1, "[{}]")])
 def test_damaged_results_are_refused(write, content):
     ladder = load_ladder(write())
-    ladder.home.mkdir(parents=True)
-    (ladder.home / "results.json").write_text(content)
+    ladder.folder_path.mkdir(parents=True)
+    (ladder.folder_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=r"results\.json"):
         read_results(ladder)
 
@@ -156,10 +156,10 @@ def test_damaged_results_are_refused(write, content):
 def test_results_that_cannot_be_are_refused(write, change):
     """An optimizer that no ladder has, a loss that is none, and with seed 2 one run twice."""
     ladder = load_ladder(write(seeds=[1, 2]))
-    first = ladder.wanted({})[0]
+    first = ladder.pending_runs({})[0]
     write_results(ladder, {point: result(point, 4.5) for point in (first, replace(first, seed=2))})
     assert len(read_results(ladder)) == 2
-    path = ladder.home / "results.json"
+    path = ladder.folder_path / "results.json"
     content = json.loads(path.read_text())
     content["points"][0] |= change
     path.write_text(json.dumps(content))
@@ -194,23 +194,23 @@ def test_too_few_results_for_a_fit(write, refuses):
     path = write(sizes={"small": SIZES["small"]}, most_rates=3, seeds=[1])
     ladder = load_ladder(path)
     refuses(["scaling", path, "--fit-only"], "no results yet")
-    write_results(ladder, {point: result(point, 4.5) for point in ladder.wanted({})})
+    write_results(ladder, {point: result(point, 4.5) for point in ladder.pending_runs({})})
     process = call("scaling", path, "--fit-only")
     check_line(process.returncode, process.stderr, ["1 sizes", "at least 3"])
 
 
 def test_what_counts_as_diverged(write):
     ladder = load_ladder(write())
-    run = ladder.run(Point("small", "muon", 0.004, 1))
+    config = ladder.make_config(LadderRun("small", "muon", 0.004, 1))
     entry = {"step": 4, "optim/skipped_steps": 0, "loss/held_out": 5.0}
-    assert divergence([entry], run) == ""
-    assert "not finite" in divergence([entry | {"loss/held_out": math.nan}], run)
-    assert "guessing" in divergence([entry | {"loss/held_out": 6.94}], run)
-    run = replace(run, train=replace(run.train, train_steps=40))
+    assert divergence([entry], config) == ""
+    assert "not finite" in divergence([entry | {"loss/held_out": math.nan}], config)
+    assert "guessing" in divergence([entry | {"loss/held_out": 6.94}], config)
+    config = replace(config, train=replace(config.train, train_steps=40))
     steps = [{"step": step, "optim/skipped_steps": max(0, step - 5)} for step in range(1, 16)]
-    assert "no finite step" in divergence(steps, run)
-    assert divergence(steps[:-1], run) == ""  # ended for another reason
-    assert divergence([], run) == ""
+    assert "no finite step" in divergence(steps, config)
+    assert divergence(steps[:-1], config) == ""  # ended for another reason
+    assert divergence([], config) == ""
 
 
 def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
@@ -232,12 +232,12 @@ def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus,
     assert len(ended(ladder)) == 4
     again = call("scaling", path)
     assert "all done" in again.stdout and again.returncode == 2
-    assert len(list((ladder.home / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
-    spectra = json.loads((ladder.home / "svd_entropy.json").read_text())
+    assert len(list((ladder.folder_path / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
+    spectra = json.loads((ladder.folder_path / "svd_entropy.json").read_text())
     assert len(spectra) == 2
     for entropies in spectra.values():
         assert len(entropies) == 4 * 7 and all(0.5 < value <= 1 for value in entropies.values())
     assert "| attention_qo | 8 |" in again.stdout and "| dense | 12 |" in again.stdout
-    assert (ladder.home / "svd_entropy.png").read_bytes().startswith(b"\x89PNG")
+    assert (ladder.folder_path / "svd_entropy.png").read_bytes().startswith(b"\x89PNG")
     for name in ended(ladder):
         assert steps_of(ladder, name) == list(range(1, 41))

@@ -3,35 +3,37 @@
 from pathlib import Path
 
 from moonlight.dist_checkpoint import hf_mapping
-from moonlight.placement.param_groups import MATRIX_GROUPS, group_of
-from moonlight.studies.ladder import Point, load_ladder
-from moonlight.studies.results import Result
+from moonlight.placement.param_groups import MATRIX_GROUPS, find_monitor_group
+from moonlight.studies.ladder import LadderRun, load_ladder
+from moonlight.studies.results import StudyResult
 from moonlight.studies.scaling_picture import draw_entropies
-from moonlight.studies.spectra import pairs_of, spectra_text
+from moonlight.studies.spectra import pair_entropies, spectra_text
 
 LADDER = Path(__file__).parents[2] / "configs" / "scaling" / "cpu_moe.yaml"
 
 
 def result(point, loss):
     known = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {}}
-    return Result(point=point, diverged="" if loss else "yes", loss=loss, **known)
+    return StudyResult(point=point, diverged="" if loss else "yes", loss=loss, **known)
 
 
 def test_matrices_are_paired_by_size_and_group(tmp_path):
     """Muon higher everywhere but in the router of the first size; at the second size AdamW diverged."""
     ladder = load_ladder(LADDER)
     first, second = list(ladder.sizes)[:2]
-    points = [Point(size, name, 0.008, 1) for size in (first, second) for name in ("muon", "adamw")]
+    points = [LadderRun(size, name, 0.008, 1) for size in (first, second) for name in ("muon", "adamw")]
     results = {point: result(point, None if point.name.startswith(f"{second}-adamw") else 4.0) for point in points}
-    rows = hf_mapping.table(ladder.run(points[0]).model)
-    groups = {part.name: group_of(row.key) for row in rows for part in row.parts if part.kind == "matrix"}
+    rows = hf_mapping.tensor_mappings(ladder.make_config(points[0]).model)
+    groups = {
+        part.name: find_monitor_group(row.key) for row in rows for part in row.hf_tensors if part.init_kind == "matrix"
+    }
     names = [name for name, group in groups.items() if group in MATRIX_GROUPS]
     spectra = {
         points[0].name: {name: 0.5 if groups[name] == "router" else 0.9 for name in names},
         points[1].name: dict.fromkeys(names, 0.6) | {names[0]: float("nan")},
         points[2].name: dict.fromkeys(names, 0.9),
     }
-    pairs = pairs_of(ladder, results, spectra)
+    pairs = pair_entropies(ladder, results, spectra)
     assert len(pairs) == len(names) - 1 and {pair.size for pair in pairs} == {first}
     text = spectra_text(pairs)
     for line in (

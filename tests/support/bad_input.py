@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from moonlight.dist_checkpoint.state import CHECKSUM, write_state
-from moonlight.files import checksum_of
+from moonlight.files import xxh3_checksum
 
 ROOT = Path(__file__).parents[2]
 NEWEST = "step-00000004"
@@ -97,5 +97,5 @@ def flip(folder):
 def sign(folder):
     """Give `state.json` the sizes and checksums of the files that are there, as who forges a checkpoint would."""
     files = [path for path in sorted(folder.iterdir()) if path.name != "state.json"]
-    known = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum_of(path)} for path in files}
+    known = {path.name: {"bytes": path.stat().st_size, "xxh3": xxh3_checksum(path)} for path in files}
     in_state(lambda content: content.update(files=known))(folder)

@@ -49,20 +49,20 @@ def whole_set_gradients(run: Recipe, change: str = "") -> dict[str, Any]:
 
     `change` gives other labels: of the tokens that count ("learnt") or of those that do not ("prompt").
     """
-    from moonlight.data.loader import TrainingConversations
-    from moonlight.train.step import data_parallel_share, forward_backward, to_batches
+    from moonlight.data.loader import ChatTrainDataset
+    from moonlight.train.step import forward_backward, local_samples, make_micro_batches
 
     models, optimizer = build(run)
-    samples = TrainingConversations(Path(run.data.path), run.data.sequence_length, 2, seed=1)
+    samples = ChatTrainDataset(Path(run.data.path), run.data.sequence_length, 2, seed=1)
     total = -(-samples.num_windows // 8) * 8  # padding after the last
-    mine = [samples.window(number) for number in data_parallel_share(range(total))]
-    batches = to_batches(mine, run, 2)
+    mine = [samples.window(number) for number in local_samples(range(total))]
+    batches = make_micro_batches(mine, run, 2)
     if change:
         for batch in batches:
             chosen = batch.loss_mask == (1 if change == "learnt" else 0)
             batch.labels[chosen] = (batch.labels[chosen] + 7) % run.model.vocab_size
     weights = collect(models)
-    optimizer.data_parallel.zero_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
     loss, count = forward_backward(models, run, batches)
     return {
         "loss": loss.item(),

@@ -3,7 +3,7 @@
 import json
 
 from checkpoints.export import export
-from moonlight.files import SUMS_FILE, VERIFICATION_FILE, sha256_of, write_json, write_sums
+from moonlight.files import SUMS_FILE, VERIFICATION_FILE, sha256_checksum, write_json, write_sums
 
 OWNER = "moon"
 REPO = "moon/tiny"
@@ -20,7 +20,7 @@ def make_ready(run_folder, out):
 def seal(folder):
     """Write the sums of a folder, and what `moonlight verify` says about them."""
     write_sums(folder)
-    write_json(folder / VERIFICATION_FILE, {"passed": True, "sums_sha256": sha256_of(folder / SUMS_FILE)})
+    write_json(folder / VERIFICATION_FILE, {"passed": True, "sums_sha256": sha256_checksum(folder / SUMS_FILE)})
 
 
 def set_revision_step(folder, step):

@@ -7,43 +7,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from moonlight.config.data import Data
-from moonlight.config.model import Model
-from moonlight.config.optimizer import Optimizer
-from moonlight.config.parallel import Parallel
-from moonlight.config.run import Run
-from moonlight.config.schedule import Schedule
-from moonlight.config.train import Train
+from moonlight.config.data import DataConfig
+from moonlight.config.model import ModelConfig
+from moonlight.config.optimizer import OptimizerConfig
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.run import RunConfig
+from moonlight.config.schedule import ScheduleConfig
+from moonlight.config.train import TrainConfig
 
-Recipe = Run
+Recipe = RunConfig
 
-LAYOUTS: dict[str, tuple[int, Parallel]] = {
-    "1": (1, Parallel()),
-    "DP2": (2, Parallel()),
-    "DP4": (4, Parallel()),
-    "TP2": (2, Parallel(tensor_parallel_size=2)),
-    "TP2-ETP2": (2, Parallel(tensor_parallel_size=2, expert_tensor_parallel_size=2)),
-    "PP2": (2, Parallel(pipeline_parallel_size=2)),
-    "PP2-interleaved": (2, Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
-    "EP2": (2, Parallel(expert_parallel_size=2)),
-    "EP2xTP2": (2, Parallel(expert_parallel_size=2, tensor_parallel_size=2)),
-    "EP2xTP2-4": (4, Parallel(expert_parallel_size=2, tensor_parallel_size=2)),
+LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
+    "1": (1, ParallelConfig()),
+    "DP2": (2, ParallelConfig()),
+    "DP4": (4, ParallelConfig()),
+    "TP2": (2, ParallelConfig(tensor_parallel_size=2)),
+    "TP2-ETP2": (2, ParallelConfig(tensor_parallel_size=2, expert_tensor_parallel_size=2)),
+    "PP2": (2, ParallelConfig(pipeline_parallel_size=2)),
+    "PP2-interleaved": (2, ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
+    "EP2": (2, ParallelConfig(expert_parallel_size=2)),
+    "EP2xTP2": (2, ParallelConfig(expert_parallel_size=2, tensor_parallel_size=2)),
+    "EP2xTP2-4": (4, ParallelConfig(expert_parallel_size=2, tensor_parallel_size=2)),
     "EP2xTP2-ETP2-4": (
         4,
-        Parallel(expert_parallel_size=2, tensor_parallel_size=2, expert_tensor_parallel_size=2),
+        ParallelConfig(expert_parallel_size=2, tensor_parallel_size=2, expert_tensor_parallel_size=2),
     ),
-    "EP2xPP2": (4, Parallel(expert_parallel_size=2, pipeline_parallel_size=2)),
-    "EP2xDP2": (4, Parallel(expert_parallel_size=2)),
+    "EP2xPP2": (4, ParallelConfig(expert_parallel_size=2, pipeline_parallel_size=2)),
+    "EP2xDP2": (4, ParallelConfig(expert_parallel_size=2)),
 }
 """Name -> (processes, layout)."""
 
 
-def recipe(parallel: Parallel = Parallel(), **train: Any) -> Recipe:  # noqa: B008
+def recipe(parallel: ParallelConfig = ParallelConfig(), **train: Any) -> Recipe:  # noqa: B008
     """A Moonlight of four layers, small enough that a step takes a moment."""
     train = {"train_steps": 20, "global_batch_size": 8, "micro_batch_size": 2, "seed": 5} | train
-    return Run(
+    return RunConfig(
         name="test",
-        model=Model(
+        model=ModelConfig(
             vocab_size=96,
             hidden_size=32,
             num_hidden_layers=4,
@@ -61,11 +61,11 @@ def recipe(parallel: Parallel = Parallel(), **train: Any) -> Recipe:  # noqa: B0
             initializer_range=0.08,
             aux_loss_alpha=0.01,
         ),
-        data=Data(path="none", tokenizer="none", sequence_length=32),
-        optimizer=Optimizer(newton_schulz_dtype="float32"),
-        schedule=Schedule(lr=2e-3, warmup_steps=2),
+        data=DataConfig(path="none", tokenizer="none", sequence_length=32),
+        optimizer=OptimizerConfig(newton_schulz_dtype="float32"),
+        schedule=ScheduleConfig(lr=2e-3, warmup_steps=2),
         parallel=replace(parallel, bucket_size=4_000),  # several buckets, several rounds
-        train=Train(**train),
+        train=TrainConfig(**train),
     )
 
 
@@ -82,7 +82,7 @@ def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
     """This data-parallel rank's micro-batches of a step."""
     from megatron.core import parallel_state
 
-    from moonlight.train.step import Batch, number_documents
+    from moonlight.train.step import MicroBatch, compute_document_ids
 
     tokens, mask = global_batch(run, step, masked)
     apart = run.data.mask_documents or run.data.reset_positions
@@ -91,7 +91,7 @@ def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
     size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine, my_mask = tokens.chunk(size)[rank], mask.chunk(size)[rank]
     return [
-        Batch(t[:, :-1], t[:, 1:], m, number_documents(t[:, :-1], 0) if apart else None)
+        MicroBatch(t[:, :-1], t[:, 1:], m, compute_document_ids(t[:, :-1], 0) if apart else None)
         for t, m in zip(mine.split(run.train.micro_batch_size), my_mask.split(run.train.micro_batch_size), strict=True)
     ]
 
@@ -100,14 +100,14 @@ def build(run: Recipe) -> tuple[list[Any], Any]:
     """Groups, model chunks with initial weights, and their optimizer."""
     from moonlight import parallel
     from moonlight.model.build import build_model
-    from moonlight.model.shards import initialize
-    from moonlight.optim.distributed_muon import make_optimizer
+    from moonlight.model.shards import init_weights
+    from moonlight.optim.distributed_muon import build_optimizer
 
-    parallel.build_groups(run.parallel, run.train.seed)
+    parallel.init_model_parallel(run.parallel, run.train.seed)
     models = build_model(run)
-    optimizer = make_optimizer(models, run)
-    with optimizer.fill_masters() as state:
-        initialize(state, run.model, run.train.seed)
+    optimizer = build_optimizer(models, run)
+    with optimizer.loading_masters() as state:
+        init_weights(state, run.model, run.train.seed)
     return models, optimizer
 
 
@@ -116,17 +116,17 @@ Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
 def collect(models: list[Any]) -> list[Piece]:
     """(key, whole shape, offset, values) of every tensor of the model on this rank."""
-    from moonlight.model.shards import pieces_of, sharded_state
+    from moonlight.model.shards import collect_sharded_tensors, local_chunks
 
-    return flatten({key: pieces_of(sharded) for key, sharded in sharded_state(models).items()})
+    return flatten({key: local_chunks(sharded) for key, sharded in collect_sharded_tensors(models).items()})
 
 
 def flatten(state: dict[str, Any]) -> list[Piece]:
-    """The rectangles of `Pieces`, as arrays."""
+    """The rectangles of `LocalChunks`, as arrays."""
     return [
         (key, pieces.shape, offset, values.detach().float().numpy().copy())
         for key, pieces in state.items()
-        for offset, values in pieces.rectangles
+        for offset, values in pieces.chunks
     ]
 
 
@@ -151,7 +151,7 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
 
     models, optimizer = build(run)
     weights = collect(models)
-    optimizer.data_parallel.zero_gradients()
+    optimizer.data_parallel.zero_grad_buffer()
     loss, _ = forward_backward(models, run, local_batches(run, 0, masked))
     return {
         "loss": loss.item(),
@@ -163,10 +163,10 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
 
 def one_step(models: list[Any], optimizer: Any, run: Recipe, step: int) -> Any:
     """The result of a training step on `local_batches`."""
-    from moonlight.config.timeline import Timeline
+    from moonlight.config.timeline import RunSchedule
     from moonlight.train.step import train_step
 
-    return train_step(models, optimizer, run, local_batches(run, step), Timeline(run).at(step))
+    return train_step(models, optimizer, run, local_batches(run, step), RunSchedule(run).at(step))
 
 
 def train_losses(run: Recipe, steps: int) -> list[float]:
@@ -177,20 +177,20 @@ def train_losses(run: Recipe, steps: int) -> list[float]:
 
 def save(folder: Path, run: Recipe, optimizer: Any, state: Any) -> None:
     """Save one checkpoint and wait for it."""
-    from moonlight.dist_checkpoint.async_save import Saver
+    from moonlight.dist_checkpoint.async_save import AsyncCheckpointer
 
-    saver = Saver(folder, run, optimizer, tokenizer_sha256="")
+    saver = AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="")
     saver.save(state)
-    saver.finish()
+    saver.finalize()
 
 
 def restart(run: Recipe, folder: Path, steps: int, load_first: bool) -> list[float]:
     """Train `steps` more steps and save, after loading the newest checkpoint of `folder` if asked to."""
     from moonlight.dist_checkpoint import lifecycle
-    from moonlight.dist_checkpoint.state import TrainState, find
+    from moonlight.dist_checkpoint.state import TrainState, resolve_checkpoint
 
     models, optimizer = build(run)
-    state = lifecycle.load(find(folder), run, optimizer) if load_first else TrainState()
+    state = lifecycle.load_checkpoint(resolve_checkpoint(folder), run, optimizer) if load_first else TrainState()
     losses = [one_step(models, optimizer, run, step).loss for step in range(state.step + 1, state.step + 1 + steps)]
     if not load_first:
         save(folder, run, optimizer, TrainState(step=steps))
@@ -223,29 +223,29 @@ def load_frozen(run: Recipe, folder: Path) -> str:
     """What is said when a checkpoint is loaded into a model one of whose parameters is frozen now."""
     from moonlight import parallel
     from moonlight.dist_checkpoint import lifecycle
-    from moonlight.dist_checkpoint.state import find
+    from moonlight.dist_checkpoint.state import resolve_checkpoint
     from moonlight.errors import UserError
     from moonlight.model.build import build_model
-    from moonlight.optim.distributed_muon import make_optimizer
+    from moonlight.optim.distributed_muon import build_optimizer
 
-    parallel.build_groups(run.parallel, run.train.seed)
+    parallel.init_model_parallel(run.parallel, run.train.seed)
     models = build_model(run)
     models[0].decoder.layers[1].mlp.router.weight.requires_grad_(False)
     try:
-        lifecycle.load(find(folder), run, make_optimizer(models, run))
+        lifecycle.load_checkpoint(resolve_checkpoint(folder), run, build_optimizer(models, run))
     except UserError as error:
         return str(error)
     return ""
 
 
-def resave(source: Path, runs: Path, parallel: Parallel, tokenizer: Path) -> None:
+def resave(source: Path, runs: Path, parallel: ParallelConfig, tokenizer: Path) -> None:
     """Start a run of this layout from a checkpoint's weights, and save it before its first step."""
     from checkpoints.reader import open_checkpoint
     from moonlight.dist_checkpoint import lifecycle
     from moonlight.dist_checkpoint.state import TrainState
 
     run = recipe(parallel)
-    run = replace(run, model=open_checkpoint(source).model, data=replace(run.data, tokenizer=str(tokenizer)))
+    run = replace(run, model=open_checkpoint(source).model_config, data=replace(run.data, tokenizer=str(tokenizer)))
     _, optimizer = build(run)
     lifecycle.load_weights(source, run, optimizer)
     save(runs, run, optimizer, TrainState())

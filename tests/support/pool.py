@@ -30,12 +30,12 @@ def _serve(pipe: Connection) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ[parallel.RENDEZVOUS_FILE] = rendezvous
         try:
-            parallel.join_world(threads=1, timeout=timedelta(seconds=60))
+            parallel.init_distributed(threads=1, timeout=timedelta(seconds=60))
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
         finally:
-            parallel.leave_world()
+            parallel.destroy_distributed()
         pipe.send(answer)
 
 

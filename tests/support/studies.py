@@ -42,7 +42,7 @@ def call(*arguments):
 
 def ended(study):
     """Names of the runs that its results have, in their order."""
-    path = study.home / "results.json"
+    path = study.folder_path / "results.json"
     entries = json.loads(path.read_text())["points"] if path.exists() else []
     keys = [field.name for field in dataclasses.fields(study.point_type)]
     return [study.point_type(**{key: entry[key] for key in keys}).name for entry in entries]
@@ -55,7 +55,7 @@ def call_interrupted(study, *arguments):
     """
 
     def events(name):
-        return (study.home / "points" / name / "events.jsonl").read_bytes()
+        return (study.folder_path / "points" / name / "events.jsonl").read_bytes()
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done: dict[str, bytes] = {}
@@ -77,5 +77,5 @@ def call_interrupted(study, *arguments):
 
 def steps_of(study, name):
     """Steps in the metrics of a run."""
-    lines = (study.home / "points" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (study.folder_path / "points" / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]

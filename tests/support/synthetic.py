@@ -27,25 +27,25 @@ def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
 
     Shares are a power of two each, in worlds of 1, 2 and 4: their sum is exact.
     """
-    from moonlight.model.shards import pieces, turned, turned_view
+    from moonlight.model.shards import local_shards, to_hf_axes, to_hf_layout
     from moonlight.optim.parameters import data_parallel_group, tensor_parallel_group
 
     data_parallel = optimizer.data_parallel
-    data_parallel.zero_gradients()
+    data_parallel.zero_grad_buffer()
     for parameter in data_parallel.parameters:
         ranks = data_parallel_group(parameter.is_expert).size()
-        if parameter.slicing == "replicated":
+        if parameter.tp_mode == "replicated":
             ranks *= tensor_parallel_group(parameter.is_expert).size()
         row = 0
-        for piece in pieces(parameter.sharded):
+        for piece in local_shards(parameter.sharded_param):
             where = tuple(
                 slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True)
             )
-            whole = turned_view(gradient(parameter.key, turned(piece.global_shape), step))
+            whole = to_hf_layout(gradient(parameter.key, to_hf_axes(piece.global_shape), step))
             part = whole[where].reshape(-1, parameter.columns)
-            parameter.gradients[row : row + len(part)] = part / ranks
+            parameter.grad_2d[row : row + len(part)] = part / ranks
             row += len(part)
-    data_parallel.finish_gradients()
+    data_parallel.finish_grad_sync()
 
 
 def state_after(run: Recipe, steps: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def state_after(run: Recipe, steps: int) -> dict[str, Any]:
         feed(optimizer, normal_gradient, number)
         norm = math.hypot(*optimizer.gradient_norms().values())
         optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=number, gradient_norm=norm)
-        optimizer.data_parallel.finish_weights()
+        optimizer.data_parallel.finish_param_sync()
     return {
         "weights": collect(models),
         "masters": flatten(optimizer.master_state()),
@@ -86,7 +86,7 @@ def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient)
             feed(optimizer, gradient, number)
             norms.append(math.hypot(*optimizer.gradient_norms().values()))
             optimizer.step(learning_rate=1.0, weight_decay=0.1, step=number, gradient_norm=norms[-1])
-            optimizer.data_parallel.finish_weights()
+            optimizer.data_parallel.finish_param_sync()
             history.append(collect(models))
     finally:
         newton_schulz.orthogonalize = real
@@ -95,7 +95,7 @@ def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient)
 
 def _number_cut(optimizer: Any) -> int:
     """Owned rows that are a part of a matrix only."""
-    return sum(owned.fragment.is_cut for owned in optimizer.owned)
+    return sum(owned.shard.is_split for owned in optimizer.owned)
 
 
 def updates(weights: list[dict[str, np.ndarray]], weight_decay: float = 0.1) -> list[dict[str, np.ndarray]]:

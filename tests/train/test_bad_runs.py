@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from checkpoints.reader import open_checkpoint
 from moonlight.dist_checkpoint import state as checkpoint_files
 from moonlight.errors import report_errors
-from moonlight.files import write_text
-from moonlight.train.run_log import Events, read_events
+from moonlight.files import atomic_write_text
+from moonlight.train.run_log import EventLog, read_events
 from tests.support.bad_input import NEWEST, check_line, command, cut, flip, in_state, run_command, sign
 
 # Checkpoints
@@ -260,7 +260,7 @@ def test_out_of_memory_names_what_helps(tiny_run, tmp_path, processes):
 
 def test_a_clock_that_goes_backwards_is_said_once(tmp_path, capfd):
     (tmp_path / "events.jsonl").write_text(json.dumps({"time": time.time() + 7200, "event": "saved", "step": 3}))
-    events = Events(tmp_path, writes=True)
+    events = EventLog(tmp_path, writes=True)
     events.add("resumed", 3)
     events.add("saved", 4)
     err = capfd.readouterr().err
@@ -293,7 +293,7 @@ def test_full_disk_names_the_file(tmp_path, capfd):
     path = tmp_path / "file"
     (tmp_path / ".file.part").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as ended, report_errors(debug=False):
-        write_text(path, "text")
+        atomic_write_text(path, "text")
     words = (f"{path}: No space left on device; free some space, or choose a folder on another disk",)
     check_line(ended.value.code, capfd.readouterr().err, words)
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from checkpoints.export import export
-from moonlight.config.data import Source
-from moonlight.config.schedule import BatchGrowth, Stage
-from moonlight.config.timeline import Timeline
-from moonlight.data.loader import open_training
+from moonlight.config.data import SourceConfig
+from moonlight.config.schedule import BatchGrowth, StageConfig
+from moonlight.config.timeline import RunSchedule
+from moonlight.data.loader import build_train_dataset
 from moonlight.data.prepare import prepare
 from moonlight.train.metrics import UNREPEATABLE, read_metrics
 from moonlight.train.run_folder import cache_folder, check_data
@@ -45,8 +45,8 @@ def recipe_in(data_folder, other_folder, tokenizer_folder, tmp_path):
         run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, **train)
         split = 15 * LENGTH  # inside a step
         stages = {
-            "first": Stage(from_tokens=0, to_tokens=split, lr=2e-3, warmup_steps=2, decay="constant"),
-            "second": Stage(
+            "first": StageConfig(from_tokens=0, to_tokens=split, lr=2e-3, warmup_steps=2, decay="constant"),
+            "second": StageConfig(
                 from_tokens=split, to_tokens=50 * LENGTH, lr=2e-3, decay="linear", weights={"web": 0.25, "code": 0.75}
             ),
         }
@@ -54,13 +54,13 @@ def recipe_in(data_folder, other_folder, tokenizer_folder, tmp_path):
         data = replace(
             run.data,
             path="",
-            sources={name: Source(**source) for name, source in sources.items()},
+            sources={name: SourceConfig(**source) for name, source in sources.items()},
             mask_documents=True,
             reset_positions=True,
         )
-        optimizer = replace(run.optimizer, newton_schulz_dtype="float32")
+        optimizer_config = replace(run.optimizer, newton_schulz_dtype="float32")
         course = {"stages": stages, "schedule": None, "train": replace(run.train, train_steps=0)}
-        return replace(run, name="mixed", data=data, optimizer=optimizer, **course)
+        return replace(run, name="mixed", data=data, optimizer=optimizer_config, **course)
 
     return make
 
@@ -97,7 +97,7 @@ def test_stopped_and_continued_reads_the_same(pool, recipe_in, tmp_path):
             elif key.startswith("loss/"):
                 assert entry[key] == pytest.approx(reference[key], rel=1e-5)
 
-    samples = open_training(whole, check_data(whole), cache_folder(whole))
+    samples = build_train_dataset(whole, check_data(whole), cache_folder(whole))
     for entry in expected:
         read = [samples.mixture[number][0] for number in range(entry["consumed_tokens"] // LENGTH)]
         for name in ("web", "code"):
@@ -134,9 +134,9 @@ def check_card(run, folder, out, last):
 def test_a_lone_stage_reads_what_it_reads_in_the_whole_run(recipe_in, tmp_path):
     whole = recipe_in("whole", "1")
     lone = replace(whole, train=replace(whole.train, only_stage="second"))
-    first = Timeline(lone).first_sequence
+    first = RunSchedule(lone).first_sequence
     assert first == 15
-    ours, theirs = (open_training(run, check_data(run), tmp_path / "cache") for run in (lone, whole))
+    ours, theirs = (build_train_dataset(run, check_data(run), tmp_path / "cache") for run in (lone, whole))
     for number in range(first, 60):
         assert (ours[number][0] == theirs[number][0]).all()
     sources = [theirs.mixture[number][0] for number in range(first, first + 1024)]
@@ -150,12 +150,12 @@ def test_a_lone_stage_reads_what_it_reads_in_the_whole_run(recipe_in, tmp_path):
 def test_ranks_and_batches_do_not_change_what_is_read(recipe_in, tmp_path, batches, ranks):
     """Every rank with samples of its own, opened anew in the middle, as after a resume."""
     run = recipe_in("any", "1")
-    reference = open_training(run, check_data(run), tmp_path / "reference")
+    reference = build_train_dataset(run, check_data(run), tmp_path / "reference")
     start = 0
-    readers = [open_training(run, check_data(run), tmp_path / "cache") for _ in range(ranks)]
+    readers = [build_train_dataset(run, check_data(run), tmp_path / "cache") for _ in range(ranks)]
     for step, size in enumerate(batches):
         if step == len(batches) // 2:
-            readers = [open_training(run, check_data(run), tmp_path / "cache") for _ in range(ranks)]
+            readers = [build_train_dataset(run, check_data(run), tmp_path / "cache") for _ in range(ranks)]
         each = size // ranks
         for rank, reader in enumerate(readers):
             for number in range(start + rank * each, start + (rank + 1) * each):

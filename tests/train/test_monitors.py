@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from moonlight.config.monitor import Monitor
-from moonlight.config.parallel import Parallel
-from moonlight.config.timeline import Timeline
+from moonlight.config.monitor import MonitorConfig
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.timeline import RunSchedule
 from moonlight.dist_checkpoint import hf_mapping
 from moonlight.errors import UserError
 from moonlight.hardware import peak_flops_per_second
-from moonlight.optim.svd_entropy import entropy
-from moonlight.placement.param_groups import GROUPS, MATRIX_GROUPS, group_of
+from moonlight.optim.svd_entropy import svd_entropy
+from moonlight.placement.param_groups import MATRIX_GROUPS, MONITOR_GROUPS, find_monitor_group
 from moonlight.plan.flops import train_flops_per_token
 from moonlight.train.metrics import METRICS_FILE, read_metrics, to_line
 from moonlight.train.monitors import is_due
 from tests.support.layouts import LAYOUTS, assemble, build, collect, flatten, make_run, one_step, recipe, train_run
 
-ALWAYS = Monitor(every_steps=1, svd_entropy_every_steps=1)
+ALWAYS = MonitorConfig(every_steps=1, svd_entropy_every_steps=1)
 STEPS = 3
 HF_GROUPS = {
     "q_proj": "attention_qo",
@@ -53,19 +53,19 @@ def hugging_face_group(name):
 
 def hugging_face_tensors(model, whole):
     """(group, name, float64 values) of every Hugging Face tensor in the whole tensors of a checkpoint."""
-    for row in hf_mapping.table(model):
+    for row in hf_mapping.tensor_mappings(model):
         if row.key in whole:
-            for part in row.parts:
+            for part in row.hf_tensors:
                 if (group := hugging_face_group(part.name)) is not None:
                     yield group, part.name, whole[row.key][part.index].astype(np.float64)
 
 
 def rms_by_group(model, whole):
-    sums, counts = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
+    sums, counts = dict.fromkeys(MONITOR_GROUPS, 0.0), dict.fromkeys(MONITOR_GROUPS, 0)
     for group, _, values in hugging_face_tensors(model, whole):
         sums[group] += (values**2).sum()
         counts[group] += values.size
-    return {group: math.sqrt(sums[group] / counts[group]) for group in GROUPS if counts[group]}
+    return {group: math.sqrt(sums[group] / counts[group]) for group in MONITOR_GROUPS if counts[group]}
 
 
 def slow_entropy(matrix):
@@ -90,23 +90,23 @@ def watched_steps(run):
     from moonlight.train.step import routers
 
     models, optimizer = build(run)
-    optimizer.data_parallel.finish_weights()
+    optimizer.data_parallel.finish_param_sync()
     results, routed, gradients = [], [], []
     for router in routers(models):
         router.register_forward_hook(lambda router, _, out: routed.append((router.layer_number, out[1].clone())))
-    finish = optimizer.data_parallel.finish_gradients
+    finish = optimizer.data_parallel.finish_grad_sync
 
     def look():
         finish()
         gradients[:] = flatten(optimizer.gradient_state())
 
-    optimizer.data_parallel.finish_gradients = look
+    optimizer.data_parallel.finish_grad_sync = look
     for step in range(1, STEPS + 1):
         before = flatten(optimizer.master_state())
         routed.clear()
         result = one_step(models, optimizer, run, step)
         results.append(dataclasses.asdict(result))
-    optimizer.data_parallel.finish_weights()
+    optimizer.data_parallel.finish_param_sync()
     counts = {}
     for layer, chosen in routed:
         counts[layer] = counts.get(layer, 0) + chosen.flatten().bincount(minlength=run.model.num_experts).numpy()
@@ -120,7 +120,7 @@ def watched_steps(run):
     }
 
 
-PP4 = {"PP4": (4, Parallel(pipeline_parallel_size=4))}
+PP4 = {"PP4": (4, ParallelConfig(pipeline_parallel_size=4))}
 CASES = {
     **{name: {"layout": name} for name in LAYOUTS},
     "adamw": {"layout": "DP2", "optimizer": {"name": "adamw"}},
@@ -160,7 +160,7 @@ def test_monitors_equal_numpy(pool, case):
     tolerance = 1e-4 if run.train.dtype == "bfloat16" else 1e-5
     assert watched["svd_entropies"] == pytest.approx(entropy_by_group(run.model, after), abs=tolerance)
     assert watched["weight_rms"] == pytest.approx(rms_by_group(run.model, after), rel=1e-5)
-    rate = Timeline(run).at(STEPS).learning_rate
+    rate = RunSchedule(run).at(STEPS).learning_rate
     updates = {
         key: (before[key].astype(np.float64) * (1 - rate * run.optimizer.weight_decay) - after[key]) / rate
         for key in gradients
@@ -168,7 +168,8 @@ def test_monitors_equal_numpy(pool, case):
     # The weights are float32, and one update is a small part of them.
     assert result["update_rms"] == pytest.approx(rms_by_group(run.model, updates), rel=1e-5, abs=2e-6)
     counts = {
-        group: sum(v.size for g, _, v in hugging_face_tensors(run.model, gradients) if g == group) for group in GROUPS
+        group: sum(v.size for g, _, v in hugging_face_tensors(run.model, gradients) if g == group)
+        for group in MONITOR_GROUPS
     }
     norms = {group: rms * math.sqrt(counts[group]) for group, rms in rms_by_group(run.model, gradients).items()}
     assert result["gradient_norms"] == pytest.approx(norms, rel=1e-5)
@@ -211,10 +212,10 @@ def test_experts_without_tokens_are_dead(pool, layout):
 
 
 def test_the_entropy_of_known_spectra():
-    assert entropy(torch.eye(5)) == pytest.approx(1)
-    assert entropy(torch.ones(4, 7)) == pytest.approx(0, abs=1e-12)
-    assert entropy(torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))) == pytest.approx(0.5)
-    assert math.isnan(entropy(torch.zeros(3, 3))) and math.isnan(entropy(torch.full((2, 2), math.inf)))
+    assert svd_entropy(torch.eye(5)) == pytest.approx(1)
+    assert svd_entropy(torch.ones(4, 7)) == pytest.approx(0, abs=1e-12)
+    assert svd_entropy(torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))) == pytest.approx(0.5)
+    assert math.isnan(svd_entropy(torch.zeros(3, 3))) and math.isnan(svd_entropy(torch.full((2, 2), math.inf)))
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (528, 192), (40, 40), (2, 700)])
@@ -225,7 +226,7 @@ def test_the_entropy_of_any_matrix_equals_numpys(shape):
     for decay in (0.0, 1.0, 3.0):
         matrix = (left * (1 + np.arange(min(shape))) ** -decay) @ right.T
         matrix = matrix.astype(np.float32)
-        assert entropy(torch.from_numpy(matrix)) == pytest.approx(slow_entropy(matrix.astype(np.float64)), abs=1e-6)
+        assert svd_entropy(torch.from_numpy(matrix)) == pytest.approx(slow_entropy(matrix.astype(np.float64)), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +247,10 @@ def test_the_peak_of_a_gpu(name, tflops):
 
 
 def test_every_parameter_has_a_group():
-    model = replace(recipe().model, q_lora_rank=12)
-    for row in hf_mapping.table(model):
-        if row.parts[0].kind != "bias":
-            assert group_of(row.key) == hugging_face_group(row.parts[0].name)
+    model_config = replace(recipe().model, q_lora_rank=12)
+    for row in hf_mapping.tensor_mappings(model_config):
+        if row.hf_tensors[0].init_kind != "bias":
+            assert find_monitor_group(row.key) == hugging_face_group(row.hf_tensors[0].name)
 
 
 def test_how_often():
@@ -257,32 +258,32 @@ def test_how_often():
     assert not any(is_due(step, 0) for step in range(1, 100))
     for wrong in ({"every_steps": 10, "svd_entropy_every_steps": 15}, {"every_steps": 0}, {"every_steps": -1}):
         with pytest.raises(UserError, match=r"monitor\."):
-            Monitor(**wrong)
+            MonitorConfig(**wrong)
 
 
 def test_the_metrics_have_what_is_due(pool, data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, train_steps=6)
-    run = replace(run, monitor=Monitor(every_steps=2, svd_entropy_every_steps=4, peak_tflops=0.5))
+    run = replace(run, monitor=MonitorConfig(every_steps=2, svd_entropy_every_steps=4, peak_tflops=0.5))
     pool.run(1, train_run, run)
     lines = (tmp_path / "1" / METRICS_FILE).read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert [list(entry) for entry in read_metrics(tmp_path / "1")] == [
         [key for key, value in entry.items() if not isinstance(value, list)] for entry in entries
     ]
-    model = run.model
+    model_config = run.model
     for entry in entries:
-        assert {f"optim/grad_norm/{group}" for group in GROUPS} <= entry.keys()
-        assert {f"optim/update_rms/{group}" for group in GROUPS} <= entry.keys()
-        flops = train_flops_per_token(model, run.data.sequence_length) * entry["speed/tokens_per_second"]
+        assert {f"optim/grad_norm/{group}" for group in MONITOR_GROUPS} <= entry.keys()
+        assert {f"optim/update_rms/{group}" for group in MONITOR_GROUPS} <= entry.keys()
+        flops = train_flops_per_token(model_config, run.data.sequence_length) * entry["speed/tokens_per_second"]
         assert entry["speed/model_tflops"] == pytest.approx(flops / 1e12)
         assert entry["speed/mfu"] == pytest.approx(flops / 0.5e12) and entry["moe/dead_experts"] >= 0
         watched, entropies = entry["step"] in (1, 2, 4, 6), entry["step"] in (1, 4)
         assert ("attention/max_logit" in entry) == ("optim/weight_rms/router" in entry) == watched
         assert ("optim/svd_entropy/experts" in entry) == entropies
         if watched:
-            assert len(entry["attention/max_logit_by_layer"]) == model.num_hidden_layers
-            layers = model.num_hidden_layers - model.first_k_dense_replace
-            assert np.shape(entry["moe/load_by_expert"]) == (layers, model.num_experts)
+            assert len(entry["attention/max_logit_by_layer"]) == model_config.num_hidden_layers
+            layers = model_config.num_hidden_layers - model_config.first_k_dense_replace
+            assert np.shape(entry["moe/load_by_expert"]) == (layers, model_config.num_experts)
             np.testing.assert_allclose(entry["moe/max_load_by_layer"], np.max(entry["moe/load_by_expert"], 1))
             np.testing.assert_allclose(
                 entry["moe/load_spread_by_layer"], np.std(entry["moe/load_by_expert"], 1), rtol=1e-2, atol=1e-3
@@ -305,7 +306,7 @@ def test_null_is_read_as_nan(tmp_path):
 
 def test_no_monitor_at_all(pool, data_folder, tokenizer_folder, tmp_path):
     run = make_run(tmp_path, data_folder, tokenizer_folder, train_steps=2)
-    run = replace(run, monitor=Monitor(every_steps=0, svd_entropy_every_steps=0), parallel=Parallel())
+    run = replace(run, monitor=MonitorConfig(every_steps=0, svd_entropy_every_steps=0), parallel=ParallelConfig())
     pool.run(1, train_run, run)
     for entry in read_metrics(tmp_path / "1"):
         assert not [key for key in entry if "by_layer" in key or "weight_rms" in key or "max_logit" in key]

@@ -10,7 +10,7 @@ import pytest
 from checkpoints.export import export
 from checkpoints.hf_import import import_folder
 from moonlight.config.load import load_recipe, to_yaml
-from moonlight.config.timeline import Timeline
+from moonlight.config.timeline import RunSchedule
 from moonlight.data.prepare_chat import prepare_chat
 from moonlight.errors import UserError
 from moonlight.train import run_folder
@@ -39,7 +39,7 @@ def place(tiny_run, tokenizer_folder, tmp_path_factory):
     prepare_chat([folder / "chats.jsonl"], tokenizer_folder, folder / "data", sequence_length=64, validation_share=0.2)
     tiny = load_recipe(tiny_run.folder / "config.yaml")
     run = tuning_recipe(folder / "data", tokenizer_folder, 64, parallel=LAYOUTS["EP2"][1])
-    train = replace(
+    train_config = replace(
         run.train,
         initial_checkpoint=str(tiny_run.folder),
         train_steps=0,
@@ -57,7 +57,7 @@ def place(tiny_run, tokenizer_folder, tmp_path_factory):
         model=tiny.model,
         data=replace(run.data, conversations=True),
         parallel=replace(run.parallel, num_processes=2),
-        train=train,
+        train=train_config,
     )
     (folder / "recipe.yaml").write_text(to_yaml(run))
     return Place(folder, folder / "recipe.yaml", folder / "data")
@@ -88,7 +88,7 @@ def test_killed_tuning_ends_the_same(place):
         kill_after(process, metrics, steps)
     _, errors = finish(sft(place, killed))
     assert "going on after step" in errors
-    whole = run_folder.count_steps(load_recipe(place.recipe))
+    whole = run_folder.resolve_train_steps(load_recipe(place.recipe))
     windows = run_folder.check_data(whole)["data"]["splits"]["train"]["windows"]
     assert whole.train.train_steps == -(-6 * windows // 4) > 12
     check_same(whole, replace(whole, runs_folder=str(place.folder / "killed")))
@@ -141,12 +141,12 @@ def test_conversations_and_text_are_not_taken_for_each_other(place, refuses, dat
 
 def test_the_recipe_of_the_16b_model_is_the_papers():
     """Muon after Muon, two epochs at 4K, 5e-5 to 0; epochs become steps by the data, so a plan needs their number."""
-    run = load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml", ["train.train_steps=1000"])
-    assert (run.optimizer.name, run.train.epochs, run.data.sequence_length) == ("muon", 2, 4096)
-    timeline = Timeline(run)
-    assert timeline.num_steps == 1000 and not run.stages and not run.train.batch_growth
+    config = load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml", ["train.train_steps=1000"])
+    assert (config.optimizer.name, config.train.epochs, config.data.sequence_length) == ("muon", 2, 4096)
+    timeline = RunSchedule(config)
+    assert timeline.num_steps == 1000 and not config.stages and not config.train.batch_growth
     rates = [timeline.at(step).learning_rate for step in (1, 500, 1000)]
     assert rates == pytest.approx([5e-5 * (1 - 1 / 1000), 2.5e-5, 0])
-    assert run.model == load_recipe(ROOT / "configs" / "moonlight_16b_a3b" / "pretrain.yaml").model
+    assert config.model == load_recipe(ROOT / "configs" / "moonlight_16b_a3b" / "pretrain.yaml").model
     with pytest.raises(UserError, match=r"train\.epochs is 2: .* give train\.train_steps besides"):
-        Timeline(load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml"))
+        RunSchedule(load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml"))

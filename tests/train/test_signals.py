@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moonlight.config.load import to_yaml
-from moonlight.dist_checkpoint.state import find, latest
+from moonlight.dist_checkpoint.state import latest_checkpoint, resolve_checkpoint
 from moonlight.errors import CODE_KILLED, CODE_STOPPED
 from moonlight.train.run_log import read_events
 from tests.support.faults import end, reached, start, wait_until, workers
@@ -49,7 +49,7 @@ def test_one_process_told_saves_all_and_the_run_goes_on_to_the_same_bits(pool, d
         ("stopped", None),
     ]
     saved = events_of(folder, "saved")[-1]["step"]
-    assert latest(folder / "checkpoints").name == f"step-{saved:08d}"
+    assert latest_checkpoint(folder / "checkpoints").name == f"step-{saved:08d}"
 
     stop = saved + 5
     for run in runs.values():
@@ -74,7 +74,7 @@ def test_torchrun_told_to_save_and_to_end(data_folder, tokenizer_folder, tmp_pat
     assert process.returncode == 1, errors
     happened = [event["event"] for event in read_events(folder)]
     assert happened == ["started", *["signal", "saving", "saved"] * 2, "stopped"]
-    assert find(folder).name == f"step-{events_of(folder, 'stopped')[0]['step']:08d}"
+    assert resolve_checkpoint(folder).name == f"step-{events_of(folder, 'stopped')[0]['step']:08d}"
 
 
 def test_the_clock_saves(pool, data_folder, tokenizer_folder, tmp_path):
@@ -83,7 +83,7 @@ def test_the_clock_saves(pool, data_folder, tokenizer_folder, tmp_path):
     saving, saved = (events_of(tmp_path / "DP2", name) for name in ("saving", "saved"))
     assert [(event["step"], event["reason"]) for event in saving] == [(step, "clock") for step in range(1, 9)]
     assert [event["step"] for event in saved] == list(range(1, 9))
-    assert find(tmp_path / "DP2").name == "step-00000008"
+    assert resolve_checkpoint(tmp_path / "DP2").name == "step-00000008"
 
 
 def test_a_stop_that_takes_too_long_ends_the_process(data_folder, tokenizer_folder, tmp_path):
@@ -100,4 +100,4 @@ def test_a_stop_that_takes_too_long_ends_the_process(data_folder, tokenizer_fold
     errors = end(process)
     assert process.returncode == CODE_KILLED, errors
     assert "error: rank 0 could not save within train.grace_seconds (2.0) after SIGTERM" in errors
-    assert Path(find(folder) / "state.json").is_file()
+    assert Path(resolve_checkpoint(folder) / "state.json").is_file()

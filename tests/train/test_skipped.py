@@ -32,7 +32,7 @@ def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
         result = one_step(models, optimizer, run, step)
         if handle is not None:
             handle.remove()
-        optimizer.data_parallel.finish_weights()
+        optimizer.data_parallel.finish_param_sync()
         history.append(
             {
                 "result": result,
@@ -76,7 +76,7 @@ def train_with_infinite_loss(run: Recipe) -> dict[str, Any]:
         results.append(one_step(models, optimizer, run, step))
         if handle is not None:
             handle.remove()
-        optimizer.data_parallel.finish_weights()
+        optimizer.data_parallel.finish_param_sync()
         weights.append(collect(models))
     return {"results": results, "weights": weights}
 

@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints.reader import open_checkpoint
 from moonlight.data.prepare import prepare
-from moonlight.dist_checkpoint.state import find, read_state
+from moonlight.dist_checkpoint.state import read_state, resolve_checkpoint
 from moonlight.train.metrics import read_metrics
 from moonlight.train.run_log import read_events
 from tests.support.bad_input import in_state
@@ -101,12 +101,14 @@ def test_a_rollback_equals_a_run_that_never_saw_the_data(pool, poisoned, tokeniz
     assert passed and not any(event["event"] == "skipped" for event in events)
     for step, sequences in passed:
         _, twin = train(pool, tmp_path / "twin", poisoned, tokenizer_folder, "DP2", stop_at_step=step)
-        in_state(lambda content, n=sequences: content["state"].update(passed_over_sequences=n))(find(twin))
+        in_state(lambda content, n=sequences: content["state"].update(passed_over_sequences=n))(
+            resolve_checkpoint(twin)
+        )
     twin_run, _ = train(pool, tmp_path / "twin", poisoned, tokenizer_folder, "DP2")
     (_, tensors, metrics), (_, twin_tensors, twin_metrics) = outcome(run), outcome(twin_run)
     assert metrics == twin_metrics and [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
     assert all(tensor.equal(twin_tensors[key]) for key, tensor in tensors.items())
-    state = read_state(find(folder))["state"]
+    state = read_state(resolve_checkpoint(folder))["state"]
     assert state["passed_over_sequences"] == passed[-1][1] and state["skipped_steps"] == 0
 
 

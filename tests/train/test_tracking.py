@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moonlight.config.monitor import Monitor
+from moonlight.config.monitor import MonitorConfig
 from moonlight.errors import UserError
 from moonlight.train import wandb_log
 from moonlight.train.metrics import read_metrics
@@ -57,8 +57,8 @@ def test_unreachable(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     said = []
-    run = replace(recipe(), monitor=Monitor(wandb_project="moonlight-tests"))
-    there = wandb_log.Tracking(tmp_path, run, said.append)
+    run = replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests"))
+    there = wandb_log.WandbLogger(tmp_path, run, said.append)
     for step in range(1, 5):
         started = time.monotonic()
         there.write({"loss/train": 1.0}, step)
@@ -73,9 +73,9 @@ def on_a_terminal(folder):
     """A run's tracking without a key, in a process whose input and output are a terminal; what it says and its code."""
     program = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
-        "from tests.support.layouts import recipe; from moonlight.config.monitor import Monitor\n"
+        "from tests.support.layouts import recipe; from moonlight.config.monitor import MonitorConfig\n"
         "from moonlight.train import wandb_log as tracking\n"
-        "run = replace(recipe(), monitor=Monitor(wandb_project='moonlight-tests'))\n"
+        "run = replace(recipe(), monitor=MonitorConfig(wandb_project='moonlight-tests'))\n"
         f"there = tracking.Tracking(Path({str(folder)!r}), run, print)\n"
         "there.write({'loss/train': 1.0}, 1); there.close(finished=True)\n"
     )
@@ -108,8 +108,8 @@ def test_a_run_that_is_stopped_does_not_wait_for_a_network(tmp_path, monkeypatch
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     said = []
-    there = wandb_log.Tracking(
-        tmp_path, replace(recipe(), monitor=Monitor(wandb_project="moonlight-tests")), said.append
+    there = wandb_log.WandbLogger(
+        tmp_path, replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests")), said.append
     )
     started = time.monotonic()
     there.close(finished=False)
@@ -120,4 +120,4 @@ def test_a_missing_package_is_named_before_work_starts(monkeypatch):
     monkeypatch.setattr(wandb_log.importlib.util, "find_spec", lambda name: None)
     wandb_log.check_installed(recipe())
     with pytest.raises(UserError, match="pip install wandb"):
-        wandb_log.check_installed(replace(recipe(), monitor=Monitor(wandb_project="mine")))
+        wandb_log.check_installed(replace(recipe(), monitor=MonitorConfig(wandb_project="mine")))

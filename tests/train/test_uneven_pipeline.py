@@ -4,24 +4,24 @@ from dataclasses import replace
 
 import pytest
 
-from moonlight.config.parallel import Parallel
-from moonlight.config.pipeline import layers_of_stages
+from moonlight.config.parallel import ParallelConfig
+from moonlight.config.pipeline import stage_layers
 from moonlight.errors import UserError
 from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
 from tests.train.test_layouts import check_gradients
 
 CUTS = {
-    "7 on PP2": (7, Parallel(pipeline_parallel_size=2)),
-    "7 on PP4": (7, Parallel(pipeline_parallel_size=4)),
-    "3 on PP2": (3, Parallel(pipeline_parallel_size=2)),
-    "3 on PP4": (3, Parallel(pipeline_parallel_size=4)),
-    "3 on PP2 with EP2": (3, Parallel(pipeline_parallel_size=2, expert_parallel_size=2)),
-    "7 on PP2, interleaved": (7, Parallel(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
-    "7 on PP2 with TP2": (7, Parallel(pipeline_parallel_size=2, tensor_parallel_size=2)),
+    "7 on PP2": (7, ParallelConfig(pipeline_parallel_size=2)),
+    "7 on PP4": (7, ParallelConfig(pipeline_parallel_size=4)),
+    "3 on PP2": (3, ParallelConfig(pipeline_parallel_size=2)),
+    "3 on PP4": (3, ParallelConfig(pipeline_parallel_size=4)),
+    "3 on PP2 with EP2": (3, ParallelConfig(pipeline_parallel_size=2, expert_parallel_size=2)),
+    "7 on PP2, interleaved": (7, ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)),
+    "7 on PP2 with TP2": (7, ParallelConfig(pipeline_parallel_size=2, tensor_parallel_size=2)),
 }
 
 
-def run_of(num_layers, parallel=Parallel()):  # noqa: B008
+def run_of(num_layers, parallel=ParallelConfig()):  # noqa: B008
     run = recipe(parallel)
     return replace(run, model=replace(run.model, num_hidden_layers=num_layers))
 
@@ -53,7 +53,7 @@ def test_gradients_equal_one_process(pool, reference, cut):
 
 @pytest.mark.parametrize(("writer", "reader"), [("7 on PP4", None), (None, "7 on PP4"), ("7 on PP4", "7 on PP2")])
 def test_checkpoints_load_across(pool, tmp_path, writer, reader):
-    one = (7, Parallel())
+    one = (7, ParallelConfig())
     (expected,) = pool.run(1, train_losses, run_of(7), 4)
     for cut, steps, load in ((writer, 2, False), (reader, 2, True)):
         num_layers, parallel = CUTS[cut] if cut else one
@@ -62,13 +62,13 @@ def test_checkpoints_load_across(pool, tmp_path, writer, reader):
 
 
 def test_layers_of_stages():
-    assert [[len(c) for c in stage] for stage in layers_of_stages(27, 4, 1)] == [[7], [7], [7], [6]]
-    assert layers_of_stages(8, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
-    assert layers_of_stages(7, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 7)]]
-    assert layers_of_stages(4, 1, 1) == [[range(4)]]
+    assert [[len(c) for c in stage] for stage in stage_layers(27, 4, 1)] == [[7], [7], [7], [6]]
+    assert stage_layers(8, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
+    assert stage_layers(7, 2, 2) == [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 7)]]
+    assert stage_layers(4, 1, 1) == [[range(4)]]
 
 
 def test_what_cannot_be_divided():
     wanted = r"num_hidden_layers is 4: it, or one more \(the head .*\), must be a multiple of .* \(3\)"
     with pytest.raises(UserError, match=wanted):
-        recipe(Parallel(pipeline_parallel_size=3))
+        recipe(ParallelConfig(pipeline_parallel_size=3))

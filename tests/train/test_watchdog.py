@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from moonlight.config.load import to_yaml
-from moonlight.dist_checkpoint.state import find
+from moonlight.dist_checkpoint.state import resolve_checkpoint
 from moonlight.errors import CODE_HUNG
 from moonlight.train.run_log import read_events
 from tests.support.faults import end, reached, start, wait_until, workers
@@ -43,7 +43,7 @@ def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_pat
     if restarts:
         assert process.returncode == 0, errors
         assert "process 0 of 2 ended with code 134" in errors and "restart 1 of 1" in errors
-        assert find(folder).name == "step-00000060"
+        assert resolve_checkpoint(folder).name == "step-00000060"
         resumed = [event for event in read_events(folder) if event["event"] == "resumed"]
         assert [(event["step"] >= 10, event["restart"]) for event in resumed] == [(True, 1)]
     else:
