@@ -188,7 +188,7 @@ def _megatron(
     from moonlight import parallel
     from moonlight.model.build import build_model
     from moonlight.model.shards import collect_sharded_tensors, local_chunks
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     config = RunConfig(
         name="verify",
@@ -208,7 +208,7 @@ def _megatron(
                 values.copy_(whole[where] if key.endswith("expert_bias") else whole[where].to(dtype))
         (model,) = models
         routes: list[torch.Tensor] = []
-        for router in routers(models):
+        for router in find_routers(models):
             _record(router, routes, lambda output: output[1].sort(-1).values.cpu())
         tokens = prompts.to(torch.cuda.current_device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

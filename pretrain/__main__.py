@@ -25,8 +25,9 @@ def work(config: RunConfig, *, force: bool = False) -> None:
     run_folder.check_resumable(run_folder.run_path(config), config, force=force)
 
     from moonlight import parallel
-    from moonlight.train.loop import group_timeout, train
+    from moonlight.train.loop import train
     from moonlight.train.oom import explain_oom
+    from moonlight.train.setup import group_timeout
 
     with explain_oom(config):
         parallel.init_distributed(config.train.threads_per_process, group_timeout(config))

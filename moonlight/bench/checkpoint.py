@@ -43,7 +43,8 @@ from moonlight.files import check_space
 from moonlight.model.build import build_model
 from moonlight.model.shards import init_weights
 from moonlight.optim.distributed_muon import DistributedMuon, build_optimizer
-from moonlight.train.step import MicroBatch, train_step
+from moonlight.train.forward_backward import MicroBatch
+from moonlight.train.step import train_step
 
 PAUSE_BAR = 10.0
 """Pause of a synchronous save over that of an asynchronous one."""

@@ -35,9 +35,10 @@ from moonlight.model.build import build_model
 from moonlight.model.shards import init_weights
 from moonlight.optim.distributed_muon import build_optimizer
 from moonlight.optim.svd_entropy import svd_entropy
+from moonlight.train.forward_backward import MicroBatch, find_attentions, find_routers
 from moonlight.train.metrics import MetricsWriter
 from moonlight.train.monitors import collect_monitors
-from moonlight.train.step import MicroBatch, StepResult, attentions, routers, train_step
+from moonlight.train.step import StepResult, train_step
 from moonlight.train.step_metrics import step_metrics
 
 BAR_PERCENT = 1.0
@@ -96,7 +97,7 @@ def _measure(config: RunConfig, rounds: int) -> tuple[dict[str, list[float]], bo
     state = TrainState(step=STEP, consumed_sequences=moment.end)
     batches = random_batches(config)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for attention in attentions(models):
+    for attention in find_attentions(models):
         attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
     group = parallel_state.get_pipeline_model_parallel_group()
     quiet, often, always = (replace(config, monitor=monitor) for monitor in (NEVER, OFTEN, ALWAYS))
@@ -113,11 +114,12 @@ def _measure(config: RunConfig, rounds: int) -> tuple[dict[str, list[float]], bo
             seen.clear()
             result = clock.time("step", partial(train_step, models, optimizer, quiet, batches, moment))
             clock.time("told", partial(tell, quiet, result))
-            inputs = seen[: len(attentions(models))]  # of the first micro-batch
+            inputs = seen[: len(find_attentions(models))]  # of the first micro-batch
             clock.time("logits", partial(_logits, inputs))
-            counts = torch.ones(len(routers(models)), config.model.num_experts)
+            counts = torch.ones(len(find_routers(models)), config.model.num_experts)
+            routers = find_routers(models)
             look = partial(
-                collect_monitors, optimizer, step=STEP, routers=routers(models), counts=counts, pipeline_group=group
+                collect_monitors, optimizer, step=STEP, routers=routers, counts=counts, pipeline_group=group
             )
             clock.time("watched", partial(look, often))
             clock.time("entropies", partial(look, always))

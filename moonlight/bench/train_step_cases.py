@@ -36,7 +36,8 @@ def ours(config: RunConfig, setting: dict[str, Any], folder: Path) -> Step:
     from moonlight.dist_checkpoint.lifecycle import load_weights
     from moonlight.model.build import build_model
     from moonlight.optim.distributed_muon import build_optimizer
-    from moonlight.train.step import local_samples, train_step
+    from moonlight.train.forward_backward import local_samples
+    from moonlight.train.step import train_step
 
     layout = ParallelConfig(expert_parallel_size=setting["expert_parallel_size"])
     config = replace(config, parallel=layout, monitor=NEVER)

@@ -1,7 +1,8 @@
-"""What one process holds of the whole tensors of a checkpoint: rectangles, in memory or made when they are written.
+"""Chunks of a checkpoint's global tensors that one process holds, in memory or computed when they are written.
 
-Torch's distributed checkpoint writes and fills them through three methods with underscores (its protocol
-`_Checkpointable`). Over all processes, rectangles of a tensor are equal (replicas, written once) or disjoint.
+A chunk is a rectangular block of a tensor. Torch's distributed checkpoint writes and fills chunks through the three
+dunder methods of its `_Checkpointable` protocol. Over all processes, two chunks of a tensor are equal (replicas, which
+are written once) or disjoint.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,25 +16,25 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 
 class LocalChunks:
-    """What this rank holds of one whole tensor: rectangles of it in memory, none, one or many.
+    """The chunks of one global tensor that this rank holds in memory; may be empty.
 
     Attributes:
-        shape: of the whole tensor.
-        rectangles: (offset in the whole tensor, values) of each; the values have as many dimensions as the whole, share
-            memory with what was given, and are what loading writes into.
+        shape: shape of the global tensor.
+        chunks: (offset in the global tensor, values) of each chunk that is not empty. The values have as many
+            dimensions as the global tensor and share memory with the tensors passed in. Loading writes into them.
     """
 
-    def __init__(self, shape: tuple[int, ...], rectangles: list[tuple[tuple[int, ...], torch.Tensor]]) -> None:
+    def __init__(self, shape: tuple[int, ...], chunks: list[tuple[tuple[int, ...], torch.Tensor]]) -> None:
         self.shape = tuple(shape)
-        # An empty rectangle would take the place of a full one that begins at the same offset.
-        self.chunks = [(tuple(offset), values.detach()) for offset, values in rectangles if values.numel()]
+        # An empty chunk would replace a non-empty chunk at the same offset.
+        self.chunks = [(tuple(offset), values.detach()) for offset, values in chunks if values.numel()]
         for offset, values in self.chunks:
             assert len(offset) == values.dim() == len(self.shape), (self.shape, offset, values.shape)
-            ends = (start + size for start, size in zip(offset, values.shape, strict=True))
-            inside = min(offset, default=0) >= 0 and all(e <= n for e, n in zip(ends, self.shape, strict=True))
-            assert inside, (self.shape, offset, values.shape)
-        self._at = dict(self.chunks)
-        assert len(self._at) == len(self.chunks), "two rectangles at one offset"
+            stops = (start + size for start, size in zip(offset, values.shape, strict=True))
+            is_inside = min(offset, default=0) >= 0 and all(e <= n for e, n in zip(stops, self.shape, strict=True))
+            assert is_inside, (self.shape, offset, values.shape)
+        self._by_offset = dict(self.chunks)
+        assert len(self._by_offset) == len(self.chunks), "two chunks at one offset"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         return [
@@ -50,17 +51,17 @@ class LocalChunks:
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None, index
-        return self._at[index.offset]
+        return self._by_offset[index.offset]
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A whole tensor that is nowhere in memory: each of its rectangles is made when it is written."""
+    """A global tensor that is not in memory: each chunk is computed when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: dict[tuple[int, ...], tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
-    """Offset in the whole tensor -> sizes, and what makes the values."""
+    """Offset in the global tensor -> (sizes, function that returns the values)."""
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties, size = TensorProperties(dtype=self.dtype), torch.Size(self.shape)
@@ -80,14 +81,14 @@ class LazyTensor:
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None, index
-        sizes, make = self.chunks[tuple(index.offset)]
-        values = make()
+        sizes, compute = self.chunks[tuple(index.offset)]
+        values = compute()
         assert values.shape == sizes and values.dtype == self.dtype, (index, values.shape, values.dtype)
         return values
 
 
 class CheckpointedOptimizer(Protocol):
-    """What saving and loading need of an optimizer: its state as tensors with global names and shapes."""
+    """Optimizer interface for saving and loading: its state as tensors with global names and shapes."""
 
     def master_state_dict(self) -> dict[str, LocalChunks]:
         """Return this rank's rows of the float32 master weights and router biases, by checkpoint name."""
@@ -99,7 +100,7 @@ class CheckpointedOptimizer(Protocol):
         """Iterate over master weights and momenta, with float32 copies of one parameter at a time."""
 
     def state_dict_metadata(self) -> dict[str, LocalChunks]:
-        """Return names, shapes and dtypes of the whole state; values that are not stored are meta tensors."""
+        """Return names, shapes and dtypes of the full state; values that are not stored are meta tensors."""
 
     def loading_masters(self) -> AbstractContextManager[dict[str, LocalChunks]]:
         """Yield `master_state_dict` to write into; on exit, update the model of every rank."""

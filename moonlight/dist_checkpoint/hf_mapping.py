@@ -1,9 +1,9 @@
-"""One table between the tensors of a checkpoint and those of a Hugging Face folder, read both ways.
+"""Map checkpoint tensors to Hugging Face tensors, with one table for both directions.
 
-A checkpoint holds whole tensors under Megatron's names, whatever layout wrote them. Most are one Hugging Face tensor;
-the first projection of a SwiGLU holds gate over up; a projection of routed experts holds all experts. So every Hugging
-Face tensor is a rectangle of one of them (`moonlight.model.shards` turns experts the way the model has them). No import
-of Megatron or torch: indices are applied by whoever holds the tensors.
+A checkpoint holds global tensors under Megatron's names, independent of the layout that wrote them. Most are one
+Hugging Face tensor. The first projection of a SwiGLU holds gate over up; a projection of routed experts holds all
+experts. So every Hugging Face tensor is a rectangular block of one checkpoint tensor. `moonlight.model.shards`
+transposes experts to the model's layout. This module imports neither Megatron nor torch: callers apply the indices.
 """
 
 from dataclasses import dataclass, replace
@@ -13,14 +13,15 @@ from moonlight.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class HFTensor:
-    """One Hugging Face tensor: `whole[index]` of a checkpoint tensor."""
+    """One Hugging Face tensor: `checkpoint_tensor[index]`."""
 
     name: str
     shape: tuple[int, ...]
-    """Shape as Hugging Face stores it."""
+    """Shape in the Hugging Face checkpoint."""
     index: tuple[int | slice, ...] = ()
+    """Index into the checkpoint tensor; empty for all of it."""
     init_kind: str = "matrix"
-    """matrix (initialised from a normal distribution), norm (ones) or bias (zeros, always float32)."""
+    """matrix (initialized from a normal distribution), norm (ones) or bias (zeros, always float32)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,29 +38,29 @@ def _same(key: str, name: str, *shape: int, kind: str = "matrix") -> TensorMappi
 
 
 def _gate_up(key: str, prefix: str, width: int, hidden: int) -> TensorMapping:
-    parts = tuple(
+    hf_tensors = tuple(
         HFTensor(name=f"{prefix}.{name}.weight", shape=(width, hidden), index=(slice(start, start + width),))
         for name, start in (("gate_proj", 0), ("up_proj", width))
     )
-    return TensorMapping(key=key, shape=(2 * width, hidden), hf_tensors=parts)
+    return TensorMapping(key=key, shape=(2 * width, hidden), hf_tensors=hf_tensors)
 
 
 def _experts(key: str, prefix: str, name: str, count: int, rows: int, columns: int) -> TensorMapping:
-    parts = tuple(
+    hf_tensors = tuple(
         HFTensor(name=f"{prefix}.{expert}.{name}.weight", shape=(rows, columns), index=(expert,))
         for expert in range(count)
     )
-    return TensorMapping(key=f"{key}.{name}", shape=(count, rows, columns), hf_tensors=parts)
+    return TensorMapping(key=f"{key}.{name}", shape=(count, rows, columns), hf_tensors=hf_tensors)
 
 
 def _attention(model_config: ModelConfig, key: str, name: str) -> list[TensorMapping]:
     hidden, heads = model_config.hidden_size, model_config.num_attention_heads
     q_width = heads * (model_config.qk_nope_head_dim + model_config.qk_rope_head_dim)
     if model_config.q_lora_rank is None:
-        rows = [_same(f"{key}.linear_q_proj.weight", f"{name}.q_proj.weight", q_width, hidden)]
+        mappings = [_same(f"{key}.linear_q_proj.weight", f"{name}.q_proj.weight", q_width, hidden)]
     else:
         rank = model_config.q_lora_rank
-        rows = [
+        mappings = [
             _same(f"{key}.linear_q_down_proj.weight", f"{name}.q_a_proj.weight", rank, hidden),
             _same(f"{key}.q_layernorm.weight", f"{name}.q_a_layernorm.weight", rank, kind="norm"),
             _same(f"{key}.linear_q_up_proj.weight", f"{name}.q_b_proj.weight", q_width, rank),
@@ -67,7 +68,7 @@ def _attention(model_config: ModelConfig, key: str, name: str) -> list[TensorMap
     rank = model_config.kv_lora_rank
     kv_width = heads * (model_config.qk_nope_head_dim + model_config.v_head_dim)
     return [
-        *rows,
+        *mappings,
         _same(
             f"{key}.linear_kv_down_proj.weight",
             f"{name}.kv_a_proj_with_mqa.weight",
@@ -80,7 +81,7 @@ def _attention(model_config: ModelConfig, key: str, name: str) -> list[TensorMap
     ]
 
 
-def _mixture(model_config: ModelConfig, key: str, name: str) -> list[TensorMapping]:
+def _moe(model_config: ModelConfig, key: str, name: str) -> list[TensorMapping]:
     hidden, width, count = model_config.hidden_size, model_config.moe_intermediate_size, model_config.num_experts
     shared = width * model_config.num_shared_experts
     return [
@@ -100,12 +101,12 @@ def _mixture(model_config: ModelConfig, key: str, name: str) -> list[TensorMappi
 
 
 def tensor_mappings(model_config: ModelConfig) -> list[TensorMapping]:
-    """Every tensor of the model, in the order of a Hugging Face checkpoint."""
+    """Return the mapping of every tensor of the model, in the order of a Hugging Face checkpoint."""
     hidden = model_config.hidden_size
-    rows = [_same("embedding.word_embeddings.weight", "model.embed_tokens.weight", model_config.vocab_size, hidden)]
+    mappings = [_same("embedding.word_embeddings.weight", "model.embed_tokens.weight", model_config.vocab_size, hidden)]
     for layer in range(model_config.num_hidden_layers):
         key, name = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        rows += [
+        mappings += [
             _same(f"{key}.input_layernorm.weight", f"{name}.input_layernorm.weight", hidden, kind="norm"),
             *_attention(model_config, f"{key}.self_attention", f"{name}.self_attn"),
             _same(
@@ -117,54 +118,61 @@ def tensor_mappings(model_config: ModelConfig) -> list[TensorMapping]:
         ]
         if layer < model_config.first_k_dense_replace:
             width = model_config.intermediate_size
-            rows += [
+            mappings += [
                 _gate_up(f"{key}.mlp.linear_fc1.weight", f"{name}.mlp", width, hidden),
                 _same(f"{key}.mlp.linear_fc2.weight", f"{name}.mlp.down_proj.weight", hidden, width),
             ]
         else:
-            rows += _mixture(model_config, f"{key}.mlp", f"{name}.mlp")
-    rows.append(_same("decoder.final_layernorm.weight", "model.norm.weight", hidden, kind="norm"))
+            mappings += _moe(model_config, f"{key}.mlp", f"{name}.mlp")
+    mappings.append(_same("decoder.final_layernorm.weight", "model.norm.weight", hidden, kind="norm"))
     if not model_config.tie_word_embeddings:
-        rows.append(_same("output_layer.weight", "lm_head.weight", model_config.vocab_size, hidden))
-    return rows
+        mappings.append(_same("output_layer.weight", "lm_head.weight", model_config.vocab_size, hidden))
+    return mappings
 
 
-def offset_and_sizes(part: HFTensor, row: TensorMapping) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where a part lies in its whole tensor: offset and sizes, with as many dimensions as the whole."""
+def offset_and_sizes(hf_tensor: HFTensor, mapping: TensorMapping) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return offset and sizes of `hf_tensor` in its checkpoint tensor, with one entry for each of that one's axes."""
     offset, sizes = [], []
-    for axis, size in enumerate(row.shape):
-        where = part.index[axis] if axis < len(part.index) else slice(0, size)
-        low, high = (where, where + 1) if isinstance(where, int) else (where.start, where.stop)
-        offset.append(low)
-        sizes.append(high - low)
+    for axis, size in enumerate(mapping.shape):
+        index = hf_tensor.index[axis] if axis < len(hf_tensor.index) else slice(0, size)
+        start, stop = (index, index + 1) if isinstance(index, int) else (index.start, index.stop)
+        offset.append(start)
+        sizes.append(stop - start)
     return tuple(offset), tuple(sizes)
 
 
-def slice_rows(part: HFTensor, start: int, stop: int) -> HFTensor:
-    """Rows `begin` to `end` of a part, as a part."""
-    axis = next((axis for axis, where in enumerate(part.index) if isinstance(where, slice)), len(part.index))
-    whole = part.index[axis] if axis < len(part.index) else slice(0, part.shape[0])
-    assert isinstance(whole, slice) and axis >= len(part.index) - 1, part
-    index = (*part.index[:axis], slice(whole.start + start, whole.start + stop))
-    return replace(part, shape=(stop - start, *part.shape[1:]), index=index)
+def slice_rows(hf_tensor: HFTensor, start: int, stop: int) -> HFTensor:
+    """Return rows `start` to `stop` (exclusive) of a Hugging Face tensor, as an HFTensor of the same name."""
+    slice_axes = (axis for axis, index in enumerate(hf_tensor.index) if isinstance(index, slice))
+    axis = next(slice_axes, len(hf_tensor.index))
+    full = hf_tensor.index[axis] if axis < len(hf_tensor.index) else slice(0, hf_tensor.shape[0])
+    assert isinstance(full, slice) and axis >= len(hf_tensor.index) - 1, hf_tensor
+    index = (*hf_tensor.index[:axis], slice(full.start + start, full.start + stop))
+    return replace(hf_tensor, shape=(stop - start, *hf_tensor.shape[1:]), index=index)
 
 
 def overlap(
-    part: HFTensor, row: TensorMapping, offset: tuple[int, ...], sizes: tuple[int, ...]
+    hf_tensor: HFTensor, mapping: TensorMapping, offset: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[int | slice, ...]] | None:
-    """Where `part` and a rectangle of its whole tensor meet, or None if they do not.
+    """Return the indices at which `hf_tensor` and a chunk of its checkpoint tensor overlap; None if they do not.
 
-    The first index is into the part, which is without a stack's axis, the second into the rectangle.
+    The first index is into the Hugging Face tensor, which lacks the expert axis of a stack; the second into the chunk.
+
+    Args:
+        offset: offset of the chunk in the checkpoint tensor.
+        sizes: sizes of the chunk.
     """
-    part_index: list[slice] = []
-    rectangle_index: list[int | slice] = []
-    for axis, (low, size, begin, extent) in enumerate(zip(*offset_and_sizes(part, row), offset, sizes, strict=True)):
-        start, stop = max(low, begin), min(low + size, begin + extent)
+    hf_index: list[slice] = []
+    chunk_index: list[int | slice] = []
+    for axis, (hf_start, hf_size, chunk_start, chunk_size) in enumerate(
+        zip(*offset_and_sizes(hf_tensor, mapping), offset, sizes, strict=True)
+    ):
+        start, stop = max(hf_start, chunk_start), min(hf_start + hf_size, chunk_start + chunk_size)
         if start >= stop:
             return None
-        if axis < len(part.index) and isinstance(part.index[axis], int):
-            rectangle_index.append(start - begin)
+        if axis < len(hf_tensor.index) and isinstance(hf_tensor.index[axis], int):
+            chunk_index.append(start - chunk_start)
         else:
-            rectangle_index.append(slice(start - begin, stop - begin))
-            part_index.append(slice(start - low, stop - low))
-    return tuple(part_index), tuple(rectangle_index)
+            chunk_index.append(slice(start - chunk_start, stop - chunk_start))
+            hf_index.append(slice(start - hf_start, stop - hf_start))
+    return tuple(hf_index), tuple(chunk_index)

@@ -1,4 +1,4 @@
-"""A checkpoint's index, which torch keeps as a pickle, and its tensors, read without letting them call anything."""
+"""Read a checkpoint's index, which torch stores as a pickle, and its tensors, without running code from the files."""
 
 import contextlib
 import io
@@ -45,24 +45,24 @@ _ACCEPTED = frozenset(
 )
 
 
-# Torch says so whenever one process reads a checkpoint by itself, which is what this reader is for.
+# Torch warns when one process reads a checkpoint without a process group, which is a use of this reader.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds the record classes of a torch checkpoint index and nothing else."""
+    """Unpickle the record classes of a torch checkpoint index and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ACCEPTED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index")
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of the checkpoint in `folder`.
+    """Return the index of the checkpoint in `folder`.
 
     Raises:
-        CorruptCheckpointError: it is not an index, or it names code to run.
+        CorruptCheckpointError: the file is missing, is not an index, or names code to run.
     """
     path = folder / INDEX_FILE
     try:
@@ -70,57 +70,57 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
         raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {INDEX_FILE} is missing") from None
-    except Exception as error:  # bytes that are no pickle can end an unpickler in any way
-        raise CorruptCheckpointError(f"checkpoint index {path} is refused: {error or type(error).__name__}") from None
+    except Exception as error:  # an unpickler can raise any exception on bytes that are not a pickle
+        raise CorruptCheckpointError(f"checkpoint index {path} is invalid: {error or type(error).__name__}") from None
     if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
-        raise CorruptCheckpointError(f"checkpoint index {path} is refused: it is no index")
+        raise CorruptCheckpointError(f"checkpoint index {path} is invalid: it is not an index")
     for key, entry in index.state_dict_metadata.items():
-        # Torch unpickles, without any restriction, what the index calls bytes instead of a tensor.
+        # Torch unpickles an entry of bytes, which is not a tensor, without any restriction.
         if type(entry) is not TensorStorageMetadata:
-            raise CorruptCheckpointError(f"checkpoint index {path} is refused: {key} is no tensor")
+            raise CorruptCheckpointError(f"checkpoint index {path} is invalid: {key} is not a tensor")
         if not is_covered(entry):
-            raise CorruptCheckpointError(f"checkpoint index {path} is refused: parts of {key} are missing")
+            raise CorruptCheckpointError(f"checkpoint index {path} is invalid: chunks of {key} are missing")
     return index
 
 
 def global_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
-    """The shape of every whole tensor of a checkpoint."""
+    """Return the global shape of every tensor of a checkpoint, by name."""
     entries = index.state_dict_metadata.items()
     return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 def is_covered(entry: TensorStorageMetadata) -> bool:
-    """Whether the rectangles of a tensor, which do not overlap, make up the whole of it."""
+    """Return True if the chunks of a tensor, which do not overlap, cover all of it."""
     return sum(math.prod(chunk.sizes) for chunk in entry.chunks) == math.prod(entry.size)
 
 
 class StoredTensors:
-    """The rectangles of a checkpoint, mapped from its files, or parts of them read past the page cache.
+    """The chunks of a checkpoint on disk: memory-mapped, or read in part past the page cache.
 
     Raises:
-        CorruptCheckpointError: the index, or what it points to, is not what a checkpoint holds.
+        CorruptCheckpointError: the index, or a tensor that it points to, is invalid.
     """
 
     def __init__(self, folder: Path, index: Metadata | None = None) -> None:
         self._folder, self._index = folder, index or read_index(folder)
-        self._rectangles: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
-        self._places: dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]] = {}
+        self._chunks: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
+        self._locations: dict[tuple[str, tuple[int, ...]], tuple[Path, int, int]] = {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every whole tensor."""
+        """Global shape of every tensor, by name."""
         return global_shapes(self._index)
 
     def dtype(self, key: str) -> torch.dtype:
-        """What a tensor is stored in."""
+        """Return the dtype in which a tensor is stored."""
         return self._entry(key).properties.dtype
 
     def chunks(self, key: str) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Offset -> sizes of the rectangles that make up a tensor."""
-        if key not in self._rectangles:
+        """Return the chunks that make up a tensor, as offset -> sizes."""
+        if key not in self._chunks:
             chunks = self._entry(key).chunks
-            self._rectangles[key] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
-        return self._rectangles[key]
+            self._chunks[key] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
+        return self._chunks[key]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._index.state_dict_metadata[key]
@@ -128,64 +128,67 @@ class StoredTensors:
         return entry
 
     def mmap_chunk(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """One rectangle, on the CPU, which takes no memory of its own until it is copied. Not to be written to."""
-        path, start, nbytes = self._place(key, offset, sizes)
+        """Return one chunk as a memory-mapped CPU tensor of shape `sizes`. Do not write to it."""
+        path, start, nbytes = self._locate(key, offset, sizes)
         raw = numpy.memmap(path, numpy.uint8, mode="c", offset=start, shape=(nbytes,))
         return torch.from_numpy(raw).view(self.dtype(key)).view(sizes)
 
     def read_chunk(
         self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...], index: tuple[int | slice, ...]
     ) -> torch.Tensor:
-        """`rectangle[index]` of one rectangle, in memory of its own, from the disk itself.
+        """Return `chunk[index]` of one chunk, in new memory, read from disk past the page cache.
 
         Args:
-            index: numbers, then slices with both ends, one for every axis.
+            index: integers, then slices with start and stop, one for every axis.
         """
-        path, start, _ = self._place(key, offset, sizes)
+        path, start, _ = self._locate(key, offset, sizes)
         dtype = self.dtype(key)
-        rows_axis = next(axis for axis, where in enumerate(index) if isinstance(where, slice))
+        rows_axis = next(axis for axis, entry in enumerate(index) if isinstance(entry, slice))
         rows = index[rows_axis]
         assert isinstance(rows, slice)
-        first = 0
-        for where, size in zip([*index[:rows_axis], rows.start], sizes, strict=False):
-            first = first * size + where
+        first_row = 0
+        for position, size in zip([*index[:rows_axis], rows.start], sizes, strict=False):
+            first_row = first_row * size + position
         row_bytes = math.prod(sizes[rows_axis + 1 :]) * dtype.itemsize
         nbytes = (rows.stop - rows.start) * row_bytes
-        raw = read_direct(path, start + first * row_bytes, nbytes)
+        raw = read_direct(path, start + first_row * row_bytes, nbytes)
         values = torch.from_numpy(raw).view(dtype).view(rows.stop - rows.start, *sizes[rows_axis + 1 :])
         return values[(slice(None), *index[rows_axis + 1 :])]
 
-    def _place(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Path, int, int]:
-        """File, first byte and number of bytes of a rectangle."""
-        if (key, offset) in self._places:
-            return self._places[key, offset]
+    def _locate(self, key: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Path, int, int]:
+        """Return file, first byte and number of bytes of a chunk."""
+        if (key, offset) in self._locations:
+            return self._locations[key, offset]
         dtype = self.dtype(key)
         try:
-            place = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
-            path = self._folder / place.relative_path
+            stored = self._index.storage_data[MetadataIndex(key, torch.Size(offset))]
+            path = self._folder / stored.relative_path
         except (KeyError, TypeError, AttributeError):
             raise CorruptCheckpointError(
-                f"checkpoint {self._folder} is refused: its index has no place for {key}"
+                f"checkpoint {self._folder} is invalid: its index has no location for {key}"
             ) from None
         if path.parent != self._folder:
             raise CorruptCheckpointError(
-                f"checkpoint {self._folder} is refused: its index names a file outside ({path})"
+                f"checkpoint {self._folder} is invalid: its index names a file outside the folder ({path})"
             )
         nbytes = math.prod(sizes) * dtype.itemsize
         try:
-            found = path, _values_begin(path, place.offset, place.length, nbytes), nbytes
-            if sum(found[1:]) > path.stat().st_size:
+            location = path, _values_start(path, stored.offset, stored.length, nbytes), nbytes
+            if sum(location[1:]) > path.stat().st_size:
                 raise EOFError
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
-            raise CorruptCheckpointError(f"checkpoint file {path} is refused: {key} in it is no tensor") from None
-        self._places[key, offset] = found
-        return found
+            raise CorruptCheckpointError(f"checkpoint file {path} is invalid: {key} in it is not a tensor") from None
+        self._locations[key, offset] = location
+        return location
 
 
-def _values_begin(path: Path, offset: int, length: int, nbytes: int) -> int:
-    """Where the values of a tensor begin that `torch.save` wrote at `offset`: an archive that is not compressed.
+def _values_start(path: Path, offset: int, length: int, nbytes: int) -> int:
+    """Return the byte at which the values of a tensor start that `torch.save` wrote at `offset`.
 
-    What else is in the archive, a pickle, stays unread.
+    `torch.save` writes an uncompressed zip archive. The pickle in that archive is not read.
+
+    Raises:
+        ValueError: the archive is compressed, or does not hold `nbytes` bytes of values.
     """
     with path.open("rb") as file:
         with zipfile.ZipFile(_Window(file, offset, length)) as archive:
@@ -198,10 +201,10 @@ def _values_begin(path: Path, offset: int, length: int, nbytes: int) -> int:
 
 
 class _Window(io.RawIOBase):
-    """`length` bytes of a file as a file."""
+    """A file object over `length` bytes of another file, from `offset`."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -210,21 +213,21 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = (0, self._at, self._length)[whence] + offset
-        return self._at
+        self._position = (0, self._position, self._length)[whence] + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        read = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])  # type: ignore[attr-defined]
-        self._at += read
+        self._file.seek(self._offset + self._position)
+        read = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])  # type: ignore[attr-defined]
+        self._position += read
         return read
 
 
 class IndexReader(FileSystemReader):
-    """Torch's reader, with the index read by `read_index`, and rectangles that no pickle is needed for."""
+    """Torch's reader, with the index read by `read_index`, and chunks read without a pickle."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_index(Path(self.path))
@@ -236,11 +239,11 @@ class IndexReader(FileSystemReader):
             for key in {item.storage_index.fqn for item in plan.items}
             for offset, sizes in stored.chunks(key).items()
         }
-        wanted: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
+        requested: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             assert item.storage_index.offset is not None
-            wanted[item.storage_index.fqn, tuple(item.storage_index.offset)].append(item)
-        for (key, offset), items in wanted.items():
+            requested[item.storage_index.fqn, tuple(item.storage_index.offset)].append(item)
+        for (key, offset), items in requested.items():
             values = stored.mmap_chunk(key, offset, sizes[key, offset])
             for item in items:
                 target = planner.resolve_tensor(item)
@@ -252,8 +255,8 @@ class IndexReader(FileSystemReader):
 
 
 @contextlib.contextmanager
-def cause_raised() -> Iterator[None]:
-    """Raise the error that stopped torch's distributed checkpoint, in place of its collection of all ranks' errors."""
+def reraise_cause() -> Iterator[None]:
+    """Raise the error that stopped torch's distributed checkpoint, instead of its collection of all ranks' errors."""
     try:
         yield
     except CheckpointException as error:

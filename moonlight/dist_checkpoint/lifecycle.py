@@ -2,8 +2,8 @@
 
 A checkpoint holds global tensors under their own names and does not depend on the layout that wrote it: float32 master
 weights under the names of `hf_mapping`, momenta under `optimizer.<momentum>.<name>`. All ranks write it, and it appears
-atomically. `async_save` writes to disk, `state` defines the files, `tensors` their contents,
-and `recovery` chooses the checkpoint that a run resumes from.
+atomically. `async_save` writes to disk, `state` defines the files, `tensors` their contents, and `recovery` selects the
+checkpoint that a run resumes from.
 """
 
 import contextlib
@@ -34,49 +34,49 @@ from moonlight.files import atomic_write_text, fsync
 
 
 def partial_path(final: Path) -> Path:
-    """Where a checkpoint lies while it is written."""
+    """Return the path of a checkpoint while it is being written."""
     return final.with_name(f".{final.name}.part")
 
 
-def commit_checkpoint(part: Path, final: Path, content: dict[str, Any]) -> None:
-    """Complete the checkpoint in `part` with its `state.json`, give it its name, and let `latest` point to it."""
-    write_state(part, content)
-    fsync(part)
+def commit_checkpoint(partial: Path, final: Path, content: dict[str, Any]) -> None:
+    """Complete the checkpoint in `partial`: write its `state.json`, rename it to `final`, and point `latest` to it."""
+    write_state(partial, content)
+    fsync(partial)
     with _replaced(final):
-        part.rename(final)
+        partial.rename(final)
         try:
             fsync(final.parent)
             atomic_write_text(final.parent / LATEST_FILE, final.name + "\n")
         except BaseException:
-            final.rename(part)  # there for whoever cleans up
+            final.rename(partial)  # the caller deletes it
             raise
 
 
 def apply_retention(newest: Path, train_config: TrainConfig) -> None:
-    """Remove the checkpoints before `newest`, which was just completed, but for those that the recipe keeps.
+    """Delete the checkpoints before `newest`, which was just completed, except those that the recipe keeps.
 
-    Those are `keep_checkpoints` with `newest` among them (0: all), those after multiples of `keep_every_steps`, and, if
-    spikes lead to rollbacks, the one that a spike in the next step would need.
+    The recipe keeps the last `keep_checkpoints` including `newest` (0: all) and those at multiples of
+    `keep_every_steps`. With `spike_policy: rollback` it also keeps the one that a spike in the next step would need.
     """
     steps = [checkpoint_step(folder) for folder in complete_checkpoints(newest.parent) if folder <= newest]
-    every, back = train_config.keep_every_steps, checkpoint_step(newest) + 1 - train_config.rollback_steps
+    every, rollback_step = train_config.keep_every_steps, checkpoint_step(newest) + 1 - train_config.rollback_steps
     kept = set(steps[-train_config.keep_checkpoints :]) | {step for step in steps if every and step % every == 0}
     if train_config.spike_policy == "rollback":
-        kept |= {max((step for step in steps if step <= back), default=0)}
+        kept |= {max((step for step in steps if step <= rollback_step), default=0)}
     for step in steps:
         if step not in kept:
             _remove(step_folder(newest.parent, step))
 
 
 def remove_partial(checkpoints: Path) -> None:
-    """Remove what killed processes and failed saves left unfinished."""
+    """Delete the partial checkpoints that killed processes and failed saves left."""
     for folder in checkpoints.glob(".step-*.part"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_later(folder: Path) -> None:
-    """Make `folder` the newest checkpoint of all, by removing those of later steps. By all ranks."""
-    dist.barrier()  # nobody reads one of them any more
+    """Make `folder` the newest checkpoint, by deleting later steps. Collective."""
+    dist.barrier()  # no rank reads a later one any more
     if dist.get_rank() == 0:
         atomic_write_text(folder.parent / LATEST_FILE, folder.name + "\n")
         for later in step_folders(folder.parent):
@@ -86,34 +86,40 @@ def delete_later(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint: it is complete, or does not have a checkpoint's name any more."""
+    """Delete a checkpoint. It is renamed first, so that no folder with a checkpoint's name is incomplete."""
     with _replaced(folder):
         pass
 
 
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
-    """Take a checkpoint's name away in one step, and remove its files when the block has ended.
+    """Rename a checkpoint out of the way atomically; delete its files when the block ends, restore it if that raises.
 
-    There may be none: only a run that went back comes by one a second time.
+    The checkpoint usually does not exist: only a run that rolled back saves the same step a second time.
     """
-    part = folder.with_name(f".{folder.name}.old.part")
-    shutil.rmtree(part, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(part)
+        folder.rename(old)
     try:
         yield
     except BaseException:
-        if part.exists():
-            part.rename(folder)
+        if old.exists():
+            old.rename(folder)
         raise
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, config: RunConfig, optimizer: CheckpointedOptimizer) -> TrainState:
-    """Fill the optimizer's masters and momenta and the model from a checkpoint that any layout wrote.
+    """Fill master weights, momenta and the model from a checkpoint, whatever layout wrote it. Collective.
 
-    It must have been checked (`recovery`).
+    `recovery.verify_checkpoint` must have checked it.
+
+    Returns:
+        The state to resume from.
+
+    Raises:
+        UserError: the checkpoint is of a different model or optimizer, or holds weights only.
     """
     content = read_state(folder, check_files=False)
     check_model(folder, content, config)
@@ -124,7 +130,13 @@ def load_checkpoint(folder: Path, config: RunConfig, optimizer: CheckpointedOpti
 
 
 def load_weights(folder: Path, config: RunConfig, optimizer: CheckpointedOptimizer) -> None:
-    """Fill the masters and the model alone from a checkpoint that has been checked; momenta stay zero."""
+    """Fill master weights and the model, but not the momenta, from a checkpoint. Collective.
+
+    `recovery.verify_checkpoint` must have checked it.
+
+    Raises:
+        UserError: the checkpoint was saved from a different model.
+    """
     check_model(folder, read_state(folder, check_files=False), config)
     with optimizer.loading_masters() as masters:
         load_tensors(folder, masters, strict=False)

@@ -29,7 +29,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from moonlight.dist_checkpoint.chunks import LazyTensor, LocalChunks
 from moonlight.dist_checkpoint.direct_io import DirectFile
-from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, cause_raised, global_shapes, is_covered, read_index
+from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, reraise_cause, global_shapes, is_covered, read_index
 from moonlight.errors import UserError
 from moonlight.files import fsync, xxh3_checksum
 
@@ -290,7 +290,7 @@ def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = 
     """
     _check_names_and_shapes(folder, global_shapes(read_index(folder)), state, strict)
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with cause_raised():
+    with reraise_cause():
         dcp.load(state, storage_reader=IndexReader(folder), planner=planner)
 
 

@@ -1,4 +1,4 @@
-"""Core attention: torch's scaled dot product with keys wider than values, as latent attention has them."""
+"""Core attention: causal scaled dot-product attention with keys wider than values, as latent attention needs."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from moonlight.model import sdpa
 from moonlight.model.cpu_attention import CpuAttention
 
-LOGITS_AT_ONCE = 2**25
-"""Attention logits in memory while their maximum is sought: 128 MiB."""
+LOGITS_CHUNK_ELEMENTS = 2**25
+"""Maximum number of attention logits that `max_logits` holds in memory: 128 MiB in float32."""
 
 
 @torch.no_grad()
@@ -17,16 +17,21 @@ def max_logits(
     query: torch.Tensor,
     key: torch.Tensor,
     softmax_scale: float,
-    logits_at_once: int = LOGITS_AT_ONCE,
-    documents: torch.Tensor | None = None,
+    chunk_elements: int = LOGITS_CHUNK_ELEMENTS,
+    document_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Largest softmax_scale * q k^T of each head over all sequences and causal pairs: float32 [heads].
+    """Return the largest softmax_scale * q k^T of each head, over all sequences and causal pairs: float32 [heads].
 
-    `query` and `key` [sequence, batch, heads, dim]; with `documents` [batch, sequence] only pairs within one count.
-    A logit that is not a number makes its head's maximum one.
+    The maximum of a head is NaN if one of its logits is NaN.
+
+    Args:
+        query: [sequence, batch, heads, dim].
+        key: [sequence, batch, heads, dim].
+        chunk_elements: maximum number of logits in memory.
+        document_ids: [batch, sequence]; if present, only pairs within one document count.
     """
     length, batch, heads, _ = query.shape
-    rows = max(1, logits_at_once // (batch * heads * length))
+    rows = max(1, chunk_elements // (batch * heads * length))
     largest = torch.full((heads,), -math.inf, device=query.device)
     q, k = (x.permute(1, 2, 0, 3).float() for x in (query, key))  # [batch, heads, sequence, dim]
     for start in range(0, length, rows):
@@ -34,22 +39,22 @@ def max_logits(
         logits = q[:, :, start:stop] @ k[:, :, :stop].mT  # [batch, heads, rows, stop]
         future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
         logits[..., start:].masked_fill_(future, -math.inf)
-        if documents is not None:
-            apart = documents[:, start:stop, None] != documents[:, None, :stop]
-            logits.masked_fill_(apart.unsqueeze(1), -math.inf)
+        if document_ids is not None:
+            other_document = document_ids[:, start:stop, None] != document_ids[:, None, :stop]
+            logits.masked_fill_(other_document.unsqueeze(1), -math.inf)
         largest = torch.maximum(largest, logits.flatten(2).amax(2).amax(0))
     return largest * softmax_scale
 
 
 class CausalAttention(torch.nn.Module):
-    """softmax(q k^T * scale) v under a causal mask, with `mask_documents` within each document only.
+    """softmax(q k^T * scale) v under a causal mask; with `mask_documents`, within each document only.
 
     Shapes: q and k [sequence, batch, heads, nope + rope], v [sequence, batch, heads, v_head_dim];
-    output [sequence, batch, heads * v_head_dim]. Heads are this tensor-parallel rank's own.
+    output [sequence, batch, heads * v_head_dim]. `heads` counts the heads of this tensor-parallel rank.
 
     Attributes:
-        layer_number: of the whole model, from 1.
-        max_logits: largest logit of each head since `record` was called, float32 [heads].
+        layer_number: number of the layer in the full model, from 1.
+        max_logits: largest logit of each head since the last call of `record`, float32 [heads].
     """
 
     def __init__(self, *, softmax_scale: float, layer_number: int = 1, mask_documents: bool = False, **_: Any) -> None:
@@ -60,7 +65,7 @@ class CausalAttention(torch.nn.Module):
         self.record(0)
 
     def record(self, passes: int) -> None:
-        """Forget the maxima; the next `passes` training passes, one a micro-batch, are recorded."""
+        """Reset the maxima, then record the next `passes` training passes, one per micro-batch."""
         self.max_logits = torch.tensor(-math.inf)
         self._passes_to_record = passes
 
@@ -72,12 +77,15 @@ class CausalAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """`attention_mask`: number of each token's document, [batch, sequence]; None takes a sequence for one."""
-        documents = attention_mask if self.mask_documents else None
+        """Return the attention output; see the class for shapes.
+
+        `attention_mask` is the document id of each token, [batch, sequence]; None means one document per sequence.
+        """
+        document_ids = attention_mask if self.mask_documents else None
         if self._passes_to_record and self.training and torch.is_grad_enabled():
             self._passes_to_record -= 1
-            found = max_logits(query, key, self.softmax_scale, documents=documents)
-            self.max_logits = torch.maximum(found, self.max_logits.to(found.device))
+            maxima = max_logits(query, key, self.softmax_scale, document_ids=document_ids)
+            self.max_logits = torch.maximum(maxima, self.max_logits.to(maxima.device))
         if not query.is_cuda:
-            return CpuAttention.apply(query, key, value, self.softmax_scale, documents).flatten(2)
-        return sdpa.attention(query, key, value, self.softmax_scale, documents)
+            return CpuAttention.apply(query, key, value, self.softmax_scale, document_ids).flatten(2)
+        return sdpa.attention(query, key, value, self.softmax_scale, document_ids)

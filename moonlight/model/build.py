@@ -1,4 +1,4 @@
-"""From a recipe to this rank's part of the model on Megatron-Core."""
+"""Build this rank's part of the model on Megatron-Core from a configuration."""
 
 import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
@@ -32,14 +32,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
-    """Megatron's configuration of a recipe."""
+    """Return Megatron's configuration of a run."""
     model_config, parallel = config.model, config.parallel
     dtype = DTYPES[config.train.dtype]
-    dense, layers = model_config.first_k_dense_replace, model_config.num_hidden_layers
+    num_dense, num_layers = model_config.first_k_dense_replace, model_config.num_hidden_layers
     interleaved = parallel.virtual_pipeline_parallel_size > 1
     grouped = model_config.num_expert_groups > 1
     return MLATransformerConfig(
-        num_layers=layers,
+        num_layers=num_layers,
         hidden_size=model_config.hidden_size,
         num_attention_heads=model_config.num_attention_heads,
         ffn_hidden_size=model_config.intermediate_size,
@@ -51,14 +51,14 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
         rope_type="rope",
         rotary_base=model_config.rope_theta,
         num_moe_experts=model_config.num_experts,
-        moe_layer_freq=[0] * dense + [1] * (layers - dense),
+        moe_layer_freq=[0] * num_dense + [1] * (num_layers - num_dense),
         moe_ffn_hidden_size=model_config.moe_intermediate_size,
         moe_shared_expert_intermediate_size=model_config.moe_intermediate_size * model_config.num_shared_experts,
         moe_router_topk=model_config.num_experts_per_tok,
         moe_router_topk_scaling_factor=model_config.routed_scaling_factor,
         moe_router_num_groups=model_config.num_expert_groups if grouped else None,
         moe_router_group_topk=model_config.topk_group if grouped else None,
-        moe_router_load_balancing_type="none",  # the loss and the bias are our router's
+        moe_router_load_balancing_type="none",  # model/router.py computes the auxiliary loss and the bias
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
         layernorm_epsilon=model_config.rms_norm_eps,
@@ -72,7 +72,7 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_parallel_size if interleaved else None,
         account_for_loss_in_pipeline_split=head_counts_as_layer(
-            layers, parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
+            num_layers, parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
         ),
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
@@ -80,15 +80,15 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
         pipeline_dtype=torch.float32 if config.train.fp32_residual_connection else dtype,
         fp32_residual_connection=config.train.fp32_residual_connection,
         bf16=dtype is torch.bfloat16,
-        # With the defaults, interleaved schedules silently exchange wrong activations over gloo.
+        # With Megatron's defaults, interleaved schedules silently exchange wrong activations over gloo.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # Gloo may still be sending what an interleaved schedule frees.
+        # An interleaved schedule may free an output that gloo still sends.
         deallocate_pipeline_outputs=torch.cuda.is_available() or not interleaved,
-        recompute_modules=list(config.train.recompute_modules),  # read by our layers; Megatron's own stay off
-        # Losses are sums over this rank's tokens, already divided by the global count; see train/step.py.
+        recompute_modules=list(config.train.recompute_modules),  # read by our layers, not by Megatron's
+        # Losses are sums over this rank's tokens, divided by the global count; see train/forward_backward.py.
         calculate_per_token_loss=True,
-        perform_initialization=False,  # init.py fills every tensor
+        perform_initialization=False,  # shards.init_weights or a checkpoint fills every tensor
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -97,7 +97,7 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
     )
 
 
-def _layer_spec(with_experts: bool, data: DataConfig) -> ModuleSpec:
+def _layer_spec(with_experts: bool, data_config: DataConfig) -> ModuleSpec:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if with_experts:
         mlp = ModuleSpec(
@@ -112,14 +112,14 @@ def _layer_spec(with_experts: bool, data: DataConfig) -> ModuleSpec:
         mlp = ModuleSpec(module=DenseMLP, submodules=linears)
     attention = ModuleSpec(
         module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "reset_positions": data.reset_positions},
+        params={"attn_mask_type": AttnMaskType.causal, "reset_positions": data_config.reset_positions},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ReplicatedLinear,
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=ReplicatedLinear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=CausalAttention, params={"mask_documents": data.mask_documents}),
+            core_attention=ModuleSpec(module=CausalAttention, params={"mask_documents": data_config.mask_documents}),
             linear_proj=RowParallelLinear,
             q_layernorm=LatentRMSNorm,
             kv_layernorm=LatentRMSNorm,
@@ -138,22 +138,22 @@ def _layer_spec(with_experts: bool, data: DataConfig) -> ModuleSpec:
 
 
 def build_model(config: RunConfig) -> list[LanguageModel]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), with uninitialised weights.
+    """Return this rank's model chunks (one, or one per virtual pipeline stage), with uninitialized weights.
 
-    Needs `parallel.build_groups` first.
+    Call `parallel.init_model_parallel` first.
     """
     transformer_config = build_transformer_config(config)
-    chunks = config.parallel.virtual_pipeline_parallel_size
+    num_chunks = config.parallel.virtual_pipeline_parallel_size
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    # With it, Megatron would move a tied embedding to CUDA and send it, not yet initialised, to the last stage.
+    # With this group, Megatron moves a tied embedding to CUDA and sends it, uninitialized, to the last stage.
     groups.embd = None
     model_chunks = []
-    for chunk in range(chunks):
-        stage = chunk if chunks > 1 else None
-        first = get_transformer_layer_offset(transformer_config, stage)
-        count = get_num_layers_to_build(transformer_config, stage)
-        dense = config.model.first_k_dense_replace
-        specs = [_layer_spec(layer >= dense, config.data) for layer in range(first, first + count)]
+    for chunk in range(num_chunks):
+        stage = chunk if num_chunks > 1 else None
+        start = get_transformer_layer_offset(transformer_config, stage)
+        stop = start + get_num_layers_to_build(transformer_config, stage)
+        num_dense = config.model.first_k_dense_replace
+        specs = [_layer_spec(layer >= num_dense, config.data) for layer in range(start, stop)]
         model = LanguageModel(
             config=transformer_config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
@@ -161,7 +161,7 @@ def build_model(config: RunConfig) -> list[LanguageModel]:
             max_sequence_length=config.model.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            position_embedding_type="none",  # rotary embedding is latent attention's own
+            position_embedding_type="none",  # LatentAttention applies the rotary embedding
             share_embeddings_and_output_weights=config.model.tie_word_embeddings,
             pg_collection=groups,
             vp_stage=stage,

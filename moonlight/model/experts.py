@@ -12,13 +12,14 @@ from moonlight.kernels.swiglu import swiglu, swiglu_backward
 
 
 class SortedExperts(torch.autograd.Function):
-    """SwiGLU experts: each token's sum over its k experts, weighted by its probabilities.
+    """SwiGLU experts: the sum over each token's k experts, weighted by its probabilities.
 
-    `tokens` [tokens, hidden]; `probabilities` float32 [tokens, k]; gate_proj and up_proj [E, hidden, M], down_proj
-    [E, M, hidden]; `source`, `inverse` and `ends` the order of `pad_expert_segments`, whose gaps get probability 0.
+    Shapes: `tokens` and the result [tokens, hidden]; `probabilities` float32 [tokens, k]; gate_proj and up_proj
+    [E, hidden, M], down_proj [E, M, hidden]. `source`, `inverse` and `ends` are the permutation that
+    `pad_expert_segments` returns; its gaps get probability 0.
 
-    Kept for the backward pass besides the inputs: the two projections. Tokens are gathered, and the activation is made,
-    again.
+    The forward pass saves the inputs and the gate and up projections. The backward pass gathers the tokens again and
+    recomputes the activation.
     """
 
     @staticmethod
@@ -35,7 +36,7 @@ class SortedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = permute_tokens(tokens, source)
         gate, up = (F.grouped_mm(rows, weight, offs=ends) for weight in (gate_proj, up_proj))
-        inner = swiglu(gate, up, _in_order(probabilities, source, inverse))
+        inner = swiglu(gate, up, _sort_probabilities(probabilities, source, inverse))
         out = unpermute_tokens(F.grouped_mm(inner, down_proj, offs=ends), inverse)
         ctx.save_for_backward(tokens, probabilities, gate_proj, up_proj, down_proj, source, inverse, ends, gate, up)
         return out
@@ -46,28 +47,28 @@ class SortedExperts(torch.autograd.Function):
         grad = permute_tokens(grad, source)
         grad_inner = F.grouped_mm(grad, down_proj.mT, offs=ends)
         grad_gate, grad_up, grad_probabilities, inner = swiglu_backward(
-            grad_inner, gate, up, _in_order(probabilities, source, inverse)
+            grad_inner, gate, up, _sort_probabilities(probabilities, source, inverse)
         )
         assert grad_probabilities is not None
         grad_down = F.grouped_mm(inner.mT, grad, offs=ends)
         rows = permute_tokens(tokens, source)
-        weights = [F.grouped_mm(rows.mT, each, offs=ends) for each in (grad_gate, grad_up)]
+        grad_weights = [F.grouped_mm(rows.mT, grad_output, offs=ends) for grad_output in (grad_gate, grad_up)]
         grad_rows = F.grouped_mm(grad_gate, gate_proj.mT, offs=ends)
         grad_rows += F.grouped_mm(grad_up, up_proj.mT, offs=ends)
         grad_tokens = unpermute_tokens(grad_rows, inverse)
-        return grad_tokens, grad_probabilities[inverse], grad_down, *weights, None, None, None
+        return grad_tokens, grad_probabilities[inverse], grad_down, *grad_weights, None, None, None
 
 
-def _in_order(probabilities: torch.Tensor, source: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Probabilities [tokens, k] as those of the sorted copies, 0 in gaps."""
+def _sort_probabilities(probabilities: torch.Tensor, source: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Return probabilities [tokens, k] in the sorted order of the token copies, [len(source)]; 0 in gaps."""
     return probabilities.new_zeros(len(source)).scatter_(0, inverse.flatten(), probabilities.flatten())
 
 
 class Experts(torch.nn.Module):
     """The SwiGLU experts of this rank.
 
-    Parameters, with E local experts and M the expert width of this rank (the whole width, or its share under expert
-    tensor parallelism): gate_proj and up_proj [E, hidden, M], down_proj [E, M, hidden].
+    Parameters: gate_proj and up_proj [E, hidden, M], down_proj [E, M, hidden]. E is the number of local experts. M is
+    the expert width, divided by the expert-tensor-parallel size.
     """
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
@@ -83,8 +84,8 @@ class Experts(torch.nn.Module):
             parameter = torch.nn.Parameter(
                 torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
-            # Always reduced over the expert-data-parallel group. Megatron marks experts so only when EP > 1, which
-            # leaves their gradients unreduced over TP when experts are not tensor-parallel themselves.
+            # Reduce gradients over the expert-data-parallel group. Megatron sets this mark only if EP > 1. Without the
+            # mark, gradients are not reduced over TP if the experts are not tensor-parallel.
             parameter.allreduce = False  # type: ignore[attr-defined]
             return parameter
 
@@ -95,15 +96,18 @@ class Experts(torch.nn.Module):
     def forward(
         self, tokens: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor, order: ExpertPermutation
     ) -> torch.Tensor:
-        """Sum over each token's k experts of this rank, weighted by `probabilities`.
+        """Return the sum over each token's k experts, weighted by `probabilities`: [tokens, hidden].
 
-        `tokens` [tokens, hidden]; `probabilities` and `chosen` int64 [tokens, k]; `order` of `chosen` as
-        `sort_by_expert` gives it.
+        Args:
+            tokens: [tokens, hidden].
+            probabilities: [tokens, k].
+            chosen: int64 [tokens, k], local expert indices.
+            order: the result of `sort_by_expert` for `chosen`.
         """
-        alignment = EXPERT_ROW_ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps name token 0
+        alignment = EXPERT_ROW_ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps point to token 0
         order = pad_expert_segments(order, chosen, alignment)
-        # Autograd's heap hands out gradients of inputs 1, 2, 3 as 1, 3, 2: from the last parameter to the first, and
-        # their buckets leave in that order.
+        # Autograd produces the gradients of inputs 1, 2, 3 in the order 1, 3, 2. For this order of weights, that is from
+        # the last parameter to the first. The buckets are reduced in that order.
         weights = self.down_proj, self.gate_proj, self.up_proj
         result: torch.Tensor = SortedExperts.apply(tokens, probabilities.float(), *weights, *order)
         return result
@@ -111,7 +115,7 @@ class Experts(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, ShardedTensor]:
-        """Every projection as this rank's part of one global [num_experts, in, out] tensor."""
+        """Return each projection as this rank's shard of one global [num_experts, in, out] tensor."""
         assert not sharded_offsets
         ep, tp = self.ep_group, self.tp_group
         return {

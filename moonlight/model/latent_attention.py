@@ -1,5 +1,7 @@
-"""Multi-head latent attention on Megatron's layers (DeepSeek-V2, arXiv 2405.04434, 2.1), with positions that can begin
-anew in every document of a sequence."""
+"""Multi-head latent attention on Megatron's layers (DeepSeek-V2, arXiv 2405.04434, 2.1).
+
+Positions can restart in each document of a sequence.
+"""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -17,16 +19,16 @@ from moonlight.model.recompute import recompute_in_backward
 replace_te_linear(ReplicatedLinear)
 
 
-def positions_in_documents(documents: torch.Tensor) -> torch.Tensor:
-    """Place of each token in its document, from 0: int64 [batch, sequence], as `documents` numbers them."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = torch.nn.functional.pad(documents.diff(dim=1), (1, 0)) > 0
-    return places - torch.where(begins, places, 0).cummax(1).values
+def positions_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
+    """Return the position of each token in its document, from 0: int64 [batch, sequence], as `document_ids`."""
+    positions = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_start = torch.nn.functional.pad(document_ids.diff(dim=1), (1, 0)) > 0
+    return positions - torch.where(is_start, positions, 0).cummax(1).values
 
 
 @lru_cache(maxsize=2)
 def _angles(length: int, dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary embedding: float32 [sequence, 1, 1, dim]. Kept: all layers ask for the same."""
+    """Return cosines and sines of the rotary embedding: float32 [sequence, 1, 1, dim]. Cached for all layers."""
     frequencies = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
     angles = torch.cat([angles, angles], dim=-1)[:, None, None]
@@ -34,15 +36,15 @@ def _angles(length: int, dim: int, base: float, device: torch.device) -> tuple[t
 
 
 @lru_cache(maxsize=1)
-def _angles_in_documents(documents: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for every token's place in its document: float32 [sequence, batch, 1, dim]."""
-    places = positions_in_documents(documents).T.unsqueeze(2)
-    cosine, sine = _angles(documents.shape[1], dim, base, documents.device)
-    return cosine[:, 0, 0][places], sine[:, 0, 0][places]
+def _angles_in_documents(document_ids: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines at each token's position in its document: float32 [sequence, batch, 1, dim]."""
+    positions = positions_in_documents(document_ids).T.unsqueeze(2)
+    cosine, sine = _angles(document_ids.shape[1], dim, base, document_ids.device)
+    return cosine[:, 0, 0][positions], sine[:, 0, 0][positions]
 
 
-class _Rotated(torch.autograd.Function):
-    """x [sequence, batch, heads, dim] with its last dimensions, as many as the angles have, rotated."""
+class _ApplyRope(torch.autograd.Function):
+    """Rotate the last `cosine.shape[-1]` dimensions of x [sequence, batch, heads, dim]."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -60,15 +62,18 @@ class _Rotated(torch.autograd.Function):
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's parameters, our pass. `attention_mask` is the number of each token's document, [batch, sequence], or
-    None."""
+    """Multi-head latent attention with Megatron's parameters and our forward pass."""
 
-    def __init__(self, *args: Any, reset_positions: bool, **others: Any) -> None:
-        super().__init__(*args, **others)
+    def __init__(self, *args: Any, reset_positions: bool, **kwargs: Any) -> None:
+        """Initialize; with `reset_positions`, positions restart at 0 in each document of a sequence."""
+        super().__init__(*args, **kwargs)
         self.reset_positions = reset_positions
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any) -> Any:
-        """[sequence / TP, batch, hidden] to the same."""
+        """Return the output [sequence / TP, batch, hidden], with Megatron's bias, which is None.
+
+        `attention_mask` is the document id of each token, [batch, sequence], or None: one document per sequence.
+        """
         config = self.config
         query_input = hidden_states
         if config.q_lora_rank is not None:
@@ -76,18 +81,18 @@ class LatentAttention(MLASelfAttention):
         latent, rope_key = self.linear_kv_down_proj(hidden_states)[0].split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
         )
-        make = partial(
+        project = partial(
             self._up_projections,
             query_input,
             self.kv_layernorm(latent),
             rope_key,
             self._angles(rope_key, attention_mask),
         )
-        query, key, keys_and_values = make()
+        query, key, keys_and_values = project()
         value = keys_and_values[..., config.qk_head_dim :]
         attended = self.core_attention(query, key, value, attention_mask)
         if "mla_up_proj" in config.recompute_modules:
-            recompute_in_backward([query, key, keys_and_values], make, attended)
+            recompute_in_backward([query, key, keys_and_values], project, attended)
         return self.linear_proj(attended)
 
     def _up_projections(
@@ -97,8 +102,11 @@ class LatentAttention(MLASelfAttention):
         rope_key: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys [sequence, batch, heads, nope + rope], and keys without rope beside values [..., nope +
-        value], of what is [sequence / TP, batch, ...]."""
+        """Return queries, keys and the joint key-value projection.
+
+        Queries and keys are [sequence, batch, heads, nope + rope]; the joint projection is [sequence, batch, heads,
+        nope + v_head_dim], keys without rope first. Inputs are [sequence / TP, batch, ...].
+        """
         config = self.config
         query, _ = (self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj)(query_input)
         query = query.unflatten(-1, (-1, self.q_head_dim))
@@ -106,13 +114,13 @@ class LatentAttention(MLASelfAttention):
             rope_key = gather_from_sequence_parallel_region(rope_key, group=self.tp_group)
         keys_and_values, _ = self.linear_kv_up_proj(latent)
         keys_and_values = keys_and_values.unflatten(-1, (query.shape[2], -1))
-        query = _Rotated.apply(query, *angles)
-        rope_key = _Rotated.apply(rope_key.unsqueeze(2), *angles).expand(-1, -1, query.shape[2], -1)
+        query = _ApplyRope.apply(query, *angles)
+        rope_key = _ApplyRope.apply(rope_key.unsqueeze(2), *angles).expand(-1, -1, query.shape[2], -1)
         return query, torch.cat([keys_and_values[..., : config.qk_head_dim], rope_key], dim=-1), keys_and_values
 
-    def _angles(self, rope_key: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(self, rope_key: torch.Tensor, document_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         dim, base = self.config.qk_pos_emb_head_dim, float(self.config.rotary_base)
-        if self.reset_positions and documents is not None:
-            return _angles_in_documents(documents, dim, base)
+        if self.reset_positions and document_ids is not None:
+            return _angles_in_documents(document_ids, dim, base)
         length = len(rope_key) * (self.tp_group.size() if self.config.sequence_parallel else 1)
         return _angles(length, dim, base, rope_key.device)

@@ -1,4 +1,4 @@
-"""The two plain layers that Megatron-Core only has through Transformer Engine."""
+"""Replicated linear layer and RMS norm, which Megatron-Core provides only through Transformer Engine."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from moonlight.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """A linear layer held whole by every tensor-parallel rank, applied to that rank's slice of the sequence.
+    """A linear layer that every tensor-parallel rank holds in full and applies to its slice of the sequence.
 
-    Input [sequence / TP, batch, in], output [sequence / TP, batch, out]. Its weight gradient is summed over the
-    tensor-parallel ranks by Megatron's `finalize_model_grads`, which looks for the `sequence_parallel` mark.
+    Input [sequence / TP, batch, in], output [sequence / TP, batch, out]. The `sequence_parallel` mark of
+    the weight makes Megatron's `finalize_model_grads` sum its gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, bias: bool, **_: Any) -> None:
         super().__init__()
-        assert not bias, "the family has no biases"
+        assert not bias, "the models of this family have no biases"
         self.weight = torch.nn.Parameter(
             torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
@@ -27,8 +27,8 @@ class ReplicatedLinear(torch.nn.Module):
         return F.linear(hidden, self.weight), None
 
 
-class _AddedAndNormed(torch.autograd.Function):
-    """residual + update, and its norm: as `_Normed`, of the sum."""
+class _AddRMSNorm(torch.autograd.Function):
+    """residual + update and, as in `_RMSNorm`, the norm of the sum."""
 
     @staticmethod
     def forward(ctx: Any, residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
@@ -44,8 +44,8 @@ class _AddedAndNormed(torch.autograd.Function):
         return grad, grad.to(ctx.update_dtype), grad_weight, None
 
 
-class _Normed(torch.autograd.Function):
-    """x / rms(x) * weight over the last dimension; only x and a number a row are kept."""
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last dimension. Saves x, the weight and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,10 +59,10 @@ class _Normed(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, with the sequence-parallel mark on its gain.
+    """Root-mean-square norm over the last dimension, with the sequence-parallel mark on its weight.
 
-    Takes any dtype, computes in float32 and returns its gain's dtype, so that a float32 residual stream can feed it.
-    Megatron's own torch norm refuses sequence parallelism.
+    Takes any dtype, computes in float32 and returns the dtype of its weight, so a float32 residual stream can feed it.
+    Megatron's torch norm does not support sequence parallelism.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
@@ -74,19 +74,19 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = _Normed.apply(hidden, self.weight, self.eps)
+        result: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
         return result
 
     def add(self, residual: torch.Tensor, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual + update, in the dtype of the residual, and its norm."""
-        total, normed = _AddedAndNormed.apply(residual, update, self.weight, self.eps)
+        """Return residual + update, in the dtype of the residual, and the norm of the sum."""
+        total, normed = _AddRMSNorm.apply(residual, update, self.weight, self.eps)
         return total, normed
 
 
 class LatentRMSNorm(RMSNorm):
     """The norm between the down- and up-projections of latent attention.
 
-    DeepSeek's modelling code, and transformers after it, give this norm epsilon 1e-6 whatever `rms_norm_eps` says.
+    Its epsilon is always 1e-6, as in DeepSeek's modeling code and in transformers, for any value of `rms_norm_eps`.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:

@@ -1,4 +1,4 @@
-"""The head and its cross-entropy in one, a chunk of tokens at a time: all logits are never there."""
+"""Output projection and cross-entropy together, one chunk of tokens at a time: the full logits are never materialized."""
 
 from typing import Any
 
@@ -13,14 +13,16 @@ from moonlight.kernels.cross_entropy import loss_and_gradient_, loss_gradient_, 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of `scale` times the cross-entropy of head(hidden) against the label: a float32 scalar.
 
-    `hidden` [tokens, hidden], on every rank of `group` alike; `weight` [vocabulary of this rank, hidden], rank r of the
-    group having the r-th part; `labels` int64 and `scale` float32 [tokens]. The gradients are made with the loss, while
-    a chunk's logits are there, and multiplied by that of the loss in the backward pass; the gradient of `hidden` is
-    this rank's part of a sum over the group. Without `learns` there are none: a function like this one is not told
-    whether gradients are wanted.
+    Inputs: `hidden` [tokens, hidden], equal on all ranks of `group`; `weight` [local vocabulary, hidden], where rank r
+    of the group holds the r-th shard; `labels` int64 and `scale` float32 [tokens].
 
-    Logits have the dtype of `hidden`; everything between them and their gradient is float32, and so is the sum of the
-    weight's gradient over chunks.
+    The forward pass computes the gradients together with the loss, while the logits of a chunk are in memory. The
+    backward pass multiplies them by the gradient of the loss. The gradient of `hidden` is this rank's term of a sum
+    over the group. Without `needs_grad` the gradients are not computed. It is an argument because grad mode is off
+    inside an autograd function.
+
+    Logits have the dtype of `hidden`. The loss and the gradient of the logits are computed in float32, and the gradient
+    of the weight is summed over chunks in float32.
     """
 
     @staticmethod
@@ -31,24 +33,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         scale: torch.Tensor,
         group: dist.ProcessGroup,
-        learns: bool,
+        needs_grad: bool,
     ) -> torch.Tensor:
-        tokens, first = len(hidden), group.rank() * len(weight)
+        tokens, start_id = len(hidden), group.rank() * len(weight)
         rows = logits_chunk_rows(len(weight))
         buffer = hidden.new_empty(min(rows, tokens), len(weight))
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if learns else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, tokens, rows):
             chunk = slice(start, start + rows)
             logits = torch.mm(hidden[chunk], weight.T, out=buffer[: tokens - start])
-            if learns and group.size() == 1:
+            if needs_grad and group.size() == 1:
                 losses = loss_and_gradient_(logits, labels[chunk], scale[chunk])
             else:
-                log_sum_exp, of_label = _whole(*partial_sums(logits, labels[chunk], first), group)
-                losses = log_sum_exp - of_label
-                if learns:
-                    loss_gradient_(logits, labels[chunk], first, log_sum_exp, scale[chunk])
+                log_sum_exp, label_logits = _reduce_partial_sums(*partial_sums(logits, labels[chunk], start_id), group)
+                losses = log_sum_exp - label_logits
+                if needs_grad:
+                    loss_gradient_(logits, labels[chunk], start_id, log_sum_exp, scale[chunk])
             loss += torch.dot(losses, scale[chunk])
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
@@ -66,14 +68,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
 
 
-def _whole(
-    maximum: torch.Tensor, total: torch.Tensor, of_label: torch.Tensor, group: dist.ProcessGroup
+def _reduce_partial_sums(
+    maximum: torch.Tensor, total: torch.Tensor, label_logits: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log(sum(exp(logits))) over the whole vocabulary and the label's logit, of the ranks' parts: float32 [tokens]."""
+    """Return log(sum(exp(logits))) over the full vocabulary and the logits of the labels: float32 [tokens] each."""
     if group.size() > 1:
-        own = maximum.clone()
+        local_maximum = maximum.clone()
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        sums = torch.stack([total * (own - maximum).exp(), of_label])
+        sums = torch.stack([total * (local_maximum - maximum).exp(), label_logits])
         dist.all_reduce(sums, group=group)
-        total, of_label = sums.unbind()
-    return maximum + total.log(), of_label
+        total, label_logits = sums.unbind()
+    return maximum + total.log(), label_logits

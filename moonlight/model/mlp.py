@@ -1,4 +1,4 @@
-"""The feed-forward parts of a layer: dense, and the mixture of shared and routed experts."""
+"""Feed-forward blocks of a layer: dense, and shared and routed experts."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from moonlight.model.recompute import recompute_in_backward
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of both halves of the last dimension, of which only they are kept."""
+    """silu(gate) * up, where gate and up are the halves of the last dimension. Saves only its input."""
 
     @staticmethod
     def forward(ctx: Any, halves: torch.Tensor) -> torch.Tensor:
@@ -25,12 +25,12 @@ class SwiGLU(torch.autograd.Function):
         (halves,) = ctx.saved_tensors
         grad_halves = torch.empty_like(halves)
         gate, up = halves.flatten(0, -2).chunk(2, dim=-1)
-        to_gate, to_up = grad_halves.flatten(0, -2).chunk(2, dim=-1)
-        swiglu_backward(grad.flatten(0, -2), gate, up, None, (to_gate, to_up))
+        grad_gate, grad_up = grad_halves.flatten(0, -2).chunk(2, dim=-1)
+        swiglu_backward(grad.flatten(0, -2), gate, up, None, (grad_gate, grad_up))
         return grad_halves
 
 
-def _pass(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
+def _forward(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
     halves, _ = mlp.linear_fc1(hidden)
     inner = SwiGLU.apply(halves)
     out, _ = mlp.linear_fc2(inner)
@@ -40,31 +40,32 @@ def _pass(mlp: MLP, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class DenseMLP(MLP):
-    """Megatron's, with its activation as one operation."""
+    """Megatron's MLP with SwiGLU as one autograd function."""
 
     def forward(self, hidden: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        """[sequence / TP, batch, hidden] to the same."""
-        return _pass(self, hidden), None
+        """Return the output for `hidden`, both [sequence / TP, batch, hidden], and no bias."""
+        return _forward(self, hidden), None
 
 
 class SharedExperts(SharedExpertMLP):
-    """Experts that see every token, as one MLP."""
+    """Shared experts, which process every token, as one MLP."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[sequence / TP, batch, hidden] to the same."""
-        return _pass(self, hidden)
+        """Return the output for `hidden`, both [sequence / TP, batch, hidden]."""
+        return _forward(self, hidden)
 
 
 class MoEBlock(MoELayer):
     """Shared and routed experts.
 
-    Where every expert is on this rank, tokens are sorted once and never leave, and the host asks for no number of the
-    device (torch's grouped product does by itself but in bfloat16 on Hopper and Blackwell); with expert parallelism
-    Megatron's dispatcher exchanges them, and waits for their counts.
+    If this rank holds every expert in full, it sorts the tokens once and exchanges none, and the host does not
+    synchronize with the device. (Torch's grouped GEMM synchronizes, except in bfloat16 on Hopper and Blackwell.) With
+    expert or expert tensor parallelism, Megatron's dispatcher exchanges the tokens, and the host waits for their
+    counts.
     """
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """[sequence / TP, batch, hidden] to the same."""
+        """Return the output for `hidden`, both [sequence / TP, batch, hidden], and no bias."""
         if self.experts.ep_group.size() * self.experts.tp_group.size() > 1:
             return super().forward(hidden)
         probabilities, chosen = self.router(hidden)
@@ -73,18 +74,18 @@ class MoEBlock(MoELayer):
         return routed.view_as(hidden) + self.shared_experts(hidden), None
 
     def route(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Megatron's dispatchers want it: [tokens, experts], zero or false where not chosen."""
+        """Return probabilities and mask in the form of Megatron's dispatchers: [tokens, experts], 0 or false if not chosen."""
         probabilities, chosen = self.router(hidden)
         zeros = probabilities.new_zeros(len(chosen), self.config.num_moe_experts)
         return zeros.scatter(1, chosen, probabilities), zeros.bool().scatter_(1, chosen, True)
 
     def routed_experts_compute(self, hidden: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The experts of this rank on what the dispatcher has brought, which it has sorted."""
+        """Apply this rank's experts to the tokens that the dispatcher received, which are sorted by expert."""
         tokens, counts, probs = self.token_dispatcher.dispatch_postprocess(hidden, probs)
         counts = counts.to(tokens.device, non_blocking=True)  # Megatron counts in page-locked host memory
-        every = torch.arange(len(counts), device=tokens.device)
-        chosen = every.repeat_interleave(counts, output_size=len(tokens)).unsqueeze(1)
-        places = torch.arange(len(tokens), device=tokens.device)
-        order = places, places.unsqueeze(1), counts.cumsum(0).to(torch.int32)
+        experts = torch.arange(len(counts), device=tokens.device)
+        chosen = experts.repeat_interleave(counts, output_size=len(tokens)).unsqueeze(1)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        order = positions, positions.unsqueeze(1), counts.cumsum(0).to(torch.int32)
         out = self.experts(tokens, probs.unsqueeze(1), chosen, order)
         return self.token_dispatcher.combine_preprocess(out), None

@@ -1,153 +1,219 @@
-"""What a run says while it goes on, by its first rank: metrics.jsonl, events.jsonl, TensorBoard, the terminal."""
+"""Run logging by the first rank: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from moonlight.config.run import RunConfig
+from moonlight.dist_checkpoint.async_save import SaveEvent
 from moonlight.errors import attach_path, user_message
 from moonlight.files import make_folder
 from moonlight.train.metrics import MetricsWriter, ProgressLine, scalars
+from moonlight.train.step import StepResult
 from moonlight.train.wandb_log import WandbLogger
 
 EVENTS_FILE = "events.jsonl"
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a run's events.jsonl; lines that a crash cut off are left out."""
+    """Return the objects of a run's events.jsonl, without lines that a crash cut off."""
     path = folder / EVENTS_FILE
-    found = []
+    events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            events.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return events
 
 
 class EventLog:
-    """Appends to events.jsonl. Every rank has one; only that of the first rank writes."""
+    """Appends to events.jsonl. Every rank has one; only the first rank's writes."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
-        """Warn if the clock stands before the last event: times in the file are then out of order, nothing else is."""
+        """Warn if the clock is before the last event. Then times in the file are out of order, and nothing else is."""
         self._path, self._writes = folder / EVENTS_FILE, writes
-        self._left: list[bytes] = []
-        """Lines that the disk did not take yet."""
-        before = read_events(folder)[-1:] if writes else []
-        if before and before[0].get("time", 0) > time.time():
+        self._pending: list[bytes] = []
+        """Lines that could not be written so far."""
+        last = read_events(folder)[-1:] if writes else []
+        if last and last[0].get("time", 0) > time.time():
             print(
-                f"warning: the clock of this machine is {before[0]['time'] - time.time():.0f} s before the last event "
-                f"of {self._path}: check the clock; training does not depend on it",
+                f"warning: the clock of this machine is {last[0]['time'] - time.time():.0f} s before the last event of "
+                f"{self._path}: check the clock; training does not depend on it",
                 file=sys.stderr,
             )
 
     def add(self, event: str, step: int, **details: Any) -> None:
-        """Append one object: what happened, after which step, the time in seconds since 1970, and details of it.
+        """Append one object: the event, the step after which it happened, the time in seconds since 1970, and details.
 
         Raises:
-            OSError: it could not be written; the next call that can will do it.
+            OSError: it could not be written; the next successful call writes it.
         """
         if not self._writes:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": event, "step": step} | details)
-        self._left.append(line.encode() + b"\n")
+        self._pending.append(line.encode() + b"\n")
         make_folder(self._path.parent)
         with attach_path(self._path), self._path.open("a+b") as file:
-            while self._left:
-                # A line that a crash or a full disk cut off must not swallow this one.
+            while self._pending:
+                # Start a new line after one that a crash or a full disk cut off.
                 end = file.seek(0, os.SEEK_END)
                 start = b"\n" if end and (file.seek(end - 1), file.read(1))[1] != b"\n" else b""
-                file.write(start + self._left[0])
+                file.write(start + self._pending[0])
                 file.flush()
-                self._left.pop(0)
+                self._pending.pop(0)
 
 
 class RunLogger:
-    """Every rank has one, and calls it alike; only that of the first rank writes. Closed when its block is left."""
+    """The log of one run. Every rank has one and makes the same calls; only the first rank's writes.
+
+    A context manager, which closes the files. A disk error never ends a run: lines stay in memory until they can be
+    written, with one warning.
+    """
 
     def __init__(
         self, folder: Path, config: RunConfig, step: int, total_steps: int, last_step: int, *, writes: bool
     ) -> None:
-        """Args:
-        folder: of the run.
-        step: after which it goes on. What a killed run wrote beyond it is dropped, because those steps are done again.
-        last_step: where this process stops, for the time that is left.
+        """Open the log of the run in `folder`.
+
+        Args:
+            step: last finished step. Metrics of later steps, which a killed run left, are dropped: those steps run
+                again.
+            last_step: where this process stops, for the estimate of the time left.
         """
-        self._folder, self._last_step = folder, last_step
+        self._folder, self._total_steps, self._last_step = folder, total_steps, last_step
         self._events = EventLog(folder, writes=writes)
         self._metrics = MetricsWriter(folder, step) if writes else None
         self._line = ProgressLine(total_steps, step) if writes else None
         self._step = step
-        self._tracking = WandbLogger(folder, config, self._warn) if writes and config.monitor.wandb_project else None
-        self._started, self._first_step = time.monotonic(), step
+        self._wandb = WandbLogger(folder, config, self.warn) if writes and config.monitor.wandb_project else None
+        self._start_time, self._first_step = time.monotonic(), step
         self._warned = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._tracking:
-            self._tracking.close(finished=kind is None)
+        if self._wandb:
+            self._wandb.close(finished=exc_type is None)
         if self._metrics and self._line:
             self._metrics.close()
             self._line.close()
 
     def print_line(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the terminal, above the progress line."""
         if self._line:
             self._line.note(text)
 
-    def _warn(self, text: str) -> None:
-        self.print_line(f"warning: {text}")
-        self.log_event("warning", self._step, text=text)
-
-    def log_event(self, event: str, step: int, **details: Any) -> None:
+    def event(self, event: str, step: int, **details: Any) -> None:
         """Append to events.jsonl."""
-        with self._warning():
+        with self._keep_on_disk_error():
             self._events.add(event, step, **details)
 
-    def log_step(self, entry: dict[str, Any]) -> None:
-        """Append a step's metrics, and show them."""
-        self._step = entry["step"]
-        if self._metrics and self._line:
-            with self._warning():
-                self._metrics.write(entry)
-            if self._tracking:
-                self._tracking.write(scalars(entry), entry["step"])
-            seconds = (time.monotonic() - self._started) / (entry["step"] - self._first_step)
-            self._line.update(entry, seconds * (self._last_step - entry["step"]))
+    def warn(self, text: str) -> None:
+        """Log a warning."""
+        self.print_line(f"warning: {text}")
+        self.event("warning", self._step, text=text)
 
-    def rollback(self, step: int, spike: int, passed_over_sequences: int) -> None:
-        """Drop the metrics after `step`, which the run has gone back to because of one in step `spike`."""
-        self.print_line(f"step {spike}: back to step {step}, passing over the data up to the spike")
-        self.log_event("rolled back", step, spike=spike, passed_over_sequences=passed_over_sequences)
+    def started(
+        self, step: int, start: dict[str, Any], *, resumed: bool, warnings: Iterable[str], changed: list[str]
+    ) -> None:
+        """Log the start of this process's part of the run.
+
+        Args:
+            start: host, layout and environment, for events.jsonl.
+            warnings: of loading the checkpoint; each is a full line.
+            changed: settings that --force changed.
+        """
+        for warning in warnings:
+            self.event("warning", step, text=warning)
+            self.print_line(warning)
+        if resumed:
+            self.print_line(f"{self._folder}: resuming after step {step} of {self._total_steps}")
+        self.event("resumed" if resumed else "started", step, **start)
+        if changed:
+            self.event("forced", step, changed=changed)
+            self.print_line(f"{self._folder}: resuming with other settings: {'; '.join(changed)}")
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Append the metrics of a step, and show them."""
+        self._step = metrics["step"]
+        if self._metrics and self._line:
+            with self._keep_on_disk_error():
+                self._metrics.write(metrics)
+            if self._wandb:
+                self._wandb.write(scalars(metrics), metrics["step"])
+            seconds_per_step = (time.monotonic() - self._start_time) / (metrics["step"] - self._first_step)
+            self._line.update(metrics, seconds_per_step * (self._last_step - metrics["step"]))
+        if "loss/validation" in metrics:
+            self.print_line(f"step {metrics['step']}: validation loss {metrics['loss/validation']:.4f}")
+
+    def spike(self, step: int, loss: float, score: float | None) -> None:
+        """Log a loss spike."""
+        self.event("spike", step, loss=loss, score=score)
+        self.print_line(f"step {step}: loss spike, {loss:.4f} has score {score:.1f}")
+
+    def rolled_back(self, step: int, spike_step: int, passed_over_sequences: int) -> None:
+        """Log a rollback to `step` because of a spike, and drop the metrics of later steps."""
+        self.print_line(f"step {spike_step}: rolled back to step {step}, skipping the data up to the spike")
+        self.event("rolled back", step, spike=spike_step, passed_over_sequences=passed_over_sequences)
         if self._metrics:
             self._metrics.close()
             self._metrics = MetricsWriter(self._folder, step)
-        self._started, self._first_step = time.monotonic(), step
+        self._start_time, self._first_step = time.monotonic(), step
+
+    def skipped(self, step: int, result: StepResult) -> None:
+        """Log a step that changed nothing."""
+        loss, norm = result.loss, result.gradient_norm
+        self.event("skipped", step, loss=str(loss), gradient_norm=str(norm))
+        reason = "a spike" if result.is_spike else "not finite"
+        self.print_line(f"step {step}: skipped ({reason}), loss {loss:.4f}, gradient norm {norm:.4f}")
+
+    def attention_backends(self, step: int, texts: Iterable[str]) -> None:
+        """Log the attention kernels that were selected for new shapes."""
+        for text in texts:
+            self.event("attention", step, text=text)
+            self.print_line(text)
+
+    def save_events(self, events: Iterable[SaveEvent]) -> None:
+        """Log the outcome of saves."""
+        for event in events:
+            self.event(event.event, event.step, text=event.text)
+            self.print_line(event.text)
+
+    def stopped_by_signal(self, step: int) -> None:
+        """Log that the run saved and stops because of SIGTERM."""
+        self.event("stopped", step)
+        self.print_line(f"{self._folder}: saved and stopped after step {step} (SIGTERM); rerun the command to resume")
+
+    def ended(self, step: int) -> None:
+        """Log the end of this process's part: the whole run, or its steps up to train.stop_at_step."""
+        if step < self._total_steps:
+            self.print_line(f"{self._folder}: stopped after step {step} (train.stop_at_step); unset it to continue")
+        self.event("finished" if step >= self._total_steps else "stopped", step)
 
     def flush(self) -> None:
-        """Bring the metrics to the disk; called before a checkpoint that makes these steps final."""
+        """Write the metrics to disk, before a checkpoint that makes these steps final."""
         if self._metrics:
-            with self._warning():
+            with self._keep_on_disk_error():
                 self._metrics.sync()
 
     @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
-        """A disk that takes no more does not end a run: lines are kept until it does, and that is said once."""
+    def _keep_on_disk_error(self) -> Iterator[None]:
+        """Warn once instead of ending the run if the disk takes no more; the lines stay in memory until it does."""
         try:
             yield
             self._warned = False
         except OSError as error:
             if not self._warned:
                 reason = user_message(error) or error
-                self.print_line(f"warning: {reason}; training goes on, and keeps its metrics in memory until then")
+                self.print_line(f"warning: {reason}; training continues, and keeps its metrics in memory until then")
             self._warned = True

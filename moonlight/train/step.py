@@ -1,151 +1,85 @@
-"""One forward and backward pass over a global batch, with a loss that does not depend on the layout.
+"""One optimizer step: gradients, update, statistics.
 
-The objective is: sum of the counted tokens' losses / counted tokens of the global batch, plus aux_loss_alpha x the
-mean over the global batch's sequences of the auxiliary loss, summed over layers. Every rank and micro-batch adds its
-share, already divided by the global count, so gradients are only ever summed.
+A step is skipped on all ranks if the loss or a gradient is not finite on any rank, or if the loss is a spike and the
+run has a policy for spikes. A skipped step changes nothing: not the weights, the momenta or the router biases.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from moonlight.config.run import RunConfig
 from moonlight.config.timeline import StepSchedule
-from moonlight.data.loader import PackedSample, Sample, collate
 from moonlight.model.attention import CausalAttention
-from moonlight.model.router import Router, update_expert_bias
+from moonlight.model.router import update_expert_bias
 from moonlight.optim.distributed_muon import DistributedMuon
 from moonlight.optim.parameters import data_parallel_group
 from moonlight.optim.qk_clip import collect_max_logits, logit_factors, row_factors
+from moonlight.train.forward_backward import MicroBatch, find_attentions, find_routers, forward_backward
 from moonlight.train.monitors import MonitorValues, collect_monitors, is_due, logits_by_layer, root_mean_squares
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of this data-parallel rank. All [micro_batch_size, sequence_length]."""
-
-    tokens: torch.Tensor
-    """int64 ids."""
-    labels: torch.Tensor
-    """int64 ids: the next token of each."""
-    loss_mask: torch.Tensor
-    """float32: 1 where the label counts, 0 where not."""
-    documents: torch.Tensor | None = None
-    """int32: number of each token's document within the sequence; None takes the sequence for one."""
-
-
-def local_samples(numbers: Sequence[int]) -> Sequence[int]:
-    """This data-parallel rank's run of the samples of a global batch."""
-    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    each = len(numbers) // size
-    return numbers[rank * each : (rank + 1) * each]
-
-
-def make_micro_batches(samples: Sequence[Sample], config: RunConfig, eos_id: int) -> list[MicroBatch]:
-    """Cut samples into micro-batches on this rank's device. Documents of text end with `eos_id`."""
-    device, size = torch.cuda.current_device(), config.train.micro_batch_size
-    apart = config.data.mask_documents or config.data.reset_positions
-    batches = []
-    for start in range(0, len(samples), size):
-        some = samples[start : start + size]
-        tokens, labels, loss_mask = (tensor.to(device) for tensor in collate(some))
-        documents = None
-        if known := [sample.documents for sample in some if isinstance(sample, PackedSample)]:
-            documents = torch.from_numpy(np.stack(known)).to(device)
-        elif apart:
-            documents = compute_document_ids(tokens, eos_id)
-        batches.append(MicroBatch(tokens, labels, loss_mask, documents))
-    return batches
-
-
-def compute_document_ids(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
-    """Number of each token's document within its sequence, from 0: a token after `eos_id` begins one. int32."""
-    ends = (tokens == eos_id).to(torch.int32)
-    return ends.cumsum(1, dtype=torch.int32) - ends
-
-
-def routers(model_chunks: Sequence[Any]) -> list[Router]:
-    """The routers of this rank, in the order of their layers."""
-    found = [module for model in model_chunks for module in model.modules() if isinstance(module, Router)]
-    return sorted(found, key=lambda router: router.layer_number)
-
-
-def attentions(model_chunks: Sequence[Any]) -> list[CausalAttention]:
-    """The core attentions of this rank, in the order of their layers."""
-    found = [module for model in model_chunks for module in model.modules() if isinstance(module, CausalAttention)]
-    return sorted(found, key=lambda attention: attention.layer_number)
-
-
-def release_autograd_graph(model_chunks: Sequence[Any]) -> None:
-    """Drop the last autograd graph, which token dispatchers keep by their router's weights.
-
-    Its hooks name the model, so the two would keep each other, and every process group, alive out of the garbage
-    collector's sight.
-    """
-    for model in model_chunks:
-        for module in model.modules():
-            if isinstance(module, MoELayer):
-                module.token_dispatcher.probs = module.token_dispatcher.routing_map = None
-
-
-def _forward(global_count: torch.Tensor, iterator: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
-    """Megatron's forward step: this micro-batch's share of the loss on the last stage, and how to report it."""
-    batch = next(iterator)
-    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
-    # Megatron hands its attention mask to every layer as it is; ours is the documents, which are much smaller.
-    scale = batch.loss_mask / global_count
-    output = model(batch.tokens, positions, batch.documents, labels=batch.labels, loss_mask=scale)
-
-    def reduce(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Schedules divide what they are given in place, so the report is a copy.
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()
-
-    return output, reduce
-
-
-@dataclass(frozen=True)
 class StepResult:
-    """What one training step did. Equal on every rank."""
+    """Outcome of one training step. Equal on every rank."""
 
     loss: float
     aux_loss: float
     """Mean over sequences of the auxiliary loss, summed over layers, without its coefficient."""
     gradient_norm: float
     skipped: bool
-    """Loss or gradient was not finite, or a spike was not to count: nothing was changed."""
+    """True if the step changed nothing: loss or gradient was not finite, or the loss was a spike to skip."""
     is_spike: bool
-    """The loss was finite, and above what it may be."""
+    """True if the loss was finite and above the spike limit."""
     gradient_norms: dict[str, float]
-    """By group of parameters."""
+    """By parameter group."""
     update_rms: dict[str, float]
-    """By group, the RMS of the update before the learning rate; empty when skipped."""
+    """RMS of the update before the learning rate, by parameter group; empty if skipped."""
     max_load: float
-    """Largest share of tokens an expert got, over all layers, in units of the even share."""
+    """Largest load of an expert, over all layers, relative to an even load."""
     dead_experts: int
     """Experts, over all layers, that got no token."""
     clipped_heads: int
     """Heads, over all layers, whose query and key weights `qk_clip` scaled down."""
     max_logits: tuple[float, ...]
-    """Largest attention logit of each layer; infinite where one was not a number. With `qk_clip` that of the whole
-    batch, else, in watched steps, that of the first micro-batch of every data-parallel rank; empty in others."""
-    watched: MonitorValues | None = None
+    """Largest attention logit of each layer; infinite if one was not a number. With `qk_clip` over the whole batch.
+    Otherwise over the first micro-batch of every data-parallel rank in monitored steps, and empty in others."""
+    monitors: MonitorValues | None = None
+    """In monitored steps only."""
 
     @property
     def max_logit(self) -> float:
-        """Largest over all layers."""
+        """Largest attention logit over all layers."""
         return max(self.max_logits, default=-math.inf)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Loss and gradient norms of a step, and the decisions that follow from them. Equal on every rank."""
+
+    loss: float
+    norm: float
+    norms: dict[str, float]
+    skip: bool
+    is_spike: bool
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Attention logits that this rank recorded in a step."""
+
+    attentions: Sequence[CausalAttention]
+    maxima: torch.Tensor
+    """float32 [layers, heads] of this rank."""
+    max_logits: tuple[float, ...]
+    """Of each layer of the model."""
 
 
 def train_step(
@@ -153,132 +87,141 @@ def train_step(
     optimizer: DistributedMuon,
     config: RunConfig,
     batches: Sequence[MicroBatch],
-    moment: StepSchedule,
-    spike_above: float = math.inf,
+    schedule: StepSchedule,
+    spike_limit: float = math.inf,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One optimizer step: gradients, clipping, update, query-key clip, router biases.
+    """Train one step: gradients, clipping, update, query-key clip, router biases. Collective.
 
-    A loss or gradient that is not finite on any rank skips the step everywhere, and so does a loss above `spike_above`
-    if the run has a policy for spikes; router biases and their counts, which must not move in a skipped step, are
-    therefore updated only after both are known.
-    `before_update` is called before anything moves.
+    Args:
+        batches: this data-parallel rank's micro-batches.
+        spike_limit: a loss above it is a spike.
+        before_update: called before any state changes.
     """
-    is_watched = is_due(moment.step, config.monitor.every_steps)
-    clips = config.optimizer.qk_clip > 0
-    optimizer.data_parallel.zero_grad_buffer()
-    loss, _ = forward_backward(
-        model_chunks, config, batches, recorded_batches=len(batches) if clips else int(is_watched)
-    )
-    gradient_norms = optimizer.gradient_norms()
-    norm = math.hypot(*gradient_norms.values())
-    broken = not (math.isfinite(norm) and math.isfinite(loss.item()))
-    broken, is_above = _any_rank(broken, loss.item() > spike_above)
-    is_spike = is_above and not broken
-    skipped = broken or (is_spike and config.train.spike_policy != "none")
+    is_monitored = is_due(schedule.step, config.monitor.every_steps)
+    gradients = _compute_gradients(model_chunks, optimizer, config, batches, spike_limit, is_monitored)
     before_update()
-    head_group = parallel_state.get_model_parallel_group()  # tensor and pipeline: together they have every head once
-    max_logits: tuple[float, ...] = ()
-    if clips or is_watched:
-        recorded = attentions(model_chunks)
-        maxima = collect_max_logits(recorded, data_parallel_group(expert=False))
-        max_logits = logits_by_layer(maxima, recorded, config.model, head_group)
+    logits = _collect_logits(model_chunks, config, is_monitored)
     update_rms: dict[str, float] = {}
-    clipped_heads = torch.zeros((), dtype=torch.int64, device=loss.device)
-    if not skipped:
-        factors = None
-        if clips:
-            gammas = logit_factors(maxima, config.optimizer.qk_clip)
-            clipped_heads = (gammas < 1).sum()
-            factors = row_factors(recorded, gammas, config.model)
-        update_sums = optimizer.step(
-            learning_rate=moment.learning_rate,
-            weight_decay=config.optimizer.weight_decay,
-            step=moment.step,
-            gradient_norm=norm,
-            row_factors=factors,
-        )
-        update_rms = root_mean_squares(update_sums)
-    if clips:
-        dist.all_reduce(clipped_heads, group=head_group)
+    clipped_heads = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
+    if not gradients.skip:
+        update_rms, clipped_heads = _update(optimizer, config, schedule, gradients.norm, logits)
+    if config.optimizer.qk_clip > 0:
+        dist.all_reduce(clipped_heads, group=_head_group())
+    bias_update_rate = 0.0 if gradients.skip else schedule.router_bias_update_rate
+    max_load, aux_loss, dead_experts, monitors = _update_routers(
+        model_chunks, optimizer, config, schedule, bias_update_rate, is_monitored
+    )
+    return StepResult(
+        loss=gradients.loss,
+        aux_loss=aux_loss,
+        gradient_norm=gradients.norm,
+        skipped=gradients.skip,
+        is_spike=gradients.is_spike,
+        gradient_norms=gradients.norms,
+        update_rms=update_rms,
+        max_load=max_load,
+        dead_experts=dead_experts,
+        clipped_heads=int(clipped_heads.item()),
+        max_logits=logits.max_logits if logits else (),
+        monitors=monitors,
+    )
+
+
+def _compute_gradients(
+    model_chunks: Sequence[GPTModel],
+    optimizer: DistributedMuon,
+    config: RunConfig,
+    batches: Sequence[MicroBatch],
+    spike_limit: float,
+    is_monitored: bool,
+) -> _Gradients:
+    """Run the batch forward and backward, and decide with all ranks whether the step is skipped."""
+    recorded_batches = len(batches) if config.optimizer.qk_clip > 0 else int(is_monitored)
+    optimizer.data_parallel.zero_grad_buffer()
+    loss_tensor, _ = forward_backward(model_chunks, config, batches, recorded_batches=recorded_batches)
+    norms = optimizer.gradient_norms()
+    norm, loss = math.hypot(*norms.values()), loss_tensor.item()
+    is_finite = math.isfinite(norm) and math.isfinite(loss)
+    not_finite, is_above = _any_rank(not is_finite, loss > spike_limit)
+    is_spike = is_above and not not_finite
+    skip = not_finite or (is_spike and config.train.spike_policy != "none")
+    return _Gradients(loss=loss, norm=norm, norms=norms, skip=skip, is_spike=is_spike)
+
+
+def _any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Return whether each flag is set on any rank. Ranks that decided differently would wait for each other forever."""
+    tensor = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in tensor.tolist())
+
+
+def _collect_logits(model_chunks: Sequence[GPTModel], config: RunConfig, is_monitored: bool) -> _Logits | None:
+    """Reduce the recorded attention logits over all ranks; None if the step records none."""
+    if not (config.optimizer.qk_clip > 0 or is_monitored):
+        return None
+    attentions = find_attentions(model_chunks)
+    maxima = collect_max_logits(attentions, data_parallel_group(expert=False))
+    max_logits = logits_by_layer(maxima, attentions, config.model, _head_group())
+    return _Logits(attentions, maxima, max_logits)
+
+
+def _head_group() -> dist.ProcessGroup:
+    """Return the tensor- and pipeline-parallel ranks, which together have every head once."""
+    return parallel_state.get_model_parallel_group()
+
+
+def _update(
+    optimizer: DistributedMuon, config: RunConfig, schedule: StepSchedule, gradient_norm: float, logits: _Logits | None
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Update the weights.
+
+    Returns:
+        RMS of the update by parameter group, and the number of this rank's heads that `qk_clip` scaled down: int64 [].
+    """
+    clipped_heads, factors = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device()), None
+    if config.optimizer.qk_clip > 0:
+        assert logits is not None
+        gammas = logit_factors(logits.maxima, config.optimizer.qk_clip)
+        clipped_heads = (gammas < 1).sum()
+        factors = row_factors(logits.attentions, gammas, config.model)
+    update_sums = optimizer.step(
+        learning_rate=schedule.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        step=schedule.step,
+        gradient_norm=gradient_norm,
+        row_factors=factors,
+    )
+    return root_mean_squares(update_sums), clipped_heads
+
+
+def _update_routers(
+    model_chunks: Sequence[GPTModel],
+    optimizer: DistributedMuon,
+    config: RunConfig,
+    schedule: StepSchedule,
+    bias_update_rate: float,
+    is_monitored: bool,
+) -> tuple[float, float, int, MonitorValues | None]:
+    """Move the router biases by the step's expert loads, and reduce the routers' statistics over all ranks.
+
+    Returns:
+        Largest expert load, auxiliary loss, number of dead experts, and the monitors of a monitored step.
+    """
+    device = torch.cuda.current_device()
     model_group = parallel_state.get_tensor_and_data_parallel_group()
-    max_load, aux_loss, dead_experts, counts = torch.zeros(4, device=loss.device).unbind()
-    if local := routers(model_chunks):
-        counts = update_expert_bias(local, 0.0 if skipped else moment.router_bias_update_rate, model_group)
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    max_load, aux_loss, dead_experts, counts = torch.zeros(4, device=device).unbind()
+    if routers := find_routers(model_chunks):
+        counts = update_expert_bias(routers, bias_update_rate, model_group)
         max_load = (counts.max(-1).values / counts.mean(-1)).max()
         dead_experts = (counts == 0).sum().float()
-        aux_loss = torch.stack([router.aux_loss for router in local]).sum() / moment.global_batch_size
+        aux_loss = torch.stack([router.aux_loss for router in routers]).sum() / schedule.global_batch_size
         dist.all_reduce(aux_loss, group=model_group)
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     over_layers = torch.stack([aux_loss, dead_experts])
     dist.all_reduce(over_layers, group=pipeline_group)
     dist.all_reduce(max_load, op=dist.ReduceOp.MAX, group=pipeline_group)
-    watched = collect_monitors(optimizer, config, moment.step, local, counts, pipeline_group) if is_watched else None
-    return StepResult(
-        loss=loss.item(),
-        aux_loss=over_layers[0].item(),
-        gradient_norm=norm,
-        skipped=skipped,
-        is_spike=is_spike,
-        gradient_norms=gradient_norms,
-        update_rms=update_rms,
-        max_load=max_load.item(),
-        dead_experts=int(over_layers[1].item()),
-        clipped_heads=int(clipped_heads.item()),
-        max_logits=max_logits,
-        watched=watched,
-    )
-
-
-def _any_rank(*here: bool) -> tuple[bool, ...]:
-    """Whether each holds on any rank of the world: ranks that judged differently would wait for each other forever."""
-    flags = torch.tensor(here, dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return tuple(bool(flag) for flag in flags.tolist())
-
-
-def forward_backward(
-    model_chunks: Sequence[GPTModel],
-    config: RunConfig,
-    batches: Sequence[MicroBatch],
-    *,
-    forward_only: bool = False,
-    recorded_batches: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a global batch forward and, unless `forward_only`, backward, which adds to gradient sums and exchanges them.
-
-    Args:
-        batches: this data-parallel rank's micro-batches; all ranks must give the same number.
-        recorded_batches: of how many of them, the first ones, attention keeps its largest logits.
-
-    Returns:
-        The mean language-model loss of the global batch and the number of tokens it is the mean of: float32 scalars
-        equal on every rank.
-    """
-    data_group = parallel_state.get_data_parallel_group()
-    count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
-    dist.all_reduce(count, group=data_group)
-    global_count = count.clamp(min=1)
-    if not forward_only:
-        num_sequences = sum(len(batch.tokens) for batch in batches) * dist.get_world_size(data_group)
-        for router in routers(model_chunks):
-            router.aux_loss_weight = config.model.aux_loss_alpha / num_sequences
-            router.aux_loss.zero_()
-        for attention in attentions(model_chunks):
-            attention.record(recorded_batches)
-    schedule = get_forward_backward_func()
-    losses = schedule(
-        forward_step_func=partial(_forward, global_count),
-        data_iterator=[iter(batches) for _ in model_chunks],
-        model=list(model_chunks),
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
-        micro_batch_size=batches[0].tokens.shape[0],
-        forward_only=forward_only,
-    )
-    release_autograd_graph(model_chunks)
-    loss = torch.stack(losses).sum() if losses else torch.zeros_like(global_count)
-    dist.all_reduce(loss, group=data_group)
-    # Earlier pipeline stages hold zero.
-    dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
-    return loss, count
+    monitors = None
+    if is_monitored:
+        monitors = collect_monitors(optimizer, config, schedule.step, routers, counts, pipeline_group)
+    return max_load.item(), over_layers[0].item(), int(over_layers[1].item()), monitors

@@ -55,8 +55,8 @@ def step_metrics(
         entry["attention/max_logit"] = result.max_logit
     entry |= {f"optim/grad_norm/{name}": value for name, value in result.gradient_norms.items()}
     entry |= {f"optim/update_rms/{name}": value for name, value in result.update_rms.items()}
-    if result.watched:
-        entry |= _describe_watched(result.watched)
+    if result.monitors:
+        entry |= _describe_watched(result.monitors)
         entry["attention/max_logit_by_layer"] = [_short(value) for value in result.max_logits]
     return entry
 

@@ -10,27 +10,31 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight.config.run import RunConfig
 from moonlight.data.loader import AnyValDataset
-from moonlight.train.step import forward_backward, local_samples, make_micro_batches
+from moonlight.train.forward_backward import forward_backward, local_samples, make_micro_batches
 
 
 @torch.no_grad()
 def validate(
     model_chunks: Sequence[GPTModel],
     config: RunConfig,
-    sources: Mapping[str, AnyValDataset],
-    alive: Callable[[], None],
+    datasets: Mapping[str, AnyValDataset],
+    heartbeat: Callable[[], None],
     max_sequences: int = 0,
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss in nats per token, over all sources and over each.
+    """Return the mean loss in nats per token, over all sources and of each source. Collective.
 
-    Takes the first `max_sequences` sequences of each source, or with 0 every held-out token. `alive` is called after
-    every pass over a batch.
+    Args:
+        datasets: held-out sequences by source.
+        heartbeat: called after every batch.
+        max_sequences: first sequences of each source to take; 0 takes every held-out token.
     """
-    for model in model_chunks:
-        model.eval()
-    sums = {name: _sum_losses(model_chunks, config, samples, alive, max_sequences) for name, samples in sources.items()}
-    for model in model_chunks:
-        model.train()
+    for chunk in model_chunks:
+        chunk.eval()
+    sums = {
+        name: _sum_losses(model_chunks, config, dataset, heartbeat, max_sequences) for name, dataset in datasets.items()
+    }
+    for chunk in model_chunks:
+        chunk.train()
     nats, tokens = map(sum, zip(*sums.values(), strict=True))
     return nats / tokens, {name: nats / tokens for name, (nats, tokens) in sums.items()}
 
@@ -38,25 +42,26 @@ def validate(
 def _sum_losses(
     model_chunks: Sequence[GPTModel],
     config: RunConfig,
-    samples: AnyValDataset,
-    alive: Callable[[], None],
+    dataset: AnyValDataset,
+    heartbeat: Callable[[], None],
     max_sequences: int,
 ) -> tuple[float, float]:
-    """Sum of the losses in nats, and number of tokens."""
-    total = min(len(samples), max_sequences) if max_sequences else len(samples)
+    """Return the sum of the losses in nats, and the number of tokens."""
+    total = min(len(dataset), max_sequences) if max_sequences else len(dataset)
     nats = tokens = 0.0
-    per_pass = config.train.global_batch_size
-    for start in range(0, total, per_pass):
-        numbers = range(start, start + per_pass)
-        mine = [samples[number if number < total else len(samples)] for number in local_samples(numbers)]
-        batches = make_micro_batches(mine, config, samples.eos_id)
+    batch_size = config.train.global_batch_size
+    for start in range(0, total, batch_size):
+        indices = local_samples(range(start, start + batch_size))
+        # Past the end, index len(dataset) is a sequence of padding.
+        samples = [dataset[index if index < total else len(dataset)] for index in indices]
+        batches = make_micro_batches(samples, config, dataset.eos_id)
         loss, count = forward_backward(model_chunks, config, batches, forward_only=True)
         nats += loss.item() * count.item()
         tokens += count.item()
-        alive()
+        heartbeat()
     return nats, tokens
 
 
 def bits_per_byte(loss: float, num_tokens: int, num_bytes: int) -> float:
-    """Bits per byte of a text of `num_bytes` that was predicted as `num_tokens` with mean `loss` in nats."""
+    """Return the bits per byte of a text of `num_bytes` bytes, given its mean loss in nats over `num_tokens` tokens."""
     return loss * num_tokens / (num_bytes * math.log(2))

@@ -122,7 +122,7 @@ def save_then_change(run, folder):
             kept.add_(step < 6)
     saver.finalize()
     verify_checkpoint(latest_checkpoint(folder))
-    masters = optimizer.master_state()
+    masters = optimizer.master_state_dict()
     for value, kept in zip(values, before, strict=True):
         value.copy_(kept)
     stored = StoredTensors(latest_checkpoint(folder))
@@ -252,7 +252,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
     process = train(tiny_run, tmp_path, 100)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    assert f"going on after step {checkpoint_step(complete[-1])} of 100" in err
+    assert f"resuming after step {checkpoint_step(complete[-1])} of 100" in err
     check_finished(tmp_path / "tiny", 100)
 
 

@@ -38,7 +38,7 @@ def documents_of(sequence):
 
 def test_numbers_and_positions_equal_a_walk():
     from moonlight.model.latent_attention import positions_in_documents
-    from moonlight.train.step import compute_document_ids
+    from moonlight.train.forward_backward import compute_document_ids
 
     tokens = packed(1)
     tokens[0, :2] = EOS  # documents of one token
@@ -53,7 +53,7 @@ def test_numbers_and_positions_equal_a_walk():
 
 def forward(run, tokens):
     """Logits [batch, sequence, vocabulary] and the weights."""
-    from moonlight.train.step import compute_document_ids
+    from moonlight.train.forward_backward import compute_document_ids
 
     (model,), _ = build(run)
     model.eval()

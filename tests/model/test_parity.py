@@ -33,16 +33,16 @@ SHAPES = {
 
 def forward(run, tokens):
     """Logits [batch, sequence, vocabulary] and the experts chosen by each router, with biases that matter."""
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     (model,), _ = build(run)
-    for router in routers([model]):
+    for router in find_routers([model]):
         generator = torch.Generator().manual_seed(router.layer_number)
         router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=generator))
     choices = []
     hooks = [
         router.register_forward_hook(lambda module, args, out: choices.append(out[1].numpy()))
-        for router in routers([model])
+        for router in find_routers([model])
     ]
     model.eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

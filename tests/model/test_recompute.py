@@ -17,7 +17,7 @@ MODULES |= {"all three": tuple(MODULES), "layer": ("layer",)}
 
 def one_pass(run):
     """Everything that a forward and backward pass leaves behind on this rank, and does a pass without gradients."""
-    from moonlight.train.step import attentions, forward_backward, routers
+    from moonlight.train.forward_backward import find_attentions, find_routers, forward_backward
 
     models, optimizer = build(run)
     optimizer.data_parallel.zero_grad_buffer()
@@ -27,10 +27,10 @@ def one_pass(run):
     loss, _ = forward_backward(models, run, batches, recorded_batches=1)
     left = {"loss": loss.numpy()}
     left |= {f"{key} {offset}": values for key, _, offset, values in flatten(optimizer.gradient_state())}
-    for router in routers(models):
+    for router in find_routers(models):
         left[f"count {router.layer_number}"] = router.tokens_per_expert.numpy()
         left[f"aux {router.layer_number}"] = router.aux_loss.numpy()
-    left |= {f"logits {a.layer_number}": a.max_logits.numpy() for a in attentions(models)}
+    left |= {f"logits {a.layer_number}": a.max_logits.numpy() for a in find_attentions(models)}
     return left
 
 

@@ -33,11 +33,11 @@ def test_choice(experts, k, groups, topk_group):
 
 def biases_after_a_step(run):
     """Biases per layer after one training step, the tokens each rank sent to each expert, and the auxiliary loss."""
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     models, optimizer = build(run)
     found, scores = [], []
-    for router in routers(models):
+    for router in find_routers(models):
         router.register_forward_hook(lambda module, args, out: found.append((module.layer_number, out[1].numpy())))
         router.register_forward_hook(
             lambda module, args, out: scores.append(
@@ -45,7 +45,7 @@ def biases_after_a_step(run):
             )
         )
     result = one_step(models, optimizer, run, 1)
-    return [router.expert_bias.numpy() for router in routers(models)], found, scores, result.aux_loss
+    return [router.expert_bias.numpy() for router in find_routers(models)], found, scores, result.aux_loss
 
 
 @pytest.mark.parametrize("layout", ["1", "DP2", "TP2"])

@@ -195,7 +195,7 @@ def test_both_copies_stay_the_same_bits(pool, layout, dtype):
 
 def used_weights(run) -> dict[str, Any]:
     """In the pass right after a step: which uses this rank makes of the tied weight, and how many saw an old one."""
-    from moonlight.train.step import forward_backward
+    from moonlight.train.forward_backward import forward_backward
 
     models, optimizer = build(run)
     (parameter,) = [p for p in optimizer.data_parallel.parameters if p.key == EMBEDDING]

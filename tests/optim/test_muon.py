@@ -33,7 +33,7 @@ def test_the_first_rule_that_matches_wins():
 
 def two_updates(run):
     """Weights before, and after each of two steps with the gradients that led to them."""
-    from moonlight.train.step import forward_backward
+    from moonlight.train.forward_backward import forward_backward
 
     models, optimizer = build(run)
     history = [(collect(models), None, None)]

@@ -72,10 +72,10 @@ def test_only_finite_logits_above_the_threshold_shrink():
 
 def watch(models, what):
     """Append (layer, `what` of a core attention's inputs) for every pass."""
-    from moonlight.train.step import attentions
+    from moonlight.train.forward_backward import find_attentions
 
     found = []
-    for attention in attentions(models):
+    for attention in find_attentions(models):
         attention.register_forward_pre_hook(
             lambda module, args: found.append((module.layer_number, what(module, args)))
         )
@@ -84,12 +84,12 @@ def watch(models, what):
 
 def trained(run, steps=1, recording=True):
     """Masters and results of the first steps, and the float64 maxima [micro_batches, layers, heads] of the last."""
-    from moonlight.train.step import attentions
+    from moonlight.train.forward_backward import find_attentions
 
     models, optimizer = build(run)
     slow = watch(models, lambda module, args: slow_maxima(args[0].detach(), args[1].detach(), module.softmax_scale))
     if not recording:
-        for attention in attentions(models):
+        for attention in find_attentions(models):
             attention.record = lambda passes: None
     results = []
     for step in range(1, steps + 1):
@@ -99,7 +99,7 @@ def trained(run, steps=1, recording=True):
     optimizer.data_parallel.finish_param_sync()
     layers = sorted({layer for layer, _ in slow})
     maxima = np.stack([[maxima for number, maxima in slow if number == layer] for layer in layers], axis=1)
-    return {"masters": flatten(optimizer.master_state()), "results": results, "maxima": maxima}
+    return {"masters": flatten(optimizer.master_state_dict()), "results": results, "maxima": maxima}
 
 
 def one_process(pool, run, *args):
@@ -171,7 +171,7 @@ def test_clipped_step_is_the_plain_step_and_then_the_twin(pool, variant):
 
 def logits_again(run):
     """Maxima [layers, heads] of a batch, and of the same inputs to each layer's attention after the step."""
-    from moonlight.train.step import attentions
+    from moonlight.train.forward_backward import find_attentions
 
     models, optimizer = build(run)
     inputs = []
@@ -180,12 +180,12 @@ def logits_again(run):
             lambda module, args, kwargs: inputs.append((module, args, kwargs)), with_kwargs=True
         )
     one_step(models, optimizer, run, 1)
-    before = np.stack([attention.max_logits.numpy() for attention in attentions(models)])
-    for attention in attentions(models):
+    before = np.stack([attention.max_logits.numpy() for attention in find_attentions(models)])
+    for attention in find_attentions(models):
         attention.record(len(inputs))
     for module, args, kwargs in list(inputs):
         module(*(arg.detach() if torch.is_tensor(arg) else arg for arg in args), **kwargs)
-    return before, np.stack([attention.max_logits.numpy() for attention in attentions(models)])
+    return before, np.stack([attention.max_logits.numpy() for attention in find_attentions(models)])
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 12])
@@ -250,14 +250,14 @@ def poisoned(run):
     import torch.distributed as dist
 
     models, optimizer = build(run)
-    before = flatten(optimizer.master_state())
+    before = flatten(optimizer.master_state_dict())
     weight = models[0].decoder.layers[0].self_attention.linear_q_proj.weight.data
     whole = weight.clone()
     if dist.get_rank() == 1:
         weight[0, 0] = math.nan
     first = one_step(models, optimizer, run, 1)
     weight.copy_(whole)
-    after = flatten(optimizer.master_state())
+    after = flatten(optimizer.master_state_dict())
     second = one_step(models, optimizer, run, 1)
     return before, after, first, second
 

@@ -59,14 +59,14 @@ def run_of(parallel, case):
 def kept(run):
     """Bytes of distinct storages that autograd keeps after one forward pass, by layer (3 is the head), and the pairs
     of tokens and experts that came to each layer's experts."""
-    from moonlight.train.step import release_autograd_graph, routers
+    from moonlight.train.forward_backward import find_routers, release_autograd_graph
 
     models, optimizer = build(run)
     (model,) = models
     batch = local_batches(run, 0)[0]
-    for router in routers(models):
+    for router in find_routers(models):
         router.aux_loss_weight = 1e-3
-    given = [batch.tokens, batch.labels, batch.loss_mask, *([] if batch.documents is None else [batch.documents])]
+    given = [batch.tokens, batch.labels, batch.loss_mask, *([] if batch.document_ids is None else [batch.document_ids])]
     skip = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *given]}
     seen, pairs = {}, []
     layer = 0
@@ -91,7 +91,7 @@ def kept(run):
 
     positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(batch.tokens, positions, batch.documents, labels=batch.labels, loss_mask=batch.loss_mask)
+        loss = model(batch.tokens, positions, batch.document_ids, labels=batch.labels, loss_mask=batch.loss_mask)
     # Some are free again by now, until their backward pass makes them again.
     found = [sum(storage.nbytes() for layer, storage in seen.values() if layer == number) for number in range(4)]
     with optimizer.data_parallel.no_sync():
@@ -165,7 +165,7 @@ def test_a_stage_has_a_mask_for_every_pass_in_flight(modules, masks):
 
 def peak_kept(run):
     """Most bytes that autograd keeps at once on this rank, over a whole forward and backward pass."""
-    from moonlight.train.step import forward_backward
+    from moonlight.train.forward_backward import forward_backward
 
     models, optimizer = build(run)
     batches = local_batches(run, 0)

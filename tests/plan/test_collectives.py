@@ -42,7 +42,7 @@ def counted(run):
     from megatron.core import parallel_state
 
     from moonlight.plan.comm_counter import CommCounter
-    from moonlight.train.step import forward_backward
+    from moonlight.train.forward_backward import forward_backward
 
     models, optimizer = build(run)
     batches = local_batches(run, 0)

@@ -219,10 +219,10 @@ def test_slurm_job_signalled_before_its_time_limit_goes_on_after_the_requeue(env
     assert code == 0 and "goes back into the queue" in said, said
     assert (tmp_path / "requeued").read_text() == "17\n"
     steps = len(read_metrics(tmp_path / "runs/tiny"))
-    assert 12 <= steps < 100 and f"saved and stopped after step {steps} on SIGTERM" in said
+    assert 12 <= steps < 100 and f"saved and stopped after step {steps} (SIGTERM)" in said
 
     ((said, code),) = finish([start(command, environment)])
-    assert code == 0 and f"going on after step {steps} of 100" in said, said
+    assert code == 0 and f"resuming after step {steps} of 100" in said, said
     assert len(read_metrics(tmp_path / "runs/tiny")) == 100
     assert (tmp_path / "requeued").read_text() == "17\n"
 

@@ -117,7 +117,7 @@ def test_processes_of_a_host_killed_then_the_whole_host(hosts, whole, make_job):
     assert job.agents["host-b"].wait(timeout=30) == -signal.SIGKILL
     job.start("host-b")
     assert job.wait() == [0, 0], job.said()
-    assert job.said().count("going on after step") == 2, job.said()
+    assert job.said().count("resuming after step") == 2, job.said()
     check_same(whole.run, job.run)
 
 
@@ -143,5 +143,5 @@ def test_link_cut_ends_both_sides_in_time_and_mended_goes_on(hosts, whole, make_
     job.agents.clear()
     job.start(*NAMES)
     assert job.wait() == [0, 0], job.said()
-    assert "going on after step" in job.said()
+    assert "resuming after step" in job.said()
     check_same(whole.run, job.run)

@@ -61,7 +61,7 @@ def save(config: RunConfig, head_rows: dict[int, torch.Tensor], step: int) -> Pa
     parallel.init_single_process()
     try:
         _, optimizer = build(config)
-        with optimizer.fill_masters() as state:
+        with optimizer.loading_masters() as state:
             for key, pieces in state.items():
                 for (first, *_), values in pieces.chunks:
                     if key.endswith("router.expert_bias"):

@@ -50,7 +50,7 @@ def whole_set_gradients(run: Recipe, change: str = "") -> dict[str, Any]:
     `change` gives other labels: of the tokens that count ("learnt") or of those that do not ("prompt").
     """
     from moonlight.data.loader import ChatTrainDataset
-    from moonlight.train.step import forward_backward, local_samples, make_micro_batches
+    from moonlight.train.forward_backward import forward_backward, local_samples, make_micro_batches
 
     models, optimizer = build(run)
     samples = ChatTrainDataset(Path(run.data.path), run.data.sequence_length, 2, seed=1)

@@ -82,7 +82,7 @@ def local_batches(run: Recipe, step: int, masked: float = 0.0) -> list[Any]:
     """This data-parallel rank's micro-batches of a step."""
     from megatron.core import parallel_state
 
-    from moonlight.train.step import MicroBatch, compute_document_ids
+    from moonlight.train.forward_backward import MicroBatch, compute_document_ids
 
     tokens, mask = global_batch(run, step, masked)
     apart = run.data.mask_documents or run.data.reset_positions
@@ -147,7 +147,7 @@ def assemble(answers: list[list[Piece]]) -> dict[str, np.ndarray]:
 
 def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
     """Loss and gradient pieces of the first step."""
-    from moonlight.train.step import forward_backward, routers
+    from moonlight.train.forward_backward import find_routers, forward_backward
 
     models, optimizer = build(run)
     weights = collect(models)
@@ -157,7 +157,7 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
         "loss": loss.item(),
         "weights": weights,
         "gradients": flatten(optimizer.gradient_state()),
-        "aux": [router.aux_loss.item() for router in routers(models)],
+        "aux": [router.aux_loss.item() for router in find_routers(models)],
     }
 
 

@@ -58,8 +58,8 @@ def state_after(run: Recipe, steps: int) -> dict[str, Any]:
         optimizer.data_parallel.finish_param_sync()
     return {
         "weights": collect(models),
-        "masters": flatten(optimizer.master_state()),
-        "momenta": flatten(optimizer.momentum_state()),
+        "masters": flatten(optimizer.master_state_dict()),
+        "momenta": flatten(optimizer.optimizer_state_dict()),
         "bytes": optimizer.state_bytes(),
     }
 

@@ -87,12 +87,12 @@ def entropy_by_group(model, whole):
 
 def watched_steps(run):
     """Results of the first steps, and what they are compared with: masters around the last, its gradients, routes."""
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     models, optimizer = build(run)
     optimizer.data_parallel.finish_param_sync()
     results, routed, gradients = [], [], []
-    for router in routers(models):
+    for router in find_routers(models):
         router.register_forward_hook(lambda router, _, out: routed.append((router.layer_number, out[1].clone())))
     finish = optimizer.data_parallel.finish_grad_sync
 
@@ -102,7 +102,7 @@ def watched_steps(run):
 
     optimizer.data_parallel.finish_grad_sync = look
     for step in range(1, STEPS + 1):
-        before = flatten(optimizer.master_state())
+        before = flatten(optimizer.master_state_dict())
         routed.clear()
         result = one_step(models, optimizer, run, step)
         results.append(dataclasses.asdict(result))
@@ -113,7 +113,7 @@ def watched_steps(run):
     return {
         "results": results,
         "before": before,
-        "after": flatten(optimizer.master_state()),
+        "after": flatten(optimizer.master_state_dict()),
         "weights": collect(models),
         "gradients": list(gradients),
         "counts": counts,
@@ -152,9 +152,9 @@ def test_monitors_equal_numpy(pool, case):
     result = answers[0]["results"][-1]
     for answer in answers:
         other = answer["results"][-1]
-        assert all(other[key] == result[key] for key in result if key != "watched")
-        assert other["watched"] == result["watched"]
-    watched = result["watched"]
+        assert all(other[key] == result[key] for key in result if key != "monitors")
+        assert other["monitors"] == result["monitors"]
+    watched = result["monitors"]
     assert watched["svd_entropies"] == pytest.approx(entropy_by_group(run.model, weights), abs=1e-5)
     # Masters and weights differ by bfloat16's rounding, if at all: that much in matrices of 8 rows.
     tolerance = 1e-4 if run.train.dtype == "bfloat16" else 1e-5
@@ -195,10 +195,10 @@ def check_loads(run, processes, answers, loads, result):
 
 def starved(run):
     """The first step of a model one of whose experts nobody may choose."""
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     models, optimizer = build(run)
-    for router in routers(models):
+    for router in find_routers(models):
         router.expert_bias[3] = -100.0
     return dataclasses.asdict(one_step(models, optimizer, run, 1))
 
@@ -208,7 +208,7 @@ def test_experts_without_tokens_are_dead(pool, layout):
     processes, parallel = LAYOUTS[layout]
     for result in pool.run(processes, starved, recipe(parallel)):
         assert result["dead_experts"] >= 3
-        assert [loads[3] for loads in result["watched"]["loads"]] == [0, 0, 0]
+        assert [loads[3] for loads in result["monitors"]["loads"]] == [0, 0, 0]
 
 
 def test_the_entropy_of_known_spectra():

@@ -117,5 +117,5 @@ def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path)
     process = pretrain(recipe_file)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "going on after step" in errors
+    assert "resuming after step" in errors
     check_same(runs["whole"], runs["killed"])

@@ -87,7 +87,7 @@ def test_killed_tuning_ends_the_same(place):
         process = sft(place, killed)
         kill_after(process, metrics, steps)
     _, errors = finish(sft(place, killed))
-    assert "going on after step" in errors
+    assert "resuming after step" in errors
     whole = run_folder.resolve_train_steps(load_recipe(place.recipe))
     windows = run_folder.check_data(whole)["data"]["splits"]["train"]["windows"]
     assert whole.train.train_steps == -(-6 * windows // 4) > 12

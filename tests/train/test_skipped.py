@@ -15,12 +15,12 @@ def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
     """Three steps; in the second, one element of one gradient on the last rank is `poison`."""
     import torch.distributed as dist
 
-    from moonlight.train.step import routers
+    from moonlight.train.forward_backward import find_routers
 
     models, optimizer = build(run)
     history = []
     for step in (1, 2, 3):
-        parameter = optimizer.data_parallel.parameters[-1].model
+        parameter = optimizer.data_parallel.parameters[-1].torch_param
 
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
             gradient = gradient.clone()
@@ -37,8 +37,8 @@ def train_with_poison(run: Recipe, poison: float) -> dict[str, Any]:
             {
                 "result": result,
                 "weights": collect(models),
-                "momenta": flatten(optimizer.momentum_state()),
-                "counts": [router.tokens_per_expert.sum().item() for router in routers(models)],
+                "momenta": flatten(optimizer.optimizer_state_dict()),
+                "counts": [router.tokens_per_expert.sum().item() for router in find_routers(models)],
             }
         )
     return {"history": history}

@@ -74,9 +74,9 @@ def on_a_terminal(folder):
     program = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
         "from tests.support.layouts import recipe; from moonlight.config.monitor import MonitorConfig\n"
-        "from moonlight.train import wandb_log as tracking\n"
+        "from moonlight.train.wandb_log import WandbLogger\n"
         "run = replace(recipe(), monitor=MonitorConfig(wandb_project='moonlight-tests'))\n"
-        f"there = tracking.Tracking(Path({str(folder)!r}), run, print)\n"
+        f"there = WandbLogger(Path({str(folder)!r}), run, print)\n"
         "there.write({'loss/train': 1.0}, 1); there.close(finished=True)\n"
     )
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
