@@ -8,7 +8,7 @@ LOCK := requirements/cpu.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install quickstart quickstart-chat test test-full test-faults serve-test lint format clean
+.PHONY: install quickstart quickstart-chat test test-full test-faults serve-test lint docs format clean
 
 install: $(VENV)/.installed
 
@@ -54,10 +54,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(MAKE) --no-print-directory docs
+
+# The documentation as a site in site/; a dead link inside it is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venvs runs/quickstart runs/quickstart-* runs/serve-test
+	rm -rf $(VENV) .venvs site runs/quickstart runs/quickstart-* runs/serve-test

@@ -33,6 +33,8 @@ UNITS = {  # by the end of a key; the longest that fits
     "keep_checkpoints": "checkpoints",
 }
 
+SECTION_DEFAULT = "its defaults"
+
 PAGE_HEAD = """\
 # Settings
 
@@ -71,7 +73,7 @@ def list_sections() -> list[Section]:
     for field in dataclasses.fields(RunConfig):
         kind = _section_class(typing.get_type_hints(RunConfig)[field.name])
         if kind is not None:
-            name = f"{field.name}.<name>" if field.name == "stages" else field.name
+            name = f"{field.name}.NAME" if field.name == "stages" else field.name
             sections.append(_section(name, kind))
             sections += _nested_sections(name, kind)
     return sections
@@ -96,7 +98,7 @@ def settings_page(sections: Sequence[Section]) -> str:
 
 def _markdown(section: Section) -> str:
     lines = [
-        f"## {section.name.replace('<name>', 'NAME') or 'Top level'}",
+        f"## {section.name or 'Top level'}",
         "",
         section.meaning,
         "",
@@ -105,6 +107,7 @@ def _markdown(section: Section) -> str:
     ]
     for setting in section.settings:
         default = f"`{setting.default}`" if setting.default else "required"
+        default = default.replace(f"`{SECTION_DEFAULT}`", SECTION_DEFAULT)
         kind = setting.type.replace("|", "\\|")
         lines.append(f"| `{setting.key}` | {kind} | {default} | {setting.unit} | {setting.meaning} |")
     return "\n".join([*lines, ""])
@@ -118,7 +121,7 @@ def _section(name: str, cls: type) -> Section:
         meaning = meanings.get(field.name) or f"The section {field.name}, below."
         default = _default(field)
         if default and dataclasses.is_dataclass(accepted.kind) and not accepted.optional:
-            default = "its defaults"
+            default = SECTION_DEFAULT
         settings.append(Setting(field.name, _type_text(accepted), default, _unit(field.name), meaning))
     return Section(name, " ".join((inspect.getdoc(cls) or "").split()), tuple(settings))
 
@@ -128,7 +131,7 @@ def _nested_sections(name: str, cls: type) -> list[Section]:
     for key, accepted in field_types(cls).items():
         kind = _section_class(accepted.kind)
         if kind is not None:
-            marker = "<name>" if typing.get_origin(accepted.kind) is dict else "<index>"
+            marker = "NAME" if typing.get_origin(accepted.kind) is dict else "N"
             nested.append(_section(f"{name}.{key}.{marker}", kind))
     return nested
 

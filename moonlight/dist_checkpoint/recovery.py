@@ -1,9 +1,9 @@
 """Select the checkpoint that a run resumes from: the one that `latest` names, or the newest valid one of the others.
 
-The ranks share the reading: each checks some of the files, and all ranks get every result. A corrupt checkpoint is never
-loaded. When a valid one has been found, corrupt ones are renamed to `damaged-step-...`, so that retention does not count
-them. They stay there until a user deletes them. If a user wrote an older checkpoint's name into `latest`, the later
-checkpoints are renamed to `later-step-...`.
+The ranks share the reading: each checks some of the files, and all ranks get every result. A corrupt checkpoint is
+never loaded. When a valid one has been found, corrupt ones are renamed to `damaged-step-...`, so that retention does
+not count them. They stay there until a user deletes them. If a user wrote an older checkpoint's name into `latest`, the
+later checkpoints are renamed to `later-step-...`.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""Checkpoints on disk, as far as they can be understood without torch: where they are, what they are of, whether whole.
+"""Find and check checkpoints on disk, without torch: folders, `state.json`, sizes and checksums.
 
     runs/<name>/checkpoints/step-00000100/   torch's distributed checkpoint and state.json
-    runs/<name>/checkpoints/latest           the name of the newest complete one
+    runs/<name>/checkpoints/latest           the name of the newest complete checkpoint
 
-`state.json` holds what is not a tensor (where the run stands, its recipe), the size and checksum of every file, and a
+`state.json` holds everything that is not a tensor (train state, recipe), the size and checksum of every file, and a
 checksum of itself.
 """
 
@@ -28,45 +28,46 @@ STATE_FILE = "state.json"
 LATEST_FILE = "latest"
 STEP_NAME = r"step-\d{8}"
 FORMAT = 2
-"""Of what is written. 1 had neither this number nor a checksum of `state.json` itself; it is still read.
+"""Format that is written. Format 1, which is still read, had neither this number nor a checksum of `state.json`.
 
-A later format keeps number and checksum where they are, so that a newer checkpoint can be told from a damaged one.
+A later format must keep the keys of number and checksum, so that a newer checkpoint differs from a corrupt one.
 """
 CHECKSUM = "xxh3"
 NO_CHECKSUM = "0" * 32
-OF_FORMAT_1 = {"state", "recipe", "tokenizer_sha256", "files", "origin"}
+"""Placeholder for the checksum of `state.json` while that checksum is computed."""
+FORMAT_1_KEYS = {"state", "recipe", "tokenizer_sha256", "files", "origin"}
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint is not what was written; an older one may be."""
+    """A checkpoint is incomplete or was altered; an older one may still be valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands. With the checkpoint's tensors, all that its continuation depends on."""
+    """Train state: with the checkpoint's tensors, everything that a resumed run depends on."""
 
     step: int = 0
-    """Optimizer steps done, skipped ones included."""
+    """Completed optimizer steps, including skipped ones."""
     consumed_sequences: int = 0
     consumed_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    """Steps skipped since the last one that was not."""
+    """Steps skipped since the last step that was not skipped."""
     passed_over_sequences: int = 0
-    """Training sequences that rollbacks passed over: sequence n of the schedule is number n + this of the data."""
+    """Training sequences that rollbacks skipped: sequence n of the schedule is sequence n + this of the data."""
     rollbacks_in_a_row: int = 0
-    """Rollbacks since the run last got past a spike."""
+    """Rollbacks since the run last passed a spike."""
     last_spike_step: int = 0
-    """Step of the spike that the last rollback went back from."""
+    """Step of the spike that caused the last rollback."""
     recent_losses: tuple[float, ...] = ()
-    """Losses of the last steps that were not skipped, the newest last, at most `train.spike_window` of them."""
+    """Losses of the last steps that were not skipped, newest last; at most `train.spike_window`."""
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "TrainState":
-        """From what `dataclasses.asdict` gave, by way of JSON.
+        """Build the state from `dataclasses.asdict` of a state, read back from JSON.
 
         Raises:
-            ValueError, TypeError, KeyError: it did not give this.
+            ValueError, TypeError, KeyError: `content` is not such a dict.
         """
         losses = content.get("recent_losses", [])
         state = cls(**content | {"recent_losses": tuple(losses)})
@@ -79,88 +80,89 @@ class TrainState:
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step`."""
+    """Return the folder of the checkpoint after `step`."""
     return checkpoints / f"step-{step:08d}"
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """Return the step in the name of a checkpoint folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
-    """The folders with names of checkpoints, complete or not, from the oldest on."""
+    """Return the folders with the name of a checkpoint, complete or not, oldest first."""
     return sorted(folder for folder in checkpoints.glob("step-*") if re.fullmatch(STEP_NAME, folder.name))
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None if there is none yet.
+    """Return the checkpoint that `latest` names, or None if `latest` does not exist.
 
     Raises:
-        UserError: `latest` is there and names none.
+        UserError: `latest` exists but names no complete checkpoint.
     """
     pointer = checkpoints / LATEST_FILE
     if not pointer.exists():
         return None
     name, folder = read_latest(checkpoints)
     if folder is None:
-        there = ", ".join(place.name for place in complete_checkpoints(checkpoints)) or "none"
-        raise UserError(f"{pointer} names no checkpoint ({name!r}): write the name of one into it; there are {there}")
+        available = ", ".join(path.name for path in complete_checkpoints(checkpoints)) or "none"
+        raise UserError(f"{pointer} names no checkpoint ({name!r}): write one of these into it: {available}")
     return folder
 
 
 def read_latest(checkpoints: Path) -> tuple[str, Path | None]:
-    """What `latest` says, and the checkpoint that it names; None if there is none of this name."""
+    """Return the name in `latest`, and the complete checkpoint of that name or None."""
     try:
         name = (checkpoints / LATEST_FILE).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         name = ""
-    there = re.fullmatch(STEP_NAME, name) and (checkpoints / name / STATE_FILE).is_file()
-    return name, checkpoints / name if there else None
+    is_complete = re.fullmatch(STEP_NAME, name) and (checkpoints / name / STATE_FILE).is_file()
+    return name, checkpoints / name if is_complete else None
 
 
 def write_state(folder: Path, content: dict[str, Any]) -> None:
     """Write `state.json`, which completes the checkpoint in `folder`.
 
     Args:
-        content: all but its format and its own checksum. See `read_state`.
+        content: everything except the format and the checksum of `state.json`: the keys state, recipe,
+            tokenizer_sha256 and files, and for an import origin.
     """
     text = json.dumps({"format": FORMAT, CHECKSUM: NO_CHECKSUM, **content}, indent=2, ensure_ascii=False) + "\n"
     atomic_write_text(folder / STATE_FILE, text.replace(NO_CHECKSUM, _checksum(text), 1))
 
 
 def _checksum(text: str) -> str:
-    """XXH3 of a `state.json` in which zeros stand for it."""
+    """Return the XXH3 checksum of a `state.json` that holds `NO_CHECKSUM` as its checksum."""
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
 def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
-    """`state.json` of a checkpoint, after checking that every file is whole.
+    """Return the content of a checkpoint's `state.json`, after checking every file.
 
     Args:
-        check_files: False looks at nothing but `state.json` itself.
+        check_files: False checks only `state.json` itself.
 
     Raises:
-        CorruptCheckpointError: missing, incomplete, truncated or altered files.
-        UserError: it is of a format that is newer than this code.
+        CorruptCheckpointError: a file is missing, truncated or altered.
+        UserError: the format is newer than this code reads.
     """
     path = folder / STATE_FILE
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        sound = _is_sealed(content, text) and _has_form(content)
+        is_valid = _matches_checksum(content, text) and _has_valid_fields(content)
     except OSError:
         raise CorruptCheckpointError(
             f"checkpoint {folder} has no {STATE_FILE}: it is not a complete checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise CorruptCheckpointError(f"checkpoint file {path} is damaged: it does not hold what was written")
+        is_valid = False
+    if not is_valid:
+        raise CorruptCheckpointError(f"checkpoint file {path} is corrupt: invalid content or checksum")
     if content.get("format", 1) > FORMAT:
         raise UserError(
-            f"checkpoint {folder} has format {content['format']}, this version of the software reads formats up to "
-            f"{FORMAT}: use the version that wrote it, or a newer one"
+            f"checkpoint {folder} has format {content['format']}: this version of the software reads formats up to "
+            f"{FORMAT}; use the version that wrote it, or a newer one"
         )
     try:
         stored_config(content)
@@ -171,21 +173,21 @@ def read_state(folder: Path, *, check_files: bool = True) -> dict[str, Any]:
     return content
 
 
-def _is_sealed(content: dict[str, Any], text: str) -> bool:
-    """Whether `text` matches the checksum in it. The first format had none, and nothing but its four or five keys."""
-    if content.keys() <= OF_FORMAT_1:
+def _matches_checksum(content: dict[str, Any], text: str) -> bool:
+    """Return True if `text` matches the checksum in it. Format 1 has no checksum, and only the keys FORMAT_1_KEYS."""
+    if content.keys() <= FORMAT_1_KEYS:
         return True
-    seal = content[CHECKSUM]
-    return type(content["format"]) is int and _checksum(text.replace(seal, NO_CHECKSUM, 1)) == seal
+    expected = content[CHECKSUM]
+    return type(content["format"]) is int and _checksum(text.replace(expected, NO_CHECKSUM, 1)) == expected
 
 
-def _has_form(content: dict[str, Any]) -> bool:
+def _has_valid_fields(content: dict[str, Any]) -> bool:
     if content.get("format", 1) > FORMAT:
-        return True  # not ours to judge
+        return True  # the fields of a newer format are unknown
     TrainState.from_json(content["state"])
     files = content["files"]
     return (
-        all({"bytes", "xxh3"} <= known.keys() for known in files.values())
+        all({"bytes", "xxh3"} <= file.keys() for file in files.values())
         and ".metadata" in files
         and type(content["recipe"]) is dict
         and type(content["tokenizer_sha256"]) is str
@@ -195,31 +197,38 @@ def _has_form(content: dict[str, Any]) -> bool:
 def check_file(
     folder: Path, name: str, content: dict[str, Any], checksum: Callable[[Path], str] = xxh3_checksum
 ) -> None:
-    """Compare size and checksum (XXH3) of one file with what `state.json` says.
+    """Compare size and checksum (XXH3) of one file with those in `state.json`.
+
+    Args:
+        content: content of `state.json`.
 
     Raises:
-        CorruptCheckpointError: they differ, or it is missing.
+        CorruptCheckpointError: size or checksum differs, or the file is missing.
     """
-    file, known = folder / name, content["files"][name]
+    file, expected = folder / name, content["files"][name]
     if not file.is_file():
         raise CorruptCheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
-    found = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
-    if all(found[key] == known[key] for key in found):
+    actual = {"bytes": file.stat().st_size, "xxh3": checksum(file)}
+    if all(actual[key] == expected[key] for key in actual):
         return
-    if other := next((other for other, its in content["files"].items() if its == found), None):
-        raise CorruptCheckpointError(f"checkpoint file {file} holds what belongs into {other}: files were swapped")
-    if found["bytes"] != known["bytes"]:
+    if other := next((other for other, entry in content["files"].items() if entry == actual), None):
+        raise CorruptCheckpointError(f"checkpoint file {file} holds the content of {other}: files were swapped")
+    if actual["bytes"] != expected["bytes"]:
         raise CorruptCheckpointError(
-            f"checkpoint file {file} has {found['bytes']} bytes instead of {known['bytes']}: it is truncated or damaged"
+            f"checkpoint file {file} has {actual['bytes']} bytes instead of {expected['bytes']}: it is truncated or "
+            "corrupt"
         )
-    raise CorruptCheckpointError(f"checkpoint file {file} does not match its checksum: it is damaged")
+    raise CorruptCheckpointError(f"checkpoint file {file} does not match its checksum: it is corrupt")
 
 
 def stored_config(content: dict[str, Any]) -> tuple[ModelConfig, RunConfig | None]:
-    """What `state.json` says the checkpoint is of: the model, and the recipe that trained it unless it was imported.
+    """Return the model of a checkpoint, and the config of the run that trained it (None if it was imported).
+
+    Args:
+        content: content of `state.json`.
 
     Raises:
-        UserError: they are no valid settings.
+        UserError: the stored settings are invalid.
     """
     recipe = content["recipe"]
     if recipe.keys() == {"model"}:
@@ -229,46 +238,56 @@ def stored_config(content: dict[str, Any]) -> tuple[ModelConfig, RunConfig | Non
 
 
 def check_model(folder: Path, content: dict[str, Any], config: RunConfig) -> None:
-    """Raise UserError unless the checkpoint `folder`, whose `state.json` is `content`, is of the model of `run`."""
-    # Through `stored_config`, so that a setting added since the checkpoint was written has its default.
-    there, here = dataclasses.asdict(stored_config(content)[0]), dataclasses.asdict(config.model)
-    differences = [f"{key} {there[key]!r} there, {value!r} here" for key, value in here.items() if there[key] != value]
+    """Raise UserError unless the checkpoint in `folder` was saved from the model of `config`.
+
+    Args:
+        content: content of the checkpoint's `state.json`.
+    """
+    # stored_config gives a setting that was added after the checkpoint was written its default.
+    stored, current = dataclasses.asdict(stored_config(content)[0]), dataclasses.asdict(config.model)
+    differences = [
+        f"{key} {stored[key]!r} there, {value!r} here" for key, value in current.items() if stored[key] != value
+    ]
     if differences:
-        raise UserError(f"checkpoint {folder} is of another model: {'; '.join(differences)}")
+        raise UserError(f"checkpoint {folder} was saved from a different model: {'; '.join(differences)}")
 
 
 def check_optimizer(folder: Path, content: dict[str, Any], config: RunConfig) -> None:
-    """Raise UserError unless the checkpoint has the optimizer state that `run` would go on with."""
+    """Raise UserError unless the checkpoint in `folder` has the state of the optimizer of `config`."""
     if content.get("origin"):
-        raise UserError(f"checkpoint {folder} holds weights only: name it as train.initial_checkpoint of a new run")
+        raise UserError(f"checkpoint {folder} holds weights only: set train.initial_checkpoint of a new run to it")
     optimizer = content["recipe"]["optimizer"]["name"]
     if optimizer != config.optimizer.name:
-        raise UserError(f"checkpoint {folder} holds the state of {optimizer}, the recipe wants {config.optimizer.name}")
+        raise UserError(
+            f"checkpoint {folder} holds the state of {optimizer}: the recipe has optimizer {config.optimizer.name}"
+        )
 
 
 def complete_checkpoints(path: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, or of its checkpoints folder, from the oldest on."""
-    folders = [folder for place in (path, path / "checkpoints") for folder in step_folders(place)]
+    """Return the complete checkpoints of a run folder, or of its checkpoints folder, oldest first."""
+    folders = [folder for parent in (path, path / "checkpoints") for folder in step_folders(parent)]
     return [folder for folder in folders if (folder / STATE_FILE).is_file()]
 
 
 def resolve_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The checkpoint that `path` means: itself, or one of a run folder or of its checkpoints folder.
+    """Return the checkpoint at `path`, which is a checkpoint, a run folder or its checkpoints folder.
 
     Args:
-        step: the one after this step; None takes the newest.
+        step: select the checkpoint after this step; None selects the newest.
 
     Raises:
-        UserError: there is none.
+        UserError: no such checkpoint exists.
     """
     if re.fullmatch(r"\..+\.part", path.resolve().name):
-        raise UserError(f"{path} is still being written, or was left by a process that was killed: give another")
+        raise UserError(
+            f"{path} is a partial checkpoint, still being written or left by a killed process: give another"
+        )
     if step is not None:
-        there = {checkpoint_step(folder): folder for folder in complete_checkpoints(path)}
-        if step not in there:
-            steps = ", ".join(map(str, there)) or "none"
-            raise UserError(f"{path} holds no checkpoint after step {step}: those it holds are after steps {steps}")
-        return there[step]
+        by_step = {checkpoint_step(folder): folder for folder in complete_checkpoints(path)}
+        if step not in by_step:
+            steps = ", ".join(map(str, by_step)) or "none"
+            raise UserError(f"{path} holds no checkpoint after step {step}: it has steps {steps}")
+        return by_step[step]
     if (path / STATE_FILE).exists():
         return path
     for folder in (path, path / "checkpoints"):
@@ -277,5 +296,5 @@ def resolve_checkpoint(path: Path, step: int | None = None) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, or a checkpoint such as .../step-00000100")
     if (path / "config.json").is_file():
-        raise UserError(f"{path} is a Hugging Face folder: a run folder or a checkpoint is expected in its place")
+        raise UserError(f"{path} is a Hugging Face folder: give a run folder or a checkpoint")
     raise UserError(f"{path} holds no checkpoint: give a run folder, or a checkpoint such as .../step-00000100")

@@ -29,7 +29,14 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from moonlight.dist_checkpoint.chunks import LazyTensor, LocalChunks
 from moonlight.dist_checkpoint.direct_io import DirectFile
-from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, reraise_cause, global_shapes, is_covered, read_index
+from moonlight.dist_checkpoint.index import (
+    INDEX_FILE,
+    IndexReader,
+    reraise_cause,
+    global_shapes,
+    is_covered,
+    read_index,
+)
 from moonlight.errors import UserError
 from moonlight.files import fsync, xxh3_checksum
 

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy together, one chunk of tokens at a time: the full logits are never materialized."""
+"""Fused output projection and cross-entropy, one chunk of tokens at a time: the full logits are never materialized."""
 
 from typing import Any
 

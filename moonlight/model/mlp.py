@@ -74,7 +74,7 @@ class MoEBlock(MoELayer):
         return routed.view_as(hidden) + self.shared_experts(hidden), None
 
     def route(self, hidden: torch.Tensor, padding_mask: None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return probabilities and mask in the form of Megatron's dispatchers: [tokens, experts], 0 or false if not chosen."""
+        """Return probabilities and mask for Megatron's dispatchers: [tokens, experts], 0 or false if not chosen."""
         probabilities, chosen = self.router(hidden)
         zeros = probabilities.new_zeros(len(chosen), self.config.num_moe_experts)
         return zeros.scatter(1, chosen, probabilities), zeros.bool().scatter_(1, chosen, True)

@@ -9,24 +9,24 @@ import torch.nn.functional as F
 def choose_experts(
     scores: torch.Tensor, bias: torch.Tensor, num_experts_per_tok: int, num_groups: int, topk_group: int
 ) -> torch.Tensor:
-    """Indices [tokens, num_experts_per_tok] of the experts with the highest score plus bias.
+    """Return the indices of the experts with the highest score plus bias: int64 [tokens, num_experts_per_tok].
 
-    With groups, only experts of the `topk_group` best groups stand for election; a group is scored by the sum of its
-    two best experts, as transformers does it. (Megatron takes the best num_experts_per_tok / topk_group.)
-    `scores` [tokens, experts] and `bias` [experts] are float32.
+    `scores` [tokens, experts] and `bias` [experts] are float32. With groups, only experts of the `topk_group` best
+    groups are eligible. The score of a group is the sum of its two best experts, as in transformers. (Megatron sums the
+    best num_experts_per_tok / topk_group.)
     """
     candidates = scores + bias
     if num_groups > 1:
         grouped = candidates.unflatten(-1, (num_groups, -1))  # [tokens, groups, experts per group]
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
         best = group_scores.topk(topk_group, dim=-1).indices
-        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
-        candidates = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+        excluded = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
+        candidates = grouped.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(-2)
     return candidates.topk(num_experts_per_tok, dim=-1).indices
 
 
-class _WithLoss(torch.autograd.Function):
-    """`weights` as they are; the backward pass of what they lead to is also that of `loss`, a scalar."""
+class _AddLossGradient(torch.autograd.Function):
+    """Return `weights` unchanged; the backward pass through them also starts the backward pass of the scalar `loss`."""
 
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,10 @@ class _WithLoss(torch.autograd.Function):
 
 
 class Router(torch.nn.Module):
-    """Chooses experts for tokens. Weight [experts, hidden]; scores and their use are float32 in every precision.
+    """Choose the experts of each token. Weight [experts, hidden]; scores are float32 in every precision.
 
-    `expert_bias` [experts] steers only the choice, never the weights of the mixture. `tokens_per_expert` counts this
-    rank's choices since it was last read; `update_expert_bias` turns the counts of all ranks into the next bias.
+    `expert_bias` [experts] affects only the choice, never the weights of the mixture. `tokens_per_expert` counts this
+    rank's choices since the last call of `update_expert_bias`, which computes the next bias from all ranks' counts.
     """
 
     def __init__(self, config: Any, pg_collection: Any) -> None:
@@ -65,13 +65,14 @@ class Router(torch.nn.Module):
         self.layer_number = 0
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by Megatron's layer with its number, from 1."""
+        """Set the number of the layer, from 1; Megatron's layer calls this method."""
         self.layer_number = layer_number
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Route `hidden` [sequence, batch, hidden].
 
-        Returns the mixture weights, float32 [tokens, num_experts_per_tok], and the experts that they are of, int64.
+        Returns:
+            The mixture weights, float32, and the chosen experts, int64; both [tokens, num_experts_per_tok].
         """
         config = self.config
         logits = F.linear(hidden.float(), self.weight.float())
@@ -90,19 +91,20 @@ class Router(torch.nn.Module):
             if self.aux_loss_weight > 0:
                 loss = self._sequence_aux_loss(scores.view(logits.shape))
                 self.aux_loss += loss.detach()
-                weights = _WithLoss.apply(weights, loss * self.aux_loss_weight)
+                weights = _AddLossGradient.apply(weights, loss * self.aux_loss_weight)
         return weights, chosen
 
     def _sequence_aux_loss(self, scores: torch.Tensor) -> torch.Tensor:
-        """Sum over this micro-batch's sequences of sum_i f_i P_i (DeepSeek-V3, eq. 17-20), without the coefficient.
+        """Return the sum over this micro-batch's sequences of sum_i f_i P_i (DeepSeek-V3, eq. 17-20): a scalar.
 
-        `scores` [sequence, batch, experts]. Under sequence parallelism the ranks' values add up to the whole: f counts
-        the choices of all ranks, P is this rank's share of the mean. f is taken without the bias, as in eq. 18.
+        `scores` is [sequence / TP, batch, experts]. The coefficient is not included. Under sequence parallelism the
+        ranks' values add up to the full loss: f counts the choices of all ranks, P is this rank's term of the mean. f
+        ignores the bias, as in eq. 18.
         """
         top_k, num_experts = self.config.moe_router_topk, scores.shape[-1]
         length = scores.shape[0] * self.tp_group.size()
-        choice = scores.detach().topk(top_k, dim=-1).indices
-        counts = torch.zeros_like(scores).scatter(-1, choice, 1.0).sum(0)  # [batch, experts]
+        chosen = scores.detach().topk(top_k, dim=-1).indices
+        counts = torch.zeros_like(scores).scatter(-1, chosen, 1.0).sum(0)  # [batch, experts]
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(counts, group=self.tp_group)
         fractions = counts * (num_experts / (top_k * length))
@@ -114,18 +116,22 @@ class Router(torch.nn.Module):
 def update_expert_bias(
     routers: list[Router], update_rate: float, group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
-    """Moonlight's balancing rule, once a step: b_i += u * (sign(e_i) - mean_j sign(e_j)), e_i = mean load - load_i.
+    """Apply Moonlight's balancing rule: b_i += u * (sign(e_i) - mean_j sign(e_j)), e_i = mean load - load_i.
 
-    `group` joins all ranks that saw different tokens of these layers (tensor- and data-parallel). Counts are reset.
+    Call it once per step, on all ranks of `group`. Resets the counts.
+
+    Args:
+        update_rate: u in the formula.
+        group: all ranks that process different tokens of these layers (tensor- and data-parallel).
 
     Returns:
-        The load of the step, tokens per expert [len(routers), experts].
+        The load of the step: tokens per expert, float32 [len(routers), experts].
     """
     counts = torch.stack([router.tokens_per_expert for router in routers])
     torch.distributed.all_reduce(counts, group=group)
     signs = (counts.mean(-1, keepdim=True) - counts).sign()
-    steps = update_rate * (signs - signs.mean(-1, keepdim=True))
-    for router, step in zip(routers, steps, strict=True):
-        router.expert_bias += step
+    updates = update_rate * (signs - signs.mean(-1, keepdim=True))
+    for router, update in zip(routers, updates, strict=True):
+        router.expert_bias += update
         router.tokens_per_expert.zero_()
     return counts

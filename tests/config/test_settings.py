@@ -37,7 +37,7 @@ def test_a_row_has_type_default_unit_and_meaning():
     assert rows["train.grace_seconds"].unit == "s" and rows["train.grace_seconds"].type == "float, greater than 0"
     assert rows["train.global_batch_size"].default == "" and rows["train.global_batch_size"].unit == "sequences"
     assert rows["model.q_lora_rank"].type == "int, greater than 0, or null"
-    assert rows["train.batch_growth.<index>.after_tokens"].unit == "tokens"
+    assert rows["train.batch_growth.N.after_tokens"].unit == "tokens"
 
 
 @pytest.mark.parametrize("name", [name for name, kind in field_types(OptimizerConfig).items() if kind.choices])
