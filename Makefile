@@ -8,7 +8,7 @@ LOCK := requirements/cpu.txt
 TORCH := torch==$(shell sed -n 's/^torch==//p' $(LOCK))
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: install quickstart quickstart-chat test test-full test-faults serve-test lint docs format clean
+.PHONY: install quickstart quickstart-chat test test-slow test-full test-faults serve-test lint docs format clean
 
 install: $(VENV)/.installed
 
@@ -28,8 +28,13 @@ quickstart: install
 quickstart-chat: quickstart
 	@$(BIN)/moonlight quickstart-chat
 
+# Every subject: one case of each mechanism.
 test: install
-	$(BIN)/python -m pytest -m "not full and not faults"
+	$(BIN)/python -m pytest -m "not slow and not full and not faults"
+
+# Further layouts, dtypes and sizes, and the longest interruptions. CI runs it after `make test`.
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not full and not faults"
 
 test-full: install
 	$(BIN)/python -m pytest -m "not faults"

@@ -1,1 +1,5 @@
-"""From checkpoints to Hugging Face folders, and the proof that both hold the same model."""
+"""Training checkpoints to Hugging Face folders and back, with model card, verification, averaging and release.
+
+Each command runs in one process and reads tensor by tensor. The package imports `moonlight`, and neither `pretrain`
+nor `eval`; only `verify` builds a model.
+"""

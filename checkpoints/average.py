@@ -1,4 +1,4 @@
-"""The mean of a run's newest checkpoints, tensor by tensor in one process."""
+"""Average of the newest checkpoints of a run, tensor by tensor in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from moonlight.files import check_output, sha256_checksum
 def average(run_dir: Path, last: int, out: Path) -> list[int]:
     """Write the checkpoint `out`, whose weights are the mean of the newest `last` checkpoints of a run.
 
-    Sums are float64. The result has no optimizer state: it is to be exported, or to start another run from.
+    Sums are float64, the stored mean is float32. The result has no optimizer state: export it, or set it as
+    train.initial_checkpoint of a new run.
 
     Returns:
-        Steps of the checkpoints; none if `out` already was their mean.
+        Steps of the checkpoints; an empty list if `out` already is their mean.
 
     Raises:
-        UserError: too few checkpoints, a damaged one, no room, or `out` exists with something else in it.
+        UserError: too few checkpoints, a corrupt one, too little disk space, or `out` exists with different content.
     """
     if last < 2:
         raise UserError(f"--last is {last}: it must be at least 2")
@@ -31,14 +32,14 @@ def average(run_dir: Path, last: int, out: Path) -> list[int]:
     if len(folders) < last:
         if not run_dir.exists():
             raise UserError(f"{run_dir} does not exist: give a run folder")
-        raise UserError(f"{run_dir} has {len(folders)} of the {last} checkpoints of --last: see train.keep_checkpoints")
+        raise UserError(f"--last is {last}: {run_dir} has {len(folders)} checkpoints. See train.keep_checkpoints")
     checkpoints = [open_checkpoint(folder) for folder in folders[-last:]]
     newest = checkpoints[-1]
     steps = [checkpoint.state.step for checkpoint in checkpoints]
     for checkpoint, step in zip(checkpoints, steps, strict=True):
         if checkpoint.model_config != newest.model_config or checkpoint.tokenizer_sha256 != newest.tokenizer_sha256:
             raise UserError(
-                f"{run_dir}: the checkpoint after step {step} is of another model than that after {steps[-1]}"
+                f"{run_dir}: the checkpoints after steps {step} and {steps[-1]} have different models or tokenizers"
             )
     origin: dict[str, Any] = {
         "averaged_steps": steps,
@@ -47,10 +48,10 @@ def average(run_dir: Path, last: int, out: Path) -> list[int]:
     if is_up_to_date(out, origin):
         return []
 
-    def mean(row: hf_mapping.TensorMapping, part: hf_mapping.HFTensor) -> torch.Tensor:
-        total = torch.zeros(part.shape, dtype=torch.float64)
+    def mean(mapping: hf_mapping.TensorMapping, hf_tensor: hf_mapping.HFTensor) -> torch.Tensor:
+        total = torch.zeros(hf_tensor.shape, dtype=torch.float64)
         for checkpoint in checkpoints:
-            total += checkpoint.read_hf_tensor(row, part)
+            total += checkpoint.read_hf_tensor(mapping, hf_tensor)
         return (total / last).float()
 
     write_checkpoint(
@@ -61,8 +62,8 @@ def average(run_dir: Path, last: int, out: Path) -> list[int]:
         state=newest.state,
         origin=origin,
         tokenizer_sha256=newest.tokenizer_sha256,
-        dtypes={row.key: torch.float32 for row in hf_mapping.tensor_mappings(newest.model_config)},
+        dtypes={mapping.key: torch.float32 for mapping in hf_mapping.tensor_mappings(newest.model_config)},
         read=mean,
-        add_files=lambda part: None,
+        add_files=lambda folder: None,
     )
     return steps

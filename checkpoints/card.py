@@ -1,4 +1,4 @@
-"""The model card of an exported folder: its README.md, with what is known of the run and nothing else."""
+"""Model card of an exported folder: its README.md, from the records of the run."""
 
 import re
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from moonlight.plan.flops import count_parameters
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PLACEHOLDERS = re.compile(r"\[(?i:more information needed)\]|\b(?:TODO|TBD|FIXME)\b|\{\{.*?\}\}")
-_OWN_PATHS = re.compile(r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|var|opt)/|[A-Z]:\\)[^\s`|)]*")
+_LOCAL_PATHS = re.compile(r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|var|opt)/|[A-Z]:\\)[^\s`|)]*")
 
 _NATIVE_MLA_WIDTH = 576
-"""kv_lora_rank + qk_rope_head_dim that vLLM's kernels for latent attention know."""
+"""The only value of kv_lora_rank + qk_rope_head_dim that the latent attention kernels of vLLM support."""
 
 _COMPLETE = """\
 ```python
@@ -38,7 +38,7 @@ from transformers import AutoTokenizer, pipeline
 
 tokenizer = AutoTokenizer.from_pretrained("{name}", split_special_tokens=False)
 complete = pipeline("text-generation", model="{name}", tokenizer=tokenizer)
-prompt = tokenizer.eos_token + "The"  # in training, documents begin after an end-of-text token
+prompt = tokenizer.eos_token + "The"  # training documents follow an end-of-text token
 print(complete(prompt, max_new_tokens=32, return_full_text=False)[0]["generated_text"])
 ```"""
 
@@ -84,29 +84,29 @@ def model_card(
     curve: bool,
     averaged_steps: Sequence[int] = (),
 ) -> str:
-    """The README.md of an exported Hugging Face folder. What is None or empty is left out, or said to be unknown.
+    """Return the README.md of an exported Hugging Face folder. Omit what is None or empty, or state it as unknown.
 
     Args:
-        name: title, and what stands for the model in commands: its name on the Hub, or that of the run.
-        step: of the checkpoint; of the last one, if several were averaged.
-        dtype: of the exported weights.
-        license: identifier of the model's licence as the Hub knows it (apache-2.0), or a name of one's own.
-        chat: whether it was trained on conversations and is asked through its chat template.
-        run: the recipe that trained it; None if nothing was trained since the import.
-        metrics: objects of metrics.jsonl; those of later steps than `step` are not used.
-        manifests: of the prepared data that it was trained on, by source.
-        imported_from: Hub name (owner/name) of the model whose weights came first. Anything else counts as a path,
-            of which only the last component is told.
-        evaluation: Markdown with results of benchmarks.
-        curve: whether the folder holds loss.png.
-        averaged_steps: of the checkpoints whose mean the weights are; empty for a single checkpoint.
+        name: title, and name of the model in the examples: its name on the Hub, or the name of the run.
+        step: step of the checkpoint, or of the last checkpoint if several were averaged.
+        dtype: dtype of the exported weights.
+        license: license identifier of the Hub (apache-2.0), or a custom name.
+        chat: True for a model that was trained on conversations and has a chat template.
+        config: the recipe that trained the model; None for an imported model that was not trained further.
+        metrics: objects of metrics.jsonl; steps after `step` are ignored.
+        manifests: manifests of the training data, by source.
+        imported_from: Hub name (owner/name) of the model that gave the initial weights. Any other text is a path, of
+            which the card shows only the last component.
+        evaluation: benchmark results as Markdown.
+        curve: True if the folder has loss.png.
+        averaged_steps: steps of the averaged checkpoints; empty for a single checkpoint.
     """
     license = None if license is None or license.strip().lower() in ("", "unknown") else license.strip()
     at_step = [entry for entry in metrics if entry["step"] <= step]
     sections = [
         f"# {name}",
         _summary(model_config, config, step, consumed_tokens, chat, imported_from, averaged_steps),
-        f"Licence: {license}." if license else "The licence of this model is not stated.",
+        f"License: {license}." if license else "The license of this model is not stated.",
         "## Use",
         _usage(model_config, name, chat=chat, trained=config is not None),
         "## Architecture",
@@ -139,7 +139,7 @@ def model_card(
 
 
 def missing_card_parts(text: str) -> list[str]:
-    """What a release still lacks in the model card `text`, one phrase each; empty if it is complete."""
+    """Return what the model card `text` lacks for a release, one phrase per item; empty if it is complete."""
     if not REGEX_YAML_BLOCK.search(text):
         return ["front matter between two lines of ---"]
     try:
@@ -147,17 +147,17 @@ def missing_card_parts(text: str) -> list[str]:
     except yaml.YAMLError:
         return ["front matter that is YAML"]
     except (TypeError, ValueError):
-        return ["front matter of keys and values as the Hub knows them"]
+        return ["front matter with keys and values that the Hub accepts"]
     data, missing = card.data, []
     license = str(data.get("license", "")).strip().lower()
     if license in ("", "none", "unknown"):
-        missing.append("a licence")
+        missing.append("a license")
     elif license == "other" and not data.get("license_name"):
-        missing.append("the name of its licence (license_name)")
+        missing.append("the name of its license (license_name)")
     if not card.text.strip():
-        missing.append("a text below its front matter")
-    missing += [f"what belongs in place of {found}" for found in dict.fromkeys(_PLACEHOLDERS.findall(text))]
-    missing += [f"a public name in place of {found}" for found in dict.fromkeys(_OWN_PATHS.findall(text))]
+        missing.append("text below its front matter")
+    missing += [f"text for the placeholder {match}" for match in dict.fromkeys(_PLACEHOLDERS.findall(text))]
+    missing += [f"a public name instead of {match}" for match in dict.fromkeys(_LOCAL_PATHS.findall(text))]
     return missing
 
 
@@ -185,10 +185,10 @@ def _front_matter(
 
 
 def _limitations(chat: bool, trained: bool) -> str:
-    text = "No test of safety, bias or truthfulness belongs to this card."
+    text = "This card reports no evaluation of safety, bias or truthfulness."
     if trained and not chat:
-        text += " It was trained to continue text, not to follow instructions."
-    return f"{text} The model can state falsehoods fluently and repeat what its training data contains."
+        text += " The model was trained to continue text, not to follow instructions."
+    return f"{text} The model can produce false statements, and it can repeat its training data."
 
 
 def _summary(
@@ -206,61 +206,65 @@ def _summary(
         f"A {kind} language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, "
         f"of which {_short(counts.activated_with_head)} are activated for each token."
     )
-    origin = imported_from and (
+    source = imported_from and (
         f"[{imported_from}](https://huggingface.co/{imported_from})"
         if _HUB_NAME.fullmatch(imported_from)
         else f"`{last_component(imported_from)}`"
     )
     if config is None:
-        return f"{text} Its weights were imported from {origin or 'another model'}; nothing was trained since then."
-    kind = "trained further" if origin else "trained from random weights"
+        return f"{text} Its weights were imported from {source or 'another model'} and were not trained further."
+    kind = "trained further" if source else "trained from random initialization"
     text += f" It was {kind} for {format_steps(step)} on {tokens:,} tokens"
-    text += f", beginning with the weights of {origin}." if origin else "."
+    text += f", starting from the weights of {source}." if source else "."
     if chat:
-        text += " It is set up for conversations: it is asked through its chat template, and a message ends its text."
+        text += " It is a chat model: use its chat template; generation stops at the end of a message."
     if averaged_steps:
-        averaged = ", ".join(f"{number:,}" for number in averaged_steps)
+        averaged = ", ".join(f"{averaged_step:,}" for averaged_step in averaged_steps)
         text += f" Its weights are the mean of the checkpoints after steps {averaged}."
     if step < (planned := RunSchedule(config).num_steps):
-        text += f" The run was planned for {planned:,} steps: this is a checkpoint on the way."
+        text += f" The run was planned for {planned:,} steps: this is an intermediate checkpoint."
     return text
 
 
 def _usage(model_config: ModelConfig, name: str, *, chat: bool, trained: bool) -> str:
-    """Snippets for transformers and two servers; `trained`: by this project, with a tokenizer of its own."""
+    """Return examples for transformers, vLLM and SGLang; `trained` is False for an imported model."""
     snippet = _CHAT if chat else _COMPLETE if trained else _COMPLETE_IMPORTED
-    native = model_config.kv_lora_rank + model_config.qk_rope_head_dim == _NATIVE_MLA_WIDTH
-    place = "its name on the Hub" if _HUB_NAME.fullmatch(name) else "to be replaced by the path of this folder"
+    is_native = model_config.kv_lora_rank + model_config.qk_rope_head_dim == _NATIVE_MLA_WIDTH
+    hint = "" if _HUB_NAME.fullmatch(name) else f" Replace `{name}` with the path of this folder."
     text = [
-        f"With transformers, without remote code (`{name}` is {place}):",
+        f"With transformers; no remote code is needed.{hint}",
         snippet.format(name=name),
-        "Served over an OpenAI-compatible API by vLLM or SGLang:",
-        _SERVE.format(name=name, switch="" if native else "VLLM_MLA_DISABLE=1 "),
+        "To serve an OpenAI-compatible API with vLLM or SGLang:",
+        _SERVE.format(name=name, switch="" if is_native else "VLLM_MLA_DISABLE=1 "),
     ]
-    if not native:
+    if not is_native:
         text.append(
-            f"The switch is for vLLM's latent attention kernels, which want kv_lora_rank + qk_rope_head_dim = "
-            f"{_NATIVE_MLA_WIDTH}; here it is {model_config.kv_lora_rank + model_config.qk_rope_head_dim}."
+            "`VLLM_MLA_DISABLE=1` turns off the latent attention kernels of vLLM. They require kv_lora_rank + "
+            f"qk_rope_head_dim = {_NATIVE_MLA_WIDTH}; this model has "
+            f"{model_config.kv_lora_rank + model_config.qk_rope_head_dim}."
         )
     return "\n\n".join(text)
 
 
 def _method(config: RunConfig | None, version: str) -> str:
-    """Tools and papers."""
-    papers = ["The architecture is that of [DeepSeek-V3](https://arxiv.org/abs/2412.19437)"]
+    """Return the tools that made the model, and the papers it follows."""
+    papers = ["The architecture follows [DeepSeek-V3](https://arxiv.org/abs/2412.19437)"]
     if config is None:
-        made = "Exported with Moonlight stack {version}, which wrote this card from the model's configuration."
+        made = "Moonlight stack {version} exported the model and wrote this card from its configuration."
     else:
-        made = "Trained and exported with Moonlight stack {version}, which wrote this card from records of the run."
+        made = (
+            "The model was trained with Moonlight stack. Version {version} exported it and wrote this card from the "
+            "records of the run."
+        )
         if config.optimizer.name == "muon":
-            papers.append("the optimizer that of [Moonlight](https://arxiv.org/abs/2502.16982)")
+            papers.append("the optimizer follows [Moonlight](https://arxiv.org/abs/2502.16982)")
         if config.optimizer.qk_clip:
-            papers.append("MuonClip that of [Kimi K2](https://arxiv.org/abs/2507.20534)")
+            papers.append("MuonClip follows [Kimi K2](https://arxiv.org/abs/2507.20534)")
     return f"{made.format(version=version)} {', '.join(papers)}."
 
 
 def _short(count: int) -> str:
-    """A count of parameters for reading: 16.0 billion, 2.5 million."""
+    """Return a number of parameters in words, such as 16.0 billion or 2.5 million."""
     for unit, name in ((10**9, "billion"), (10**6, "million")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

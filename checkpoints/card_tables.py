@@ -1,4 +1,4 @@
-"""The tables of a model card: architecture, data, training and results, as Markdown."""
+"""Tables of a model card as Markdown: architecture, data, training and results."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,16 +14,16 @@ from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.train.metrics import CURVE_FILE
 
 Manifests = Mapping[str, dict[str, Any]]
-"""Manifest of each source of the training data."""
+"""Manifest of each source of the training data, by name."""
 
 
 def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, str]]:
-    """Name and value of what the model is made of; `dtype` is that of the exported weights."""
+    """Yield the rows of the architecture, as name and value; `dtype` is the dtype of the exported weights."""
     counts = count_parameters(model_config)
     yield "parameters", f"{counts.total:,}"
-    yield "parameters without embedding and head", f"{counts.total_without_embeddings:,}"
-    yield "activated by a token, with the head", f"{counts.activated_with_head:,}"
-    yield "activated by a token, without the head", f"{counts.activated:,}"
+    yield "parameters, without embedding and head", f"{counts.total_without_embeddings:,}"
+    yield "activated parameters per token, with head", f"{counts.activated_with_head:,}"
+    yield "activated parameters per token, without embedding and head", f"{counts.activated:,}"
     dense = model_config.first_k_dense_replace
     which = f"the first {'one' if dense == 1 else dense}" if model_config.has_experts else "all"
     yield "layers", f"{model_config.num_hidden_layers}, {which} dense"
@@ -36,84 +36,91 @@ def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, s
     yield "key-value LoRA rank", f"{model_config.kv_lora_rank:,}"
     yield (
         "query LoRA rank",
-        "none: one direct projection" if model_config.q_lora_rank is None else f"{model_config.q_lora_rank:,}",
+        "none (one full projection)" if model_config.q_lora_rank is None else f"{model_config.q_lora_rank:,}",
     )
     if model_config.has_experts:
-        of_token, shared = model_config.num_experts_per_tok, model_config.num_shared_experts
-        yield "experts", f"{model_config.num_experts} routed, {of_token} of them for a token, and {shared} shared"
+        per_token, num_shared = model_config.num_experts_per_tok, model_config.num_shared_experts
+        yield "experts", f"{model_config.num_experts} routed ({per_token} per token), {num_shared} shared"
         if model_config.num_expert_groups > 1:
-            yield "expert groups", f"{model_config.num_expert_groups}, {model_config.topk_group} of them for a token"
-        yield "width of an expert", f"{model_config.moe_intermediate_size:,}"
-    yield "width of a dense layer", f"{model_config.intermediate_size:,}"
+            yield "expert groups", f"{model_config.num_expert_groups} ({model_config.topk_group} per token)"
+        yield "intermediate size of an expert", f"{model_config.moe_intermediate_size:,}"
+    yield "intermediate size of a dense layer", f"{model_config.intermediate_size:,}"
     tied = hf_config(model_config)["tie_word_embeddings"]
-    yield "vocabulary", f"{model_config.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
-    yield "context", f"{model_config.max_position_embeddings:,} tokens (RoPE, base {model_config.rope_theta:,.0f})"
-    yield "stored as", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
+    yield "vocabulary size", f"{model_config.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
+    yield (
+        "context length",
+        f"{model_config.max_position_embeddings:,} (RoPE, base {model_config.rope_theta:,.0f})",
+    )
+    yield "dtype of the weights", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
 
 
 def training_data(config: RunConfig, tokens: int, manifests: Manifests | None) -> str:
-    """Sources, their licences and sizes, from the manifests of `moonlight data prepare`; `tokens` were seen in all."""
+    """Return sources, licenses and sizes, from the manifests of `moonlight data prepare`.
+
+    Args:
+        tokens: number of tokens that the run trained on.
+    """
     if manifests is None:
-        return "What it was trained on is not known to the writer of this card."
-    several = len(manifests) > 1
-    rows = ["| source | licence | documents | bytes of text | tokens |", "|---|---|---:|---:|---:|"]
+        return "The training data is unknown: its manifests were not available when this card was written."
+    is_mixture = len(manifests) > 1
+    rows = ["| source | license | documents | bytes of text | tokens |", "|---|---|---:|---:|---:|"]
     for name, manifest in manifests.items():
         for source in manifest["sources"]:
-            shown = f"{name}: " * several + last_component(source["path"])
+            label = f"{name}: " * is_mixture + last_component(source["path"])
             counts = " | ".join(f"{source[key]:,}" for key in ("documents", "bytes", "tokens"))
-            rows.append(f"| {_cell(shown)} | {_cell(source['license'])} | {counts} |")
+            rows.append(f"| {_cell(label)} | {_cell(source['license'])} | {counts} |")
     train = _sums(manifests, "train", ("tokens", "documents"))
-    text = f"The training part holds {train['tokens']:,} tokens in {_documents(train['documents'])}"
+    text = f"The training split has {train['tokens']:,} tokens in {_documents(train['documents'])}"
     if held_out := _sums(manifests, "validation", ("tokens", "documents")):
-        text += f"; {held_out['tokens']:,} tokens in {_documents(held_out['documents'])} were held out"
+        text += f"; the held-out split has {held_out['tokens']:,} tokens in {_documents(held_out['documents'])}"
     text += f". The tokenizer has {next(iter(manifests.values()))['tokenizer']['num_ids']:,} ids."
     sections = ["\n".join(rows), text]
-    if several:
+    if is_mixture:
         sections.append("\n".join(_mixture(config, tokens, manifests)))
     return "\n\n".join(sections)
 
 
 def _mixture(config: RunConfig, tokens: int, manifests: Manifests) -> Iterable[str]:
-    """What was seen of each source."""
+    """Yield the lines of a table of the tokens that the run trained on, by source."""
     length = config.data.sequence_length
-    yield "| source | tokens seen | share | passes over it |"
+    yield "| source | tokens seen | fraction | epochs |"
     yield "|---|---:|---:|---:|"
     for name, count in build_mixture(config).counts(tokens // length).items():
-        seen, there = count * length, manifests[name]["splits"]["train"]["tokens"]
-        yield f"| {_cell(name)} | {seen:,} | {seen / max(tokens, 1):.1%} | {seen / there:.3g} |"
+        seen, stored = count * length, manifests[name]["splits"]["train"]["tokens"]
+        yield f"| {_cell(name)} | {seen:,} | {seen / max(tokens, 1):.1%} | {seen / stored:.3g} |"
 
 
 def _sums(manifests: Manifests, split: str, names: Sequence[str]) -> dict[str, int]:
-    """Sums over the splits of this name; empty if a source has none, or there is no source."""
-    found = [manifest["splits"].get(split) for manifest in manifests.values()]
-    return {name: sum(one[name] for one in found) for name in names} if found and all(found) else {}
+    """Sum the fields `names` over the sources' splits; empty if a source lacks the split, or no source exists."""
+    splits = [manifest["splits"].get(split) for manifest in manifests.values()]
+    return {name: sum(fields[name] for fields in splits) for name in names} if splits and all(splits) else {}
 
 
 def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | None) -> Iterable[tuple[str, str]]:
-    """Name and value of how far and how the run trained; `tokens` were seen until `step`."""
-    train_config, parallel, timeline = config.train, config.parallel, RunSchedule(config)
+    """Yield the rows of the training settings, as name and value; the run saw `tokens` tokens up to `step`."""
+    train_config, parallel, schedule = config.train, config.parallel, RunSchedule(config)
     length = config.data.sequence_length
-    passes = ""
+    epochs = ""
     if manifests and len(manifests) == 1:
-        there = _sums(manifests, "train", ("tokens",))["tokens"]
+        stored = _sums(manifests, "train", ("tokens",))["tokens"]
         if config.data.conversations:  # sequences end with padding
-            there = _sums(manifests, "train", ("windows",))["windows"] * length
-        passes = f" ({tokens / there:.3g} passes over the data)"
-    yield "tokens seen", f"{tokens:,}{passes}{', padding included' if config.data.conversations else ''}"
+            stored = _sums(manifests, "train", ("windows",))["windows"] * length
+        epochs = f" ({tokens / stored:.3g} epochs)"
+    yield "tokens seen", f"{tokens:,}{epochs}{', including padding' if config.data.conversations else ''}"
     flops = tokens * train_flops_per_token(config.model, length)
-    yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, plus attention"
-    yield "steps", f"{step:,} of {timeline.num_steps:,}"
-    kept_apart = {
-        "attention within each": config.data.mask_documents,
-        "positions counted in each": config.data.reset_positions,
+    yield "FLOPs", f"{flops:.3g}, counted as 6 per token and activated parameter, with head, plus attention"
+    yield "steps", f"{step:,} of {schedule.num_steps:,}"
+    separation = {
+        "no attention between them": config.data.mask_documents,
+        "positions restart in each": config.data.reset_positions,
     }
-    if any(kept_apart.values()):
+    if any(separation.values()):
         kind = "conversations" if config.data.conversations else "documents"
-        yield f"{kind} of a sequence", ", ".join(name for name, on in kept_apart.items() if on)
+        yield f"{kind} in a sequence", ", ".join(name for name, on in separation.items() if on)
     if config.data.conversations:
-        yield "loss", "on what the assistant says, up to the token that ends its turn"
+        yield "loss", "on the tokens of the assistant, up to and including the token that ends its turn"
     growth = "".join(f", {g.global_batch_size:,} after {g.after_tokens:,} tokens" for g in train_config.batch_growth)
-    yield "batch", f"{train_config.global_batch_size:,} sequences of {length:,} tokens{growth}"
+    yield "global batch", f"{train_config.global_batch_size:,} sequences of {length:,} tokens{growth}"
     optimizer_config = config.optimizer
     adamw = (
         f"AdamW (betas {optimizer_config.adamw_beta1:g} and {optimizer_config.adamw_beta2:g}, epsilon "
@@ -121,13 +128,13 @@ def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | N
     )
     if optimizer_config.name == "muon":
         nesterov = ", Nesterov" if optimizer_config.nesterov else ""
-        one_matrix = ", attention split by head" if optimizer_config.matrices == "per_head" else ""
+        by_head = ", attention split by head" if optimizer_config.matrices == "per_head" else ""
         yield (
             "optimizer",
             f"Muon on matrices (momentum {optimizer_config.momentum:g}{nesterov}, "
             f"{optimizer_config.num_newton_schulz_steps} "
             f"Newton-Schulz steps with the {optimizer_config.coefficients} coefficients, update scaled "
-            f"{_update_scale(config)}{one_matrix}); {adamw} on embedding, head and norms",
+            f"{_update_scale(config)}{by_head}); {adamw} on embedding, head and norms",
         )
     else:
         yield "optimizer", f"{adamw} on every parameter"
@@ -138,33 +145,35 @@ def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | N
     )
     if optimizer_config.qk_clip:
         yield "MuonClip", f"attention logits above {optimizer_config.qk_clip:g}"
-    moved = "the rate of each stage"
+    bias_update_rate = "the rate of each stage"
     if config.schedule:
         yield "learning rate", _learning_rate(config.schedule)
-        moved = f"{config.schedule.router_bias_update_rate:g} a step"
+        bias_update_rate = f"{config.schedule.router_bias_update_rate:g} per step"
     for name, stage in config.stages.items():
         yield (
             f"stage {name}",
             f"{stage.from_tokens:,} to {stage.to_tokens:,} tokens; learning rate: {_learning_rate(stage)}; router "
-            f"biases moved by {stage.router_bias_update_rate:g} a step",
+            f"biases updated by {stage.router_bias_update_rate:g} per step",
         )
     if config.model.has_experts:
         yield (
-            "balance of experts",
-            f"router biases moved by {moved}, sequence-wise auxiliary loss {config.model.aux_loss_alpha:g}",
+            "expert load balancing",
+            f"router biases updated by {bias_update_rate}; sequence-wise auxiliary loss with coefficient "
+            f"{config.model.aux_loss_alpha:g}",
         )
     precision = "float32"
     if train_config.dtype != "float32":
         residual = ", float32 residual stream" if train_config.fp32_residual_connection else ""
-        precision = f"{train_config.dtype} weights and activations{residual}, float32 master weights and gradient sums"
+        precision = f"{train_config.dtype} weights and activations{residual}, float32 master weights, "
+        precision += f"{optimizer_config.gradient_dtype} gradient sums"
     yield "precision", precision
     sizes = {
         "tensor": parallel.tensor_parallel_size,
         "pipeline": parallel.pipeline_parallel_size,
         "expert": parallel.expert_parallel_size,
     }
-    cut = ", ".join(f"{size}-way {name} parallelism" for name, size in sizes.items() if size > 1)
-    yield "layout", f"{cut}, the rest data-parallel" if cut else "no model parallelism"
+    split = ", ".join(f"{size}-way {name} parallelism" for name, size in sizes.items() if size > 1)
+    yield "parallelism", f"{split}, otherwise data parallelism" if split else "data parallelism only"
     yield "seed", str(train_config.seed)
 
 
@@ -176,7 +185,7 @@ def results(
     averaged: bool,
     dtype: str,
 ) -> list[str]:
-    """Losses of the step itself and of the last validation, with what compressors make of the held-out text."""
+    """Return losses of the step or of the last validation, and bits per byte of compressors for comparison."""
     rows: dict[str, str] = {}
     last = entries[-1] if entries and entries[-1]["step"] == step else {}
     if "loss/train" in last:
@@ -197,27 +206,27 @@ def results(
     if rows and averaged:
         text.append(f"These are losses of the weights after step {step:,}, before averaging.")
     if rows and dtype != "float32":
-        text.append(f"They were measured in training, before its float32 master weights were rounded to {dtype}.")
+        text.append(f"The losses were measured before the export rounded the float32 master weights to {dtype}.")
     return [*text, f"![Loss over tokens]({CURVE_FILE})"] if curve else text
 
 
 def markdown_table(rows: Iterable[tuple[str, str]]) -> str:
-    """A Markdown table of two columns without a heading."""
+    """Return a Markdown table of two columns without a header."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
+    """Escape text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def last_component(path: str) -> str:
-    """Last component of a path, so that nothing tells how a machine's folders are called."""
+    """Return the last component of a path, so that a card shows no local folder names."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
 
 
 def format_steps(count: int) -> str:
-    """A number of steps, in words."""
+    """Return a number of steps with its noun."""
     return f"{count:,} step" if count == 1 else f"{count:,} steps"
 
 
@@ -226,7 +235,7 @@ def _documents(count: int) -> str:
 
 
 def _update_scale(config: RunConfig) -> str:
-    """What gives an orthogonal update its RMS, in words."""
+    """Describe the scale of the orthogonalized update."""
     rms = f"{config.optimizer.rms_match:g}"
     return {
         "adjusted_lr": f"by {rms} * sqrt(max(rows, columns))",
@@ -236,7 +245,7 @@ def _update_scale(config: RunConfig) -> str:
 
 
 def _learning_rate(schedule: ScheduleConfig) -> str:
-    """Its course over a run or a stage."""
+    """Describe the learning rate over a run or a stage."""
     warmup = f"warm-up over {format_steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
     if schedule.decay == "constant":
         return f"{warmup}{schedule.lr:g}, constant"

@@ -1,4 +1,4 @@
-"""The architecture as `config.json` tells it, written and read, and the `generation_config.json` of an export."""
+"""Conversion of the model configuration to and from `config.json`, and `generation_config.json` of an export."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,17 @@ from moonlight.config.load import parse_model_config
 from moonlight.config.model import ModelConfig
 from moonlight.errors import UserError
 
+CONFIG_FILE = "config.json"
+
 
 def hf_config(
     model_config: ModelConfig, *, dtype: str = "float32", bos_id: int | None = None, eos_id: int | None = None
 ) -> dict[str, Any]:
-    """A native DeepSeek-V3 configuration that transformers, vLLM and SGLang read without remote code.
+    """Return config.json as a DeepSeek-V3 configuration that transformers, vLLM and SGLang read without remote code.
 
-    Written by hand because `save_pretrained` of transformers 5 drops `topk_method`, `scoring_func` and
-    `moe_layer_freq`, without which the servers fail or silently score by softmax, and invents a prediction layer.
-    `head_dim` is left out: transformers must derive it from `qk_rope_head_dim`.
+    `save_pretrained` of transformers 5 cannot write it: it drops `topk_method`, `scoring_func` and `moe_layer_freq`,
+    without which the servers fail or silently score by softmax, and it adds a prediction layer. `head_dim` is absent:
+    transformers must derive it from `qk_rope_head_dim`.
     """
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -66,7 +68,7 @@ def hf_config(
 
 
 def generation_config(model_config: ModelConfig, *, bos_id: int | None, eos_ids: list[int]) -> dict[str, Any]:
-    """Defaults for generation: stop at any of `eos_ids`, within the trained context."""
+    """Return generation_config.json: greedy, stop at any of `eos_ids`, at most the trained context."""
     return {
         "bos_token_id": bos_id,
         "eos_token_id": eos_ids,
@@ -75,7 +77,7 @@ def generation_config(model_config: ModelConfig, *, bos_id: int | None, eos_ids:
     }
 
 
-ONLY = {
+SUPPORTED_VALUES = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "norm_topk_prob": True,
@@ -85,9 +87,9 @@ ONLY = {
     "rope_interleave": True,
     "rope_scaling": None,
 }
-"""What the model can do of settings that a DeepSeek-V3 configuration could have otherwise; each may be left out."""
+"""The only supported value of each DeepSeek-V3 setting that the model cannot vary; each key may be absent."""
 
-NAMES = {
+HF_NAMES = {
     **{
         name: name
         for name in (
@@ -114,23 +116,23 @@ NAMES = {
     "num_shared_experts": "n_shared_experts",
     "num_expert_groups": "n_group",
 }
-"""Field of `Model` -> key of config.json that must be there."""
+"""Field of `ModelConfig` -> required key of config.json."""
 
-OPTIONAL = ("aux_loss_alpha", "initializer_range", "tie_word_embeddings")
-"""The same in both; `Model` has a default."""
+OPTIONAL_FIELDS = ("aux_loss_alpha", "initializer_range", "tie_word_embeddings")
+"""Fields with the same name in both; `ModelConfig` has a default."""
 
-OF_TRAINING = ("aux_loss_alpha", "initializer_range")
-"""Fields of `Model` that no answer of the model depends on."""
+TRAINING_FIELDS = ("aux_loss_alpha", "initializer_range")
+"""Fields of `ModelConfig` that do not affect inference."""
 
 
 def model_config_from_hf(hf_config: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a Hugging Face configuration declares; `auto_map` and its code are left alone.
+    """Return the model configuration of a Hugging Face config.json; ignore `auto_map` and its code.
 
     Args:
-        path: of the config.json, for messages.
+        path: path of the config.json, for messages.
 
     Raises:
-        UserError: another architecture, a setting that the model cannot have, or one that is missing or wrong.
+        UserError: the architecture or a setting is not supported, or a setting is missing or invalid.
     """
     kind, classes = hf_config.get("model_type"), hf_config.get("architectures")
     if kind != "deepseek_v3" or classes not in (None, ["DeepseekV3ForCausalLM"]):
@@ -138,45 +140,45 @@ def model_config_from_hf(hf_config: dict[str, Any], path: Path) -> ModelConfig:
             f"{path} declares model_type {kind!r} with architectures {classes!r}: accepted is 'deepseek_v3' with "
             "['DeepseekV3ForCausalLM']"
         )
-    for key, value in ONLY.items():
+    for key, value in SUPPORTED_VALUES.items():
         if hf_config.get(key, value) != value:
-            raise UserError(f"{path} says {key} {hf_config[key]!r}: only {value!r} is supported")
+            raise UserError(f"{path}: {key} is {hf_config[key]!r}: only {value!r} is supported")
     if hf_config.get("quantization_config") is not None:
-        raise UserError(f"{path} has a quantization_config: only weights that are not quantised can be trained on")
+        raise UserError(f"{path} has a quantization_config: only weights that are not quantized can be trained")
     tree = {}
-    for name, key in NAMES.items():
+    for name, key in HF_NAMES.items():
         if key not in hf_config:
-            raise UserError(f"{path} lacks {key}, which says the model's shape")
+            raise UserError(f"{path} lacks {key}, which is required")
         tree[name] = hf_config[key]
-    tree |= {name: hf_config[name] for name in OPTIONAL if hf_config.get(name) is not None}
+    tree |= {name: hf_config[name] for name in OPTIONAL_FIELDS if hf_config.get(name) is not None}
     tree["rope_theta"] = _rope_theta(hf_config, path)
     for name, value in tree.items():
-        if isinstance(value, str):  # which a recipe may have for a number, as YAML 1.1 has no 1e-5
-            raise UserError(f"{path} says {NAMES.get(name, name)} {value[:100]!r}: a number is expected")
+        if isinstance(value, str):  # a recipe may give a number as a string, because YAML 1.1 has no 1e-5
+            raise UserError(f"{path}: {HF_NAMES.get(name, name)} is {value[:100]!r}: a number is expected")
     try:
         model_config = parse_model_config(tree)
     except UserError as error:
-        message = re.sub(r"model\.(\w+)", lambda found: NAMES.get(found[1], found[1]), str(error))
+        message = re.sub(r"model\.(\w+)", lambda match: HF_NAMES.get(match[1], match[1]), str(error))
         raise UserError(f"{path} cannot be used: {message}") from None
     heads = hf_config.get("num_key_value_heads", model_config.num_attention_heads)
     if heads != model_config.num_attention_heads:
-        raise UserError(f"{path} says num_key_value_heads {heads}: latent attention has as many as query heads")
+        raise UserError(f"{path}: num_key_value_heads is {heads}: it must equal num_attention_heads")
     return model_config
 
 
 def _rope_theta(hf_config: dict[str, Any], path: Path) -> float:
-    """From the key of its own, or from `rope_parameters` as transformers 5 writes it."""
+    """Return `rope_theta` from its key, or from `rope_parameters`, as transformers 5 writes it."""
     parameters, theta = hf_config.get("rope_parameters"), hf_config.get("rope_theta")
     if parameters is not None:
-        plain = isinstance(parameters, dict) and parameters.keys() <= {"rope_theta", "rope_type", "type"}
-        if not plain or not all(parameters.get(key, "default") == "default" for key in ("rope_type", "type")):
+        is_plain = isinstance(parameters, dict) and parameters.keys() <= {"rope_theta", "rope_type", "type"}
+        if not is_plain or not all(parameters.get(key, "default") == "default" for key in ("rope_type", "type")):
             raise UserError(
-                f"{path} says rope_parameters {parameters!r}: only rope_type 'default' with a rope_theta is supported"
+                f"{path}: rope_parameters is {parameters!r}: only rope_type 'default' with a rope_theta is supported"
             )
-        own = parameters.get("rope_theta")
-        if own is not None and theta is not None and own != theta:
-            raise UserError(f"{path} says rope_theta {theta!r}, and {own!r} in its rope_parameters: they must agree")
-        theta = theta if own is None else own
+        nested = parameters.get("rope_theta")
+        if nested is not None and theta is not None and nested != theta:
+            raise UserError(f"{path}: rope_theta is {theta!r}, and {nested!r} in rope_parameters: they must be equal")
+        theta = theta if nested is None else nested
     if theta is None:
         raise UserError(f"{path} lacks rope_theta")
     return theta

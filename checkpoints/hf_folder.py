@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors: what is in it, read without running anything of it."""
+"""Reader of a Hugging Face folder of safetensors; it runs no code of the folder."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoints.hf_config import CONFIG_FILE
 from moonlight.errors import UserError, attach_path
 from moonlight.files import SUMS_FILE, read_sums, sha256_checksum
 from moonlight.progress import track_progress
@@ -17,43 +18,43 @@ from moonlight.progress import track_progress
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
-STALE = ".rotary_emb.inv_freq"
-"""Ending of tensors that old versions of transformers saved, and that follow from the configuration."""
+STALE_SUFFIX = ".rotary_emb.inv_freq"
+"""Suffix of tensors that old versions of transformers saved; the configuration determines them."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the folder, not read yet."""
+    """One tensor of the folder, read on demand."""
 
     file: Path
     dtype: str
-    """As safetensors names it: F32, BF16, ..."""
+    """Name in safetensors: F32, BF16, ..."""
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
-    """Its values, mapped from the file."""
+    """Return the values, memory-mapped from the file."""
 
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
-    """An opened folder."""
+    """An opened folder, with its configuration and tensors."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     files: list[str]
-    """Names of the files that the model lies in: config.json, the index if there is one, the safetensors."""
+    """Names of the model's files: config.json, the index if it exists, the safetensors files."""
 
 
 def open_folder(path: Path) -> HuggingFaceFolder:
-    """Open a folder with config.json and safetensors, in one file or in shards, after checking that it is whole.
+    """Check and open a folder with config.json and safetensors, in one file or in shards.
 
     Raises:
-        UserError: something is missing, damaged, doubled, not listed in the index, or a pickle.
+        UserError: a file or tensor is missing, corrupt, duplicated, not listed in the index, or a pickle.
     """
     if not path.is_dir():
-        raise UserError(f"{path} is no Hugging Face folder: give one with config.json and safetensors files")
-    config = read_json_strict(path / "config.json")
+        raise UserError(f"{path} is not a Hugging Face folder: give one with config.json and safetensors files")
+    config = read_json_strict(path / CONFIG_FILE)
     index = path / INDEX_FILE
     if index.exists():
         owners = _read_weight_map(index)
@@ -66,12 +67,12 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     names = sorted(set(owners.values())) if owners is not None else [SINGLE_FILE]
     for name in names:
         if not (path / name).is_file():
-            raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or make the folder again")
+            raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or export the folder again")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        for key, tensor in _tensors_of(path / name).items():
+        for key, tensor in _read_tensors(path / name).items():
             if key in tensors:
-                raise UserError(f"{key} is in {tensors[key].file} and again in {path / name}: it must be in one")
+                raise UserError(f"{key} is in {tensors[key].file} and in {path / name}: it must be in one file")
             tensors[key] = tensor
     if owners is not None:
         for key, tensor in tensors.items():
@@ -80,57 +81,57 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         if missing := sorted(owners.keys() - tensors.keys()):
             raise UserError(f"{path / owners[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} places there")
     return HuggingFaceFolder(
-        path, config, tensors, ["config.json", *([INDEX_FILE] if owners is not None else []), *names]
+        path, config, tensors, [CONFIG_FILE, *([INDEX_FILE] if owners is not None else []), *names]
     )
 
 
 def read_json_strict(path: Path) -> dict[str, Any]:
-    """A JSON object, no key of which is there twice.
+    """Read a JSON object without duplicate keys.
 
     Raises:
-        UserError: there is none.
+        UserError: the file is missing, is not a JSON object, or has a duplicate key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no Hugging Face folder: it has no {path.name}") from None
-    except _TwiceError as error:
-        raise UserError(f"{path} is damaged: it has the key {error} twice") from None
+        raise UserError(f"{path.parent} is not a Hugging Face folder: it has no {path.name}") from None
+    except _DuplicateKeyError as error:
+        raise UserError(f"{path} is corrupt: it has the key {error} twice") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
+        raise UserError(f"{path} is corrupt: it is not a JSON object")
     return content
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     owners = read_json_strict(index).get("weight_map")
     if not owners or not isinstance(owners, dict) or not all(type(name) is str for name in owners.values()):
-        raise UserError(f"{index} is damaged: it has no weight_map from tensors to files")
+        raise UserError(f"{index} is corrupt: it has no weight_map from tensors to files")
     for name in owners.values():
         if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
-            raise UserError(f"{index} names {name[:100]!r}: it must be a safetensors file of the folder itself")
+            raise UserError(f"{index} names {name[:100]!r}: it must be a safetensors file in the folder")
     return owners
 
 
-class _TwiceError(ValueError):
-    """A key that a JSON object has twice; parsers differ in which of its values they take."""
+class _DuplicateKeyError(ValueError):
+    """A JSON object has a key twice; parsers differ in which value they take."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise _TwiceError(repr(key[:100]))
+            raise _DuplicateKeyError(repr(key[:100]))
         content[key] = value
     return content
 
 
 def check_listed_sums(folder: HuggingFaceFolder) -> None:
-    """Compare the files of the model with the `SHA256SUMS` of their folder, if it has one.
+    """Compare the model's files with `SHA256SUMS` of the folder, if it exists.
 
     Raises:
-        UserError: one differs.
+        UserError: a file differs.
     """
     if not (folder.path / SUMS_FILE).exists():
         return
@@ -139,29 +140,26 @@ def check_listed_sums(folder: HuggingFaceFolder) -> None:
     for name in track_progress(listed, "checksums"):
         if sha256_checksum(folder.path / name) != sums[name]:
             raise UserError(
-                f"{folder.path / name} does not match its checksum in {SUMS_FILE}: it is damaged or was changed"
+                f"{folder.path / name} does not match its checksum in {SUMS_FILE}: it is corrupt or was changed"
             )
 
 
-def _tensors_of(file: Path) -> dict[str, StoredTensor]:
+def _read_tensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        with (
-            attach_path(file),
-            file.open("rb") as raw,
-        ):  # the library says of any file that it may not read that it is absent
+        # safetensors reports an unreadable file as missing, and accepts two tensors of the same name.
+        with attach_path(file), file.open("rb") as raw:
             handle = safe_open(file, framework="pt")
-            # ... and it takes one of two tensors of the same name.
             json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_object)
-        found = {}
-        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+        tensors = {}
+        for key in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
             view = handle.get_slice(key)
 
             def read(key: str = key) -> torch.Tensor:
                 return handle.get_tensor(key)
 
-            found[key] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()), read)
-    except _TwiceError as error:
-        raise UserError(f"{file} is damaged: its header has the key {error} twice") from None
+            tensors[key] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()), read)
+    except _DuplicateKeyError as error:
+        raise UserError(f"{file} is corrupt: its header has the key {error} twice") from None
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    return found
+        raise UserError(f"{file} is corrupt: {error}") from None
+    return tensors

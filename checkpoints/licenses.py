@@ -1,4 +1,4 @@
-"""Licences as the Hugging Face Hub knows them."""
+"""License identifiers of the Hugging Face Hub."""
 
 import difflib
 import re
@@ -17,17 +17,17 @@ _IDS = """
     ms-pl, ncsa, odbl, odc-by, ofl-1.1, openrail, openrail++, osl-3.0, pddl, postgresql, unlicense, wtfpl, zlib
 """
 HUB_LICENSES = frozenset(_IDS.replace(",", " ").split())
-"""Identifiers that a model card may name; any other licence is `other`, with a name."""
+"""Identifiers that a model card may use; any other license is `other` with a name."""
 
 
 def check_license(license: str) -> None:
-    """Raise UserError for what is nearly an identifier, which would go out as a licence of one's own."""
+    """Raise UserError if `license` is nearly an identifier: as it is, the card would declare it a custom license."""
     slug = license_slug(license)
     near = difflib.get_close_matches(slug, HUB_LICENSES, n=1, cutoff=0.85)
     if slug not in HUB_LICENSES and near:
-        raise UserError(f"--license is {license!r}: did you mean {near[0]}? name one of your own by a clearer name")
+        raise UserError(f"--license is {license!r}: did you mean {near[0]}? Give a custom license a clearer name")
 
 
 def license_slug(license: str) -> str:
-    """A licence's identifier, or a name in the form of one."""
+    """Return the identifier of a license, or a custom name in the same format."""
     return re.sub(r"[^a-z0-9.+]+", "-", license.lower()).strip("-")

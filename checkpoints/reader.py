@@ -1,4 +1,4 @@
-"""A checkpoint's tensors in one process, without a process group and without Megatron."""
+"""Reader of a checkpoint's tensors in one process, without process group or Megatron."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,79 +13,78 @@ from moonlight.dist_checkpoint.direct_io import direct_xxh3_checksum
 from moonlight.dist_checkpoint.index import StoredTensors
 from moonlight.dist_checkpoint.state import TrainState, check_file, read_state, resolve_checkpoint, stored_config
 from moonlight.errors import UserError
+from moonlight.plan.flops import EMBEDDING, HEAD
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder of the tokenizer in a checkpoint that has a copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint: what it is of, where it stands, and its tensors. None of them is in memory."""
+    """An opened checkpoint: model, recipe, training state, and tensors, which are read on demand."""
 
     folder: Path
     model_config: ModelConfig
     config: RunConfig | None
-    """The recipe that trained it; None for one that was imported."""
+    """The recipe of the run; None for an imported checkpoint."""
     state: TrainState
     origin: dict[str, Any]
-    """How it was made, where no training step wrote it: see `checkpoints.writer`."""
+    """Source of an imported or averaged checkpoint; empty if a run saved it. See `checkpoints.writer`."""
     tokenizer_sha256: str
-    """Checksum of the tokenizer that made the tokens it was trained on; empty if that is not known."""
+    """Checksum of the tokenizer of the training data; empty if unknown."""
     stored: StoredTensors
 
     @property
     def tokenizer(self) -> Path | None:
-        """Folder of its tokenizer: its own copy, or the one that its recipe names."""
-        own = self.folder / TOKENIZER_FOLDER
-        if own.is_dir():
-            return own
+        """Folder of the tokenizer: the copy in the checkpoint, or the one in the recipe; None without either."""
+        copy = self.folder / TOKENIZER_FOLDER
+        if copy.is_dir():
+            return copy
         return Path(self.config.data.tokenizer) if self.config else None
 
     @property
     def run_folder(self) -> Path | None:
-        """Folder of the run that wrote it, for its metrics; None for one that no run wrote."""
+        """Folder of the run that saved it; None if no run did."""
         return self.folder.parent.parent if self.config and not self.origin else None
 
-    def read_hf_tensor(self, row: hf_mapping.TensorMapping, part: hf_mapping.HFTensor) -> torch.Tensor:
-        """One tensor as Hugging Face shapes it, in the dtype it is stored in, read past the page cache.
+    def read_hf_tensor(self, mapping: hf_mapping.TensorMapping, hf_tensor: hf_mapping.HFTensor) -> torch.Tensor:
+        """Read one tensor in Hugging Face shape and in its stored dtype, bypassing the page cache.
 
-        Tied embeddings are the head, too.
+        In a tied model, the embedding is also read as the head.
         """
-        key = row.key
+        key = mapping.key
         if key == HEAD and self.model_config.tie_word_embeddings:
             key = EMBEDDING
         value: torch.Tensor | None = None
         for offset, sizes in self.stored.chunks(key).items():
-            if common := hf_mapping.overlap(part, row, offset, sizes):
-                part_index, rectangle_index = common
-                found = self.stored.read_chunk(key, offset, sizes, rectangle_index)
-                if tuple(found.shape) == part.shape:
-                    return found
+            if common := hf_mapping.overlap(hf_tensor, mapping, offset, sizes):
+                tensor_index, chunk_index = common
+                chunk = self.stored.read_chunk(key, offset, sizes, chunk_index)
+                if tuple(chunk.shape) == hf_tensor.shape:
+                    return chunk
                 if value is None:
-                    value = torch.empty(part.shape, dtype=found.dtype)
-                value[part_index] = found
-        assert value is not None, part.name
+                    value = torch.empty(hf_tensor.shape, dtype=chunk.dtype)
+                value[tensor_index] = chunk
+        assert value is not None, hf_tensor.name
         return value
 
     def read(self, key: str) -> torch.Tensor:
-        """One whole tensor of the checkpoint, float32."""
-        whole = torch.empty(self.stored.shapes[key])
+        """Read one full tensor of the checkpoint, by checkpoint key, as float32."""
+        full = torch.empty(self.stored.shapes[key])
         for offset, sizes in self.stored.chunks(key).items():
-            where = tuple(slice(begin, begin + size) for begin, size in zip(offset, sizes, strict=True))
-            whole[where] = self.stored.mmap_chunk(key, offset, sizes)
-        return whole
-
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-TOKENIZER_FOLDER = "tokenizer"
-"""Of a checkpoint that brings its tokenizer."""
+            index = tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
+            full[index] = self.stored.mmap_chunk(key, offset, sizes)
+        return full
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint, or one of a run folder, after checking its files and its tensors' names and shapes.
+    """Open a checkpoint, or one of a run folder; check its files and the names and shapes of its tensors.
 
     Args:
-        step: which one of a run folder; None takes the newest.
+        step: step of the checkpoint in a run folder; None takes the newest.
 
     Raises:
-        UserError: there is none, it is damaged, or it lacks a tensor that its own recipe asks for.
+        UserError: no checkpoint exists, it is corrupt, or it lacks a tensor of its model.
     """
     folder = resolve_checkpoint(path, step)
     content = read_state(folder, check_files=False)
@@ -94,9 +93,10 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     model_config, config = stored_config(content)
     stored = StoredTensors(folder)
     shapes = stored.shapes
-    for row in hf_mapping.tensor_mappings(model_config):
-        if shapes.get(row.key) != row.shape:
-            raise UserError(f"checkpoint {folder}: {row.key} has shape {shapes.get(row.key)}, expected {row.shape}")
+    for mapping in hf_mapping.tensor_mappings(model_config):
+        key, shape = mapping.key, shapes.get(mapping.key)
+        if shape != mapping.shape:
+            raise UserError(f"checkpoint {folder}: {key} has shape {shape}, expected {mapping.shape}")
     return Checkpoint(
         folder=folder,
         model_config=model_config,

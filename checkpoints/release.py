@@ -1,4 +1,4 @@
-"""What must hold before an exported folder is published, and what would be sent."""
+"""Checks of an exported folder before its release, and the list of files to upload."""
 
 import json
 from dataclasses import dataclass
@@ -12,52 +12,53 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from checkpoints.card import missing_card_parts
-from checkpoints.export import EXPORT_FILE
+from checkpoints.export import CARD_FILE, EXPORT_FILE
+from checkpoints.hf_config import CONFIG_FILE
+from checkpoints.hf_folder import GENERATION_FILE
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum
 
-CARD_FILE = "README.md"
 MAIN = "main"
 
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".model", ".txt", ".png")
 _NAMES = (SUMS_FILE, "LICENSE")
-"""What an export consists of. Everything else could be code, a pickle or a secret, and is refused."""
+"""File names of an export. Any other file could be code, a pickle or a secret, and is refused."""
 
 _LFS_SUFFIXES = (".safetensors", ".model", ".png")
 _LFS_BYTES = 10 * 10**6
-"""The Hub keeps files of these suffixes, and larger ones, in Git LFS by default; it has the last word."""
+"""The Hub stores files with these suffixes, and larger files, in Git LFS by default; the Hub decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A checked folder and where it goes."""
+    """A checked folder and its destination."""
 
     folder: Path
     repo: str
     """owner/name on the Hub."""
     revision: str
-    """Branch: main, or step-N for a checkpoint on the way."""
+    """Branch: main, or step-N for an intermediate checkpoint."""
     step: int
     files: dict[str, str]
-    """SHA-256 of every file by its name."""
+    """SHA-256 of every file, by name relative to `folder`."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         return (self.folder / name).stat().st_size
 
     @property
     def total_size(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(map(self.size, self.files))
 
 
 def check_release(folder: Path, repo: str) -> Release:
-    """Check an exported folder and the name of its repository, without the network.
+    """Check an exported folder and the name of its repository, offline.
 
     Raises:
-        UserError: `repo` is no owner/name; `folder` is no export of ours, holds a file that no export has, is not
-            proven by `moonlight verify`, differs from its checksums, or has an incomplete model card, or a
-            configuration or tokenizer that transformers cannot load.
+        UserError: `repo` is not owner/name; `folder` is not a Moonlight export, has a file that exports do not have,
+            did not pass `moonlight verify`, differs from its checksums, has an incomplete model card, or transformers
+            cannot load its configuration or tokenizer.
     """
     _check_repo(repo)
     step, revision = _origin(folder)
@@ -71,11 +72,11 @@ def check_release(folder: Path, repo: str) -> Release:
 
 
 def print_release(release: Release, *, private: bool) -> None:
-    """The files that would go, on the terminal."""
+    """Print the files to upload."""
     table = Table(title=f"Release of {release.folder}", title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right")
-    table.add_column("how")
+    table.add_column("storage")
     for name in sorted(release.files):
         size = release.size(name)
         lfs = name.endswith(_LFS_SUFFIXES) or size > _LFS_BYTES
@@ -101,40 +102,39 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: make the folder with `moonlight export`") from None
+        raise UserError(f"{path.parent} has no {path.name}: create the folder with `moonlight export`") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): make the folder again with `moonlight export`") from None
+        raise UserError(f"{path} is not JSON ({error}): export it again with `moonlight export`") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: make the folder again with `moonlight export`")
+        raise UserError(f"{path} is not a JSON object: export it again with `moonlight export`")
     return content
 
 
 def _origin(folder: Path) -> tuple[int, str]:
-    """Step of the checkpoint that `folder` was made from, and the branch it belongs to."""
+    """Return the step of the exported checkpoint, and the branch of the release."""
     made_from = _read_json(folder / EXPORT_FILE).get("made_from")
     if not isinstance(made_from, dict) or not {"step", "revision_step"} <= made_from.keys():
         raise UserError(
-            f"{folder / EXPORT_FILE} does not say from which step the folder was made: "
-            "make the folder again with `moonlight export`"
+            f"{folder / EXPORT_FILE} does not record which step was exported: export it again with `moonlight export`"
         )
-    step, on_the_way = made_from["step"], made_from["revision_step"]
-    if not isinstance(step, int) or not isinstance(on_the_way, int | None):
+    step, revision_step = made_from["step"], made_from["revision_step"]
+    if not isinstance(step, int) or not isinstance(revision_step, int | None):
         raise UserError(
-            f"{folder / EXPORT_FILE} has step {step!r} and revision_step {on_the_way!r}: they must be whole numbers"
+            f"{folder / EXPORT_FILE} has step {step!r} and revision_step {revision_step!r}: they must be integers"
         )
-    return step, MAIN if on_the_way is None else f"step-{on_the_way}"
+    return step, MAIN if revision_step is None else f"step-{revision_step}"
 
 
 def _check_names(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            raise UserError(f"{path} is a link: a release holds only files; remove it")
+            raise UserError(f"{path} is a link: a release has only files; remove it")
         if path.name.startswith("."):
-            raise UserError(f"{path} is hidden: it could hold a secret; remove it")
+            raise UserError(f"{path} is hidden: it could contain a secret; remove it")
         if path.is_file() and path.suffix not in _SUFFIXES and name not in _NAMES:
             raise UserError(
-                f"{path} is no file of an export: it could be code or a secret; remove it "
+                f"{path} is not a file of an export: it could be code or a secret; remove it "
                 f"(accepted are {', '.join((*_SUFFIXES, *_NAMES))})"
             )
 
@@ -142,31 +142,32 @@ def _check_names(folder: Path) -> None:
 def _check_verified(folder: Path) -> None:
     hint = f"run: moonlight verify CHECKPOINT {folder}"
     if not (folder / VERIFICATION_FILE).exists():
-        raise UserError(f"{folder} has no {VERIFICATION_FILE}, so nothing proves it; {hint}")
+        raise UserError(f"{folder} has no {VERIFICATION_FILE}: it was not verified; {hint}")
     report = _read_json(folder / VERIFICATION_FILE)
     if report.get("passed") is not True:
-        raise UserError(f"{folder / VERIFICATION_FILE} does not say passed: the export differs from its source; {hint}")
+        raise UserError(f"{folder / VERIFICATION_FILE} records no pass: the export differs from its source; {hint}")
     sums = folder / SUMS_FILE
     if not sums.is_file():
-        raise UserError(f"{folder} has no {SUMS_FILE}: make the folder again with `moonlight export`")
+        raise UserError(f"{folder} has no {SUMS_FILE}: export it again with `moonlight export`")
     if report.get("sums_sha256") != sha256_checksum(sums):
-        raise UserError(f"{folder / VERIFICATION_FILE} was made for other files than {sums} lists; {hint}")
+        raise UserError(f"{folder / VERIFICATION_FILE} is for other files than {sums} lists; {hint}")
 
 
 def _check_card(path: Path) -> None:
     try:
-        lacking = missing_card_parts(path.read_text(encoding="utf-8"))
+        missing = missing_card_parts(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}, the model card: export it again") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: make the folder again with `moonlight export`") from None
-    if lacking:
-        raise UserError(f"the model card {path} lacks {', '.join(lacking)}: give it to `moonlight export`")
+        raise UserError(f"{path} is not text in UTF-8: export it again with `moonlight export`") from None
+    if missing:
+        lacking = ", ".join(missing)
+        raise UserError(f"the model card {path} lacks {lacking}: export again with options that give it")
 
 
 def _check_loads(folder: Path) -> None:
-    """Configurations and tokenizer, by transformers, from these files alone."""
-    for name in ("config.json", "generation_config.json"):
+    """Load configurations and tokenizer with transformers, from these files alone."""
+    for name in (CONFIG_FILE, GENERATION_FILE):
         _read_json(folder / name)
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -174,7 +175,7 @@ def _check_loads(folder: Path) -> None:
         AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         GenerationConfig.from_pretrained(folder, local_files_only=True)
         AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a folder that it cannot read
+    except Exception as error:  # transformers raises many exception types for an unreadable folder
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} does not load with transformers without remote code ({reason}): export it again"

@@ -1,7 +1,7 @@
-"""Safetensors files written tensor by tensor: none of them is in memory as a whole.
+"""Writer of safetensors files, tensor by tensor: no file is in memory in full.
 
-The format (8 bytes of header length, a JSON header, the values) is that of https://github.com/huggingface/safetensors,
-whose own writer wants all tensors of a file at once.
+The format is 8 bytes of header length, a JSON header, then the values: https://github.com/huggingface/safetensors. The
+writer of that library needs all tensors of a file in memory.
 """
 
 import contextlib
@@ -19,44 +19,46 @@ from moonlight.dist_checkpoint.direct_io import DirectFile
 from moonlight.dist_checkpoint.hf_mapping import HFTensor, TensorMapping, slice_rows
 
 CHUNK_BYTES = 1 << 20
-"""Rounded, hashed and copied at once: as much as a processor's cache holds."""
+"""Bytes that are rounded, hashed and copied together; they fit into the processor's cache."""
 READ_BYTES = 8 << 20
-"""Read at once, of a tensor in bfloat16."""
+"""Bytes of a tensor that are read together, counted in the dtype of the file."""
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tensor of a file."""
+    """One tensor of a file, or a slice of its rows, and the dtype that is written."""
 
-    row: TensorMapping
-    part: HFTensor
+    mapping: TensorMapping
+    hf_tensor: HFTensor
     dtype: torch.dtype
 
     def row_slices(self) -> Iterator["ShardEntry"]:
-        """Its rows, a few at a time."""
-        step = max(1, READ_BYTES // (self.nbytes // self.part.shape[0]))
-        for begin in range(0, self.part.shape[0], step):
-            end = min(begin + step, self.part.shape[0])
-            yield replace(self, part=slice_rows(self.part, begin, end))
+        """Yield slices of the rows, of about READ_BYTES each."""
+        num_rows = self.hf_tensor.shape[0]
+        step = max(1, READ_BYTES // (self.nbytes // num_rows))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            yield replace(self, hf_tensor=slice_rows(self.hf_tensor, start, stop))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
-        return torch.Size(self.part.shape).numel() * self.dtype.itemsize
+        """Size of the values in bytes, in the dtype of the file."""
+        return torch.Size(self.hf_tensor.shape).numel() * self.dtype.itemsize
 
 
-def plan_shards(rows: Sequence[TensorMapping], dtype: torch.dtype, max_bytes: int) -> list[list[ShardEntry]]:
-    """The tensors in order, cut where a file would outgrow `max_bytes`; router biases stay float32.
+def plan_shards(mappings: Sequence[TensorMapping], dtype: torch.dtype, max_bytes: int) -> list[list[ShardEntry]]:
+    """Assign the tensors, in order, to files of at most `max_bytes` bytes; router biases stay float32.
 
-    Within a file the wider dtype comes first, so that every tensor is aligned.
+    A tensor larger than `max_bytes` gets a file of its own. Within a file the wider dtype is first, so that every
+    tensor is aligned.
     """
     shards: list[list[ShardEntry]] = [[]]
     size = 0
-    for row in rows:
-        for part in row.hf_tensors:
-            entry = ShardEntry(row, part, torch.float32 if part.init_kind == "bias" else dtype)
+    for mapping in mappings:
+        for hf_tensor in mapping.hf_tensors:
+            entry = ShardEntry(mapping, hf_tensor, torch.float32 if hf_tensor.init_kind == "bias" else dtype)
             if shards[-1] and size + entry.nbytes > max_bytes:
                 shards.append([])
                 size = 0
@@ -66,27 +68,33 @@ def plan_shards(rows: Sequence[TensorMapping], dtype: torch.dtype, max_bytes: in
 
 
 def write_shard(
-    path: Path, entries: Sequence[ShardEntry], read: Callable[[ShardEntry], torch.Tensor], done: Callable[[int], None]
+    path: Path,
+    entries: Sequence[ShardEntry],
+    read: Callable[[ShardEntry], torch.Tensor],
+    report_written: Callable[[int], None],
 ) -> str:
-    """Write one file; whoever owns its folder flushes it to the disk. What comes next is read in the meantime.
+    """Write one file, while a thread reads the next slice. The caller flushes the folder to the disk.
 
     Args:
-        read: values of some rows of a tensor, in any dtype and stride.
-        done: is told the bytes of what was written each time.
+        read: returns the values of a row slice, in any dtype and stride.
+        report_written: gets the bytes of each slice, in the dtype of the file.
 
     Returns:
-        The SHA-256 of the file.
+        SHA-256 of the file, as hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    begin = 0
+    start = 0
     for entry in entries:
-        end = begin + entry.nbytes
-        header[entry.part.name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.part.shape),
-            "data_offsets": [begin, end],
+        stop = start + entry.nbytes
+        header[entry.hf_tensor.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.hf_tensor.shape),
+            "data_offsets": [start, stop],
         }
-        begin = end
+        start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -94,45 +102,46 @@ def write_shard(
         for raw in (len(text).to_bytes(8, "little"), text):
             digest.update(raw)
             file.write(memoryview(raw))
-        runs = (run for entry in entries for run in entry.row_slices())
-        for run, values in _read_ahead(runs, read):
-            assert tuple(values.shape) == run.part.shape, (run.part.name, values.shape)
-            for rows in _rows(values, run.dtype):
+        slices = (row_slice for entry in entries for row_slice in entry.row_slices())
+        for row_slice, values in _read_ahead(slices, read):
+            hf_tensor = row_slice.hf_tensor
+            assert tuple(values.shape) == hf_tensor.shape, (hf_tensor.name, values.shape)
+            for rows in _convert_rows(values, row_slice.dtype):
                 values_raw = rows.flatten().view(torch.uint8).numpy().data
                 digest.update(values_raw)
                 file.write(values_raw)
-            done(run.nbytes)
+            report_written(row_slice.nbytes)
     return digest.hexdigest()
 
 
 def _read_ahead(
-    runs: Iterable[ShardEntry], read: Callable[[ShardEntry], torch.Tensor]
+    slices: Iterable[ShardEntry], read: Callable[[ShardEntry], torch.Tensor]
 ) -> Iterator[tuple[ShardEntry, torch.Tensor]]:
-    """Each with its values, while a thread reads those of the next."""
+    """Yield each slice with its values, while a thread reads the next slice."""
     with ThreadPoolExecutor(1) as pool:
-        under_way: deque[tuple[ShardEntry, Future[torch.Tensor]]] = deque()
-        for run in runs:
-            under_way.append((run, pool.submit(read, run)))
-            if len(under_way) == 2:
-                first, values = under_way.popleft()
+        in_flight: deque[tuple[ShardEntry, Future[torch.Tensor]]] = deque()
+        for row_slice in slices:
+            in_flight.append((row_slice, pool.submit(read, row_slice)))
+            if len(in_flight) == 2:
+                first, values = in_flight.popleft()
                 yield first, values.result()
-        for last, values in under_way:
+        for last, values in in_flight:
             yield last, values.result()
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Pieces as small as a cache are turned and rounded quickest by one thread; others would wait for each other."""
-    threads = torch.get_num_threads()
+    """Limit torch to one thread: it transposes and rounds chunks of cache size fastest, without thread overhead."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
 
 
-def _rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Runs of rows, row after row in memory, as small as the processor's cache."""
+def _convert_rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield consecutive rows of about CHUNK_BYTES, converted to `dtype` and contiguous."""
     step = max(1, CHUNK_BYTES // (values[0].numel() * dtype.itemsize))
     for start in range(0, len(values), step):
         yield values[start : start + step].to(dtype).contiguous()

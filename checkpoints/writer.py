@@ -1,4 +1,4 @@
-"""A checkpoint of weights alone, written tensor by tensor in one process: what is imported or averaged."""
+"""Writer of a checkpoint of weights only, imported or averaged, tensor by tensor in one process."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from moonlight.files import atomic_folder, check_output, check_space, output_con
 from moonlight.progress import byte_progress
 
 BESIDE_WEIGHTS_BYTES = 100 * 10**6
-"""Room for tokenizer and index."""
+"""Disk space for all files other than the weights, such as tokenizer, index, model card and loss curve."""
 
 Read = Callable[[hf_mapping.TensorMapping, hf_mapping.HFTensor], torch.Tensor]
 
@@ -35,51 +35,51 @@ def write_checkpoint(
     read: Read,
     add_files: Callable[[Path], None],
 ) -> None:
-    """Write the checkpoint `out`, whole or not at all.
+    """Write the checkpoint `out` atomically.
 
     Args:
-        name: of the work, for the progress bar.
-        run: the recipe that trained the weights; None if that is not known.
-        origin: what the checkpoint was made from; it tells that it holds no optimizer state.
-        dtypes: what each checkpoint tensor is stored in, by its key.
-        read: a tensor as Hugging Face shapes it, in that dtype.
-        add_files: puts more files into the folder that it is given, such as a tokenizer.
+        name: label of the progress bar.
+        config: the recipe that trained the weights; None if unknown.
+        origin: source of the checkpoint; a checkpoint with an origin has no optimizer state.
+        dtypes: stored dtype of each checkpoint tensor, by key.
+        read: returns a tensor in Hugging Face shape and in that dtype.
+        add_files: adds more files to the given folder, such as a tokenizer.
 
     Raises:
-        UserError: no room.
+        UserError: too little disk space.
     """
-    rows = hf_mapping.tensor_mappings(model_config)
-    total = sum(torch.Size(row.shape).numel() * dtypes[row.key].itemsize for row in rows)
+    mappings = hf_mapping.tensor_mappings(model_config)
+    total = sum(torch.Size(mapping.shape).numel() * dtypes[mapping.key].itemsize for mapping in mappings)
     check_space(out, total + BESIDE_WEIGHTS_BYTES)
     done = 0
     with atomic_folder(out) as part, byte_progress(name, total) as advance:
 
-        def maker(
-            row: hf_mapping.TensorMapping, hf: hf_mapping.HFTensor, sizes: tuple[int, ...]
+        def make_loader(
+            mapping: hf_mapping.TensorMapping, hf_tensor: hf_mapping.HFTensor, sizes: tuple[int, ...]
         ) -> Callable[[], torch.Tensor]:
-            def make() -> torch.Tensor:
+            def load() -> torch.Tensor:
                 nonlocal done
-                value = read(row, hf)
-                assert tuple(value.shape) == hf.shape, (hf.name, value.shape)
+                value = read(mapping, hf_tensor)
+                assert tuple(value.shape) == hf_tensor.shape, (hf_tensor.name, value.shape)
                 done += value.nbytes
                 advance(done)
                 return value.view(sizes)
 
-            return make
+            return load
 
         tensors = {}
-        for row in rows:
-            rectangles = {}
-            for hf in row.hf_tensors:
-                offset, sizes = hf_mapping.offset_and_sizes(hf, row)
-                rectangles[offset] = (sizes, maker(row, hf, sizes))
-            tensors[row.key] = LazyTensor(row.shape, dtypes[row.key], rectangles)
+        for mapping in mappings:
+            chunks = {}
+            for hf_tensor in mapping.hf_tensors:
+                offset, sizes = hf_mapping.offset_and_sizes(hf_tensor, mapping)
+                chunks[offset] = (sizes, make_loader(mapping, hf_tensor, sizes))
+            tensors[mapping.key] = LazyTensor(mapping.shape, dtypes[mapping.key], chunks)
         files = save_tensors(part, tensors)
-        before = {part / name for name in files}
+        tensor_files = {part / name for name in files}
         add_files(part)
-        for file in sorted(file for file in part.rglob("*") if file.is_file() and file not in before):
-            known = {"bytes": file.stat().st_size, "xxh3": xxh3_checksum(file)}
-            files[file.relative_to(part).as_posix()] = known
+        for file in sorted(file for file in part.rglob("*") if file.is_file() and file not in tensor_files):
+            entry = {"bytes": file.stat().st_size, "xxh3": xxh3_checksum(file)}
+            files[file.relative_to(part).as_posix()] = entry
         content = {
             "state": dataclasses.asdict(state),
             "recipe": dataclasses.asdict(config) if config else {"model": dataclasses.asdict(model_config)},
@@ -91,10 +91,10 @@ def write_checkpoint(
 
 
 def is_up_to_date(out: Path, origin: dict[str, Any]) -> bool:
-    """Whether `out` is a checkpoint of this origin, and whole.
+    """Return True if `out` is a valid checkpoint of this origin, False if it does not exist.
 
     Raises:
-        UserError: it is something else, or damaged.
+        UserError: `out` exists with different content, or is corrupt.
     """
     check_output(out, STATE_FILE)
     if not out.exists():

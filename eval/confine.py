@@ -1,15 +1,15 @@
-"""Confines this process, then runs a program in it. `eval.sandbox` runs it in a Python of its own, without packages.
+"""Confine this process, then run a program in it. `eval.sandbox` runs this file in a Python without packages.
 
     python -I -S -B confine.py LIMITS RESULT_FD TOKEN_FD < PROGRAM
 
-What holds, whatever the program does: limits of the kernel on CPU time, address space, open files and size of files; no
-capabilities even for root; and a seccomp filter that refuses sockets, new processes and threads, other programs,
-signals, memory shared with others, new limits and priorities, and any change to files. A refused call fails with EPERM
-as an ordinary OSError. Where the kernel has Landlock, nothing can be read but Python and the system's libraries;
-elsewhere what the user may read, with no way out for it. Linux on x86-64 or aarch64.
+The kernel limits CPU time, address space, open files and file size, and the process has no capabilities, even as root.
+A seccomp filter refuses sockets, new processes and threads, other programs, signals, shared memory, new limits and
+priorities, and any change to files. A refused call fails with EPERM, an ordinary OSError. If the kernel has Landlock,
+the program can read only Python and the system's libraries; otherwise it can read what the user can, but cannot send it
+anywhere. Linux on x86-64 or aarch64.
 
-TOKEN_FD is read after the program has run to its end and its content goes to RESULT_FD, so a program that ends itself
-early has not passed.
+After the program has run to its end, the content of TOKEN_FD is written to RESULT_FD, so a program that ends early does
+not pass.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OPEN_FILES = 64
 
-# Numbers of system calls: {name: (x86-64, aarch64)}, None where the architecture has none.
+# Numbers of system calls: {name: (x86-64, aarch64)}.
 _REFUSED: dict[str, tuple[int, int]] = {
     # network
     "socket": (41, 198),
@@ -61,7 +61,7 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "tgkill": (234, 131),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
-    # limits, and what other processes of the user get of the machine
+    # limits, and resources of the user's other processes
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),
     "setpriority": (141, 140),
@@ -74,7 +74,7 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "move_pages": (279, 239),
     "sync": (162, 81),
     "syncfs": (306, 267),
-    # memory that no limit of address space counts, or that is another process's too
+    # memory outside the address space limit, or shared with other processes
     "memfd_create": (319, 279),
     "shmget": (29, 194),
     "shmat": (30, 196),
@@ -89,7 +89,7 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "semctl": (66, 191),
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
-    # files and what is known of them
+    # files and their metadata
     "open_by_handle_at": (304, 265),
     "flock": (73, 32),
     "truncate": (76, 45),
@@ -132,16 +132,17 @@ _REFUSED_X86 = {
     "futimesat": 261,
 }
 _MISSING_FROM = 424
-"""Calls since Linux 5.1, such as io_uring, clone3 and openat2, have the same numbers everywhere. A filter cannot read
-the arguments of many; and what comes next is not known. ENOSYS lets callers use the older calls."""
+"""First system call that is missing: calls since Linux 5.1, such as io_uring, clone3 and openat2. Their numbers are the
+same on all architectures. A filter cannot read the arguments of many of them, and future calls are unknown. With
+ENOSYS, callers use the older calls."""
 
 _ONLY: dict[tuple[int, int], tuple[int, ...]] = {
-    # fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. With others it sends signals, and locks.
+    # fcntl: F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. Other commands send signals or lock files.
     (72, 25): (0, 1, 2, 3, 4, 1030),
-    # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others are for devices, owners and attributes.
+    # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Other requests change devices or attributes.
     (16, 29): (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
 }
-"""Calls that do many things by their second argument: those that are allowed."""
+"""Calls that select an operation by their second argument: the allowed values."""
 
 _READABLE = (
     sys.base_prefix,
@@ -156,21 +157,21 @@ _READABLE = (
 )
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _READ_FILE, _READ_FOLDER, _ANYTHING = 1 << 2, 1 << 3, (1 << 13) - 1
-"""Of Landlock's first version; it has the same numbers of calls everywhere."""
+"""Access rights of Landlock's first version; its system calls have the same numbers on all architectures."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
-"""Column in the table above, and the kernel's name of the architecture."""
+"""Column in the tables above, and the architecture constant of the kernel."""
 
 
 def _filter(machine: str) -> bytes:
-    """The seccomp filter as a program of classic BPF."""
+    """Return the seccomp filter as a classic BPF program, for an architecture in _ARCHITECTURES."""
     column, architecture = _ARCHITECTURES[machine]
     code: list[tuple[int, int, int, int]] = []
 
     def load(offset: int) -> None:
         code.append((0x20, 0, 0, offset))
 
-    def end(value: int) -> None:
+    def return_(value: int) -> None:
         code.append((0x06, 0, 0, value))
 
     def if_equal(value: int) -> None:
@@ -182,62 +183,62 @@ def _filter(machine: str) -> bytes:
     refuse, missing = 0x0005_0000 | errno.EPERM, 0x0005_0000 | errno.ENOSYS
     load(4)
     code.append((0x15, 1, 0, architecture))
-    end(_KILL)
+    return_(_KILL)
     load(0)
     if machine == "x86_64":
-        code.append((0x35, 0, 1, 0x4000_0000))  # calls of the x32 interface have other numbers
-        end(refuse)
+        code.append((0x35, 0, 1, 0x4000_0000))  # calls of the x32 interface
+        return_(refuse)
     code.append((0x35, 0, 1, _MISSING_FROM))
-    end(missing)
+    return_(missing)
     for number in (*(row[column] for row in _REFUSED.values()), *(_REFUSED_X86.values() if column == 0 else ())):
         if_equal(number)
-        end(refuse)
+        return_(refuse)
     for numbers, allowed in _ONLY.items():
         code.append((0x15, 0, 1 + 2 * len(allowed) + 1, numbers[column]))
         load(argument(1))
         for value in allowed:
             if_equal(value)
-            end(_ALLOW)
-        end(refuse)
+            return_(_ALLOW)
+        return_(refuse)
     # Files may be opened for reading.
     opens = [((257, 56)[column], 2)] + ([(2, 1)] if column == 0 else [])
     for number, flags in opens:
         code.append((0x15, 0, 4, number))
         load(argument(flags))
         code.append((0x45, 0, 1, _WRITING))
-        end(refuse)
-        end(_ALLOW)
-    end(_ALLOW)
+        return_(refuse)
+        return_(_ALLOW)
+    return_(_ALLOW)
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
-def _read_little(libc: ctypes.CDLL) -> None:
-    """Let no file be read but those of `_READABLE` and `_DEVICES`, where the kernel has Landlock (since Linux 5.13)."""
+def _restrict_reads(libc: ctypes.CDLL) -> None:
+    """Allow reads of `_READABLE` and `_DEVICES` only, if the kernel has Landlock (Linux 5.13 and later)."""
     handled = struct.pack("=Q", _ANYTHING)
     rules = libc.syscall(444, handled, len(handled), 0)
     if rules < 0:
         return
     for path in _READABLE + _DEVICES:
         with contextlib.suppress(FileNotFoundError):
-            place = os.open(path, os.O_PATH)
+            descriptor = os.open(path, os.O_PATH)
             access = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
-            if libc.syscall(445, rules, 1, struct.pack("=Qi", access, place), 0):
+            if libc.syscall(445, rules, 1, struct.pack("=Qi", access, descriptor), 0):
                 raise OSError(ctypes.get_errno(), "landlock_add_rule")
-            os.close(place)
+            os.close(descriptor)
     if libc.syscall(446, rules, 0):
         raise OSError(ctypes.get_errno(), "landlock_restrict_self")
     os.close(rules)
 
 
 def confine(limits: dict[str, int]) -> None:
-    """Give up, for good, all that a code answer has no need of.
+    """Restrict this process permanently to what an answer needs.
 
     Args:
         limits: `cpu_seconds`, `memory_bytes`.
 
     Raises:
-        OSError: the kernel does not allow it, and the program must not run.
-        KeyError: another kind of machine.
+        OSError: the kernel refuses; the program must not run.
+        KeyError: the architecture is not supported.
     """
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -250,9 +251,9 @@ def confine(limits: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"],) * 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
-    for nothing in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_SIGPENDING):
-        resource.setrlimit(nothing, (0, 0))
-    # A second wall where the kernel allows it: a network of its own without any device.
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_SIGPENDING):
+        resource.setrlimit(limit, (0, 0))
+    # Defense in depth, if the kernel allows it: a separate network namespace without devices.
     with contextlib.suppress(OSError):
         if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "unshare")
@@ -260,17 +261,17 @@ def confine(limits: dict[str, int]) -> None:
     if libc.capset(header, empty):
         raise OSError(ctypes.get_errno(), "capset")
     call(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _read_little(libc)
+    _restrict_reads(libc)
     buffer = ctypes.create_string_buffer(program, len(program))
-    described = struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
-    call(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described, 0, 0)
+    filter_struct = struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
+    call(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, filter_struct, 0, 0)
 
 
 def main() -> None:
-    """Run the program that stands on standard input.
+    """Run the program from standard input.
 
-    The result is `confined`, so nothing that the program writes comes before it, and `ended` with the token or `failed`
-    with the reason; or `unconfined` with the reason, and the program was not run.
+    The result is `confined`, written before the program starts, then `ended` with the token or `failed` with the
+    reason. If confinement fails, it is `unconfined` with the reason, and the program does not run.
     """
     limits, result, token = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     source = sys.stdin.buffer.read()
@@ -282,7 +283,7 @@ def main() -> None:
     os.write(result, b"confined ")
     try:
         exec(compile(source, "answer.py", "exec"), {"__name__": "__main__"})
-    except BaseException as error:  # SystemExit and KeyboardInterrupt of the program are failures too
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are failures, too
         os.write(result, f"failed {type(error).__name__}: {error}"[:500].encode("utf-8", "replace"))
         os._exit(1)
     os.write(result, b"ended " + os.read(token, 64))

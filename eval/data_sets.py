@@ -1,4 +1,4 @@
-"""Data sets of the tasks: from the Hub, a local folder, or our own beside the task. Missing ones are named first."""
+"""Data sets of the tasks: from the Hub, from a local folder, or from a file in `eval/tasks/`."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 
 def self_made(name: str, **_: Any) -> Any:
-    """The data set of `eval/tasks/<name>.jsonl`: a row's `split`, by default test, says where it belongs.
+    """Load the data set `eval/tasks/<name>.jsonl`; the field `split` of a row names its split, by default test.
 
     The harness calls this for tasks with `custom_dataset`.
     """
@@ -26,7 +26,11 @@ def self_made(name: str, **_: Any) -> Any:
 
 
 def leaves(index: Mapping[str, Any], task: str) -> Iterable[dict[str, Any]]:
-    """Configurations of the tasks that a task, group or tag of the harness consists of, from its index by name."""
+    """Yield the configurations of all tasks in a task, group or tag of the harness.
+
+    Args:
+        index: index of the harness, by name.
+    """
     config = index[task].cfg
     if config is None:  # a tag: a name for several tasks
         for member in sorted(index[task].tags):
@@ -40,14 +44,16 @@ def leaves(index: Mapping[str, Any], task: str) -> Iterable[dict[str, Any]]:
 
 
 def hub_names(index: Mapping[str, Any], task: str) -> list[str]:
-    """Data sets on the Hub (owner/name) that a task needs, each once."""
+    """Return the Hub names (owner/name) of the data sets of a task, each once."""
     paths = [config["dataset_path"] for config in leaves(index, task) if "custom_dataset" not in config]
     return list(dict.fromkeys(paths))
 
 
-def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
-    """Raise UserError unless every data set, given by benchmark, has its folder below `data_dir`."""
-    missing = [(title, name) for title, names in wanted.items() for name in names if not (data_dir / name).is_dir()]
+def check_local(names_by_title: Mapping[str, Sequence[str]], data_dir: Path) -> None:
+    """Raise UserError unless every data set, listed by benchmark title, has its folder in `data_dir`."""
+    missing = [
+        (title, name) for title, names in names_by_title.items() for name in names if not (data_dir / name).is_dir()
+    ]
     if missing:
         title, name = missing[0]
         rest = [name for _, name in missing[1:]]
@@ -58,10 +64,10 @@ def check_local(wanted: Mapping[str, Sequence[str]], data_dir: Path) -> None:
 
 
 def local_copy(name: str, data_dir: Path) -> dict[str, Any]:
-    """What a task's configuration needs to take a data set from a folder.
+    """Return the changes of a task's configuration that read a data set from a folder.
 
-    `datasets` keeps what it has read under the folder's name, and takes that for any folder of the name. Here each has
-    a cache of its own, for its files as they are now.
+    `datasets` caches by folder name only, so two folders of the same name would share a cache. Here the cache depends
+    on the path and the current files of the folder.
     """
     import datasets
 
@@ -75,27 +81,27 @@ def local_copy(name: str, data_dir: Path) -> dict[str, Any]:
 def unreachable(
     title: str, name: str, error: Exception, data_dir: Path | None, untried: Sequence[str] = ()
 ) -> UserError:
-    """What is said of a data set that could not be loaded, or lacks what the benchmark needs.
+    """Return the error for a data set that cannot be loaded, or that lacks data of the benchmark.
 
-    `untried` are those that would have come next.
+    `untried` are the data sets that were not tried because of the error.
     """
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if "scripts are no longer supported" in reason:
         return UserError(
-            f"{title}: the data set {name} is a script ({reason}), which is never run: put its files into "
+            f"{title}: the data set {name} is a script ({reason}), which is not run: put its files into "
             f"{data_dir / name if data_dir else f'DIR/{name} and give --data-dir DIR'}, as docs/evaluation.md shows"
         )
     if data_dir is not None:
         return UserError(
-            f"{title}: {data_dir / name} does not hold the data set {name} ({reason}): {how_to_get(name, data_dir)}"
+            f"{title}: {data_dir / name} is not the data set {name} ({reason}): {how_to_get(name, data_dir)}"
         )
-    others = f"; needed too, and not tried: {', '.join(untried)}" if untried else ""
+    others = f"; also needed, and not tried: {', '.join(untried)}" if untried else ""
     return UserError(
-        f"{title} needs the data set {name}, which is not here and did not come from the Hub ({reason}): "
-        f"{how_to_get(name)} where there is a network, and give --data-dir DIR{others}"
+        f"{title} needs the data set {name}, which is not cached and cannot be loaded from the Hub ({reason}): run "
+        f"{how_to_get(name)} on a machine with network, and give --data-dir DIR{others}"
     )
 
 
 def how_to_get(name: str, data_dir: Path | None = None) -> str:
-    """The command that copies a data set into a folder."""
+    """Return the command that downloads a data set to a folder."""
     return f"hf download {name} --repo-type dataset --local-dir {data_dir or 'DIR'}/{name}"

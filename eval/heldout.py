@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, as validation in training counts them, by plain transformers."""
+"""Bits per byte of held-out text with transformers, computed like validation in training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ from moonlight.progress import track_progress
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutText:
-    """The held-out part of a prepared data folder, checked."""
+    """The held-out split of a prepared data folder."""
 
     folder: Path
     documents: int
     tokens: int
     bytes: int
     compressed: dict[str, float]
-    """Bits per byte that gzip -9 and xz -9 need for it."""
+    """Bits per byte of gzip -9 and xz -9, by program."""
     manifest: dict[str, Any]
 
 
@@ -28,11 +28,11 @@ def open_held_out(folder: Path) -> HeldOutText:
     """Read the manifest of a folder of `moonlight data prepare`.
 
     Raises:
-        UserError: it is none, is damaged, holds conversations, or nothing was held out.
+        UserError: `folder` is not prepared data, is corrupt, holds conversations, or has no held-out split.
     """
     manifest = load_manifest(folder)
     if is_chat(manifest):
-        raise UserError(f"data {folder} holds conversations: give a folder of text, made by `moonlight data prepare`")
+        raise UserError(f"data {folder} holds conversations: give a folder of text from `moonlight data prepare`")
     split = manifest["splits"].get("validation")
     if split is None:
         raise UserError(f"data {folder} has no held-out documents: prepare it with --validation-share above 0")
@@ -48,7 +48,7 @@ def open_held_out(folder: Path) -> HeldOutText:
 
 
 def check_same_tokenizer(data: HeldOutText, model: Path) -> int:
-    """The end-of-text id of a model's folder; raise UserError unless `data` was prepared with its tokenizer."""
+    """Return the end-of-text id of a model's folder; raise UserError unless `data` was prepared with its tokenizer."""
     tokenizer = Tokenizer.load(model)
     check_tokenizer(data.folder, data.manifest, tokenizer)
     return tokenizer.eos_id
@@ -57,17 +57,20 @@ def check_same_tokenizer(data: HeldOutText, model: Path) -> int:
 def measure_bits_per_byte(
     model_folder: Path, data: HeldOutText, *, dtype: str, batch_size: int, sequence_length: int
 ) -> dict[str, float]:
-    """Loss and bits per byte of every held-out token, in windows of `sequence_length` tokens as in validation.
+    """Measure loss and bits per byte of all held-out tokens, in windows of `sequence_length` tokens as in validation.
 
-    The first token of all is predicted from the end-of-text id, every other from those before it in its window.
+    The first token of the text is predicted from the end-of-text id, any other from the previous tokens of its window.
 
     Returns:
         `loss` in nats per token, and `bits_per_byte`.
+
+    Raises:
+        UserError: transformers cannot load the model, or `data` was prepared with another tokenizer.
     """
     import torch
 
     from moonlight.data.loader import ValDataset, collate
-    from moonlight.train.validate import bits_per_byte as in_bits
+    from moonlight.train.validate import bits_per_byte
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     samples = ValDataset(data.folder, sequence_length, check_same_tokenizer(data, model_folder))
@@ -76,12 +79,12 @@ def measure_bits_per_byte(
     starts = range(0, len(samples), batch_size)
     with torch.no_grad():
         for start in track_progress(starts, f"{data.folder.name}: held-out text"):
-            numbers = range(start, min(start + batch_size, len(samples)))
-            inputs, labels, mask = (part.to(device) for part in collate([samples[number] for number in numbers]))
+            indices = range(start, min(start + batch_size, len(samples)))
+            inputs, labels, mask = (tensor.to(device) for tensor in collate([samples[index] for index in indices]))
             logits = model(inputs).logits.float()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
             nats += (losses.double() * mask.flatten()).sum().item()
             tokens += mask.sum().item()
     assert tokens == data.tokens, (tokens, data.tokens)
     loss = nats / tokens
-    return {"loss": loss, "bits_per_byte": in_bits(loss, data.tokens, data.bytes)}
+    return {"loss": loss, "bits_per_byte": bits_per_byte(loss, data.tokens, data.bytes)}

@@ -1,4 +1,4 @@
-"""What a model answered to each item of a benchmark, one JSON object a line."""
+"""Answers of a model to the items of a benchmark, one JSON object per line."""
 
 import hashlib
 import json
@@ -9,11 +9,10 @@ from eval.suites import Benchmark
 
 
 def sample_items(benchmark: Benchmark, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The harness's samples in short: task, number, question, answer, target, score, and a checksum of the prompt.
+    """Return the samples of the harness as task, item, question, prompt checksum, target, answer and score.
 
-    The question is the prompt without its examples.
-    An answer is the text that counted; of a multiple choice the number of the likeliest choice, with the
-    log-likelihoods in nats; of a text its log-likelihood alone.
+    The question is the prompt without its examples. The answer is the scored text. For multiple choice, it is the index
+    of the most likely choice, with the log-likelihoods in nats. A text has only its log-likelihood.
     """
     return [_item(benchmark, sample) for sample in samples]
 
@@ -40,5 +39,5 @@ def _item(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_lines(items: Iterable[dict[str, Any]]) -> str:
-    """JSON lines."""
+    """Return the items as JSON lines."""
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)

@@ -1,7 +1,7 @@
-"""Suites of benchmarks as data: tasks of lm-evaluation-harness, with the shots and the scores of the paper.
+"""Suites of benchmarks: tasks of lm-evaluation-harness, with numbers of shots and published scores.
 
-Scores and shots are those of Moonlight's paper (arXiv 2502.16982). It states no shots for HumanEval, MBPP, MATH and
-CMath; those here are the usual ones.
+Shots and scores are from the Moonlight paper (arXiv 2502.16982). It does not state shots for HumanEval, MBPP, MATH and
+CMath; the standard numbers are used there.
 """
 
 import difflib
@@ -10,39 +10,40 @@ from dataclasses import dataclass, field
 
 from moonlight.errors import UserError
 
-OWN = "own"
-"""Where the tasks lie that the harness lacks, or runs without a sandbox: `eval/tasks/`."""
+LOCAL_TASKS = "own"
+"""Stands for `eval/tasks/`: tasks that the harness lacks, or runs without a sandbox."""
 
 COLUMNS = ("Llama3.2-3B", "Qwen2.5-3B", "DeepSeek-V2-Lite", "Moonlight")
-"""Models whose scores the paper publishes."""
+"""Models with scores in the paper."""
 
 HELD_OUT = "heldout"
-"""The suite that has no tasks: bits per byte of prepared data."""
+"""The suite without tasks: bits per byte of prepared data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of a suite's table."""
+    """A benchmark of a suite, one row of its table."""
 
     name: str
-    """On the command line and in files."""
+    """Name on the command line and in files."""
     title: str
     task: str
     """Task or group of the harness."""
-    places: tuple[str, ...]
-    """Folders of the harness's tasks that hold it and all that it includes, or OWN."""
+    task_folders: tuple[str, ...]
+    """Folders of the harness with the task and everything it includes, or LOCAL_TASKS."""
     shots: int
     metric: str
-    """Metric and filter, as the harness names a result."""
+    """Key of the result in the harness: metric and filter."""
     runs_code: bool = False
     higher_is_better: bool = True
     stated: bool = True
-    """Whether the shots are the paper's."""
+    """True if the paper states the shots."""
     published: dict[str, float] = field(default_factory=dict)
-    """Score by model, in percent."""
+    """Published score by model, in percent."""
 
 
 def _paper(*scores: float | None) -> dict[str, float]:
+    """Return published scores by model, in the order of COLUMNS; None means not published."""
     return {name: score for name, score in zip(COLUMNS, scores, strict=True) if score is not None}
 
 
@@ -51,7 +52,7 @@ PAPER = (
         name="mmlu",
         title="MMLU",
         task="mmlu",
-        places=("mmlu/default",),
+        task_folders=("mmlu/default",),
         shots=5,
         metric="acc,none",
         published=_paper(54.7, 65.6, 58.3, 70.0),
@@ -60,7 +61,7 @@ PAPER = (
         name="mmlu-pro",
         title="MMLU-pro",
         task="mmlu_pro",
-        places=("mmlu_pro",),
+        task_folders=("mmlu_pro",),
         shots=5,
         metric="exact_match,custom-extract",
         published=_paper(25.0, 34.6, 25.5, 42.4),
@@ -69,7 +70,7 @@ PAPER = (
         name="bbh",
         title="BBH",
         task="bbh",
-        places=("bbh/cot_fewshot",),
+        task_folders=("bbh/cot_fewshot",),
         shots=3,
         metric="exact_match,get-answer",
         published=_paper(46.8, 56.3, 44.1, 65.2),
@@ -78,7 +79,7 @@ PAPER = (
         name="triviaqa",
         title="TriviaQA",
         task="triviaqa",
-        places=("triviaqa",),
+        task_folders=("triviaqa",),
         shots=5,
         metric="exact_match,remove_whitespace",
         published=_paper(59.6, 51.1, 65.1, 66.3),
@@ -87,7 +88,7 @@ PAPER = (
         name="humaneval",
         title="HumanEval",
         task="sandboxed_humaneval",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=0,
         metric="pass@1,none",
         runs_code=True,
@@ -98,7 +99,7 @@ PAPER = (
         name="mbpp",
         title="MBPP",
         task="sandboxed_mbpp",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=3,
         metric="pass@1,none",
         runs_code=True,
@@ -109,7 +110,7 @@ PAPER = (
         name="gsm8k",
         title="GSM8K",
         task="gsm8k",
-        places=("gsm8k",),
+        task_folders=("gsm8k",),
         shots=4,
         metric="exact_match,strict-match",
         published=_paper(34.0, 79.1, 41.1, 77.4),
@@ -118,7 +119,7 @@ PAPER = (
         name="math",
         title="MATH",
         task="minerva_math",
-        places=("minerva_math", "benchmarks"),
+        task_folders=("minerva_math", "benchmarks"),
         shots=4,
         metric="math_verify,none",
         stated=False,
@@ -128,7 +129,7 @@ PAPER = (
         name="cmath",
         title="CMath",
         task="cmath",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=3,
         metric="exact_match,none",
         stated=False,
@@ -138,7 +139,7 @@ PAPER = (
         name="ceval",
         title="C-Eval",
         task="ceval-valid",
-        places=("ceval",),
+        task_folders=("ceval",),
         shots=5,
         metric="acc,none",
         published=_paper(None, 75.0, 60.3, 77.2),
@@ -147,7 +148,7 @@ PAPER = (
         name="cmmlu",
         title="CMMLU",
         task="cmmlu",
-        places=("cmmlu",),
+        task_folders=("cmmlu",),
         shots=5,
         metric="acc,none",
         published=_paper(None, 75.0, 64.3, 78.2),
@@ -159,7 +160,7 @@ OFFLINE = (
         name="choice",
         title="multiple choice",
         task="offline_choice",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=0,
         metric="acc,none",
     ),
@@ -167,7 +168,7 @@ OFFLINE = (
         name="recall",
         title="exact match",
         task="offline_recall",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=3,
         metric="exact_match,none",
     ),
@@ -175,7 +176,7 @@ OFFLINE = (
         name="code",
         title="code",
         task="offline_code",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=0,
         metric="pass@1,none",
         runs_code=True,
@@ -184,7 +185,7 @@ OFFLINE = (
         name="text",
         title="text, bits per byte",
         task="offline_text",
-        places=(OWN,),
+        task_folders=(LOCAL_TASKS,),
         shots=0,
         metric="bits_per_byte,none",
         higher_is_better=False,
@@ -195,31 +196,31 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {"paper": PAPER, "offline": OFFLINE, 
 
 
 def select_benchmarks(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:
-    """The benchmarks of a suite, in its order; all of them if `names` is empty.
+    """Return the benchmarks `names` of a suite, in the order of the suite; all if `names` is empty.
 
     Raises:
         UserError: an unknown suite or benchmark; the nearest name is suggested.
     """
     if suite not in SUITES:
         raise UserError(f"--suite is {suite!r}: {_accepted(suite, SUITES)}")
-    known = {benchmark.name: benchmark for benchmark in SUITES[suite]}
+    by_name = {benchmark.name: benchmark for benchmark in SUITES[suite]}
     for name in names:
-        if name not in known:
+        if name not in by_name:
             if suite == HELD_OUT:
                 raise UserError(f"--tasks has {name!r}: the suite {HELD_OUT} has no tasks, give --data")
-            elsewhere = [other for other, those in SUITES.items() if name in {one.name for one in those}]
-            if elsewhere:
-                place, accepted = f"which is in --suite {elsewhere[0]}", ", ".join(known)
-                raise UserError(f"--tasks has {name!r}, {place}: accepted in {suite} are {accepted}")
-            raise UserError(f"--tasks has {name!r}: {_accepted(name, known)}")
-    return tuple(benchmark for name, benchmark in known.items() if not names or name in names)
+            suites = [other for other, benchmarks in SUITES.items() if name in {entry.name for entry in benchmarks}]
+            if suites:
+                hint, accepted = f"which is in --suite {suites[0]}", ", ".join(by_name)
+                raise UserError(f"--tasks has {name!r}, {hint}: accepted in {suite} are {accepted}")
+            raise UserError(f"--tasks has {name!r}: {_accepted(name, by_name)}")
+    return tuple(benchmark for name, benchmark in by_name.items() if not names or name in names)
 
 
 def _accepted(name: str, names: Iterable[str]) -> str:
-    """What would be accepted, the nearest first."""
+    """Return the accepted names as text, with the nearest name as a hint."""
     names = list(names)
-    titles = {one.replace("-", "").replace("_", ""): one for one in names}
+    plain_names = {other.replace("-", "").replace("_", ""): other for other in names}
     plain = name.lower().replace("-", "").replace("_", "")
-    near = difflib.get_close_matches(plain, titles, n=1, cutoff=0.5)
-    hint = f"did you mean {titles[near[0]]}? " if near else ""
+    near = difflib.get_close_matches(plain, plain_names, n=1, cutoff=0.5)
+    hint = f"did you mean {plain_names[near[0]]}? " if near else ""
     return f"{hint}{'A' if hint else 'a'}ccepted are {', '.join(names)}"

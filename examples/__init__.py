@@ -1,1 +1,4 @@
-"""The optimizer on its own: programs that train ordinary torch models with it, and with AdamW beside it."""
+"""Examples of the Muon optimizer alone: programs that train plain torch models with Muon and with AdamW.
+
+The package imports `moonlight.optim.muon`, `moonlight.studies` and helpers; no other package imports it.
+"""

@@ -1,11 +1,11 @@
-"""A dense GPT trained with Muon and with AdamW: steps until the loss on unseen text is as low as the target.
+"""Dense GPT with Muon and with AdamW: steps to a target loss on held-out text.
 
-    python -m examples.gpt                                         # bytes of Python's own library, on two cores
-    python -m examples.gpt --data fineweb10B --device cuda         # NanoGPT's speedrun: 124M parameters to 3.28
+    python -m examples.gpt                                         # bytes of Python's standard library, on two cores
+    python -m examples.gpt --data fineweb10B --device cuda         # NanoGPT speedrun: 124M parameters, target loss 3.28
 
-The model is that of the speedrun in its plain form: RMS norm without gain, rotary embedding, normalised queries and
-keys, squared ReLU, projections back into the residual stream that start at zero. Muon has all matrices between
-embedding and head, a stack [3, width, width] for queries, keys and values among them; AdamW has the two ends.
+The model is the plain form of the NanoGPT speedrun: RMS norm without gain, rotary embedding, normalized queries and
+keys, squared ReLU, output projections initialized to zero. Muon updates all matrices between embedding and head, with
+queries, keys and values as a stack [3, width, width]; AdamW updates embedding and head.
 """
 
 import functools
@@ -31,22 +31,22 @@ ROPE_THETA = 10000.0
 
 @dataclass(frozen=True)
 class Preset:
-    """Shape and budget of a model."""
+    """Shape and budget of a model. The fields are part of results.json."""
 
     layers: int
     width: int
     heads: int
     length: int
     batch: int
-    """Sequences of a step."""
+    """Sequences per step."""
     at_once: int
-    """Sequences of one pass."""
+    """Sequences per forward pass."""
     warmup_steps: int
     most_steps: int
     test_every: int
     test_sequences: int
     decays: bool
-    """The rate falls to 0 in a line; else it is constant after warm-up, so that no schedule has to be tuned."""
+    """True: the learning rate decays linearly to 0. False: it is constant after warm-up and needs no tuned schedule."""
     target: float
     rates: str
 
@@ -86,7 +86,7 @@ PRESETS = {
 
 
 class Block(nn.Module):
-    """Attention and MLP, every parameter of it a matrix or a stack of matrices."""
+    """Attention and MLP; every parameter is a matrix or a stack of matrices."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -98,17 +98,18 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.zeros(width, 4 * width))
 
     def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Apply the block to `x` [batch, length, width]; `rotation` is cosine and sine [length, head / 2]."""
         batch, length, width = x.shape
-        both = F.linear(norm(x), self.query_key_value.flatten(0, 1)).view(batch, length, 3, self.heads, -1)
-        query, key, value = both.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head]
+        qkv = F.linear(norm(x), self.query_key_value.flatten(0, 1)).view(batch, length, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, head]
         query, key = rotate(norm(query), rotation), rotate(norm(key), rotation)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, length, width), self.output)
+        attention = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + F.linear(attention.transpose(1, 2).reshape(batch, length, width), self.output)
         return x + F.linear(F.linear(norm(x), self.up).relu().square(), self.down)
 
 
 class GPT(nn.Module):
-    """From tokens int64 [batch, length + 1] to the mean loss over their last `length`, in nats."""
+    """Language model; its output is the mean loss in nats per token."""
 
     def __init__(self, vocabulary: int, preset: Preset) -> None:
         super().__init__()
@@ -122,6 +123,7 @@ class GPT(nn.Module):
         self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss over the last `length` tokens of int64 [batch, length + 1]."""
         x = norm(F.embedding(tokens[:, :-1], self.embedding))
         for block in self.blocks:
             x = block(x, (self.cosine, self.sine))
@@ -129,53 +131,53 @@ class GPT(nn.Module):
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm without gain."""
+    """Return the RMS norm over the last dimension, without gain."""
     return F.rms_norm(x, x.shape[-1:])
 
 
 def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of [batch, heads, length, head], halves rotated against each other."""
+    """Apply rotary embedding to [batch, heads, length, head], rotating the two halves of the last dimension."""
     cosine, sine = rotation
-    one, other = x.chunk(2, -1)
-    return torch.cat([one * cosine - other * sine, one * sine + other * cosine], -1).type_as(x)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], -1).type_as(x)
 
 
-def make_optimizer(model: GPT, name: str, rate: float) -> torch.optim.Optimizer:
-    """Muon for the matrices of the blocks and AdamW for the two ends, or AdamW for all."""
+def make_optimizer(model: GPT, name: str, lr: float) -> torch.optim.Optimizer:
+    """Return Muon for the matrices of the blocks with AdamW for embedding and head, or AdamW for all parameters."""
     if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    ends = {"params": [model.embedding, model.head], "algorithm": "adamw"}
-    return Muon([{"params": list(model.blocks.parameters())}, ends], lr=rate, weight_decay=WEIGHT_DECAY)
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    embeddings = {"params": [model.embedding, model.head], "algorithm": "adamw"}
+    return Muon([{"params": list(model.blocks.parameters())}, embeddings], lr=lr, weight_decay=WEIGHT_DECAY)
 
 
 @torch.no_grad()
 def held_out_loss(model: GPT, windows: torch.Tensor, preset: Preset, device: str) -> float:
-    """Mean over all tokens of `windows`, in nats."""
+    """Return the mean loss over all tokens of `windows`, in nats per token."""
     total = 0.0
-    for some in windows.split(preset.at_once):
+    for batch in windows.split(preset.at_once):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            total += len(some) * model(some.to(device)).item()
+            total += len(batch) * model(batch.to(device)).item()
     return total / len(windows)
 
 
-def train(source: str, preset: Preset, device: str, name: str, rate: float, seed: int) -> Outcome:
-    """One run, until the loss on unseen text is at most the target."""
+def train(source: str, preset: Preset, device: str, name: str, lr: float, seed: int) -> Outcome:
+    """Train until the held-out loss is at most the target, or for `preset.most_steps` steps."""
     started = time.monotonic()
     text = load_text(source)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = GPT(text.vocabulary, preset).to(device)
-    optimizer = make_optimizer(model, name, rate)
+    optimizer = make_optimizer(model, name, lr)
     windows = in_order(text.held_out, preset.test_sequences, preset.length)
     curve: list[tuple[int, float]] = []
     for step in range(1, preset.most_steps + 1):
-        left = 1 - (step - 1) / preset.most_steps if preset.decays else 1.0
+        decay = 1 - (step - 1) / preset.most_steps if preset.decays else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / preset.warmup_steps) * left
+            group["lr"] = lr * min(1.0, step / preset.warmup_steps) * decay
         optimizer.zero_grad()
-        for some in draw(text.train, preset.batch, preset.length, generator).split(preset.at_once):
+        for micro_batch in draw(text.train, preset.batch, preset.length, generator).split(preset.at_once):
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = model(some.to(device)) * len(some) / preset.batch
+                loss = model(micro_batch.to(device)) * len(micro_batch) / preset.batch
             loss.backward()
         optimizer.step()
         if step % preset.test_every and step < preset.most_steps:
@@ -194,23 +196,23 @@ def main() -> None:
         parser.epilog = "Example: python -m examples.gpt --data fineweb10B --device cuda"
         parser.add_argument("--data", default=STANDARD_LIBRARY, help="python, or a folder of FineWeb shards")
         add_options(parser)
-        given = parser.parse_args()
-        check_options(given)
-        size = "small" if given.data == STANDARD_LIBRARY else "124m"
+        options = parser.parse_args()
+        check_options(options)
+        size = "small" if options.data == STANDARD_LIBRARY else "124m"
         preset = PRESETS[size]
-        load_text(given.data)  # what cannot be used is said before work starts
+        load_text(options.data)  # report unusable data before the runs start
         task = Task(
             name=f"GPT ({size})",
             measured="held-out loss",
             target=preset.target,
             settings={
-                "data": Path(given.data).name,
+                "data": Path(options.data).name,
                 "preset": repr(replace(preset, rates="")),
                 "weight_decay": WEIGHT_DECAY,
             },
-            train=functools.partial(train, given.data, preset, given.device),
+            train=functools.partial(train, options.data, preset, options.device),
         )
-        run(task, given, preset.rates, f"gpt-{size}")
+        run(task, options, preset.rates, f"gpt-{size}")
 
 
 if __name__ == "__main__":

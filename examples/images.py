@@ -1,4 +1,4 @@
-"""Pictures of ten classes: scikit-learn's digits, or CIFAR-10 from its binary files or the Hugging Face Hub."""
+"""Images of ten classes: the digits of scikit-learn, or CIFAR-10 from binary files or the Hugging Face Hub."""
 
 import functools
 import io
@@ -15,14 +15,14 @@ HUB_REPOSITORY = "uoft-cs/cifar10"
 HUB_FILES = {name: f"plain_text/{name}-00000-of-00001.parquet" for name in ("train", "test")}
 BINARY_FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
 RECORD_BYTES = 1 + 3 * 32 * 32
-"""Of CIFAR-10's binary files: the label, then red, green and blue planes, row by row."""
-HELD_OUT_SHARE = 0.2
-"""Of digits, which has no split of its own: every fifth picture is tested."""
+"""Bytes of a record in the binary files of CIFAR-10: label, then red, green and blue planes, row by row."""
+TEST_FRACTION = 0.2
+"""Fraction of the digits, which have no split: every fifth image is a test image."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures float32 [count, channels, height, width], of mean 0 and deviation 1 over training; labels int64."""
+    """Images float32 [count, channels, height, width], training mean 0 and deviation 1; labels int64 [count]."""
 
     train: torch.Tensor
     train_labels: torch.Tensor
@@ -32,15 +32,15 @@ class Images:
 
 @functools.lru_cache(maxsize=1)
 def load_images(source: str) -> Images:
-    """Read `source`: "digits", "hub", or the folder of CIFAR-10's published binary files.
+    """Read `source`: "digits", "hub", or a folder with the binary files of CIFAR-10.
 
     Raises:
-        UserError: files are missing or not of that format, or scikit-learn is not installed.
+        UserError: files are missing or invalid, the Hub is unreachable, or scikit-learn is not installed.
     """
     if source == DIGITS:
         pixels, labels = _digits()
-        tested = torch.arange(len(labels)) % round(1 / HELD_OUT_SHARE) == 0
-        parts = [pixels[~tested], labels[~tested], pixels[tested], labels[tested]]
+        is_test = torch.arange(len(labels)) % round(1 / TEST_FRACTION) == 0
+        parts = [pixels[~is_test], labels[~is_test], pixels[is_test], labels[is_test]]
     else:
         read = _from_hub if source == HUB else functools.partial(_from_folder, Path(source))
         parts = [tensor for split in ("train", "test") for tensor in read(split)]
@@ -54,8 +54,8 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("the digits need scikit-learn: python -m pip install scikit-learn") from None
-    found = load_digits()
-    return torch.from_numpy(found.images).float().unsqueeze(1), torch.from_numpy(found.target).long()
+    digits = load_digits()
+    return torch.from_numpy(digits.images).float().unsqueeze(1), torch.from_numpy(digits.target).long()
 
 
 def _from_folder(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,12 +69,12 @@ def _from_folder(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
             )
         content = np.fromfile(path, dtype=np.uint8)
         if not len(content) or len(content) % RECORD_BYTES:
-            raise UserError(f"{path} has {len(content)} bytes: CIFAR-10's have a multiple of {RECORD_BYTES}")
+            raise UserError(f"{path} has {len(content)} bytes: CIFAR-10 files have a multiple of {RECORD_BYTES}")
         records.append(content.reshape(-1, RECORD_BYTES))
         if (largest := int(records[-1][:, 0].max())) > 9:
-            raise UserError(f"{path} has the label {largest}: CIFAR-10's are 0 to 9")
-    whole = torch.from_numpy(np.concatenate(records))
-    return whole[:, 1:].reshape(-1, 3, 32, 32).float(), whole[:, 0].long()
+            raise UserError(f"{path} has the label {largest}: CIFAR-10 labels are 0 to 9")
+    data = torch.from_numpy(np.concatenate(records))
+    return data[:, 1:].reshape(-1, 3, 32, 32).float(), data[:, 0].long()
 
 
 def _from_hub(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,17 +82,21 @@ def _from_hub(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     try:
         path = hf_hub_download(HUB_REPOSITORY, HUB_FILES[split], repo_type="dataset")
-    except (OSError, ValueError, RuntimeError) as error:  # of the network, of the Hub, of its offline mode
+    except (OSError, ValueError, RuntimeError) as error:  # errors of the network, of the Hub, of its offline mode
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--data is {HUB}: {HUB_REPOSITORY} is not here and did not come from the Hub ({reason}); give a folder "
-            "with CIFAR-10's binary files"
+            f"--data is {HUB}: {HUB_REPOSITORY} is not cached and cannot be loaded from the Hub ({reason}); give a "
+            "folder with the binary files of CIFAR-10"
         ) from error
     return read_parquet(Path(path))
 
 
 def read_parquet(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [count, 3, 32, 32], 0 to 255, and labels of one of the Hub's files: PNG bytes in the column `img`."""
+    """Read a Parquet file of the Hub, with PNG bytes in the column `img`.
+
+    Returns:
+        Images [count, 3, 32, 32], float32 from 0 to 255, and labels, int64 [count].
+    """
     import pyarrow.parquet
     from PIL import Image
 

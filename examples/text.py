@@ -1,4 +1,4 @@
-"""Tokens for a language model: the bytes of this Python's library sources, or FineWeb shards in speedrun's format."""
+"""Tokens for a language model: bytes of Python's standard library, or FineWeb shards of the NanoGPT speedrun."""
 
 import functools
 import sysconfig
@@ -14,15 +14,15 @@ from moonlight.errors import UserError
 STANDARD_LIBRARY = "python"
 BYTES = 256
 GPT2_TOKENS = 50304
-"""50,257, filled up to a multiple of 128."""
+"""Vocabulary size: 50,257, padded to a multiple of 128."""
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
-"""A shard begins with 256 int32: these two, the number of tokens, zeros. Then come the tokens, uint16."""
-HELD_OUT_SHARE = 0.05
+"""A shard starts with 256 int32: magic, version, number of tokens, zeros. The tokens follow, as uint16."""
+HELD_OUT_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens in one row each, mapped from their files where they come from shards."""
+    """Tokens of the training shards and of the held-out text, one-dimensional; shards are memory-mapped."""
 
     train: list[np.ndarray]
     held_out: np.ndarray
@@ -34,7 +34,7 @@ def load_text(source: str) -> Text:
     """Read `source`: "python", or a folder with fineweb_train_*.bin and fineweb_val_*.bin.
 
     Raises:
-        UserError: files are missing or not of that format.
+        UserError: files are missing or invalid.
     """
     return _standard_library() if source == STANDARD_LIBRARY else _shards(Path(source))
 
@@ -44,59 +44,69 @@ def _standard_library() -> Text:
     files = [path for path in sorted(root.rglob("*.py")) if not SKIPPED_NAMES & set(path.relative_to(root).parts)]
     records = [record for path in files for record in read_records(path)]
     texts = [record.text.encode() for record in records if record.text]
-    every = round(1 / HELD_OUT_SHARE)
+    every = round(1 / HELD_OUT_FRACTION)
     train, held_out = (
-        np.frombuffer(b"\n".join(text for index, text in enumerate(texts) if (index % every == 0) is held), np.uint8)
-        for held in (False, True)
+        np.frombuffer(
+            b"\n".join(text for index, text in enumerate(texts) if (index % every == 0) is is_held_out), np.uint8
+        )
+        for is_held_out in (False, True)
     )
     return Text([train], held_out, BYTES)
 
 
 def _shards(folder: Path) -> Text:
-    found = {kind: sorted(folder.glob(f"*_{kind}_*.bin")) for kind in ("train", "val")}
-    for kind, paths in found.items():
+    paths_by_kind = {kind: sorted(folder.glob(f"*_{kind}_*.bin")) for kind in ("train", "val")}
+    for kind, paths in paths_by_kind.items():
         if not paths:
             raise UserError(
-                f"{folder} has no *_{kind}_*.bin: --data must be {STANDARD_LIBRARY}, or a folder of FineWeb shards as "
-                "NanoGPT's speedrun reads them"
+                f"{folder} has no *_{kind}_*.bin: --data must be {STANDARD_LIBRARY}, or a folder of FineWeb shards in "
+                "the format of the NanoGPT speedrun"
             )
-    return Text([read_shard(path) for path in found["train"]], read_shard(found["val"][0]), GPT2_TOKENS)
+    return Text([read_shard(path) for path in paths_by_kind["train"]], read_shard(paths_by_kind["val"][0]), GPT2_TOKENS)
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """The tokens of one shard, uint16 [tokens], mapped.
+    """Memory-map the tokens of one shard, uint16 [tokens].
 
     Raises:
-        UserError: it is no such file, or cut off.
+        UserError: the file is not a shard, or is truncated.
     """
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(f"{path} is no shard: it must begin with the int32 {MAGIC} and {VERSION}")
+        raise UserError(f"{path} is not a shard: it must start with the int32 {MAGIC} and {VERSION}")
     count, size = int(header[2]), path.stat().st_size
     if size != 4 * HEADER_INTS + 2 * count:
-        raise UserError(f"{path} says it has {count} tokens and is {size} bytes long: it was cut off or changed")
+        raise UserError(f"{path} has {size} bytes, its header states {count} tokens: it is truncated or was changed")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
 
 
 def draw(tokens: list[np.ndarray], count: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Windows at random places, int64 [count, length + 1]: a window's tokens and, shifted by one, what follows them."""
-    sizes = np.array([max(0, len(part) - length) for part in tokens])
+    """Sample random windows, int64 [count, length + 1]: the first `length` tokens are inputs, the last ones targets.
+
+    Raises:
+        UserError: no shard has more than `length` tokens.
+    """
+    sizes = np.array([max(0, len(shard) - length) for shard in tokens])
     if not sizes.sum():
         raise UserError(f"the text has fewer than {length + 1} tokens in a row: give more text")
     ends = np.cumsum(sizes)
-    places = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
+    positions = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
     windows = []
-    for place in places:
-        number = int(np.searchsorted(ends, place, side="right"))
-        start = int(place - (ends[number] - sizes[number]))
-        windows.append(tokens[number][start : start + length + 1].astype(np.int64))
+    for position in positions:
+        index = int(np.searchsorted(ends, position, side="right"))
+        start = int(position - (ends[index] - sizes[index]))
+        windows.append(tokens[index][start : start + length + 1].astype(np.int64))
     return torch.from_numpy(np.stack(windows))
 
 
 def in_order(tokens: np.ndarray, count: int, length: int) -> torch.Tensor:
-    """The first `count` windows one after another, int64 [at most count, length + 1]."""
+    """Return the first `count` consecutive windows, int64 [at most count, length + 1].
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
     count = min(count, (len(tokens) - 1) // length)
     if count < 1:
         raise UserError(f"the held-out text has {len(tokens)} tokens: it must have at least {length + 1}")
-    windows = [tokens[number * length : (number + 1) * length + 1].astype(np.int64) for number in range(count)]
+    windows = [tokens[index * length : (index + 1) * length + 1].astype(np.int64) for index in range(count)]
     return torch.from_numpy(np.stack(windows))

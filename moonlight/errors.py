@@ -1,4 +1,4 @@
-"""Errors for people: the one exception that is a message to the user, and how commands end with it."""
+"""User-facing errors: the exception for invalid input, and how commands print it and exit."""
 
 import contextlib
 import errno
@@ -11,59 +11,62 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ERROR_FILE = "MOONLIGHT_ERROR_FILE"
-"""Set for a process that another one launched: its report goes there, for the launcher to print once."""
+"""Environment variable of a launched process: file for its error report, which the launcher prints once."""
 DEBUG = "MOONLIGHT_DEBUG"
-"""Set by --debug, for this process and all that it starts."""
+"""Environment variable that --debug sets, for this process and its children."""
 
-_OF_THE_MACHINE = {
+_SYSTEM_ERROR_HINTS = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
-    errno.EDQUOT: "the disk quota is used up: free some space, or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is exhausted: free some space, or choose a folder on another disk",
     errno.EFBIG: "the disk, or the limit that `ulimit -f` shows, does not allow a file of this size",
     errno.EIO: "the disk reports a failure: check it, or choose a folder on another disk",
-    errno.EACCES: "it may not be read or written by this user",
-    errno.EPERM: "it may not be read or written by this user",
+    errno.EACCES: "this user may not read or write it",
+    errno.EPERM: "this user may not read or write it",
     errno.EROFS: "choose a folder that can be written",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a file stands where a folder is needed: choose another path",
-    errno.EISDIR: "a folder stands where a file is needed: choose another path",
-    errno.ELOOP: "its links lead in a circle: choose another path",
+    errno.ENOTDIR: "a folder is needed where a file exists: choose another path",
+    errno.EISDIR: "a file is needed where a folder exists: choose another path",
+    errno.ELOOP: "its symbolic links form a loop: choose another path",
 }
 
 CODE_INTERRUPTED = 130
-"""What shells report of a command ended by Ctrl-C."""
+"""Exit code that shells report for a command ended by Ctrl-C: 128 + 2 (SIGINT)."""
 CODE_STOPPED = 143
-"""A run saved and stopped because of SIGTERM: 128 + 15, as shells report of a process that SIGTERM ended.
+"""Exit code of a run that saved and stopped on SIGTERM: 128 + 15.
 
-Not 0, or Kubernetes would take an evicted run for a finished one; above 127, which Kubeflow retries.
+With 0, Kubernetes would treat an evicted run as finished. Kubeflow retries codes above 127.
 """
 CODE_HUNG = 134
-"""A process of a run made no progress and ended itself: 128 + 6, as of abort()."""
+"""Exit code of a process that made no progress and exited: 128 + 6, as after abort()."""
 CODE_KILLED = 137
-"""A process of a run could not save within its grace time: 128 + 9, as of the SIGKILL that would have come."""
+"""Exit code of a process that could not save within its grace period: 128 + 9, as after SIGKILL."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """Invalid user input.
 
-    The message names the thing, its value and what would be accepted. The command line prints it as one line
-    and exits with code 2; everything else is a defect of ours and keeps its traceback.
+    The message names the thing, its value and what is accepted. The command line prints it as one line and exits with
+    code 2. Any other exception is a bug and keeps its traceback.
     """
 
 
 def user_message(error: BaseException) -> str | None:
-    """The one line that tells a user about `error`, or None if it is not the user's to mend."""
+    """Return the message for the user in one line, or None if the user cannot fix the error."""
     if isinstance(error, UserError):
-        # What files say may hold line breaks and control characters of a terminal.
+        # Text from files may contain line breaks and terminal control characters.
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; {_OF_THE_MACHINE[error.errno]}"
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERROR_HINTS:
+        prefix = f"{error.filename}: " if error.filename else ""
+        return f"{prefix}{error.strerror}; {_SYSTEM_ERROR_HINTS[error.errno]}"
     return None
 
 
 @contextlib.contextmanager
 def attach_path(path: Path) -> Iterator[None]:
-    """Let errors of the system that name no file, as those of a full disk do, name `path`."""
+    """Add `path` to system errors that name no file, such as those of a full disk.
+
+    An exception of a Rust library that reports a system error is replaced by an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -71,19 +74,22 @@ def attach_path(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except Exception as error:
-        # Libraries written in Rust, such as safetensors, have exceptions of their own.
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(path)) from error
+        # Libraries written in Rust, such as safetensors, raise other exception types.
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(match[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
 
 
 @contextlib.contextmanager
 def report_errors(*, debug: bool) -> Iterator[None]:
-    """End the process with code 2 and one line for errors that are the user's to mend.
+    """Print user errors as one line and exit with code 2; other exceptions pass through with their traceback.
 
-    With `debug`, their traceback is printed too. Others pass through, with their traceback. A launched process
-    prints neither: its launcher knows which of several reports is the cause.
+    A launched process writes its report to the file in `ERROR_FILE` instead of printing: its launcher selects the
+    report of the first cause.
+
+    Args:
+        debug: also print the traceback of user errors.
     """
     if debug:
         os.environ[DEBUG] = "1"
@@ -93,7 +99,7 @@ def report_errors(*, debug: bool) -> Iterator[None]:
         raise SystemExit(CODE_INTERRUPTED) from None
     except SystemExit:
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         message = user_message(error)
         if ERROR_FILE in os.environ:
             report = {"message": message, "traceback": traceback.format_exc()}

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their checksums, and the lock of a run folder."""
+"""Write files and folders atomically; compute their checksums; lock a run folder."""
 
 import contextlib
 import fcntl
@@ -18,21 +18,22 @@ from moonlight.progress import track_progress
 
 SUMS_FILE = "SHA256SUMS"
 VERIFICATION_FILE = "verification.json"
-"""What `moonlight verify` found about the files of these sums, so it cannot be one of them."""
+"""Report of `moonlight verify` on the files in SHA256SUMS, and therefore not listed in it."""
 
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def sha256_checksum(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(folder: Path, known_sums: Mapping[str, str] | None = None) -> None:
-    """Write the SHA-256 of every file below `folder` to `SHA256SUMS` in it, as `sha256sum -c` reads it.
+    """Write the SHA-256 of every file below `folder` to `SHA256SUMS` in it, in the format of `sha256sum -c`.
 
-    `known` has sums by name that need not be computed again.
+    Args:
+        known_sums: sums by file name that need not be computed again.
     """
     sums = {
         name: (known_sums or {}).get(name) or sha256_checksum(folder / name) for name in sorted(_list_files(folder))
@@ -44,37 +45,37 @@ def check_sums(folder: Path) -> dict[str, str]:
     """Compare every file below `folder` with its line in `SHA256SUMS`.
 
     Returns:
-        The SHA-256 of every file by its name relative to `folder`. `SHA256SUMS` and `verification.json` have none.
+        The SHA-256 of every file by its name relative to `folder`, except `SHA256SUMS` and `verification.json`.
 
     Raises:
-        UserError: a file differs, is missing or not listed, or `SHA256SUMS` is missing or not of sha256sum's format.
+        UserError: a file differs, is missing or not listed, or `SHA256SUMS` is missing or not in sha256sum's format.
     """
     sums = read_sums(folder / SUMS_FILE)
-    found = _list_files(folder)
-    if missing := sorted(sums.keys() - found):
+    files = _list_files(folder)
+    if missing := sorted(sums.keys() - files):
         raise UserError(f"{folder} lacks {missing[0]}, which its {SUMS_FILE} lists: make the folder again")
-    if unnamed := sorted(found - sums.keys()):
-        raise UserError(f"{folder / unnamed[0]} is not listed in {SUMS_FILE}: remove it, or make the folder again")
+    if unlisted := sorted(files - sums.keys()):
+        raise UserError(f"{folder / unlisted[0]} is not listed in {SUMS_FILE}: remove it, or make the folder again")
     for name in track_progress(list(sums), "checksums"):
         if (digest := sha256_checksum(folder / name)) != sums[name]:
             raise UserError(
-                f"{folder / name} has SHA-256 {digest[:12]}, {SUMS_FILE} says {sums[name][:12]}: "
-                "it was changed or damaged; make the folder again"
+                f"{folder / name} has SHA-256 {digest[:12]}, {SUMS_FILE} has {sums[name][:12]}: "
+                "it was changed or is corrupt; make the folder again"
             )
     return sums
 
 
 def _list_files(folder: Path) -> set[str]:
-    """Names of the files that `SHA256SUMS` of `folder` lists."""
+    """Return the names of the files that `SHA256SUMS` of `folder` must list."""
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return files - {SUMS_FILE, VERIFICATION_FILE}
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """SHA-256 by name, from a file of the sha256sum tool.
+    """Return the SHA-256 by file name, from a file in the format of the sha256sum tool.
 
     Raises:
-        UserError: it is missing, or not of that format.
+        UserError: the file is missing, or not in that format.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -99,7 +100,10 @@ def read_sums(path: Path) -> dict[str, str]:
 
 
 def xxh3_checksum(path: Path) -> str:
-    """XXH3 checksum of a file, 128 bits as hexadecimal digits: ten times as fast as SHA-256, and as good at damage."""
+    """Return the 128-bit XXH3 checksum of a file, as hexadecimal digits.
+
+    XXH3 is ten times as fast as SHA-256 and detects corruption equally well.
+    """
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -108,42 +112,42 @@ def xxh3_checksum(path: Path) -> str:
 
 
 def check_space(path: Path, nbytes: int) -> None:
-    """Raise UserError unless the disk of `path`, which need not exist yet, has room for `nbytes`."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < nbytes:
+    """Raise UserError unless the disk of `path`, which need not exist yet, has `nbytes` free."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < nbytes:
         raise UserError(
-            f"{path} needs {nbytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free: choose another disk"
+            f"{path} needs {nbytes / 1e9:.1f} GB, its disk has {free_bytes / 1e9:.1f} GB free: choose another disk"
         )
 
 
 def output_conflict_error(path: Path) -> UserError:
-    """What is said of an output that is there and not what would be written."""
-    return UserError(f"{path} exists with something else in it: choose another folder, or remove it")
+    """Return the error for an output that exists with content other than the command would write."""
+    return UserError(f"{path} already exists with different content: choose another folder, or remove it")
 
 
 def check_output(path: Path, mark: str) -> None:
-    """Raise UserError, before long work, if the folder `path` exists without the file `mark`, or cannot be made."""
+    """Raise UserError, before long work, if the folder `path` exists without the file `mark`, or cannot be created."""
     if os.path.lexists(path) and not (path / mark).is_file():
         raise output_conflict_error(path)
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if there != path.absolute() and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"folder {there} cannot be written: choose a folder that can be made for {path.name}")
+    existing = next(entry for entry in (path.absolute(), *path.absolute().parents) if entry.exists())
+    if existing != path.absolute() and not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise UserError(f"folder {existing} cannot be written: choose another folder for {path.name}")
 
 
 def check_output_file(option: str, path: Path, example: str) -> None:
-    """Raise UserError, before long work, unless the file `path` that `option` names can be written."""
+    """Raise UserError, before long work, unless the file `path`, which `option` sets, can be written."""
     if path.is_dir():
         raise UserError(f"{option} is {path}, a folder: give the name of a file, such as {path / example}")
-    there = next(place for place in path.absolute().parents if place.exists())
-    if not there.is_dir():
-        raise UserError(f"{option} is {path}: {there} is a file; give a path in a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{option} is {path}: the folder {there} cannot be written; give another place")
+    existing = next(entry for entry in path.absolute().parents if entry.exists())
+    if not existing.is_dir():
+        raise UserError(f"{option} is {path}: {existing} is a file; give a path in a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option} is {path}: the folder {existing} cannot be written; give another path")
 
 
 def fsync(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
+    """Flush a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -152,7 +156,7 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, replacing it in one step."""
+    """Write `text` to `path` as UTF-8, atomically, and flush it to disk."""
     part = path.with_name(f".{path.name}.part")
     try:
         with attach_path(path):
@@ -165,12 +169,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, replacing `path` in one step."""
+    """Write `value` to `path` as indented JSON, atomically."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Write a figure of matplotlib as PNG, replacing `path` in one step, and close it."""
+    """Write a matplotlib figure to `path` as PNG, atomically, and close the figure."""
     from matplotlib import pyplot
 
     part = path.with_name(f".{path.stem}.part.png")
@@ -184,37 +188,35 @@ def write_figure(path: Path, figure: Any) -> None:
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The object in `path`, which has at least `keys`.
+    """Return the JSON object in `path`, which must have at least the given keys.
 
     Raises:
-        UserError: it is not such a file.
+        UserError: the file cannot be read, is not a JSON object, or lacks a key.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it to begin again, or give another folder") from None
+        raise UserError(f"{path} cannot be read ({error}): remove it to start over, or give another folder") from None
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise UserError(f"{path} has no {missing[0]!r}: remove it to begin again, or give another folder")
+        raise UserError(f"{path} has no {missing[0]!r}: remove it to start over, or give another folder")
     return content
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and its parents; raise UserError if that cannot be done."""
+    """Create `path` and its parents; raise UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"folder {path.parent} cannot be written ({error.strerror}): choose a folder that can be made"
-        ) from None
+        raise UserError(f"folder {path.parent} cannot be written ({error.strerror}): choose another folder") from None
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` that is renamed to `path` when the block ends without an exception.
+    """Yield a temporary folder next to `path`, which is renamed to `path` if the block ends without an exception.
 
-    Everything in it is flushed to the disk before the rename. What a killed process left behind under the
-    temporary name is removed first. `path` must not exist: callers decide what an existing folder means.
+    Everything in it is flushed to disk before the rename. A temporary folder that a killed process left is deleted
+    first. `path` must not exist: callers decide what an existing folder means.
     """
     assert not path.exists(), path
     part = path.with_name(f".{path.name}.part")
@@ -236,7 +238,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock` for this process; raise UserError if another process holds it.
 
-    The kernel drops the lock when its holder ends, however it ends, so nothing stale is ever left.
+    The kernel releases the lock when its holder exits for any reason, so a stale lock cannot remain.
     """
     make_folder(folder)
     with (folder / ".lock").open("a+") as file:

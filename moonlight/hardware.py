@@ -1,4 +1,4 @@
-"""GPUs as their makers describe them."""
+"""Data sheet numbers of GPUs."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,28 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """One kind of GPU in a node of eight."""
+    """One GPU model, in a node of eight."""
 
     memory_bytes: float
-    """As CUDA reports it."""
+    """Memory in bytes, as CUDA reports it."""
     peak_flops_per_second: float
-    """bfloat16 matrix products, dense."""
+    """Peak of dense bfloat16 matrix products, in FLOP/s."""
     node_bytes_per_second: float
-    """To other GPUs of the node, each direction."""
+    """Bandwidth to other GPUs of the node in bytes/s, each direction."""
     network_bytes_per_second: float
-    """To GPUs of other nodes, each direction."""
+    """Bandwidth to GPUs of other nodes in bytes/s, each direction."""
 
 
+# NVLink totals count both directions.
 GPUS = {
-    # H100 SXM data sheet: 80 GB, 989 TFLOP/s, NVLink 900 GB/s both ways together; DGX H100: ConnectX-7, 400 Gb/s a GPU.
+    # H100 SXM data sheet: 80 GB, 989 TFLOP/s, NVLink 900 GB/s in total; DGX H100: ConnectX-7, 400 Gb/s per GPU.
     "h100": GpuSpec(
         memory_bytes=79.1 * GIB,
         peak_flops_per_second=989e12,
         node_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
     ),
-    # H800: an H100 whose NVLink has 400 GB/s both ways together (DeepSeek-V3, arXiv 2412.19437, 3.1).
+    # H800: an H100 whose NVLink has 400 GB/s in total (DeepSeek-V3, arXiv 2412.19437, 3.1).
     "h800": GpuSpec(
         memory_bytes=79.1 * GIB,
         peak_flops_per_second=989e12,
@@ -41,14 +42,14 @@ GPUS = {
         node_bytes_per_second=450e9,
         network_bytes_per_second=50e9,
     ),
-    # A100 SXM data sheet: 80 GB, 312 TFLOP/s, NVLink 600 GB/s both ways together; DGX A100: ConnectX-6, 200 Gb/s a GPU.
+    # A100 SXM data sheet: 80 GB, 312 TFLOP/s, NVLink 600 GB/s in total; DGX A100: ConnectX-6, 200 Gb/s per GPU.
     "a100": GpuSpec(
         memory_bytes=79.1 * GIB,
         peak_flops_per_second=312e12,
         node_bytes_per_second=300e9,
         network_bytes_per_second=25e9,
     ),
-    # DGX B200 data sheet: 1,440 GB of eight, 18 PFLOP/s dense of eight, NVLink 1.8 TB/s; ConnectX-7, 400 Gb/s a GPU.
+    # DGX B200 data sheet: 1,440 GB and 18 PFLOP/s dense for eight GPUs, NVLink 1.8 TB/s; ConnectX-7, 400 Gb/s per GPU.
     "b200": GpuSpec(
         memory_bytes=178.0 * GIB,
         peak_flops_per_second=2250e12,
@@ -59,9 +60,9 @@ GPUS = {
 
 
 def peak_flops_per_second(device_name: str) -> float | None:
-    """Of dense bfloat16 matrix products on a GPU, by the name that CUDA gives it; None if it is not known here.
+    """Return the peak of dense bfloat16 matrix products in FLOP/s, by CUDA's device name; None if unknown.
 
-    PCIe and NVL cards are slower than those of GPUS, and a part of a GPU (MIG) is, too.
+    The result is None for PCIe and NVL cards and for parts of a GPU (MIG), which are slower than the GPUs in `GPUS`.
     """
     words = device_name.lower().replace("-", " ").split()
     if {"pcie", "nvl", "mig"} & set(words):

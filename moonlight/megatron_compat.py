@@ -1,7 +1,8 @@
-"""What Megatron-Core 0.16.1 needs to be imported and run without CUDA and without Transformer Engine.
+"""Fixes for Megatron-Core 0.16.1, so that it runs without CUDA and without Transformer Engine.
 
-Importing this module installs the stand-ins, so it comes before any `megatron` import. On a machine with CUDA only
-the parts that concern a missing Transformer Engine act.
+Importing this module installs the fixes, so it must come before any `megatron` import. With CUDA, only the log and
+warning filters and `replace_te_linear` act. Each fix states what the installed versions (megatron-core 0.16.1,
+torch 2.13.0) do without it, and when it can be deleted. Check these conditions at every upgrade.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ _HAS_CUDA = torch.cuda.is_available()
 
 
 class _Stream:
-    """A stream or event of a device that has none: everything has already happened."""
+    """Stream and event of a device without streams: all work is already complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -40,10 +41,14 @@ _ONLY_STREAM = _Stream()
 
 
 def _install_device_functions() -> None:
-    """Point the torch.cuda functions that Megatron calls at the CPU.
+    """Redirect the torch.cuda functions that Megatron calls to the CPU.
 
-    Random streams stay real: they are the CPU generator's. Device properties are not faked, because Inductor would
-    believe them.
+    Without this, Megatron 0.16.1 fails without CUDA: for example, `tensor_parallel/mappings.py` allocates on
+    `torch.cuda.current_device()`, and `tensor_parallel/random.py` seeds with `torch.cuda.manual_seed`. The random
+    state becomes that of the CPU generator. Device properties are not faked, because Inductor would use them.
+
+    Delete when Megatron builds, runs and seeds a model without calling torch.cuda on a machine without CUDA, and
+    moonlight's own calls of `torch.cuda.current_device` are replaced.
     """
     cpu = torch.device("cpu")
     replacements: dict[str, Any] = {
@@ -67,7 +72,11 @@ def _install_device_functions() -> None:
 
 @contextlib.contextmanager
 def override_current_device(device: torch.device) -> Iterator[None]:
-    """Let Megatron, and all that asks like it, build on this device; with CUDA too."""
+    """Make `torch.cuda.current_device` return `device`, so that Megatron builds on it; with CUDA too.
+
+    Megatron 0.16.1 allocates parameters on `torch.cuda.current_device()`, so it ignores `torch.device` contexts. Delete
+    when its layers and buffers follow the default device of torch.
+    """
     before = torch.cuda.current_device
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     try:
@@ -77,7 +86,7 @@ def override_current_device(device: torch.device) -> Iterator[None]:
 
 
 class _TorchOnCpu(types.ModuleType):
-    """The torch module as a Megatron module sees it, with a literal device "cuda" in factories meaning the CPU."""
+    """The torch module for use inside a Megatron module: factories with `device="cuda"` allocate on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -93,7 +102,11 @@ class _TorchOnCpu(types.ModuleType):
 
 
 def _gather_uneven(tensor: torch.Tensor, sizes: list[int], group: Any) -> torch.Tensor:
-    """All ranks' rows, `sizes` of each; gloo has no uneven all-gather, so every rank sends its rows to every other."""
+    """Gather all ranks' rows, `sizes[rank]` of each, with an all-to-all in which each rank sends its rows to all.
+
+    Megatron 0.16.1 passes tensors of different sizes to `torch.distributed.all_gather`. Gloo in torch 2.13 rejects
+    them ("invalid tensor size"). Delete when gloo accepts them.
+    """
     output = tensor.new_empty(sum(sizes), *tensor.shape[1:])
     copies = tensor.repeat(group.size(), *[1] * (tensor.dim() - 1))
     dist.all_to_all_single(output, copies, sizes, [len(tensor)] * group.size(), group=group)
@@ -101,21 +114,25 @@ def _gather_uneven(tensor: torch.Tensor, sizes: list[int], group: Any) -> torch.
 
 
 def _reduce_scatter_uneven(tensor: torch.Tensor, sizes: list[int], group: Any) -> torch.Tensor:
-    """This rank's rows, `sizes` of each rank, summed over the ranks in their order."""
-    mine = sizes[group.rank()]
-    received = tensor.new_empty(mine * group.size(), *tensor.shape[1:])
-    dist.all_to_all_single(received, tensor.contiguous(), [mine] * group.size(), sizes, group=group)
-    return received.view(group.size(), mine, *tensor.shape[1:]).sum(0)
+    """Return this rank's rows, `sizes[rank]` of each rank, summed over the ranks in rank order.
+
+    Megatron 0.16.1 passes tensors of different sizes to `torch.distributed.reduce_scatter`. Gloo in torch 2.13 accepts
+    them, checked in float32 only. Delete when all tests of layouts pass without this function.
+    """
+    num_rows = sizes[group.rank()]
+    received = tensor.new_empty(num_rows * group.size(), *tensor.shape[1:])
+    dist.all_to_all_single(received, tensor.contiguous(), [num_rows] * group.size(), sizes, group=group)
+    return received.view(group.size(), num_rows, *tensor.shape[1:]).sum(0)
 
 
 def _uncompiled(function: Any = None, **options: Any) -> Any:
-    """As torch.compile is called, with options or without; gives the function back."""
+    """Return the function unchanged; callable like torch.compile, with or without options."""
     return _uncompiled if function is None else function
 
 
 @contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Whoever takes torch.compile meanwhile has a decorator that does nothing, for good."""
+def _compile_disabled() -> Iterator[None]:
+    """Replace torch.compile by a decorator that does nothing; modules that copy it keep that decorator."""
     before = torch.compile
     torch.compile = _uncompiled  # type: ignore[assignment]
     try:
@@ -125,10 +142,11 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def _install_in_megatron() -> None:
-    """Mend the Megatron modules themselves. Every line names what version 0.16.1 does without it."""
-    # Megatron's jit_fuser is torch.compile. Decorating the first function imports Inductor, which takes longer than all
-    # of Megatron, and its builds would cost minutes on a CPU for no gain.
-    with contextlib.nullcontext() if _HAS_CUDA else _nothing_compiled():
+    """Patch the Megatron modules themselves; only `torch.compile` is restored afterwards."""
+    # Megatron 0.16.1 sets jit_fuser = torch.compile and decorates functions during `import megatron.core`, for example
+    # in fusions/fused_bias_geglu.py. The first decoration imports Inductor, which takes longer than importing Megatron,
+    # and compiling takes minutes on a CPU for no gain. Delete when `import megatron.core` does not call torch.compile.
+    with contextlib.nullcontext() if _HAS_CUDA else _compile_disabled():
         import megatron.core.jit
     import megatron.core.tensor_parallel.random
     from megatron.core.pipeline_parallel import schedules
@@ -137,8 +155,13 @@ def _install_in_megatron() -> None:
 
     if _HAS_CUDA:
         return
-    on_cpu = _TorchOnCpu("torch")
-    schedules.torch = on_cpu
+    # pipeline_parallel/schedules.py of 0.16.1 allocates its token count with torch.zeros(..., device="cuda"). Delete
+    # when the file contains no literal device="cuda".
+    cpu_torch = _TorchOnCpu("torch")
+    schedules.torch = cpu_torch
+    # tensor_parallel/random.py of 0.16.1 sets the state of torch.cuda.default_generators in a lazy call, which never
+    # runs without CUDA; with graph_safe, its getter initializes CUDA. Delete when both functions use the CPU generator
+    # on a machine without CUDA.
     megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
         torch.set_rng_state(new_state)
     )
@@ -146,10 +169,12 @@ def _install_in_megatron() -> None:
         torch.get_rng_state()
     )
 
-    # Gloo's all-to-all wants its split sizes as numbers; this function leaves CPU tensors alone.
+    # Gloo's all-to-all needs its split sizes as numbers. maybe_move_tensor_to_cpu of 0.16.1 ignores as_numpy for a
+    # tensor that is already on the CPU. Delete when it returns a NumPy array for such a tensor.
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    # See _gather_uneven and _reduce_scatter_uneven for when to delete these two.
     even_gather, even_reduce_scatter = (
         mappings._gather_along_first_dim,
         mappings._reduce_scatter_along_first_dim,
@@ -172,11 +197,17 @@ def _install_in_megatron() -> None:
 
 
 def replace_te_linear(replicated_linear: type[torch.nn.Module]) -> None:
-    """Make Megatron's latent attention take this class for Transformer Engine's TELinear.
+    """Make Megatron's latent attention use this class as Transformer Engine's TELinear.
 
-    Megatron 0.16.1 sets HAVE_TE by an import that succeeds without Transformer Engine, and then calls
-    `isinstance(x, None)`. With the class, it also builds the down-projections replicated over tensor-parallel ranks;
-    column-parallel ones lose the sum over those ranks in the gradient of the shared rope key.
+    Without Transformer Engine, `multi_latent_attention.py` of 0.16.1 still sets HAVE_TE to True: it imports
+    `extensions/transformer_engine.py`, which replaces the missing package by a MagicMock. TELinear is then a MagicMock
+    object, and `isinstance(linear_proj, TELinear)` raises TypeError.
+
+    Megatron also builds down-projections replicated over tensor-parallel ranks only if their class is TELinear.
+    Column-parallel ones lose the sum over those ranks in the gradient of the shared rope key.
+
+    Delete when `multi_latent_attention.py` sets HAVE_TE only if Transformer Engine imports, and accepts replicated
+    down-projections of another class.
     """
     from megatron.core.transformer import multi_latent_attention
 
@@ -186,10 +217,12 @@ def replace_te_linear(replicated_linear: type[torch.nn.Module]) -> None:
 def _install() -> None:
     if not _HAS_CUDA:
         _install_device_functions()
-    # Megatron reports every optional package that is missing; none of them is needed here.
+    # Megatron 0.16.1 logs and warns about every optional package that is missing; none is needed here. Delete when it
+    # imports without these messages.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    # Megatron calls collectives by names that torch is about to change.
+    # Megatron 0.16.1 calls all_gather_into_tensor and reduce_scatter_tensor, which torch 2.13 deprecates. Delete when
+    # it calls all_gather_single and reduce_scatter_single.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     _install_in_megatron()
 

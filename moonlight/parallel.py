@@ -1,11 +1,11 @@
-"""Processes and process groups: joining the world, Megatron's groups for a layout, and leaving cleanly."""
+"""Process groups: initialize torch.distributed, create Megatron's groups for a layout, and destroy all groups."""
 
 import gc
 import os
 import sys
 from datetime import timedelta
 
-import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (fixes, before Megatron)
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,18 @@ from megatron.core import parallel_state, tensor_parallel
 from moonlight.config.parallel import ParallelConfig
 
 RENDEZVOUS_FILE = "MOONLIGHT_RENDEZVOUS_FILE"
-"""Set by our own launcher for local processes; torchrun sets MASTER_ADDR and MASTER_PORT instead."""
+"""Environment variable that `pretrain.local` sets; torchrun sets MASTER_ADDR and MASTER_PORT instead."""
 RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"
-"""How often the launcher has started its processes again; set by torchrun, and by our own launcher likewise."""
+"""Environment variable with the number of restarts; torchrun and `pretrain.local` set it."""
 
 
 def world_size() -> int:
-    """Processes in the world, from the environment; 1 when nothing launched us."""
+    """Return the world size from the environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number in the world, from the environment."""
+    """Return the rank of this process from the environment; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -33,8 +33,8 @@ def init_distributed(threads: int = 0, timeout: timedelta = timedelta(minutes=10
     """Create the default process group from the launcher's environment: NCCL with CUDA, gloo without.
 
     Args:
-        threads: CPU threads of this process; 0 leaves them as they are (OMP_NUM_THREADS, or all cores).
-        timeout: how long a process waits for the others in one exchange, as NCCL and gloo apply it.
+        threads: CPU threads of this process; 0 keeps the default (OMP_NUM_THREADS, or all cores).
+        timeout: timeout of one collective, for NCCL and gloo.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -50,13 +50,13 @@ def init_distributed(threads: int = 0, timeout: timedelta = timedelta(minutes=10
 
 
 def init_single_process() -> None:
-    """A world of this process only."""
+    """Create a default process group of this process only."""
     _use_loopback()
     dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _use_loopback() -> None:
-    """Keep gloo's traffic on this machine, whatever its host name resolves to."""
+    """Make gloo use the loopback interface, whatever the host name resolves to."""
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -69,9 +69,15 @@ def _backend() -> str:
 
 
 def init_model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Megatron's process groups for a layout, replacing any that exist, and its random streams.
+    """Create Megatron's process groups for a layout, replacing existing ones, and seed its random states. Collective.
 
-    The world size must be divisible by the layout (`ParallelConfig.data_parallel_size` says so to the user).
+    Args:
+        parallel: the layout.
+        seed: seed of Megatron's random states.
+        timeout: timeout of one collective of these groups.
+
+    Raises:
+        UserError: the layout does not divide the world size.
     """
     parallel.data_parallel_size(dist.get_world_size())
     parallel_state.destroy_model_parallel()
@@ -89,10 +95,10 @@ def init_model_parallel(parallel: ParallelConfig, seed: int, timeout: timedelta 
 
 
 def destroy_distributed() -> None:
-    """Drop every group of this process, and the threads that serve them.
+    """Destroy every process group of this process, and the groups' threads.
 
-    A group lives as long as anything names it: modules name groups, and models are cycles that only the garbage
-    collector frees.
+    A group exists while an object references it. Modules reference groups, and models contain reference cycles, so the
+    garbage collector must run.
     """
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

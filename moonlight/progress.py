@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, else a line every 10 seconds."""
+"""Progress of long work: a bar on a terminal, otherwise a line every 10 seconds."""
 
 import contextlib
 import time
@@ -15,23 +15,23 @@ Item = TypeVar("Item")
 
 
 def track_progress(items: Sequence[Item], name: str) -> Iterator[Item]:
-    """The items one by one, telling how many are done."""
+    """Yield the items and report on stderr how many are done."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from progress.track(items, name, console=console, transient=True)
         return
-    started = said = time.monotonic()
+    started = printed_at = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES:
-            said, left = now, (len(items) - done) * (now - started) / done
+        if now - printed_at >= SECONDS_BETWEEN_LINES:
+            printed_at, left = now, (len(items) - done) * (now - started) / done
             console.print(f"{name}: {done:,} of {len(items):,}, {left:.0f} s left", highlight=False)
         yield item
 
 
 @contextlib.contextmanager
 def byte_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to tell the bytes done so far."""
+    """Yield a function to call with the number of bytes done so far; it reports progress on stderr."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -45,15 +45,15 @@ def byte_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
             task = bar.add_task("", total=total)
             yield lambda done: bar.update(task, completed=done)
         return
-    started = said = time.monotonic()
+    started = printed_at = time.monotonic()
 
-    def say(done: int) -> None:
-        nonlocal said
+    def report(done: int) -> None:
+        nonlocal printed_at
         now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES:
-            said, speed = now, done / (now - started)
+        if now - printed_at >= SECONDS_BETWEEN_LINES:
+            printed_at, speed = now, done / (now - started)
             left = (total - done) / max(speed, 1)
             line = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, {left:.0f} s left"
             console.print(f"{name}: {line}", highlight=False)
 
-    yield say
+    yield report

@@ -1,7 +1,7 @@
 """One process of a training run: `torchrun --nproc-per-node 8 -m pretrain recipe.yaml train.seed=7`.
 
-Where processes may start again, `python -m pretrain.agent 690` takes the place of `torchrun`. Without torchrun,
-`moonlight pretrain` starts as many of these as the recipe's `parallel.num_processes`.
+To restart processes, use `python -m pretrain.agent 690` instead of `torchrun`. Without torchrun, `moonlight pretrain`
+starts `parallel.num_processes` of these processes.
 """
 
 import argparse
@@ -14,10 +14,13 @@ from moonlight.errors import UserError, report_errors
 
 
 def work(config: RunConfig, *, force: bool = False) -> None:
-    """Join the world, train, and leave it.
+    """Initialize torch.distributed, train, and destroy the process groups.
 
     Args:
-        force: go on with a run of other settings.
+        force: resume a run whose settings differ.
+
+    Raises:
+        UserError: the recipe does not fit its data, checkpoint or run folder, training failed, or memory ran out.
     """
     from moonlight.train import run_folder
 
@@ -38,22 +41,22 @@ def work(config: RunConfig, *, force: bool = False) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports what it cannot use as any command does."""
+    """Argument parser that raises UserError for invalid arguments."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main() -> int:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that has nothing to save yet
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by default it ends the process, which has nothing to save yet
     parser = Parser(prog="python -m pretrain", description=__doc__)
     parser.epilog = (
         "Example: python -m pretrain.agent 690 --nproc-per-node 8 --max-restarts 3 -m pretrain recipe.yaml train.seed=7"
     )
     parser.add_argument("recipe", help="YAML recipe, for example configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for example train.seed=7")
-    parser.add_argument("--force", action="store_true", help="go on with a run of other settings")
-    parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+    parser.add_argument("--force", action="store_true", help="resume a run whose settings differ")
+    parser.add_argument("--debug", action="store_true", help="print the full traceback of an error")
     with report_errors(debug="--debug" in sys.argv):
         arguments = parser.parse_intermixed_args()
         from moonlight.config.load import load_recipe

@@ -1,12 +1,16 @@
-"""torchrun's agent, mended for many nodes: `python -m pretrain.agent SECONDS --nnodes 4 ... -m pretrain RECIPE`.
+"""torchrun's agent with fixes for many nodes: `python -m pretrain.agent SECONDS --nnodes 4 ... -m pretrain RECIPE`.
 
-What torch 2.13 gets wrong:
+What torchrun of torch 2.13.0 does without the fixes, and when each fix can be deleted:
 
-- It gives the processes one key-value store for all their starts, in which those that start again find addresses of the
-  dead: `Gloo connectFullMesh failed`. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE every start has a store of its own.
-- When the link to the first node breaks, the agent waits for an answer of its store as long as the kernel lets it, more
-  than four minutes, though the store's time-out is one. Here it ends when no process of its ran for SECONDS.
-- SIGUSR1 would end it. Here one of its processes gets the signal, all save, and go on.
+- One key-value store for all restarts. Restarted processes find addresses of dead processes in it and fail with
+  `Gloo connectFullMesh failed`. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every restart its own store.
+  Delete when `DynamicRendezvousHandler.next_rendezvous` by default builds its `_bootstrap_store_info` in every round.
+- When the link to the first node breaks, the agent waits for its store as long as the kernel's TCP time-out, more than
+  four minutes, although the store's read_timeout is 60 s. With the fix, the agent exits after SECONDS in which none of
+  its processes ran. Delete when a store operation of the agent fails within read_timeout after the link breaks.
+- SIGUSR1 ends the agent. With `--signals-to-handle` the agent catches it, but then stops its processes. With the fix,
+  the agent forwards the signal to one process; all processes save and continue.
+  Delete when torchrun can forward a signal without stopping its processes.
 """
 
 import contextlib
@@ -19,11 +23,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SECONDS_BETWEEN_LOOKS = 1.0
+POLL_SECONDS = 1.0
 
 
 def main() -> None:
-    """Run torchrun's command line; SECONDS must be longer than an agent may wait for the others to join."""
+    """Run torchrun's command line; SECONDS must be longer than the rendezvous join timeout."""
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return
@@ -33,10 +37,10 @@ def main() -> None:
         seconds = 0.0
     if not seconds > 0:
         usage = "python -m pretrain.agent SECONDS --nnodes 4 --nproc-per-node 8 ... -m pretrain RECIPE"
-        sys.exit(_ended(f"error: SECONDS, after which an agent without processes ends, is not above 0: {usage}", 2))
+        sys.exit(_exit_code(f"error: SECONDS, the idle time after which the agent exits, must be above 0: {usage}", 2))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    threading.Thread(target=_end_when_idle, args=(seconds,), daemon=True).start()
-    signal.signal(signal.SIGUSR1, lambda *_: _pass_on(signal.SIGUSR1))
+    threading.Thread(target=_exit_when_idle, args=(seconds,), daemon=True).start()
+    signal.signal(signal.SIGUSR1, lambda *_: _forward(signal.SIGUSR1))
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -44,52 +48,55 @@ def main() -> None:
 
     try:
         torchrun()
-    except SignalException as stopped:
-        sys.exit(_ended(f"{socket.gethostname()}: stopped by {stopped.sigval.name}", 1))
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        text = (
-            f"error: {socket.gethostname()}: process {rank} ended with code {failure.exitcode}: see what it said above"
-        )
-        sys.exit(_ended(text, 1))
+    except SignalException as error:
+        sys.exit(_exit_code(f"{socket.gethostname()}: stopped by {error.sigval.name}", 1))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        text = f"error: {socket.gethostname()}: process {rank} exited with code {failure.exitcode}, see above"
+        sys.exit(_exit_code(text, 1))
 
 
-def _ended(text: str, code: int) -> int:
+def _exit_code(text: str, code: int) -> int:
+    """Print a message and return the exit code."""
     print(text, file=sys.stderr, flush=True)
     return code
 
 
-def _end_when_idle(seconds: float) -> None:
-    seen = time.monotonic()
-    while time.monotonic() - seen < seconds:
+def _exit_when_idle(seconds: float) -> None:
+    """Exit if this process has had no child process for `seconds`; runs in a thread."""
+    last_seen = time.monotonic()
+    while time.monotonic() - last_seen < seconds:
         if any(_children()):
-            seen = time.monotonic()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+            last_seen = time.monotonic()
+        time.sleep(POLL_SECONDS)
     print(
-        f"error: timed out: no process ran on this node for {seconds:.0f} s, its agent does not hear from the others; "
-        "check the network between the nodes, then start the same command again",
+        f"error: timed out: no process ran on this node for {seconds:.0f} s, its agent cannot reach the others; "
+        "check the network between the nodes, then rerun the command",
         file=sys.stderr,
         flush=True,
     )
     os._exit(1)  # the main thread is inside the store's client
 
 
-def _pass_on(number: signal.Signals) -> None:
-    """Send a signal to the first process that has made up its mind about it; it would end one that is just starting."""
+def _forward(signal_number: signal.Signals) -> None:
+    """Send a signal to the first child that handles or ignores it.
+
+    A child that is just starting does neither, and the signal would end it.
+    """
     for child in _children():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has exited
             status = dict(line.split(":", 1) for line in (child / "status").read_text().splitlines())
-            if (int(status["SigCgt"], 16) | int(status["SigIgn"], 16)) >> (number - 1) & 1:
-                os.kill(int(child.name), number)
+            if (int(status["SigCgt"], 16) | int(status["SigIgn"], 16)) >> (signal_number - 1) & 1:
+                os.kill(int(child.name), signal_number)
                 return
 
 
 def _children() -> Iterator[Path]:
-    """Folders in /proc of the processes that this one started; zombies do not count."""
+    """Yield the folders in /proc of the child processes of this process, except zombies."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has exited
             continue
         if int(parent) == os.getpid() and state != "Z":
             yield stat.parent

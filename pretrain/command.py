@@ -1,4 +1,4 @@
-"""What `moonlight pretrain` and `moonlight sft` do: check everything that can be checked at once, then train."""
+"""Implement `moonlight pretrain` and `moonlight sft`: run all checks that need no process group, then train."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,14 @@ from pretrain.local import has_launcher, launch
 
 
 def train_command(recipe: Path, overrides: Sequence[str], *, force: bool, conversations: bool) -> None:
-    """Train a recipe, or go on where the run stopped, in local processes unless a launcher started this one.
+    """Train a recipe, or resume its run, in local processes; in this process if a launcher started it.
 
     Args:
-        force: go on with a run of other settings.
-        conversations: whether the command is for tuning on conversations, or for text.
+        force: resume a run whose settings differ.
+        conversations: True for `moonlight sft`, False for `moonlight pretrain`.
 
     Raises:
-        UserError: the recipe is for the other command, or does not fit its data, its checkpoint or its folder.
+        UserError: the recipe is for the other command, or does not fit its data, checkpoint or run folder.
     """
     config = load_recipe(recipe, overrides)
     if config.data.conversations != conversations:
@@ -36,7 +36,7 @@ def train_command(recipe: Path, overrides: Sequence[str], *, force: bool, conver
     run_folder.check_initial_checkpoint(config)
     run_folder.check_resumable(run_folder.run_path(config), config, force=force)
     if run_folder.is_finished(config):
-        print(f"{run_folder.run_path(config)}: this run has finished already")
+        print(f"{run_folder.run_path(config)}: this run is already finished")
         return
     arguments = [str(recipe), *overrides, *(["--force"] if force else [])]
     launch(config.parallel.num_processes, arguments, config.train.threads_per_process, config.train.max_restarts)

@@ -1,7 +1,7 @@
-"""Whether the hosts of a run are fit for it, before it starts; torchrun starts one process of this for each of the run.
+"""Check the hosts of a run before it starts; torchrun starts as many processes as for the run.
 
-Prints one table, names every host that is slow or odd, and exits with 1 if there is one. The recipe and its overrides
-are those of the run: its data, tokenizer, layout and folder are checked too.
+Prints one table and every problem with the names of its hosts, and exits with 1 if it finds a problem. The recipe and
+its overrides are those of the run: its data, tokenizer, layout and folder are also checked.
 """
 
 import argparse
@@ -14,7 +14,10 @@ from pretrain.__main__ import Parser
 
 
 def main() -> int:
-    """The command; the exit code is 1 if something is wrong, 2 if the recipe cannot be read or the network broke."""
+    """Run the command and return 0, or 1 if it found a problem.
+
+    The process exits with 2 if the recipe is invalid or the network broke.
+    """
     parser = Parser(
         prog="python -m pretrain.health",
         description=__doc__,
@@ -23,25 +26,27 @@ def main() -> int:
     )
     parser.add_argument("recipe", help="YAML recipe of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for the run")
-    parser.add_argument("--force", action="store_true", help="the run goes on with other settings")
+    parser.add_argument("--force", action="store_true", help="as for the run: resume a run whose settings differ")
     parser.add_argument(
         "--megabytes",
         type=int,
         default=64,
-        help="MiB of every exchange; those of a few are done as soon as the kernel holds them",
+        help="size of every exchange, in MiB; a few MiB only measure the copy to the kernel",
     )
-    parser.add_argument("--disk-megabytes", type=int, default=256, help="MiB written and flushed by every host")
-    parser.add_argument("--slow-below", type=float, default=0.5, help="share of the median speed that is too slow")
-    parser.add_argument("--max-clock-seconds", type=float, default=1.0, help="most between two clocks")
-    parser.add_argument("--max-latency-ms", type=float, default=50.0, help="most for 8 bytes to another process")
-    parser.add_argument("--min-network-gb-per-second", type=float, default=0.0, help="least of every process")
-    parser.add_argument("--min-disk-gb-per-second", type=float, default=0.0, help="least of every host")
-    parser.add_argument("--min-free-disk-gb", type=float, default=1.0, help="least where the runs lie")
-    parser.add_argument("--min-free-memory-gb", type=float, default=1.0, help="least on every host")
-    parser.add_argument("--min-free-gpu-memory-gb", type=float, default=1.0, help="least on every GPU")
-    parser.add_argument("--gpus-per-node", type=int, help="exactly so many; otherwise as many as most hosts have")
-    parser.add_argument("--timeout-seconds", type=float, default=120.0, help="most that one exchange may take")
-    parser.add_argument("--debug", action="store_true", help="print the whole traceback of an error")
+    parser.add_argument(
+        "--disk-megabytes", type=int, default=256, help="size of the file that every host writes, in MiB"
+    )
+    parser.add_argument("--slow-below", type=float, default=0.5, help="slow: below this fraction of the median speed")
+    parser.add_argument("--max-clock-seconds", type=float, default=1.0, help="maximum offset of a clock, in seconds")
+    parser.add_argument("--max-latency-ms", type=float, default=50.0, help="maximum time for 8 bytes, in milliseconds")
+    parser.add_argument("--min-network-gb-per-second", type=float, default=0.0, help="minimum speed of every process")
+    parser.add_argument("--min-disk-gb-per-second", type=float, default=0.0, help="minimum write speed of every host")
+    parser.add_argument("--min-free-disk-gb", type=float, default=1.0, help="minimum on the disk of the run folder")
+    parser.add_argument("--min-free-memory-gb", type=float, default=1.0, help="minimum on every host")
+    parser.add_argument("--min-free-gpu-memory-gb", type=float, default=1.0, help="minimum on every GPU")
+    parser.add_argument("--gpus-per-node", type=int, help="exact number of GPUs a node; default: the most common count")
+    parser.add_argument("--timeout-seconds", type=float, default=120.0, help="timeout of one exchange, in seconds")
+    parser.add_argument("--debug", action="store_true", help="print the full traceback of an error")
     with report_errors(debug="--debug" in sys.argv):
         arguments = parser.parse_intermixed_args()
         for name in ("megabytes", "disk_megabytes", "timeout_seconds"):

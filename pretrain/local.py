@@ -1,4 +1,4 @@
-"""Local processes for a run on one machine, so that a laptop needs no launcher."""
+"""Start the processes of a run on one machine, without torchrun."""
 
 import ctypes
 import json
@@ -15,54 +15,57 @@ from pathlib import Path
 from moonlight.errors import CODE_HUNG, CODE_KILLED, CODE_STOPPED, DEBUG, ERROR_FILE, UserError
 
 SECONDS_TO_REPORT = 3.0
-"""After one process failed, the others may still be writing down the error that made it fail."""
+"""How long to wait after a process failed, because another may still be writing the report of the cause."""
 _PR_SET_PDEATHSIG = 1
 
 
 def has_launcher() -> bool:
-    """Whether torchrun, or this module, started this process."""
+    """Return True if torchrun or this module started this process."""
     return "WORLD_SIZE" in os.environ
 
 
 def launch(num_processes: int, arguments: Sequence[str], threads_per_process: int, max_restarts: int = 0) -> None:
-    """Run `python -m pretrain *arguments` as a world of `num_processes` on this machine and wait for it.
+    """Run `python -m pretrain *arguments` in `num_processes` local processes and wait for them.
 
-    When one process fails, the others are ended, and all are started again up to `max_restarts` times unless the
-    failure is the user's to mend. When this process dies, however, the kernel ends them. SIGTERM and SIGUSR1 go on to
-    the processes, which save; after SIGTERM nothing is started again.
+    If one process fails, the others are killed, and all are restarted up to `max_restarts` times, except after a
+    UserError. If this process dies, the kernel kills them. SIGTERM and SIGUSR1 are forwarded to the processes, which
+    save; after SIGTERM they are not restarted.
+
+    Args:
+        threads_per_process: CPU threads of a process; 0 divides the cores among the processes.
 
     Raises:
         UserError: a process reported one.
-        SystemExit: a process failed in another way, its output is on the screen; or the run stopped on SIGTERM.
+        SystemExit: a process failed in another way and printed its error, or the run stopped on SIGTERM.
     """
     threads = threads_per_process or max(1, (os.cpu_count() or 1) // num_processes)
-    world = _WorkerGroup(num_processes, arguments, threads)
-    former = {number: signal.signal(number, world.forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    workers = _WorkerGroup(num_processes, arguments, threads)
+    previous_handlers = {number: signal.signal(number, workers.forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         restart = 0
-        while (failure := world.run(restart)) is not None:
+        while (failure := workers.run(restart)) is not None:
             if failure.code != CODE_STOPPED:
                 print(failure.line, file=sys.stderr)
-            if world.is_stopping or restart == max_restarts:
+            if workers.is_stopping or restart == max_restarts:
                 raise SystemExit(failure.code)
             restart += 1
-            print(f"starting all processes again, restart {restart} of {max_restarts}", file=sys.stderr)
+            print(f"restarting all processes, restart {restart} of {max_restarts}", file=sys.stderr)
     finally:
-        for number, handler in former.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a world ended that did not end well."""
+    """How a group of processes failed."""
 
     line: str
     code: int
-    """For this process to exit with."""
+    """Exit code for this process."""
 
 
 class _WorkerGroup:
-    """The processes of a run."""
+    """The local processes of a run."""
 
     def __init__(self, num_processes: int, arguments: Sequence[str], threads: int) -> None:
         self._size, self._threads = num_processes, threads
@@ -71,27 +74,27 @@ class _WorkerGroup:
         self.is_stopping = False
 
     def forward(self, number: int, frame: object) -> None:
-        """Handler of signals: pass one on to all processes."""
+        """Forward a signal to all processes; a signal handler."""
         self.is_stopping |= number == signal.SIGTERM
         for worker in self._workers:
             worker.send_signal(number)
 
     def run(self, restart: int) -> _Failure | None:
-        """Start the processes and wait for them; None if all ended well."""
+        """Start the processes and wait for them; return None if all succeeded."""
         with tempfile.TemporaryDirectory(prefix="moonlight-") as folder:
             try:
                 for rank in range(self._size):
                     self._start(rank, Path(folder), restart)
-                if self.is_stopping:  # told before all were there
+                if self.is_stopping:  # a signal came before all processes were started
                     return _stopped_early()
                 failed = _wait(self._workers)
-                ended = [rank for rank, worker in enumerate(self._workers) if worker.poll() is not None]
+                exited = [rank for rank, worker in enumerate(self._workers) if worker.poll() is not None]
                 deadline = time.monotonic() + SECONDS_TO_REPORT
                 while failed is not None and time.monotonic() < deadline and _any_runs(self._workers):
                     time.sleep(0.1)
             finally:
                 workers, self._workers = self._workers, []
-                _end(workers)
+                _kill(workers)
             files = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
             reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
         if failed is None:
@@ -100,12 +103,12 @@ class _WorkerGroup:
                 return _Failure("", CODE_STOPPED)
             return None
         code = workers[failed].returncode
-        # When a user's error ends one process, the others fail in their next exchange with it; and a process that
-        # hung, or had no time left to save, has said so itself.
+        # After a UserError in one process, the others fail in their next collective with it, so its report comes first.
+        # A process that hung, or could not save in time, has printed its own message.
         causes = [report for report in reports if report["message"] is not None] or reports
-        killed = next((rank for rank in ended if workers[rank].returncode < 0), None)
+        killed = next((rank for rank in exited if workers[rank].returncode < 0), None)
         if killed is not None and all(report["message"] is None for report in reports):
-            failed, code, causes = killed, workers[killed].returncode, []  # the others only lost it
+            failed, code, causes = killed, workers[killed].returncode, []  # the others failed because it was killed
         if causes and code not in (CODE_HUNG, CODE_KILLED):
             message = causes[0]["message"]
             if message is None or DEBUG in os.environ:
@@ -113,7 +116,7 @@ class _WorkerGroup:
             if message is not None:
                 raise UserError(message)
         reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        if self.is_stopping and code == -signal.SIGTERM:  # it had not begun
+        if self.is_stopping and code == -signal.SIGTERM:  # it had no handler yet
             return _stopped_early()
         return _Failure(f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1)
 
@@ -133,14 +136,14 @@ class _WorkerGroup:
 
 
 def _stopped_early() -> _Failure:
-    print("stopped before the first step: there was nothing to save", file=sys.stderr)
+    print("stopped before the first step; nothing to save", file=sys.stderr)
     return _Failure("", CODE_STOPPED)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies (Linux; elsewhere nothing happens).
+    """Make the kernel kill this process when its parent dies (only on Linux).
 
-    SIGUSR1, which would end a process that has no handler yet, is ignored until it has one.
+    SIGUSR1 is ignored until the process installs a handler; otherwise it would end the process.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -148,7 +151,7 @@ def die_with_parent() -> None:
 
 
 def _wait(workers: list[subprocess.Popen]) -> int | None:
-    """Wait until all ended well, or saved and stopped (None), or one did not (its number)."""
+    """Wait for the processes; return the rank of one that failed, or None if all succeeded or saved and stopped."""
     while True:
         codes = [worker.poll() for worker in workers]
         for rank, code in enumerate(codes):
@@ -163,8 +166,8 @@ def _any_runs(workers: list[subprocess.Popen]) -> bool:
     return any(worker.poll() is None for worker in workers)
 
 
-def _end(workers: list[subprocess.Popen]) -> None:
-    """End what still runs, at once: after one process failed, or Ctrl-C, the others cannot save."""
+def _kill(workers: list[subprocess.Popen]) -> None:
+    """Kill the running processes: after a failure of one process, or Ctrl-C, the others cannot save."""
     for worker in workers:
         worker.kill()
     for worker in workers:

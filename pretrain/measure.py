@@ -1,4 +1,4 @@
-"""What the health check measures: of each host by itself, and between the processes of the world."""
+"""Measurements of the health check: on each host, and between the processes."""
 
 import hashlib
 import os
@@ -19,12 +19,14 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("moonlight", "pretrain", "checkpoints", "eval")
 PINGS = 16
+"""Exchanges of a few bytes in one measurement."""
 REPEATS = 5
+"""Exchanges of many bytes in one measurement."""
 
 
 @dataclass(kw_only=True)
 class Health:
-    """One process, as itself and the others see it. Bytes, seconds, bytes per second; None was not measured."""
+    """Measurements of one process, in bytes, seconds and bytes per second. None: not measured."""
 
     rank: int
     host: str
@@ -36,7 +38,7 @@ class Health:
     free_disk: int | None = None
     disk_speed: float | None = None
     network_speed: float | None = None
-    """The best of its exchanges with processes of other hosts, or of this one where there is no other."""
+    """Best speed of its exchanges with processes of other hosts, or of this host if there is no other."""
     latency: float | None = None
     clock_offset: float = 0.0
     """Its clock minus that of rank 0."""
@@ -44,25 +46,25 @@ class Health:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same everywhere: Python, packages, driver, and this project's own sources."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    """Return versions that must be equal on all hosts: Python, packages, driver, GPU, and a hash of our code."""
+    result = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("megatron-core", "numpy", "transformers"):
-        found[package] = metadata.version(package)
+        result[package] = metadata.version(package)
     driver = Path("/sys/module/nvidia/version")
     if driver.exists():
-        found["NVIDIA driver"] = driver.read_text().strip()
+        result["NVIDIA driver"] = driver.read_text().strip()
     if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["GPU"] = torch.cuda.get_device_name()
+        result["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        result["GPU"] = torch.cuda.get_device_name()
     digest = hashlib.sha256()
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    found["code"] = digest.hexdigest()[:12]
-    return found
+    result["code"] = digest.hexdigest()[:12]
+    return result
 
 
 def measure_process(local_rank: int) -> Health:
-    """What a process knows of its host without asking others."""
+    """Measure this process and its host, without communication."""
     health = Health(rank=dist.get_rank(), host=socket.gethostname(), local_rank=local_rank, versions=versions())
     health.gpus = torch.cuda.device_count()
     if torch.cuda.is_available():
@@ -73,7 +75,7 @@ def measure_process(local_rank: int) -> Health:
 
 
 def measure_disk(health: Health, folder: Path, nbytes: int) -> None:
-    """Write and fsync `nbytes` in `folder`, all hosts at the same time, and remove them."""
+    """Measure the disk speed: write, fsync and delete a file of `nbytes` bytes in `folder`, on all hosts together."""
     health.free_disk = shutil.disk_usage(folder).free
     file = folder / f".health-{health.host}-{os.getpid()}"
     block = os.urandom(1 << 20)
@@ -92,24 +94,28 @@ def measure_disk(health: Health, folder: Path, nbytes: int) -> None:
 
 
 def measure_network(health: Health, hosts: list[str], nbytes: int) -> None:
-    """Exchange with ranks at distances of 1, 2, 4, ... hosts, all at the same time, and keep the best.
+    """Measure exchanges with ranks at distances of 1, 2, 4, ... hosts; keep best speed and latency. Collective.
 
-    In a collective everyone is as slow as the slowest. The best of several partners tells a slow host from one whose
-    partner is slow, except where there are only two.
+    In a collective, every rank is as slow as the slowest one. The best of several partners separates a slow host from a
+    host with a slow partner, unless there are only two hosts.
+
+    Args:
+        hosts: host of every rank.
+        nbytes: size of an exchange.
     """
     by_host = [[rank for rank, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)]
     if len(by_host) > 1 and len({len(ranks) for ranks in by_host}) == 1:
-        # As many rings as a host has processes, each with one process of every host.
+        # One ring per local rank, each with one process of every host.
         ring = next(list(ring) for ring in zip(*by_host, strict=True) if health.rank in ring)
     else:
         ring = list(range(len(hosts)))
     if len(ring) == 1:
         return
-    own = ring.index(health.rank)
+    position = ring.index(health.rank)
     speeds, latencies = [], []
     distance = 1
     while distance < len(ring):
-        to, source = ring[(own + distance) % len(ring)], ring[(own - distance) % len(ring)]
+        to, source = ring[(position + distance) % len(ring)], ring[(position - distance) % len(ring)]
         speeds.append(nbytes / _median(partial(_exchange, *_buffers(nbytes), to, source)))
         latencies.append(_median(partial(_exchange, *_buffers(8), to, source), PINGS))
         distance *= 2
@@ -117,19 +123,23 @@ def measure_network(health: Health, hosts: list[str], nbytes: int) -> None:
 
 
 def measure_collectives(nbytes: int) -> dict[str, float]:
-    """Seconds of an all-reduce and an all-to-all of `nbytes` on every rank, as this process sees them."""
+    """Return the seconds of an all-reduce and an all-to-all of `nbytes` bytes a rank, measured in this process."""
     if dist.get_world_size() == 1:
         return {}
-    numbers = torch.zeros(nbytes // 4 // dist.get_world_size() * dist.get_world_size(), device=_device())
-    received = torch.empty_like(numbers)
+    values = torch.zeros(nbytes // 4 // dist.get_world_size() * dist.get_world_size(), device=_device())
+    received = torch.empty_like(values)
     return {
-        "all-reduce": _median(lambda: dist.all_reduce(numbers)),
-        "all-to-all": _median(lambda: dist.all_to_all_single(received, numbers)),
+        "all-reduce": _median(lambda: dist.all_reduce(values)),
+        "all-to-all": _median(lambda: dist.all_to_all_single(received, values)),
     }
 
 
 def measure_clock(health: Health, firsts: list[int]) -> None:
-    """This clock minus that of rank 0, from the exchange that took least time; `firsts` do it one after the other."""
+    """Measure this clock minus that of rank 0, from the exchange that took least time. Collective.
+
+    Args:
+        firsts: the first rank of every host; they take turns.
+    """
     stamp = torch.zeros(1, dtype=torch.float64, device=_device())
     for rank in firsts:
         if rank == 0:
@@ -137,12 +147,12 @@ def measure_clock(health: Health, firsts: list[int]) -> None:
         best = (float("inf"), 0.0)
         for _ in range(PINGS):
             if health.rank == rank:
-                asked = time.time()
+                sent_at = time.time()
                 dist.send(stamp, 0)
                 dist.recv(stamp, 0)
-                there = stamp.item()
-                answered = time.time()
-                best = min(best, (answered - asked, (asked + answered) / 2 - there))
+                remote_time = stamp.item()
+                received_at = time.time()
+                best = min(best, (received_at - sent_at, (sent_at + received_at) / 2 - remote_time))
             elif health.rank == 0:
                 dist.recv(stamp, rank)
                 dist.send(stamp.fill_(time.time()), rank)
@@ -162,7 +172,7 @@ def _exchange(sent: torch.Tensor, received: torch.Tensor, to: int, source: int) 
 
 
 def _median(action: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds of what all ranks begin together, without the first time, which makes connections."""
+    """Return the median seconds of `action`, which all ranks start together; omit the first call, which connects."""
     seconds = []
     for _ in range(repeats + 1):
         dist.barrier()

@@ -1,8 +1,8 @@
-"""`moonlight bench export`: CPU time and memory of export and import, beside transformers' save_pretrained.
+"""`moonlight bench export`: CPU time and memory of export and import, compared with transformers' save_pretrained.
 
-The model is Moonlight-16B-A3B in full width, cut to a few layers, with random weights in bfloat16. Every measurement is
-a process of its own, as a user's command is; the cases take turns. A process says what CPU time the one call took,
-imports and the peer's loading of the model apart; its anonymous memory (page cache excluded) is watched from outside.
+The model is Moonlight-16B-A3B in full width with a few layers and random bfloat16 weights. Each measurement runs in a
+separate process, like a user's command; the cases take turns. The process reports the CPU time of the call, without
+imports and without the peer's loading of the model. The parent polls its anonymous memory, without the page cache.
 """
 
 import json
@@ -17,53 +17,53 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio, told_rounds
+from moonlight.bench.report import BenchResult, hardware, iter_rounds, print_results, time_ratio
 from moonlight.config.load import load_recipe
 from moonlight.files import check_space, write_sums
+from moonlight.hardware import GIB
 from moonlight.plan.flops import count_parameters
 
 CPU_TIME_BAR = 1 / 0.7
-"""Of save_pretrained and the sums of its files, over an export with its sums."""
+"""CPU time of save_pretrained and the checksums of its files, over that of an export with checksums."""
 ALONE_BAR, ALONE_AIM = 1.4, 2.0
-"""The same without the sums of the peer."""
-MEMORY_ABOVE_SHARD_BYTES = 1.5 * 2**30
-SECONDS_BETWEEN_LOOKS = 0.005
-GIB = 2**30
-COPIES_ON_DISK, BYTES_A_PARAMETER = 4, 2
+"""The same without the peer's checksums."""
+MEMORY_ABOVE_SHARD_BYTES = 1.5 * GIB
+POLL_SECONDS = 0.005
+COPIES_ON_DISK, BYTES_PER_PARAMETER = 4, 2
 
 
 def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None = None) -> bool:
-    """Measure, print the table, and return whether every gate and bar has passed."""
+    """Run the benchmark, print its table, and return whether every result passed."""
     config = load_recipe(recipe, [f"model.num_hidden_layers={layers}"])
-    check_space(Path.cwd(), COPIES_ON_DISK * BYTES_A_PARAMETER * count_parameters(config.model).total)
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
-        folder = Path(place)
+    check_space(Path.cwd(), COPIES_ON_DISK * BYTES_PER_PARAMETER * count_parameters(config.model).total)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as temporary_folder:
+        folder = Path(temporary_folder)
         source, checkpoint = folder / "hf", folder / "checkpoint"
         make_source(config.model, source)
-        largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
-        imports, exports, peers, sums = [], [], [], []
+        largest_shard = max(file.stat().st_size for file in source.glob("*.safetensors"))
+        imports, exports, peers, checksums = [], [], [], []
         peaks = {"import": 0, "export": 0}
         same = True
-        for _ in told_rounds(rounds, warms_up=False):
+        for _ in iter_rounds(rounds, warms_up=False):
             shutil.rmtree(checkpoint, ignore_errors=True)
-            found, peak = _measure("import", source, checkpoint)
-            imports.append(found[0])
+            seconds, peak = _measure("import", source, checkpoint)
+            imports.append(seconds[0])
             peaks["import"] = max(peaks["import"], peak)
-            found, _ = _measure("save_pretrained", source, folder / "peer")
-            peers.append(found[0])
-            sums.append(found[1])
-            found, peak = _measure("export", checkpoint, folder / "ours")
-            exports.append(found[0])
+            seconds, _ = _measure("save_pretrained", source, folder / "peer")
+            peers.append(seconds[0])
+            checksums.append(seconds[1])
+            seconds, peak = _measure("export", checkpoint, folder / "ours")
+            exports.append(seconds[0])
             peaks["export"] = max(peaks["export"], peak)
             same = same and _same_tensors(folder / "ours", folder / "peer")
             shutil.rmtree(folder / "ours")
             shutil.rmtree(folder / "peer")
-    limit = largest + MEMORY_ABOVE_SHARD_BYTES
-    figures = [
+    limit = largest_shard + MEMORY_ABOVE_SHARD_BYTES
+    results = [
         time_ratio(
             "export, CPU time, save_pretrained and sums",
             exports,
-            [peer + digest for peer, digest in zip(peers, sums, strict=True)],
+            [peer + checksum for peer, checksum in zip(peers, checksums, strict=True)],
             CPU_TIME_BAR,
             same,
             "s",
@@ -85,17 +85,17 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
         ),
     ]
     notes = [
-        f"the peer of export: save_pretrained of a loaded model ({statistics.median(peers):.2f} s) and, since exports "
-        f"have them, SHA-256 sums of its files ({statistics.median(sums):.2f} s)",
-        f"in the place of a peer of memory: the largest shard ({largest / GIB:.2f} GiB) and 1.5 GiB",
+        f"peer of export: save_pretrained of a loaded model ({statistics.median(peers):.2f} s) and, because an export "
+        f"has them, SHA-256 checksums of its files ({statistics.median(checksums):.2f} s)",
+        f"limit of memory: the largest shard ({largest_shard / GIB:.2f} GiB) and 1.5 GiB",
         f"import: {statistics.median(imports):.2f} s of CPU time",
-        f"tensors of export and save_pretrained: {'the same bytes' if same else 'DIFFERENT'}",
+        f"tensors of export and save_pretrained: {'bit-identical' if same else 'DIFFERENT'}",
     ]
-    return print_results("Export and import", figures, hardware("cpu"), notes, json_path)
+    return print_results("Export and import", results, hardware("cpu"), notes, json_path)
 
 
 def make_source(model: object, out: Path, dtype: str = "bfloat16") -> None:
-    """A random model as `save_pretrained` writes it, router biases that are not zero included."""
+    """Write a random model (a ModelConfig) with transformers' `save_pretrained`, with nonzero router biases."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -116,15 +116,16 @@ def make_source(model: object, out: Path, dtype: str = "bfloat16") -> None:
 def _same_tensors(ours: Path, peer: Path) -> bool:
     from checkpoints.hf_folder import open_folder
 
-    mine, theirs = open_folder(ours).tensors, open_folder(peer).tensors
-    return mine.keys() == theirs.keys() and all(
-        bool((mine[name].read() == theirs[name].read()).all()) and mine[name].shape == theirs[name].shape
-        for name in mine
+    our_tensors, peer_tensors = open_folder(ours).tensors, open_folder(peer).tensors
+    return our_tensors.keys() == peer_tensors.keys() and all(
+        bool((our_tensors[name].read() == peer_tensors[name].read()).all())
+        and our_tensors[name].shape == peer_tensors[name].shape
+        for name in our_tensors
     )
 
 
 def _measure(case: str, source: Path, out: Path) -> tuple[list[float], int]:
-    """CPU seconds of the call (and of sums, for the peer), and the process's peak of anonymous memory."""
+    """Return CPU seconds of the call (for the peer, also of checksums) and the peak anonymous memory in bytes."""
     command = [sys.executable, "-m", "moonlight.bench.export", case, str(source), str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
@@ -133,10 +134,10 @@ def _measure(case: str, source: Path, out: Path) -> tuple[list[float], int]:
     while process.poll() is None:
         if match := re.search(r"RssAnon:\s+(\d+) kB", status.read_text()):
             peak = max(peak, 1024 * int(match[1]))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     assert process.stdout is not None
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
     return json.loads(process.stdout.read().splitlines()[-1]), peak
 
 
@@ -153,8 +154,8 @@ def _call(case: str, source: Path, out: Path) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    saving = _cpu_seconds(lambda: model.save_pretrained(out, max_shard_size="5GB"))
-    return [saving, _cpu_seconds(lambda: write_sums(out))]
+    save_seconds = _cpu_seconds(lambda: model.save_pretrained(out, max_shard_size="5GB"))
+    return [save_seconds, _cpu_seconds(lambda: write_sums(out))]
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

@@ -1,9 +1,9 @@
-"""`moonlight bench monitors`: what the monitors cost at their default cadence, as a share of a training step.
+"""`moonlight bench monitors`: cost of the monitors at their default cadence, as a fraction of a training step.
 
-One process trains recipes of this repository on random tokens at a learning rate too small to move a weight. In turns,
-a step without monitors is timed, and everything that is done besides in a step with them: writing metrics, the
-attention logits of one micro-batch, norms and loads, SVD entropies. The cost of a step on average follows from their
-cadence. The gate: losses with and without monitors are the same bits, and entropies are numpy's.
+One process trains recipes of this repository on random tokens, at a learning rate too small to change a weight. It
+times in turns a step without monitors and each part that monitors add: writing metrics, attention logits of one
+micro-batch, norms and loads, SVD entropies. The average cost per step follows from the cadence. The gate: losses with
+and without monitors are bit-identical, and entropies agree with numpy.
 """
 
 import statistics
@@ -42,91 +42,97 @@ from moonlight.train.step import StepResult, train_step
 from moonlight.train.step_metrics import step_metrics
 
 BAR_PERCENT = 1.0
-NEVER = MonitorConfig(every_steps=0, svd_entropy_every_steps=0)
-OFTEN = MonitorConfig(every_steps=1, svd_entropy_every_steps=0)
-ALWAYS = MonitorConfig(every_steps=1, svd_entropy_every_steps=1)
+NO_MONITORS = MonitorConfig(every_steps=0, svd_entropy_every_steps=0)
+NO_ENTROPIES = MonitorConfig(every_steps=1, svd_entropy_every_steps=0)
+ALL_MONITORS = MonitorConfig(every_steps=1, svd_entropy_every_steps=1)
 RECIPES = {
     "quickstart": ("configs/quickstart.yaml", {}, 10),
-    # On a CPU a step of its 262,144 tokens would take an hour. Monitors cost the same beside more tokens, so this is
-    # the harder case.
+    # On a CPU, a step of the recipe's 262,144 tokens takes an hour. The cost of monitors does not grow with tokens, so
+    # their fraction of a short step is larger.
     "0.1B, 3 of its 9 layers, 2,048 tokens": (
         "configs/moonlight_family/a0.1b.yaml",
         {"model.num_hidden_layers": 3, "data.sequence_length": 1024, "train.global_batch_size": 2},
         1,
     ),
 }
-"""Name -> recipe, overrides, and how many rounds it takes for one of the others: short steps need more."""
+"""Name -> recipe, overrides, factor of the number of rounds: short steps need more rounds."""
 STEP = 2
-"""A step after the first, which is watched always."""
+"""The first step is always monitored, so the benchmark uses the second."""
 ENTROPY_TOLERANCE = 1e-5
-PARTS = ("step", "told", "told watched", "logits", "watched", "entropies")
+PARTS = ("step", "metrics", "all metrics", "logits", "monitors", "entropies")
+"""Timed parts: a step, its metrics without and with monitors, attention logits, monitors without and with entropies."""
 
 
 def bench_monitors(rounds: int, json_path: Path | None = None) -> bool:
-    """Measure, print the table, and return whether every gate and bar has passed."""
-    figures, notes = [], []
-    for name, (path, overrides, more) in RECIPES.items():
+    """Run the benchmark, print its table, and return whether every result passed."""
+    results, notes = [], []
+    for name, (path, overrides, rounds_factor) in RECIPES.items():
         config = load_recipe(Path(path), [f"{key}={value}" for key, value in overrides.items()])
         config = replace(
             config, parallel=ParallelConfig(), schedule=ScheduleConfig(lr=1e-30, router_bias_update_rate=0.0)
         )
         parallel.init_single_process()
         try:
-            times, passed = _measure(config, rounds * more)
+            times, passed = _measure(config, rounds * rounds_factor)
         finally:
             parallel.destroy_distributed()
-        figures.append(_figure(name, times, passed))
-        ms = {part: 1e3 * statistics.median(found) for part, found in times.items()}
+        results.append(_result(name, times, passed))
+        ms = {part: 1e3 * statistics.median(part_times) for part, part_times in times.items()}
         notes.append(
-            f"{name}: a step {ms['step']:.0f} ms, its metrics {ms['told']:.2f} ms; when watched, attention logits "
-            f"{ms['logits']:.1f} ms, the rest {ms['watched']:.1f} ms, metrics {ms['told watched']:.2f} ms; SVD "
-            f"entropies {ms['entropies']:.0f} ms; gate {'passed' if passed else 'FAILED'}"
+            f"{name}: a step {ms['step']:.0f} ms, its metrics {ms['metrics']:.2f} ms; in a monitored step, attention "
+            f"logits {ms['logits']:.1f} ms, other monitors {ms['monitors']:.1f} ms, metrics "
+            f"{ms['all metrics']:.2f} ms; SVD entropies {ms['entropies']:.0f} ms; gate "
+            f"{'passed' if passed else 'FAILED'}"
         )
-    notes.append("ours: added to a step on average; peer: the step; ratio: per cent")
-    return print_results("Monitors at their default cadence", figures, hardware("cpu"), notes, json_path)
+    notes.append("ours: average time added to a step; peer: the step; ratio: percent")
+    return print_results("Monitors at their default cadence", results, hardware("cpu"), notes, json_path)
 
 
 def _measure(config: RunConfig, rounds: int) -> tuple[dict[str, list[float]], bool]:
-    """Seconds of each of PARTS in every round, and whether the gate was passed."""
+    """Return seconds of each of PARTS in every round, and whether the gate passed."""
     parallel.init_model_parallel(config.parallel, config.train.seed)
-    models = build_model(config)
-    optimizer = build_optimizer(models, config)
+    model_chunks = build_model(config)
+    optimizer = build_optimizer(model_chunks, config)
     with optimizer.loading_masters() as masters:
         init_weights(masters, config.model, config.train.seed)
-    moment = RunSchedule(config).at(STEP)
-    state = TrainState(step=STEP, consumed_sequences=moment.end)
+    step_schedule = RunSchedule(config).at(STEP)
+    state = TrainState(step=STEP, consumed_sequences=step_schedule.end)
     batches = random_batches(config)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for attention in find_attentions(models):
-        attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].detach(), args[1].detach())))
+    attention_inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for attention in find_attentions(model_chunks):
+        attention.register_forward_pre_hook(
+            lambda _, args: attention_inputs.append((args[0].detach(), args[1].detach()))
+        )
     group = parallel_state.get_pipeline_model_parallel_group()
-    quiet, often, always = (replace(config, monitor=monitor) for monitor in (NEVER, OFTEN, ALWAYS))
+    plain, monitored, with_entropies = (
+        replace(config, monitor=monitor) for monitor in (NO_MONITORS, NO_ENTROPIES, ALL_MONITORS)
+    )
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     losses = set()
-    with tempfile.TemporaryDirectory() as place:
-        metrics = MetricsWriter(Path(place), 0)
+    with tempfile.TemporaryDirectory() as temporary_folder:
+        metrics = MetricsWriter(Path(temporary_folder), 0)
 
-        def tell(of: RunConfig, result: StepResult) -> None:
-            metrics.write(step_metrics(state, of, moment, result, 1.0))
+        def write_metrics(step_config: RunConfig, result: StepResult) -> None:
+            metrics.write(step_metrics(state, step_config, step_schedule, result, 1.0))
 
-        for number in range(rounds + 1):
+        for round_index in range(rounds + 1):
             clock = _Clock()
-            seen.clear()
-            result = clock.time("step", partial(train_step, models, optimizer, quiet, batches, moment))
-            clock.time("told", partial(tell, quiet, result))
-            inputs = seen[: len(find_attentions(models))]  # of the first micro-batch
+            attention_inputs.clear()
+            result = clock.time("step", partial(train_step, model_chunks, optimizer, plain, batches, step_schedule))
+            clock.time("metrics", partial(write_metrics, plain, result))
+            inputs = attention_inputs[: len(find_attentions(model_chunks))]  # of the first micro-batch
             clock.time("logits", partial(_logits, inputs))
-            counts = torch.ones(len(find_routers(models)), config.model.num_experts)
-            routers = find_routers(models)
-            look = partial(
+            counts = torch.ones(len(find_routers(model_chunks)), config.model.num_experts)
+            routers = find_routers(model_chunks)
+            collect = partial(
                 collect_monitors, optimizer, step=STEP, routers=routers, counts=counts, pipeline_group=group
             )
-            clock.time("watched", partial(look, often))
-            clock.time("entropies", partial(look, always))
-            whole = train_step(models, optimizer, often, batches, moment)
-            clock.time("told watched", partial(tell, often, whole))
-            losses |= {result.loss, whole.loss}
-            if number:  # the first round warms up
+            clock.time("monitors", partial(collect, monitored))
+            clock.time("entropies", partial(collect, with_entropies))
+            monitored_result = train_step(model_chunks, optimizer, monitored, batches, step_schedule)
+            clock.time("all metrics", partial(write_metrics, monitored, monitored_result))
+            losses |= {result.loss, monitored_result.loss}
+            if round_index:  # the first round warms up
                 for part in PARTS:
                     times[part].append(clock.seconds[part])
         metrics.close()
@@ -135,8 +141,8 @@ def _measure(config: RunConfig, rounds: int) -> tuple[dict[str, list[float]], bo
         for parameter in optimizer.data_parallel.parameters
         if parameter.key.endswith(("router.weight", "linear_kv_down_proj.weight"))
     ]
-    exact = all(abs(svd_entropy(matrix) - _numpy_entropy(matrix)) < ENTROPY_TOLERANCE for matrix in matrices)
-    return times, exact and len(losses) == 1
+    entropies_agree = all(abs(svd_entropy(matrix) - _numpy_entropy(matrix)) < ENTROPY_TOLERANCE for matrix in matrices)
+    return times, entropies_agree and len(losses) == 1
 
 
 def _logits(inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -145,7 +151,7 @@ def _logits(inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 class _Clock:
-    """Seconds of calls, by name."""
+    """Wall time of calls in seconds, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -158,7 +164,10 @@ class _Clock:
 
 
 def random_batches(config: RunConfig) -> list[MicroBatch]:
-    """Micro-batches of a global batch of random tokens, the same every time."""
+    """Return the micro-batches of a global batch of random tokens, the same in every call.
+
+    Tokens and labels are int64 [micro-batch size, sequence length], loss masks float32 ones of the same shape.
+    """
     generator = torch.Generator().manual_seed(config.train.seed)
     shape = (config.train.global_batch_size, config.data.sequence_length + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
@@ -170,37 +179,42 @@ def random_batches(config: RunConfig) -> list[MicroBatch]:
 
 def _numpy_entropy(matrix: torch.Tensor) -> float:
     values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
-    shares = values**2 / (values**2).sum()
-    return float(-(shares * np.log(shares)).sum() / np.log(len(shares)))
+    fractions = values**2 / (values**2).sum()
+    return float(-(fractions * np.log(fractions)).sum() / np.log(len(fractions)))
 
 
-def _figure(name: str, times: dict[str, list[float]], passed: bool) -> BenchResult:
-    """The mean cost of a step as a share of a step without monitors, from medians; its spread from single rounds."""
+def _result(name: str, times: dict[str, list[float]], passed: bool) -> BenchResult:
+    """Return the average cost of monitors per step, in percent of a step without them.
+
+    The result is computed from medians, the spread from single rounds.
+    """
     cadence = MonitorConfig()
 
-    def cost(step: float, told: float, told_watched: float, logits: float, watched: float, entropies: float) -> float:
-        """Seconds a step: metrics are told in every one, the rest in some."""
-        often = logits + watched + told_watched - told
-        return told + often / cadence.every_steps + (entropies - watched) / cadence.svd_entropy_every_steps
+    def cost(
+        step: float, metrics: float, all_metrics: float, logits: float, monitors: float, entropies: float
+    ) -> float:
+        """Return added seconds per step: metrics in every step, monitors and entropies at their cadence."""
+        monitored = logits + monitors + all_metrics - metrics
+        return metrics + monitored / cadence.every_steps + (entropies - monitors) / cadence.svd_entropy_every_steps
 
     rounds = [cost(*values) / values[0] for values in zip(*(times[part] for part in PARTS), strict=True)]
-    middle = [statistics.median(times[part]) for part in PARTS]
-    percent = 100 * cost(*middle) / middle[0]
+    medians = [statistics.median(times[part]) for part in PARTS]
+    percent = 100 * cost(*medians) / medians[0]
     spread = f"{100 * min(rounds):.2f}..{100 * max(rounds):.2f}"
     bar = f"<= {BAR_PERCENT:.0f} %"
-    added = 1e3 * cost(*middle)
+    added = 1e3 * cost(*medians)
     steps = times["step"]
     return BenchResult(
         name,
         "ms",
         added,
-        1e3 * middle[0],
+        1e3 * medians[0],
         percent,
         spread,
         bar,
         passed and percent <= BAR_PERCENT,
-        ours_rounds=tuple(1e3 * share * step for share, step in zip(rounds, steps, strict=True)),
+        ours_rounds=tuple(1e3 * fraction * step for fraction, step in zip(rounds, steps, strict=True)),
         peer_rounds=tuple(1e3 * step for step in steps),
-        ratio_rounds=tuple(100 * share for share in rounds),
+        ratio_rounds=tuple(100 * fraction for fraction in rounds),
         own_limit=True,
     )

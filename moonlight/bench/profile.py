@@ -1,9 +1,9 @@
-"""`moonlight bench profile`: where the time of a training step goes, by part of the model and kind of work.
+"""`moonlight bench profile`: time of a training step by part of the model and kind of work.
 
-One process takes steps of a recipe on random tokens under torch's profiler. Every operator's own time counts for the
-part of the model that called it. What products take is what a step cannot do without, so the rest is what remains to
-be won; their rate says what the machine's library makes of them. A profiler costs time itself: shares are to be
-trusted more than sums, which `moonlight bench train-step` measures.
+One process trains steps of a recipe on random tokens under torch's profiler. Each operator's self time counts for the
+part of the model that called the operator. A step cannot avoid the time of matrix products, so the other time is what
+an optimization can save. The products' FLOP/s show the speed of the machine's library. The profiler adds overhead:
+trust fractions more than totals, which `moonlight bench train-step` measures.
 """
 
 import math
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moonlight import parallel
-from moonlight.bench.monitors import NEVER, random_batches
+from moonlight.bench.monitors import NO_MONITORS, random_batches
 from moonlight.bench.report import hardware
 from moonlight.config.load import load_recipe
 from moonlight.config.parallel import ParallelConfig
@@ -35,12 +35,13 @@ WARM_UP_STEPS = 3
 UPDATE = "moonlight: update"
 STEP = "moonlight: step"
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::_grouped_mm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
-"""And which argument the left factor is; the right one follows."""
+"""Operator -> index of the left factor among its arguments; the right factor follows."""
 COPIES = {"aten::copy_", "aten::cat", "aten::_foreach_copy_"}
 HEAD, ATTENTION, EXPERTS, LINEAR = "head and loss", "attention", "routed experts", "other linear layers"
 NEWTON_SCHULZ, REST_OF_UPDATE = "Newton-Schulz's products", "rest of the update"
-ELSE = "norms, rope, routing, gradients"
-PARTS = (HEAD, ATTENTION, EXPERTS, LINEAR, ELSE, NEWTON_SCHULZ, REST_OF_UPDATE)
+OTHER = "norms, rope, routing, gradients"
+PARTS = (HEAD, ATTENTION, EXPERTS, LINEAR, OTHER, NEWTON_SCHULZ, REST_OF_UPDATE)
+"""Names of the parts, which are keys of the JSON file."""
 CALLERS = {
     "LinearCrossEntropy": HEAD,
     "CpuAttention": ATTENTION,
@@ -50,12 +51,12 @@ CALLERS = {
     "aten::linear": LINEAR,
     "MmBackward": LINEAR,
 }
-"""What an operator, or one that called it, has in its name -> its part."""
+"""Text in the name of an operator or of one of its callers -> part."""
 
 
 @dataclass
 class ProfilePart:
-    """One line of the profile: milliseconds of a step, and floating-point operations of its products."""
+    """One row of the profile: milliseconds of a step, and GFLOP of its products. Field names are JSON keys."""
 
     products_ms: float = 0.0
     copies_ms: float = 0.0
@@ -64,47 +65,47 @@ class ProfilePart:
 
     @property
     def ms(self) -> float:
-        """All of it."""
+        """Total milliseconds."""
         return self.products_ms + self.copies_ms + self.other_ms
 
 
 def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, json_path: Path | None = None) -> None:
-    """Take `steps` steps of the recipe in one process, and print what their parts took."""
-    config = replace(load_recipe(recipe, overrides), parallel=ParallelConfig(), monitor=NEVER)
+    """Profile `steps` steps of the recipe in one process, print the time of each part, and write it to `json_path`."""
+    config = replace(load_recipe(recipe, overrides), parallel=ParallelConfig(), monitor=NO_MONITORS)
     parallel.init_single_process()
     try:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(threads)
         parallel.init_model_parallel(config.parallel, config.train.seed)
-        models = build_model(config)
-        optimizer = build_optimizer(models, config)
+        model_chunks = build_model(config)
+        optimizer = build_optimizer(model_chunks, config)
         with optimizer.loading_masters() as masters:
             init_weights(masters, config.model, config.train.seed)
-        moment, batches = RunSchedule(config).at(2), random_batches(config)
+        step_schedule, batches = RunSchedule(config).at(2), random_batches(config)
 
-        def mark() -> None:
+        def mark_update() -> None:
             with record_function(UPDATE):
                 pass
 
         def step() -> None:
             with record_function(STEP):
-                train_step(models, optimizer, config, batches, moment, before_update=mark)
+                train_step(model_chunks, optimizer, config, batches, step_schedule, before_update=mark_update)
 
         for _ in range(WARM_UP_STEPS):
             step()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
 
-        def profiled(count: int, record_shapes: bool) -> dict[str, ProfilePart]:
+        def profile_steps(count: int, record_shapes: bool) -> dict[str, ProfilePart]:
             with profile(activities=activities, record_shapes=record_shapes) as profiler:
                 for _ in range(count):
                     step()
             return profile_parts(profiler.events() or [], count, on_gpu)
 
-        # Recording shapes keeps tensors alive, which doubles the time of what reuses their memory.
-        counted, parts = profiled(1, True), profiled(steps, False)
+        # Recording shapes keeps tensors alive, which doubles the time of operators that reuse their memory.
+        with_shapes, parts = profile_steps(1, True), profile_steps(steps, False)
         for name, part in parts.items():
-            part.gflop = counted[name].gflop
+            part.gflop = with_shapes[name].gflop
     finally:
         parallel.destroy_distributed()
     tokens = sum(batch.tokens.numel() for batch in batches)
@@ -122,7 +123,7 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
 
 
 def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, ProfilePart]:
-    """The operators of `steps` profiled steps by part, for one step: of a processor, or of the GPU's kernels."""
+    """Sum the operators of `steps` profiled steps by part, per step: CPU time, or time of the GPU's kernels."""
     marks = [event.time_range.start for event in events if event.name == UPDATE]
     updates = [
         (mark, event.time_range.end)
@@ -137,7 +138,7 @@ def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, 
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         name = event.name.removesuffix("_")
         is_product = name in PRODUCTS
-        if any(begin <= event.time_range.start <= end for begin, end in updates):
+        if any(start <= event.time_range.start <= stop for start, stop in updates):
             part = parts[NEWTON_SCHULZ if is_product else REST_OF_UPDATE]
         else:
             part = parts[_find_part(event)]
@@ -154,17 +155,17 @@ def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, 
 
 
 def _find_part(event: Any) -> str:
-    """The part of the nearest caller that has one."""
+    """Return the part of an operator or of its nearest caller in CALLERS."""
     while event is not None:
-        for word, part in CALLERS.items():
-            if word in event.name:
+        for text, part in CALLERS.items():
+            if text in event.name:
                 return part
         event = event.cpu_parent
-    return ELSE
+    return OTHER
 
 
 def _is_within_product(event: Any) -> bool:
-    """Whether a product called it: a product may be made of others."""
+    """Return whether a product called the operator: one product may call another."""
     while (event := event.cpu_parent) is not None:
         if event.name.removesuffix("_") in PRODUCTS:
             return True
@@ -172,19 +173,19 @@ def _is_within_product(event: Any) -> bool:
 
 
 def operations(name: str, shapes: Sequence[Sequence[int]]) -> float:
-    """Floating-point operations of the product `name`, from the shapes of its arguments."""
+    """Return the floating-point operations of the product `name`, from the shapes of its arguments."""
     left, right = shapes[PRODUCTS[name] :][:2]
     return 2.0 * math.prod(left) * right[-1]
 
 
 def _print(title: str, caption: str, parts: dict[str, ProfilePart]) -> None:
     table = Table(title=title, caption=caption)
-    for name in ("part", "ms", "share", "products", "copies", "other", "GFLOP/s"):
+    for name in ("part", "ms", "fraction", "products", "copies", "other", "GFLOP/s"):
         table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
-    whole = ProfilePart(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(ProfilePart())))
-    for name, part in [*parts.items(), ("all", whole)]:
+    total = ProfilePart(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(ProfilePart())))
+    for name, part in [*parts.items(), ("all", total)]:
         rate = f"{1e3 * part.gflop / part.products_ms:.0f}" if part.products_ms else ""
         values = (part.products_ms, part.copies_ms, part.other_ms)
-        share = f"{part.ms / whole.ms:.0%}"
-        table.add_row(name, f"{part.ms:.1f}", share, *(f"{value:.1f}" for value in values), rate)
+        fraction = f"{part.ms / total.ms:.0%}"
+        table.add_row(name, f"{part.ms:.1f}", fraction, *(f"{value:.1f}" for value in values), rate)
     Console(width=110).print(table)

@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps: figures, ours and a peer's, each with its rounds and its bar."""
+"""Results of a benchmark, printed as a table and written as JSON: ours and a peer's, with all rounds and a bar."""
 
 import importlib.metadata
 import os
@@ -27,13 +27,14 @@ LIBRARIES = {
     "sentencepiece": "sentencepiece",
     "tokenizers": "tokenizers",
 }
-"""What a benchmark may call, besides torch, and the module that it is imported as."""
-ALWAYS_NAMED = ("megatron-core", "transformers")
+"""Libraries that a benchmark may use in addition to torch: distribution -> module."""
+ALWAYS_LISTED = ("megatron-core", "transformers")
+"""Libraries whose versions are always recorded; the others only if imported."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One line of the report."""
+    """Result of one case, a row of the table."""
 
     case: str
     unit: str
@@ -44,30 +45,30 @@ class BenchResult:
     bar: str
     passed: bool
     weights_apart: float | None = None
-    """Distance of the peer's weights from ours after all rounds, over the distance gone."""
+    """Distance of the peer's weights from ours after all rounds, relative to the distance that training moved ours."""
     ours_rounds: tuple[float, ...] = ()
     peer_rounds: tuple[float, ...] = ()
     ratio_rounds: tuple[float, ...] = ()
-    """Of every round; empty where there was one measurement."""
+    """Values of each round, for ours, peer and ratio; empty if there was one measurement."""
     aim: float | None = None
-    """What the ratio is hoped to reach; the bar is what it must."""
+    """Ratio that we hope to reach. The bar is the ratio that the result must reach."""
     own_limit: bool = False
-    """Whether the place of the peer is taken by a limit of ours, or by another way of ours."""
+    """True if a limit of ours, or another implementation of ours, replaces the peer."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, with median and extremes of the rounds."""
+        """Return the JSON object of the result, with median and range of the rounds."""
         content: dict[str, Any] = {"case": self.case, "unit": self.unit}
         for name in ("ours", "peer", "ratio"):
-            middle = getattr(self, name)
-            rounds = list(getattr(self, f"{name}_rounds")) or [middle]
-            content[name] = {"median": middle, "minimum": min(rounds), "maximum": max(rounds), "rounds": rounds}
+            median = getattr(self, name)
+            rounds = list(getattr(self, f"{name}_rounds")) or [median]
+            content[name] = {"median": median, "minimum": min(rounds), "maximum": max(rounds), "rounds": rounds}
         content |= {"bar": self.bar, "aim": self.aim, "passed": self.passed, "own_limit": self.own_limit}
         return content if self.weights_apart is None else content | {"weights_apart": self.weights_apart}
 
 
 @dataclass(frozen=True)
 class BenchMachine:
-    """What a benchmark ran on."""
+    """Machine and torch version of a benchmark."""
 
     hardware: str
     cores: int
@@ -75,8 +76,8 @@ class BenchMachine:
     torch: str
 
     def __str__(self) -> str:
-        on = f"{self.hardware}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{on}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
+        hardware_text = f"{self.hardware}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{hardware_text}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def time_ratio(
@@ -88,8 +89,11 @@ def time_ratio(
     unit: str = "ms",
     aim: float | None = None,
 ) -> BenchResult:
-    """Times of all rounds as one figure: the ratio of the medians, the peer's over ours; more is better."""
-    ratios = tuple(theirs / own for own, theirs in zip(ours, peer, strict=True))
+    """Return the result of the times of all rounds: the ratio of medians, the peer's over ours; larger is better.
+
+    The result passes if `gate` is true and the ratio is at least `bar`.
+    """
+    ratios = tuple(peer_time / our_time for our_time, peer_time in zip(ours, peer, strict=True))
     ratio = statistics.median(peer) / statistics.median(ours)
     return BenchResult(
         case,
@@ -108,23 +112,23 @@ def time_ratio(
 
 
 def against_bar(case: str, ours: list[float], bar: float, gate: bool, unit: str, aim: float) -> BenchResult:
-    """Times of all rounds beside the most that they may be, which takes the place of a peer."""
+    """Return the result of times compared with the maximum `bar`, which replaces a peer. `aim` is a time as well."""
     return replace(time_ratio(case, ours, [bar] * len(ours), 1.0, gate, unit, bar / aim), own_limit=True)
 
 
-def told_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
-    """0 to `rounds`, 0 to warm up, or 1 to `rounds`; standard error is told which, because some take minutes."""
-    for number in range(0 if warms_up else 1, rounds + 1):
-        print(f"round {number} of {rounds}" if number else "warming up", file=sys.stderr, flush=True)
-        yield number
+def iter_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
+    """Yield 0 (the warm-up round, if `warms_up`), then 1 to `rounds`. Print each to stderr, since some take minutes."""
+    for round_index in range(0 if warms_up else 1, rounds + 1):
+        print(f"round {round_index} of {rounds}" if round_index else "warming up", file=sys.stderr, flush=True)
+        yield round_index
 
 
 def hardware(device: str) -> BenchMachine:
-    """Processor or GPU, the cores and threads that this process has, and its torch."""
+    """Return processor or GPU, available cores and threads of this process, and torch's version."""
     model = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        names = [line.split(":")[1].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     if device == "cuda":
         model = f"{torch.cuda.get_device_name()}, {model}"
@@ -134,21 +138,21 @@ def hardware(device: str) -> BenchMachine:
 
 def print_results(
     title: str,
-    figures: Sequence[BenchResult],
+    results: Sequence[BenchResult],
     machine: BenchMachine,
     notes: Sequence[str] = (),
     json_path: Path | None = None,
 ) -> bool:
-    """Print the table with `notes` below it, write it as JSON too if asked, and return whether every bar was met."""
+    """Print the table and `notes`, write them to `json_path` if given, and return whether every result passed."""
     table = Table(title=title, caption=str(machine))
     for name in ("case", "ours", "peer", "ratio", "spread", "bar", "aim", "gate"):
         table.add_column(name, no_wrap=True, justify="left" if name == "case" else "right")
-    for figure in figures:
-        digits = 1 if figure.unit == "ms" else 2 if figure.unit else 5
-        numbers = [f"{value:.{digits}f} {figure.unit}".strip() for value in (figure.ours, figure.peer)]
-        gate = "passed" if figure.passed else "FAILED"
-        aim = "" if figure.aim is None else f"{figure.aim:.3g}"
-        table.add_row(figure.case, *numbers, f"{figure.ratio:.2f}", figure.spread, figure.bar, aim, gate)
+    for result in results:
+        digits = 1 if result.unit == "ms" else 2 if result.unit else 5
+        numbers = [f"{value:.{digits}f} {result.unit}".strip() for value in (result.ours, result.peer)]
+        gate = "passed" if result.passed else "FAILED"
+        aim = "" if result.aim is None else f"{result.aim:.3g}"
+        table.add_row(result.case, *numbers, f"{result.ratio:.2f}", result.spread, result.bar, aim, gate)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     for note in notes:
@@ -162,15 +166,15 @@ def print_results(
             "cores": machine.cores,
             "threads": machine.threads,
             "versions": {"python": platform.python_version(), "torch": machine.torch} | _versions(),
-            "figures": [figure.as_json() for figure in figures],
+            "figures": [result.as_json() for result in results],
             "notes": list(notes),
         }
         make_folder(json_path.parent)
         write_json(json_path, content)
-    return all(figure.passed for figure in figures)
+    return all(result.passed for result in results)
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that are always named, and of those that this process has imported."""
-    used = [name for name, module in LIBRARIES.items() if name in ALWAYS_NAMED or module in sys.modules]
+    """Return the versions of ALWAYS_LISTED and of the libraries that this process has imported."""
+    used = [name for name, module in LIBRARIES.items() if name in ALWAYS_LISTED or module in sys.modules]
     return {name: importlib.metadata.version(name) for name in used}

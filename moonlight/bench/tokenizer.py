@@ -1,8 +1,8 @@
-"""`moonlight bench tokenizer`: text to ids, as `moonlight data prepare` does it, beside other callers of the libraries.
+"""`moonlight bench tokenizer`: speed of text to ids, compared with sentencepiece and transformers.
 
-The text is modules of Python's standard library, repeated; the tokenizer is trained on some of them. On one core the
-CPU time counts, on all cores the wall time, starting our processes included. The cases take turns. The gate: every
-document has the same ids in every case.
+Our case is the code of `moonlight data prepare`. The text consists of modules of Python's standard library, repeated;
+the tokenizer is trained on some of them. The benchmark measures CPU time on one core, and wall time on all cores,
+including the start of our processes. The cases take turns. The gate: every document has the same ids in every case.
 """
 
 import os
@@ -16,49 +16,57 @@ from typing import Any
 
 import sentencepiece
 
-from moonlight.bench.report import hardware, print_results, time_ratio, told_rounds
+from moonlight.bench.report import hardware, iter_rounds, print_results, time_ratio
 from moonlight.bench.startup import make_data
 from moonlight.data.encode import DocumentBatch, TextEncoder, encode_all
 
 VOCAB_SIZE = 4096
 BATCH_BYTES = 1 << 19
-"""Of text that is encoded together, as in `moonlight data prepare`."""
+"""Bytes of text of a batch, as in `moonlight data prepare`."""
 SENTENCEPIECE_BAR, TRANSFORMERS_BAR, AIM = 0.9, 1.0, 1.0
-_PARALLEL = "TOKENIZERS_PARALLELISM"
+_PARALLELISM_VARIABLE = "TOKENIZERS_PARALLELISM"
 
 Ids = list[Any]
 
 
 def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) -> bool:
-    """Measure on `megabytes` of text, print the table, and return whether every gate and bar has passed."""
+    """Run the benchmark on `megabytes` of text, print its table, and return whether every result passed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as place:
-        _, folder = make_data(Path(place), VOCAB_SIZE)
+    with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as temporary_folder:
+        _, folder = make_data(Path(temporary_folder), VOCAB_SIZE)
         batches = _batches(10**6 * megabytes)
         cases = _cases(folder, batches, cores)
         seconds: dict[str, list[float]] = {name: [] for name in cases}
         same = True
-        for number in told_rounds(rounds):
+        for round_index in iter_rounds(rounds):
             expected: Ids | None = None
             for name, call in cases.items():
                 wall, cpu = time.perf_counter(), time.process_time()
-                found = call()
+                ids = call()
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                expected = expected or found
-                same = same and len(found) == len(expected) and all(map(_is_equal, found, expected))
-                if number:  # the first round warms up
+                expected = expected or ids
+                same = same and len(ids) == len(expected) and all(map(_is_equal, ids, expected))
+                if round_index:  # the first round warms up
                     seconds[name].append(cpu if name.endswith("one core") else wall)
     tokens = sum(map(len, expected or []))
     size = sum(len(text) for batch in batches for text in batch.raw)
-    figures = [
-        time_ratio(f"{on}, {peer}", seconds[f"ours, {on}"], seconds[f"{peer}, {on}"], bar, same, "s", AIM)
-        for on in ("one core", "all cores")
+    results = [
+        time_ratio(
+            f"{cores_text}, {peer}",
+            seconds[f"ours, {cores_text}"],
+            seconds[f"{peer}, {cores_text}"],
+            bar,
+            same,
+            "s",
+            AIM,
+        )
+        for cores_text in ("one core", "all cores")
         for peer, bar in (
             ("sentencepiece", SENTENCEPIECE_BAR),
             ("transformers", TRANSFORMERS_BAR),
             ("transformers, one by one", TRANSFORMERS_BAR),
         )
-        if f"{peer}, {on}" in seconds
+        if f"{peer}, {cores_text}" in seconds
     ]
     rates = {name: statistics.median(times) for name, times in seconds.items()}
     notes = [f"{size / 1e6:.0f} MB in {tokens / 1e6:.1f} million tokens; {cores} cores"]
@@ -67,11 +75,11 @@ def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) 
         for name, rate in rates.items()
     ]
     notes.append(f"ids of every document: {'the same' if same else 'DIFFERENT'}")
-    return print_results("Tokenizer", figures, hardware("cpu"), notes, json_path)
+    return print_results("Tokenizer", results, hardware("cpu"), notes, json_path)
 
 
 def _batches(nbytes: int) -> list[DocumentBatch]:
-    """At least `nbytes` of text in batches."""
+    """Return batches with at least `nbytes` of text."""
     texts = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     batches, size = [DocumentBatch()], 0
     while size < nbytes:
@@ -100,11 +108,11 @@ def _cases(folder: Path, batches: list[DocumentBatch], cores: int) -> dict[str, 
         return [ids for batch in batches for ids in model.encode(_texts(batch), num_threads=threads)]
 
     def transformers(parallel: bool, encode: Callable[[list[str]], Any]) -> Ids:
-        os.environ[_PARALLEL] = str(parallel).lower()
+        os.environ[_PARALLELISM_VARIABLE] = str(parallel).lower()
         try:
             return [ids for batch in batches for ids in encode(_texts(batch))]
         finally:
-            del os.environ[_PARALLEL]
+            del os.environ[_PARALLELISM_VARIABLE]
 
     def together(texts: list[str]) -> Any:
         return fast(texts, add_special_tokens=False)["input_ids"]
@@ -127,5 +135,5 @@ def _texts(batch: DocumentBatch) -> list[str]:
     return [raw.decode() for raw in batch.raw]
 
 
-def _is_equal(some: Sequence[int], others: Sequence[int]) -> bool:
-    return list(some) == list(others)
+def _is_equal(ids: Sequence[int], expected: Sequence[int]) -> bool:
+    return list(ids) == list(expected)

@@ -1,12 +1,12 @@
-"""`moonlight bench train-step`: a whole training step beside transformers' DeepseekV3 with AdamW.
+"""`moonlight bench train-step`: a full training step, compared with transformers' DeepseekV3 and AdamW.
 
-Both begin with the same weights and learn the same tokens. Each side is tried in several settings (precision, compiled
-or not, one process with all cores or several), and the best of each counts: every setting is tried once, then the
-best two take turns. A setting is a process or several (train_step_cases.py), so that no one's threads, memory or
-compiled code is another's. The gate: first losses agree to what the precision allows, and the loss falls.
+Both sides start from the same weights and train on the same tokens. The benchmark tries each side once in several
+settings (precision, compiled or eager, one process with all cores or several processes). Then the best settings of both
+sides take turns. Each setting runs in separate processes (train_step_cases.py), so settings share no threads, memory or
+compiled code. The gate: first losses agree within the tolerance of the precision, and the loss falls.
 
-A step is that of the recipe's batch. Where that would take a CPU an hour, a part of the batch is timed and counted as
-often as it fits, and the update, timed by itself, once.
+A step covers the recipe's batch. If that takes a CPU an hour, the benchmark times a part of the batch and multiplies
+its forward and backward pass by the number of parts. The update counts once.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moonlight.bench.report import BenchResult, hardware, print_results, time_ratio, told_rounds
+from moonlight.bench.report import BenchResult, hardware, iter_rounds, print_results, time_ratio
 from moonlight.config.load import load_recipe
 from moonlight.config.parallel import ParallelConfig
 from moonlight.config.run import RunConfig
@@ -32,18 +32,18 @@ from moonlight.files import write_json
 
 BAR, AIM = 1.5, 2.5
 FIRST_LOSS_TOLERANCE = 2e-3
-"""Relative, of the first loss: what bfloat16 makes of it."""
+"""Relative tolerance of the first loss, for bfloat16 rounding."""
 LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe, and how much of its batch is timed."""
+    """A recipe, and the part of its batch that is timed."""
 
     recipe: str
     overrides: dict[str, Any]
     batch_tokens: int
-    """Of the recipe's step."""
+    """Tokens of the recipe's full step."""
 
 
 WORKLOADS = {
@@ -58,12 +58,12 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How one side trains."""
+    """Training settings of one side. Field names are keys of order.json."""
 
     side: str
-    """ours or peer."""
+    """Either "ours" or "peer"."""
     dtype: str
-    """float32, or bfloat16 with float32 masters (the peer: autocast)."""
+    """Either "float32", or "bfloat16" with float32 master weights (peer: autocast)."""
     processes: int = 1
     expert_parallel_size: int = 1
     compiled: bool = False
@@ -71,23 +71,23 @@ class Setting:
     optimizer: str = "adamw"
 
     def __str__(self) -> str:
-        where = f"{self.processes} processes" if self.processes > 1 else "1 process"
-        where += f", expert parallel {self.expert_parallel_size}" if self.expert_parallel_size > 1 else ""
-        what = "compiled" if self.compiled else "eager"
-        how = f"{self.optimizer}, " if self.side == "ours" else f"{what}, {self.experts}, "
-        return f"{self.side}: {how}{self.dtype}, {where}"
+        layout = f"{self.processes} processes" if self.processes > 1 else "1 process"
+        layout += f", expert parallel {self.expert_parallel_size}" if self.expert_parallel_size > 1 else ""
+        mode = "compiled" if self.compiled else "eager"
+        details = f"{self.optimizer}, " if self.side == "ours" else f"{mode}, {self.experts}, "
+        return f"{self.side}: {details}{self.dtype}, {layout}"
 
 
 def max_processes(config: RunConfig, cores: int) -> int:
-    """One a core, or as many as the batch and the experts can be dealt out to evenly."""
-    shared = math.gcd(config.train.global_batch_size, config.model.num_experts)
-    return max(count for count in range(1, cores + 1) if shared % count == 0)
+    """Return the largest number of processes, at most one per core, that divides the batch and the experts."""
+    divisor = math.gcd(config.train.global_batch_size, config.model.num_experts)
+    return max(count for count in range(1, cores + 1) if divisor % count == 0)
 
 
 def settings(name: str, optimizer: str, processes: int) -> list[Setting]:
-    """What is tried, in one process and in `processes`, which may be one too.
+    """Return the settings to try for a workload, in one process and in `processes` (which may be 1).
 
-    0.92 billion parameters fit a machine of 24 GB once, not in every process.
+    The 0.92 billion parameters of "0.1b" fit once in a machine with 24 GB, but not in every process.
     """
     ours = [Setting("ours", dtype, optimizer=optimizer) for dtype in ("float32", "bfloat16")]
     peer = [
@@ -106,35 +106,41 @@ def settings(name: str, optimizer: str, processes: int) -> list[Setting]:
 
 @dataclass(frozen=True)
 class SettingResult:
-    """What a setting's processes said: seconds of the first step, of every later one's two parts, and losses."""
+    """Times in seconds and losses of one setting. Field names are keys of answer.json."""
 
     first_step: float
-    """With compilation, where a setting has it: `_call` gives every benchmark a compiler's cache of its own."""
+    """Including compilation, if any: the compiler cache of a benchmark starts empty."""
     forward_backward: list[float]
+    """Seconds of each step after the first."""
     update: list[float]
+    """Seconds of each step after the first."""
     losses: list[float]
 
     def step_seconds(self, parts: int) -> float:
-        """Of a step of so many parts of a batch."""
+        """Return median seconds of a step whose batch has `parts` parts."""
         return parts * statistics.median(self.forward_backward) + statistics.median(self.update)
 
 
 def bench_train_step(rounds: int, names: list[str], optimizer: str, json_path: Path | None = None) -> bool:
-    """Measure, print the table, and return whether every gate and bar has passed."""
+    """Run the benchmark, print its table, and return whether every result passed.
+
+    Raises:
+        UserError: the optimizer or a name is unknown, or the machine has a GPU.
+    """
     if optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer is {optimizer}: muon and adamw are accepted")
     if unknown := set(names) - WORKLOADS.keys():
         raise UserError(f"--model is {unknown.pop()}: {' and '.join(WORKLOADS)} are accepted")
     if torch.cuda.is_available():
-        raise UserError("train-step is a benchmark of processors, but here is a GPU: hide it by CUDA_VISIBLE_DEVICES=")
+        raise UserError("train-step is a CPU benchmark and this machine has a GPU: hide it by CUDA_VISIBLE_DEVICES=")
     machine = hardware("cpu")
-    figures: list[BenchResult] = []
+    results: list[BenchResult] = []
     notes = []
     for name in names:
-        found, said = _measure(name, optimizer, rounds, machine.cores)
-        figures.append(found)
-        notes += said
-    return print_results("A training step", figures, machine, notes, json_path)
+        result, result_notes = _measure(name, optimizer, rounds, machine.cores)
+        results.append(result)
+        notes += result_notes
+    return print_results("A training step", results, machine, notes, json_path)
 
 
 def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[BenchResult, list[str]]:
@@ -143,8 +149,8 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[BenchR
     config = replace(config, parallel=ParallelConfig())
     parts = workload.batch_tokens // (config.train.global_batch_size * config.data.sequence_length)
     processes = max_processes(config, cores)
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as temporary_folder:
+        folder = Path(temporary_folder)
         make_weights(config, folder)
         tried, too_large = {}, []
         for setting in settings(name, optimizer, processes):
@@ -158,33 +164,33 @@ def _measure(name: str, optimizer: str, rounds: int, cores: int) -> tuple[BenchR
         ]
         times: list[list[float]] = [[], []]
         gate = _agree(list(tried.values()))
-        for _ in told_rounds(rounds, warms_up=False):
-            for setting, own in zip(best, times, strict=True):
+        for _ in iter_rounds(rounds, warms_up=False):
+            for setting, setting_times in zip(best, times, strict=True):
                 result = _call(setting, workload, config, folder)
-                own.append(result.step_seconds(parts))
+                setting_times.append(result.step_seconds(parts))
                 gate = gate and _agree([*tried.values(), result])
-    notes = [f"{name}, {setting}: {_words(result, parts)}" for setting, result in tried.items()]
-    notes += [f"{name}, {setting}: the system killed it, as it does when memory runs out" for setting in too_large]
+    notes = [f"{name}, {setting}: {_result_text(result, parts)}" for setting, result in tried.items()]
+    notes += [f"{name}, {setting}: killed by the system, probably out of memory" for setting in too_large]
     title = f"{name}, {optimizer}, step of {workload.batch_tokens:,} tokens"
     return time_ratio(title, times[0], times[1], BAR, gate, "s", AIM), notes
 
 
-def _words(result: SettingResult, parts: int) -> str:
+def _result_text(result: SettingResult, parts: int) -> str:
     forward_backward, update = statistics.median(result.forward_backward), statistics.median(result.update)
     times = f"{parts} x {forward_backward:.3f}" if parts > 1 else f"{forward_backward:.3f}"
-    whole = f"step {result.step_seconds(parts):.3f} s ({times} and update {update:.3f})"
-    return f"{whole}; the very first {result.first_step:.1f} s; first loss {result.losses[0]:.5f}"
+    step = f"step {result.step_seconds(parts):.3f} s ({times} and update {update:.3f})"
+    return f"{step}; first step {result.first_step:.1f} s; first loss {result.losses[0]:.5f}"
 
 
 def _agree(results: list[SettingResult]) -> bool:
-    """Whether all begin with the same loss, and learn."""
+    """Return whether all first losses agree and all losses fall."""
     first = results[0].losses[0]
     same = all(abs(result.losses[0] - first) <= FIRST_LOSS_TOLERANCE * first for result in results)
     return same and all(result.losses[-1] < result.losses[0] for result in results)
 
 
 def make_weights(config: RunConfig, folder: Path) -> None:
-    """Random weights as transformers draws them: `hf` in its own form, `checkpoint` in ours."""
+    """Write random weights, initialized by transformers: `hf` is its format, `checkpoint` ours."""
     from checkpoints.hf_import import import_folder
     from moonlight.bench.export import make_source
 
@@ -193,15 +199,16 @@ def make_weights(config: RunConfig, folder: Path) -> None:
 
 
 def _call(setting: Setting, workload: Workload, config: RunConfig, folder: Path) -> SettingResult:
-    """Start the processes of a setting, and read what the first one writes.
+    """Run the processes of a setting and read the result that rank 0 writes.
 
     Raises:
-        MemoryError: the system killed one of them.
+        MemoryError: the system killed a process.
+        RuntimeError: a process failed.
     """
-    each = config.train.global_batch_size // setting.processes
-    changed = workload.overrides | {"train.micro_batch_size": each, "optimizer.name": setting.optimizer}
-    changed |= {"train.dtype": setting.dtype, "schedule.lr": LEARNING_RATE, "schedule.min_lr": 0.0}
-    overrides = [f"{key}={value}" for key, value in changed.items()]
+    micro_batch_size = config.train.global_batch_size // setting.processes
+    values = workload.overrides | {"train.micro_batch_size": micro_batch_size, "optimizer.name": setting.optimizer}
+    values |= {"train.dtype": setting.dtype, "schedule.lr": LEARNING_RATE, "schedule.min_lr": 0.0}
+    overrides = [f"{key}={value}" for key, value in values.items()]
     write_json(folder / "order.json", {"setting": asdict(setting), "recipe": workload.recipe, "overrides": overrides})
     rendezvous, answer = folder / "rendezvous", folder / "answer.json"
     for file in (rendezvous, answer):

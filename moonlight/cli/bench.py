@@ -9,55 +9,58 @@ import typer
 from moonlight.errors import CODE_STOPPED
 from moonlight.files import check_output_file
 
-bench_app = typer.Typer(help="Measure against other implementations.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(
+    help="Run benchmarks against other implementations.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
-def _can_be_written(path: Path | None) -> Path | None:
+def _check_writable(path: Path | None) -> Path | None:
+    """Raise UserError, before the benchmark runs, if the file cannot be written."""
     if path is not None:
         check_output_file("--json", path, "figures.json")
     return path
 
 
-def _end(*_: object) -> None:
+def _exit_stopped(*_: object) -> None:
     raise SystemExit(CODE_STOPPED)
 
 
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds in which the cases take turns.")]
-Json = Annotated[Path | None, typer.Option(help="File to write the figures to as well.", callback=_can_be_written)]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each round runs every case.")]
+Json = Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.", callback=_check_writable)]
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure against other implementations."""
-    signal.signal(signal.SIGTERM, _end)  # an exception, so that temporary folders are removed
+    """Run benchmarks against other implementations."""
+    signal.signal(signal.SIGTERM, _exit_stopped)  # raise an exception, so that temporary folders are removed
 
 
 @bench_app.command("train-step", epilog="Example: moonlight bench train-step --rounds 5 --json train-step.json")
 def bench_train_step(
     rounds: Rounds = 5,
-    model: Annotated[list[str], typer.Option(help="quickstart or 0.1b; may be given more than once.")] = ["quickstart"],  # noqa: B006
-    optimizer: Annotated[str, typer.Option(help="Ours: muon or adamw. The peer has AdamW.")] = "muon",
+    model: Annotated[list[str], typer.Option(help="quickstart or 0.1b. Repeatable.")] = ["quickstart"],  # noqa: B006
+    optimizer: Annotated[str, typer.Option(help="Our optimizer: muon or adamw. The peer uses AdamW.")] = "muon",
     json: Json = None,
 ) -> None:
-    """A whole training step beside transformers' DeepseekV3. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.train_step import bench_train_step as measure
+    """Compare a training step with transformers' DeepseekV3. Exits 1 if a result misses its gate or bar."""
+    from moonlight.bench import train_step
 
-    if not measure(rounds, model, optimizer, json):
+    if not train_step.bench_train_step(rounds, model, optimizer, json):
         raise typer.Exit(1)
 
 
 @bench_app.command("profile", epilog="Example: moonlight bench profile configs/quickstart.yaml train.dtype=bfloat16")
 def bench_profile(
-    recipe: Annotated[Path, typer.Argument(help="Recipe of the run, which one process takes steps of.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of the recipe.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps under the profiler, after some that warm up.")] = 4,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a processor.")] = 1,
+    recipe: Annotated[Path, typer.Argument(help="Recipe to run in one process.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value of the recipe.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Profiled steps, after warm-up steps.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     json: Json = None,
 ) -> None:
-    """Where the time of a training step goes."""
-    from moonlight.bench.profile import bench_profile as measure
+    """Profile a training step: time by part of the model."""
+    from moonlight.bench import profile
 
-    measure(recipe, overrides or [], steps, threads, json)
+    profile.bench_profile(recipe, overrides or [], steps, threads, json)
 
 
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
@@ -66,26 +69,26 @@ def bench_optimizer(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = None,
 ) -> None:
-    """Muon's accuracy, then its speed against other Muons. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.optimizer import bench_optimizer as measure
+    """Compare Muon's accuracy and speed with other Muon implementations. Exits 1 if a result misses its gate or bar."""
+    from moonlight.bench import optimizer
 
-    if not measure(rounds, device, json):
+    if not optimizer.bench_optimizer(rounds, device, json):
         raise typer.Exit(1)
 
 
 @bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
 def bench_export(
     rounds: Rounds = 3,
-    layers: Annotated[int, typer.Option(min=2, help="Layers of the model, which else is the recipe's.")] = 4,
+    layers: Annotated[int, typer.Option(min=2, help="Number of layers (overrides the recipe).")] = 4,
     recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
         "configs/moonlight_16b_a3b/pretrain.yaml"
     ),
     json: Json = None,
 ) -> None:
-    """CPU time and memory of export and import beside save_pretrained. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.export import bench_export as measure
+    """Compare CPU time and memory of export and import with save_pretrained. Exits 1 if a result misses its bar."""
+    from moonlight.bench import export
 
-    if not measure(rounds, layers, recipe, json):
+    if not export.bench_export(rounds, layers, recipe, json):
         raise typer.Exit(1)
 
 
@@ -93,14 +96,14 @@ def bench_export(
 def bench_loader(
     rounds: Rounds = 7,
     tokens: Annotated[
-        int, typer.Option(min=1_000_000, help="Tokens of each of three sources, 4 bytes each on disk.")
+        int, typer.Option(min=1_000_000, help="Tokens in each of three sources; 4 bytes per token on disk.")
     ] = 50_000_000,
     json: Json = None,
 ) -> None:
-    """Tokens per second of one core beside Megatron's GPTDataset. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.loader import bench_loader as measure
+    """Compare tokens per second on one core with Megatron's GPTDataset. Exits 1 if a result misses its gate or bar."""
+    from moonlight.bench import loader
 
-    if not measure(rounds, tokens, json):
+    if not loader.bench_loader(rounds, tokens, json):
         raise typer.Exit(1)
 
 
@@ -109,24 +112,24 @@ def bench_monitors(
     rounds: Rounds = 5,
     json: Json = None,
 ) -> None:
-    """What monitors cost at their default cadence, as a share of a step. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.monitors import bench_monitors as measure
+    """Measure the cost of monitors at their default interval, as a fraction of a step. Exits 1 if it misses its bar."""
+    from moonlight.bench import monitors
 
-    if not measure(rounds, json):
+    if not monitors.bench_monitors(rounds, json):
         raise typer.Exit(1)
 
 
 @bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
 def bench_checkpoint(
     rounds: Rounds = 5,
-    layers: Annotated[int, typer.Option(min=2, help="Layers of the model, which else is the recipe's.")] = 3,
+    layers: Annotated[int, typer.Option(min=2, help="Number of layers (overrides the recipe).")] = 3,
     recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
     json: Json = None,
 ) -> None:
-    """How long a save stops training, and how fast it writes. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.checkpoint import bench_checkpoint as measure
+    """Measure how long a save blocks training, and its write speed. Exits 1 if a result misses its bar."""
+    from moonlight.bench import checkpoint
 
-    if not measure(rounds, layers, recipe, json):
+    if not checkpoint.bench_checkpoint(rounds, layers, recipe, json):
         raise typer.Exit(1)
 
 
@@ -136,36 +139,36 @@ def bench_startup(
     recipe: Annotated[Path, typer.Option(help="Recipe of the run.")] = Path("configs/quickstart.yaml"),
     json: Json = None,
 ) -> None:
-    """Seconds until a command answers, and until the first step of a run. Exits 1 if a figure misses its bar."""
-    from moonlight.bench.startup import bench_startup as measure
+    """Measure the time until --help prints, and until the first step of a run. Exits 1 if a result misses its bar."""
+    from moonlight.bench import startup
 
-    if not measure(rounds, recipe, json):
+    if not startup.bench_startup(rounds, recipe, json):
         raise typer.Exit(1)
 
 
 @bench_app.command("picture", epilog="Example: moonlight bench picture --figures docs/benchmarks --out benchmarks.png")
 def bench_picture(
-    figures: Annotated[Path, typer.Option(help="Folder of <name>-<date>.json, as --json writes them.")] = Path(
+    figures: Annotated[Path, typer.Option(help="Folder of <name>-<date>.json files from --json.")] = Path(
         "docs/benchmarks"
     ),
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/images/benchmarks.png"),
+    out: Annotated[Path, typer.Option(help="Image to write.")] = Path("docs/images/benchmarks.png"),
 ) -> None:
-    """Draw the newest figures of every benchmark, each with its spread and its bar."""
-    from moonlight.bench.picture import plot_results
+    """Plot the newest results of every benchmark, with spread and bar."""
+    from moonlight.bench import picture
 
-    for path in plot_results(figures, out):
-        print(f"from {path}")
+    for path in picture.plot_results(figures, out):
+        print(f"read {path}")
     print(f"{out}: written")
 
 
 @bench_app.command("tokenizer", epilog="Example: moonlight bench tokenizer --rounds 3 --json tokenizer.json")
 def bench_tokenizer(
     rounds: Rounds = 3,
-    megabytes: Annotated[int, typer.Option(min=1, help="Text to encode.")] = 20,
+    megabytes: Annotated[int, typer.Option(min=1, help="Megabytes of text to encode.")] = 20,
     json: Json = None,
 ) -> None:
-    """Text to ids beside sentencepiece and transformers. Exits 1 if a figure misses its gate or bar."""
-    from moonlight.bench.tokenizer import bench_tokenizer as measure
+    """Compare encoding speed with sentencepiece and transformers. Exits 1 if a result misses its gate or bar."""
+    from moonlight.bench import tokenizer
 
-    if not measure(rounds, megabytes, json):
+    if not tokenizer.bench_tokenizer(rounds, megabytes, json):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Commands that use an exported model: `moonlight eval` and `moonlight generate`."""
+"""Commands that use an exported model: `moonlight generate` and `moonlight eval`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,12 @@ app = command_group()
 
 @app.command(epilog='Example: moonlight generate runs/quickstart/hf --prompt "def main(" --temperature 0.6')
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; with --chat, the user's message.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Ask a chat model, and print its answer alone.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask a chat model; print only its answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to add.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above 0 samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: take the most likely token; above 0: sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
 ) -> None:
     """Continue a text with an exported model, or ask a chat model, with plain transformers."""
     from eval.generate import generate
@@ -29,33 +29,31 @@ def generate(
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="Hugging Face folders: exports, or any causal language model.")],
     suite: Annotated[
-        str, typer.Option(help="paper (its eleven benchmarks), offline (small, self-made) or heldout (bits per byte).")
+        str, typer.Option(help="paper (its eleven benchmarks), offline (small, ours) or heldout (bits per byte).")
     ] = "offline",
-    tasks: Annotated[str, typer.Option(help="Only these tasks of the suite, separated by commas: mmlu,gsm8k.")] = "",
+    tasks: Annotated[str, typer.Option(help="Run only these tasks of the suite, for example mmlu,gsm8k.")] = "",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of data sets, each in OWNER/NAME, for a machine without network.")
+        Path | None, typer.Option(help="Folder of data sets as OWNER/NAME, for machines without network.")
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="For heldout: a folder of `moonlight data prepare`. Repeatable.")
+        list[Path] | None, typer.Option(help="For heldout: folder of `moonlight data prepare`. Repeatable.")
     ] = None,
     backend: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, float16, or auto: the folder's on a GPU, float32 on a CPU.")
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Sequences in one pass, with transformers.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, with transformers.")] = 8,
     sequence_length: Annotated[
-        int | None, typer.Option(help="For heldout: tokens of a window; default: as in training, or the context.")
+        int | None, typer.Option(help="For heldout: tokens per window; default: as in training, or the context.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task, for a trial.")] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Execute code that the model writes, in a sandbox.")
-    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Run only the first N items of each task, for a trial.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Execute model-written code in a sandbox.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default: evaluation/SUITE next to the first model.")
+        Path | None, typer.Option(help="Folder to write; default: evaluation/SUITE next to the first model.")
     ] = None,
-    card: Annotated[bool, typer.Option("--card", help="Put the table into the model card of each export.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Add the table to the model card of each export.")] = False,
 ) -> None:
-    """Measure models with standard benchmarks: JSON, a table next to published scores, a curve over checkpoints."""
+    """Evaluate models on standard benchmarks. Writes JSON, a table with published scores, a curve over checkpoints."""
     from eval.evaluate import EvalOptions, evaluate
 
     if card:

@@ -1,7 +1,7 @@
-"""The whole road in one command, every step of it a `moonlight` command of its own.
+"""The full pipeline in one command: each step runs one `moonlight` command in a separate process.
 
-Each step appears whole or not at all, so a step whose result is there is done. Going on after an interruption, at any
-moment, ends with the same bytes.
+Each step writes its result atomically, and a step whose result exists is skipped. A rerun after an interruption at any
+moment is therefore byte-identical to an uninterrupted run.
 """
 
 import os
@@ -27,27 +27,32 @@ VALIDATION_SHARE = 0.1
 
 
 def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> None:
-    """Train on `corpus` (None: the standard library of this Python) with `recipe`, export, verify, complete.
+    """Prepare `corpus`, train with `recipe`, export, verify and complete a prompt. Finished steps are skipped.
+
+    Args:
+        corpus: folder or file of text; None: the sources of Python's standard library.
+        recipe: YAML recipe.
+        overrides: section.key=value settings of the recipe.
 
     Raises:
         UserError: the corpus or recipe cannot be used.
-        SystemExit: a step failed; it has said why.
+        SystemExit: a step failed and printed the reason; carries its exit code.
     """
     started = time.monotonic()
     if corpus is None:
         corpus = Path(sysconfig.get_path("stdlib"))
     else:
-        # A corpus of the user's own has a run folder of its own.
+        # Each corpus has a separate run folder.
         name = f"quickstart-{corpus.resolve().stem}"
-        own = {"name": name, "data.path": f"runs/{name}/data", "data.tokenizer": f"runs/{name}/tokenizer"}
-        overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
+        settings = {"name": name, "data.path": f"runs/{name}/data", "data.tokenizer": f"runs/{name}/tokenizer"}
+        overrides = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
     if not corpus.exists():
         raise UserError(f"corpus {corpus} does not exist: give a folder or file of text")
     if not recipe.exists():
-        raise UserError(f"recipe {recipe} does not exist: run this in the repository, or give --recipe")
+        raise UserError(f"recipe {recipe} does not exist: run the command in the repository, or give --recipe")
     config = load_recipe(recipe, overrides)
     if config.data.sources:
-        raise UserError(f"recipe {recipe} has data.sources: quickstart prepares one folder, which data.path names")
+        raise UserError(f"recipe {recipe} has data.sources: quickstart prepares one folder; set data.path instead")
     folder = run_folder.run_path(config)
     tokenizer, data, hugging_face = Path(config.data.tokenizer), Path(config.data.path), folder / "hf"
     completion = folder / "completion.txt"
@@ -94,7 +99,11 @@ def quickstart(corpus: Path | None, recipe: Path, overrides: Sequence[str]) -> N
 
 
 def step(name: str, *arguments: object, out: Path | None = None) -> None:
-    """Run one `moonlight` command in a process of its own; with `out`, keep what it prints there."""
+    """Run one `moonlight` command in a separate process; with `out`, write its standard output to that file.
+
+    Raises:
+        SystemExit: the command failed; carries its exit code.
+    """
     print(f"== {name}: moonlight {shlex.join(map(str, arguments))}".replace("\n", "\\n"), flush=True)
     command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
     environment = os.environ | {"MOONLIGHT_PART_OF_QUICKSTART": "1"}

@@ -19,9 +19,9 @@ def print_settings(section: str, *, markdown: bool) -> None:
     console = Console(highlight=False, markup=False)
     for one in sections:
         console.print(f"{one.name or 'top level'}: {one.meaning}", style="bold")
-        for setting in one.settings:
-            default = f"default {setting.default}" if setting.default else "required"
-            facts = [setting.type.replace("`", ""), default, *([setting.unit] if setting.unit else [])]
-            console.print(Padding(f"{setting.key}: {'; '.join(facts)}", (0, 0, 0, 2)))
-            console.print(Padding(setting.meaning, (0, 0, 0, 6)), style="dim")
+        for key in one.keys:
+            default = f"default {key.default}" if key.default else "required"
+            facts = [key.type.replace("`", ""), default, *([key.unit] if key.unit else [])]
+            console.print(Padding(f"{key.name}: {'; '.join(facts)}", (0, 0, 0, 2)))
+            console.print(Padding(key.meaning, (0, 0, 0, 6)), style="dim")
         console.print()

@@ -1,9 +1,9 @@
-"""Conversations as token ids: which come from the template, which from the messages, and which of them are learnt.
+"""Conversations as token ids, with a loss mask over the assistant's tokens.
 
-A conversation is rendered by its Jinja template, and the result is cut at the template's special tokens and where the
-assistant begins to speak. Each piece is encoded by itself: special tokens of the template as their ids, everything else
-as letters, so that text that spells a special token stays text. What a model is asked with ends where the assistant
-begins, so the ids before it are those that it will see.
+A Jinja template renders a conversation. The rendered text is split at the template's special tokens and at the start of
+each assistant turn, and each piece is encoded separately. Special tokens of the template become their ids. All other
+text is encoded as text, so a message that spells a special token stays text. An inference prompt ends where the
+assistant turn starts, so the ids before that point equal the ids of the prompt.
 """
 
 import re
@@ -17,140 +17,156 @@ import numpy
 from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES, TEMPLATE_FILE
 from moonlight.data.conversations import Message, parse_messages
 from moonlight.data.tokenizer import Tokenizer
-from moonlight.data.tokenizer_config import read_object
+from moonlight.data.tokenizer_config import CONFIG_FILE, read_object
 from moonlight.errors import UserError
 
 TEMPLATES = ("own", "moonlight")
 _PRIVATE = range(0xE000, 0xF900)
-"""Letters that Unicode gives no meaning."""
+"""Code points of Unicode's private use area."""
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 class RenderError(Exception):
-    """A conversation that the template cannot render; the message says why."""
+    """The template cannot render a conversation; the message gives the reason."""
 
 
 def find_template(folder: Path, choice: str) -> str:
-    """The Jinja template to use with the tokenizer in `folder`.
+    """Return the Jinja template to use with the tokenizer in `folder`.
 
     Args:
-        choice: moonlight, or own: the one beside the tokenizer, and Moonlight's where there is none.
+        choice: moonlight, or own: the template in `folder`, or Moonlight's if `folder` has none.
 
     Raises:
-        UserError: another choice, or a template that is not text.
+        UserError: `choice` is neither, or tokenizer_config.json is not a JSON object.
     """
     if choice not in TEMPLATES:
         raise UserError(f"template is {choice!r}: accepted are {', '.join(TEMPLATES)}")
     if choice == "own":
         if (folder / TEMPLATE_FILE).is_file():
             return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-        known = read_object(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(known, list):  # several by name
-            known = next((one.get("template") for one in known if one.get("name") == "default"), None)
-        if isinstance(known, str):
-            return known
+        template = read_object(folder / CONFIG_FILE).get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        if isinstance(template, str):
+            return template
     return CHAT_TEMPLATE
 
 
 class ChatRenderer:
-    """Renders conversations for one tokenizer with one template."""
+    """Renderer of conversations for one tokenizer and one template."""
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        """Raises UserError: the template does not work, or lets no special token end what the assistant says."""
+        """Prepare the template.
+
+        Raises:
+            UserError: the template cannot render, does not end assistant turns with a special token, or needs special
+                tokens that the tokenizer lacks.
+        """
         self._tokenizer, self._template = tokenizer, template
         self._ids = tokenizer.specials
         longest_first = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True)))
         self._special = re.compile(f"({longest_first})")
-        self._begins = re.compile(f"(?=(?:{longest_first}))")
+        self._special_start = re.compile(f"(?=(?:{longest_first}))")
         if short := [text for text in self._ids if len(text) < 2]:
-            raise UserError(f"the tokenizer has the special token {short[0]!r}: one of two letters or more is needed")
+            raise UserError(f"the tokenizer has the special token {short[0]!r}: it must have at least two characters")
         if template == CHAT_TEMPLATE and (missing := [name for name in CONTROL_PIECES if name not in self._ids]):
             raise UserError(
-                f"the tokenizer has no {missing[0]}, which Moonlight's chat template needs: give a tokenizer with "
-                "a chat template of its own"
+                f"the tokenizer has no {missing[0]}, which Moonlight's chat template needs: give a tokenizer that has "
+                "a chat template"
             )
         self.end_token = self._find_end()
 
     def render(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and which of them are learnt: the assistant's, up to the token that ends its turn.
+        """Return the ids of a conversation and its loss mask, both [tokens].
 
-        The first id never is. Roles are not checked: that is the template's.
+        The mask is True for the assistant's tokens, up to the token that ends its turn, and False for the first id.
+        The template checks the roles.
 
         Raises:
-            RenderError: the template refuses it, or changes what was said earlier when more is said.
+            RenderError: the template rejects the conversation, or renders earlier turns differently if later turns
+                follow.
         """
         text, spans, mark = self._spans(messages)
         edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
-        learnt_from = {start for start, _ in spans}
+        assistant_starts = {start for start, _ in spans}
         ids: list[int] = []
-        learnt: list[bool] = []
-        for start, end in pairwise(edges):
-            for piece in self._special.split(text[start:end]):
+        loss_mask: list[bool] = []
+        for start, stop in pairwise(edges):
+            for piece in self._special.split(text[start:stop]):
                 if not piece:
                     continue
-                known = self._ids.get(piece)
-                new = [known] if known is not None else self._tokenizer.encode(piece.replace(mark, ""))
-                ids += new
-                learnt += [start in learnt_from] * len(new)
-        if learnt:
-            learnt[0] = False
-        return ids, learnt
+                special_id = self._ids.get(piece)
+                piece_ids = [special_id] if special_id is not None else self._tokenizer.encode(piece.replace(mark, ""))
+                ids += piece_ids
+                loss_mask += [start in assistant_starts] * len(piece_ids)
+        if loss_mask:
+            loss_mask[0] = False
+        return ids, loss_mask
 
     def _spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], str]:
-        """The rendered text, start and end in it of each assistant's turn, and the letter put into special tokens."""
-        said = "".join(message["content"] for message in messages)
-        mark = next(letter for letter in map(chr, _PRIVATE) if letter not in said)
-        safe = [{**message, "content": self._break_up(message["content"], mark)} for message in messages]
-        whole = self._render(safe)
+        """Return the rendered text, (start, stop) of each assistant turn in it, and the mark character.
+
+        The mark breaks up special tokens that messages spell; it occurs in no message.
+        """
+        contents = "".join(message["content"] for message in messages)
+        mark = next(character for character in map(chr, _PRIVATE) if character not in contents)
+        marked = [{**message, "content": self._break_up(message["content"], mark)} for message in messages]
+        text = self._render(marked)
         spans = []
-        for index, message in enumerate(safe):
+        for index, message in enumerate(marked):
             if message["role"] != "assistant":
                 continue
-            before = self._render(safe[:index], ask=True)
-            after = self._render(safe[: index + 1])
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise RenderError("template: it writes earlier turns otherwise when more is said")
-            *_, last = [None, *self._special.finditer(after, len(before))]
-            spans.append((len(before), last.end() if last else len(after)))
-        return whole, spans, mark
+            before = self._render(marked[:index], add_generation_prompt=True)
+            after = self._render(marked[: index + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise RenderError("template: it renders earlier turns differently if later turns follow")
+            *_, end_token = [None, *self._special.finditer(after, len(before))]
+            spans.append((len(before), end_token.end() if end_token else len(after)))
+        return text, spans, mark
 
     def _break_up(self, text: str, mark: str) -> str:
-        """`text` with `mark` after the first letter of every special token that it spells."""
-        places = [found.start() + 1 for found in self._begins.finditer(text)]
-        return mark.join(text[start:end] for start, end in pairwise([0, *places, len(text)]))
+        """Insert `mark` after the first character of every special token that `text` spells."""
+        splits = [match.start() + 1 for match in self._special_start.finditer(text)]
+        return mark.join(text[start:stop] for start, stop in pairwise([0, *splits, len(text)]))
 
-    def _render(self, messages: list[Message], *, ask: bool = False) -> str:
+    def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             (text,), _ = render_jinja_template(
                 conversations=[messages],
                 chat_template=self._template,
-                add_generation_prompt=ask,
+                add_generation_prompt=add_generation_prompt,
                 bos_token=self._name(self._tokenizer.bos_id),
                 eos_token=self._tokenizer.eos_token,
             )
-        except Exception as error:  # whatever a template of somebody else's raises
+        except Exception as error:  # a user's template can raise any exception
             raise RenderError(f"template: {' '.join(str(error).split())[:200]}") from None
         return text
 
-    def _name(self, index: int | None) -> str:
-        return next((text for text, own in self._ids.items() if own == index), "")
+    def _name(self, token_id: int | None) -> str:
+        return next((text for text, special_id in self._ids.items() if special_id == token_id), "")
 
     def _find_end(self) -> str:
-        """The special token that ends what the assistant says."""
+        """Return the special token that ends an assistant turn."""
         try:
             text, ((start, _),), _ = self._spans(_PROBE)
         except RenderError as error:
-            raise UserError(f"the chat template does not work ({error}): give another") from None
-        found = self._special.findall(text[start:])
-        if not found:
-            raise UserError("the chat template has no special token after what the assistant says: it would never end")
-        return found[-1]
+            raise UserError(f"the chat template cannot render ({error}): give another template") from None
+        special_tokens = self._special.findall(text[start:])
+        if not special_tokens:
+            raise UserError(
+                "the chat template has no special token at the end of an assistant turn, so answers would never end: "
+                "give another template"
+            )
+        return special_tokens[-1]
 
 
 class ChatEncoder:
-    """Of each conversation int32 [2, tokens], its ids and which are learnt; or the reason why it cannot be used."""
+    """Encoder of conversations for worker processes.
+
+    Returns for each conversation int32 [2, tokens], its ids and loss mask, or the reason why it cannot be used.
+    """
 
     def __init__(self, tokenizer_folder: Path, template: str) -> None:
         self._folder, self._template = tokenizer_folder, template
@@ -158,7 +174,7 @@ class ChatEncoder:
         self.renderer = ChatRenderer(self.tokenizer, template)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChatEncoder, (self._folder, self._template)  # a worker loads the tokenizer for itself
+        return ChatEncoder, (self._folder, self._template)  # each worker loads the tokenizer
 
     def __call__(self, raw: list[bytes]) -> list[numpy.ndarray | str]:
         return [self._encode(text.decode()) for text in raw]

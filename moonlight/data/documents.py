@@ -1,7 +1,7 @@
-"""Reading documents from text files, JSONL and Parquet, one record at a time.
+"""Read documents from text files, JSONL and Parquet, one record at a time.
 
-A document is a whole text file, the text field of a JSONL line, or the text column of a Parquet row. What
-cannot be read as text is a bad record with its place and reason; reading goes on after it.
+A document is a text file, the text field of a JSONL line, or the text column of a Parquet row. Input that cannot be
+read as text becomes a bad record with its location and reason; reading continues with the next record.
 """
 
 import gzip
@@ -19,49 +19,49 @@ from moonlight.errors import UserError
 from moonlight.files import sha256_checksum
 
 SKIPPED_NAMES = frozenset({"site-packages", "dist-packages", "__pycache__", "node_modules", "test", "tests"})
-"""Folders that a walk does not enter: other people's packages, build products and test data."""
+"""Folders that `iter_files` does not enter: installed packages, build products and tests."""
 
 _RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _SNIFFED_BYTES = 8192
-_PARQUET_ROWS_AT_ONCE = 1024
+_PARQUET_BATCH_ROWS = 1024
 
 
-TextOf = Callable[[dict[str, Any]], tuple[str | None, str]]
-"""The text of a JSON object; or None, and the reason why it has none."""
+ExtractText = Callable[[dict[str, Any]], tuple[str | None, str]]
+"""Function from a JSON object to (its text, ""), or to (None, the reason why it has no text)."""
 
 
 class Record(NamedTuple):
-    """One document, or one bad record, for which `text` is None and `reason` says why."""
+    """One document, or one bad record: its `text` is None, and `reason` states why."""
 
     file: Path
     line: int
-    """1-based line of a JSONL file or row of a Parquet file; 1 for a text file."""
+    """Line of a JSONL file or row of a Parquet file, from 1; 1 for a text file."""
     text: str | None
-    """Always encodable as UTF-8. May be empty: the caller skips and counts those."""
+    """Always encodable as UTF-8. May be empty: the caller skips and counts empty records."""
     reason: str
     position: int
-    """Bytes of the file consumed once this record has been read; for progress only."""
+    """Bytes of the file consumed up to the end of this record; for progress only."""
 
 
 def iter_files(inputs: Sequence[Path], skipped_names: Collection[str] = SKIPPED_NAMES) -> list[Path]:
-    """List the files behind `inputs`, in an order that depends on names alone; a file named twice comes once.
+    """Return the files of `inputs`, without duplicates, in an order that depends on names alone.
 
-    A file given by name is always taken. A folder is walked recursively: hidden entries (leading dot),
-    folders named in `skipped_names`, links to folders, and binary files (a NUL among the first 8192 bytes)
-    are left out; the number of binary files left out is said on stderr.
+    A file in `inputs` is always included. A folder is walked recursively. The walk skips hidden entries (leading dot),
+    folders named in `skipped_names`, links to folders, and binary files (a NUL among the first 8192 bytes). The number
+    of skipped binary files is printed to stderr.
 
     Raises:
-        UserError: an input does not exist, cannot be read, or is a folder without files to take.
+        UserError: an input does not exist, cannot be read, or is a folder without usable files.
     """
     files: dict[Path, None] = {}
     for path in inputs:
         if path.is_dir():
-            found = dict.fromkeys(_walk(path, skipped_names))
-            if not found:
+            folder_files = dict.fromkeys(_walk(path, skipped_names))
+            if not folder_files:
                 raise UserError(
                     f"input {path} has no files of text: give a folder with text, .jsonl, .jsonl.gz or .parquet files"
                 )
-            files.update(found)
+            files.update(folder_files)
         elif path.exists():
             _check_readable(path)
             files[path] = None
@@ -73,9 +73,12 @@ def iter_files(inputs: Sequence[Path], skipped_names: Collection[str] = SKIPPED_
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """SHA-256 over the content of `files` and their paths relative to the folder they share.
+    """Return the SHA-256 of the content of `files` and their paths relative to their common folder, as hex digits.
 
-    Moving that folder changes nothing; renaming, adding, removing or editing a file does.
+    Moving that folder does not change the result; renaming, adding, removing or editing a file does.
+
+    Raises:
+        UserError: a file cannot be read.
     """
     digest = hashlib.sha256()
     common = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
@@ -90,7 +93,7 @@ def fingerprint(files: Sequence[Path]) -> str:
 
 
 def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
-    """Yield every record of one file; the kind of file is told by its suffix.
+    """Yield every record of one file; its suffix determines its format.
 
     Args:
         text_field: key of a JSONL object, or Parquet column, that holds the document.
@@ -111,7 +114,7 @@ def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
 
 
 def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
-    binary = taken = 0
+    num_binary = num_files = 0
     for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped_names)
         for name in sorted(names):
@@ -119,16 +122,16 @@ def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
             if name.startswith(".") or not path.is_file():
                 continue
             if b"\0" in _check_readable(path) and not name.endswith(_RECORD_SUFFIXES):
-                binary += 1
+                num_binary += 1
                 continue
-            taken += 1
+            num_files += 1
             yield path
-    if binary and taken:
-        print(f"{folder}: left out {binary} binary files", file=sys.stderr)
+    if num_binary and num_files:
+        print(f"{folder}: skipped {num_binary} binary files", file=sys.stderr)
 
 
 def _check_readable(path: Path) -> bytes:
-    """The first bytes of a file that can be read."""
+    """Return the first bytes of a file; raise UserError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             return stream.read(_SNIFFED_BYTES)
@@ -147,42 +150,42 @@ def _raise_unreadable(error: OSError) -> None:
 def _read_text(file: Path, stream: BinaryIO) -> Record:
     raw = stream.read()
     if b"\0" in raw:
-        return Record(file, 1, None, "holds a NUL byte, so it is not text", len(raw))
+        return Record(file, 1, None, "contains a NUL byte, so it is not text", len(raw))
     try:
         return Record(file, 1, raw.decode("utf-8-sig"), "", len(raw))
     except UnicodeDecodeError as error:
         return Record(file, 1, None, f"not UTF-8: {error.reason} at byte {error.start}", len(raw))
 
 
-def read_lines(file: Path, text_of: TextOf) -> Iterator[Record]:
-    """Yield every line of a .jsonl or .jsonl.gz file, `text_of` of its JSON object as the text.
+def read_lines(file: Path, extract_text: ExtractText) -> Iterator[Record]:
+    """Yield every line of a .jsonl or .jsonl.gz file; `extract_text` gets the text of its JSON object.
 
     Raises:
         UserError: the file cannot be opened.
     """
     try:
         with file.open("rb") as stream:
-            yield from _read_jsonl(file, stream, text_of)
+            yield from _read_jsonl(file, stream, extract_text)
     except OSError as error:
         raise _unreadable(file, error) from None
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, text_of: TextOf) -> Iterator[Record]:
+def _read_jsonl(file: Path, stream: BinaryIO, extract_text: ExtractText) -> Iterator[Record]:
     lines: Any = gzip.GzipFile(fileobj=stream) if file.name.endswith(".gz") else stream
-    number = 0
+    line_number = 0
     try:
-        # Lines are split as bytes, so that one line that is not UTF-8 does not spoil the rest of the file.
-        for number, line in enumerate(lines, start=1):
+        # Split lines as bytes, so that a line that is not UTF-8 does not affect other lines.
+        for line_number, line in enumerate(lines, start=1):
             if line.strip():
-                text, reason = _parse_json_line(line, text_of)
+                text, reason = _parse_json_line(line, extract_text)
             else:
                 text, reason = "", ""
-            yield Record(file, number, text, reason, stream.tell())
+            yield Record(file, line_number, text, reason, stream.tell())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        yield Record(file, number + 1, None, f"damaged gzip stream: {error}", stream.tell())
+        yield Record(file, line_number + 1, None, f"corrupt gzip stream: {error}", stream.tell())
 
 
-def _parse_json_line(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
+def _parse_json_line(line: bytes, extract_text: ExtractText) -> tuple[str | None, str]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -191,13 +194,13 @@ def _parse_json_line(line: bytes, text_of: TextOf) -> tuple[str | None, str]:
         return None, f"not JSON: {error}"
     if not isinstance(value, dict):
         return None, f"a JSON object is expected, not {type(value).__name__}"
-    return text_of(value)
+    return extract_text(value)
 
 
 def _extract_text(value: dict[str, Any], text_field: str) -> tuple[str | None, str]:
     if text_field not in value:
         return None, f"no field {text_field!r}"
-    return checked_text(value[text_field], f"field {text_field!r}")
+    return check_text(value[text_field], f"field {text_field!r}")
 
 
 def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Record]:
@@ -209,28 +212,28 @@ def _read_parquet(file: Path, stream: BinaryIO, text_field: str) -> Iterator[Rec
         table = pyarrow.parquet.ParquetFile(stream)
         num_rows = table.metadata.num_rows
         if text_field not in table.schema_arrow.names:
-            # One bad record a row: the share of bad records must tell how much of the corpus is lost.
+            # One bad record per row, so that the fraction of bad records is the fraction of the corpus that is lost.
             for row in range(1, num_rows + 1):
                 yield Record(file, row, None, f"no column {text_field!r}", size * row // num_rows)
             return
-        for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=[text_field]):
+        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=[text_field]):
             for scalar in batch.column(text_field):
                 row += 1
                 try:
-                    text, reason = checked_text(scalar.as_py(), f"column {text_field!r}")
+                    text, reason = check_text(scalar.as_py(), f"column {text_field!r}")
                 except UnicodeDecodeError as error:
                     text, reason = None, f"not UTF-8: {error.reason} at byte {error.start}"
                 yield Record(file, row, text, reason, size * row // num_rows)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Record(file, row + 1, None, f"damaged Parquet file: {' '.join(str(error).split())[:200]}", size)
+        yield Record(file, row + 1, None, f"corrupt Parquet file: {' '.join(str(error).split())[:200]}", size)
 
 
-def checked_text(value: Any, name: str) -> tuple[str | None, str]:
-    """`value` if it is text that UTF-8 can hold, else None and why not."""
+def check_text(value: Any, name: str) -> tuple[str | None, str]:
+    """Return (`value`, "") if `value` is a string that UTF-8 can encode, otherwise (None, the reason)."""
     if not isinstance(value, str):
         return None, f"{name} holds {type(value).__name__}, not text"
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return None, f"{name} holds half of a surrogate pair at character {error.start}"
+        return None, f"{name} has half of a surrogate pair at character {error.start}"
     return value, ""

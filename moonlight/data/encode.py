@@ -1,7 +1,7 @@
-"""Encoding documents in parallel processes.
+"""Encode documents in parallel processes.
 
-Batches come back in the order in which they were read, so the files made of them are the same bytes for any number of
-workers. A worker imports this module, which therefore imports neither torch nor Megatron.
+Batches return in the order in which they were read, so output files are byte-identical for any number of workers. A
+worker process imports this module, which therefore imports neither torch nor Megatron.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ import numpy
 from moonlight.data.tokenizer import Tokenizer
 
 Encoder = Callable[[list[bytes]], list[Any]]
-"""Makes of each UTF-8 text what is to be written of it. Goes to workers by pickle."""
+"""Function from UTF-8 texts to one result per text. It is pickled and sent to the workers."""
 
 _worker_encoder: Encoder | None = None
 
@@ -32,21 +32,21 @@ class DocumentBatch:
     raw: list[bytes] = field(default_factory=list)
     """UTF-8 text."""
     sources: list[int] = field(default_factory=list)
-    """Index of each document's input."""
-    places: list[tuple[Path, int]] = field(default_factory=list)
+    """Index of each document's input in the list of inputs."""
+    locations: list[tuple[Path, int]] = field(default_factory=list)
     """File and line of each document."""
     position: int = 0
-    """Bytes of all input files read once this batch is full."""
+    """Bytes of all input files read up to the end of this batch; for progress only."""
 
 
 class TextEncoder:
-    """Ids of each document with [EOS] after them, int32 [tokens]."""
+    """Encoder of documents for worker processes: the ids of each document and [EOS], int32 [tokens]."""
 
     def __init__(self, tokenizer_folder: Path) -> None:
         self._folder, self.tokenizer = tokenizer_folder, Tokenizer.load(tokenizer_folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TextEncoder, (self._folder,)  # a worker loads the tokenizer for itself
+        return TextEncoder, (self._folder,)  # each worker loads the tokenizer
 
     def __call__(self, raw: list[bytes]) -> list[numpy.ndarray]:
         tokenizer = self.tokenizer
@@ -61,37 +61,40 @@ def _encode_in_worker(raw: list[bytes]) -> list[Any]:
 def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    # A worker waits for work for ever, also when its parent was killed.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    # Without this thread, a worker waits for work forever after its parent was killed.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def encode_all(
     batches: Iterable[DocumentBatch], encoder: Encoder, workers: int
 ) -> Iterator[tuple[DocumentBatch, list[Any]]]:
-    """Each batch with what `encoder` makes of it, in the order of `batches`; at most 3 a worker are in memory."""
+    """Yield each batch with the result of `encoder` for its documents, in the order of `batches`.
+
+    At most 3 batches per worker are in memory. With `workers` 1, this process encodes.
+    """
     if workers == 1:
         for batch in batches:
             yield batch, encoder(batch.raw)
         return
-    # spawn: a forked child of a process that has threads (torch starts some) may hang.
+    # Use spawn: a forked child of a process with threads (torch starts some) can hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder,))
-    waiting: deque[tuple[DocumentBatch, Future[list[Any]]]] = deque()
+    pending: deque[tuple[DocumentBatch, Future[list[Any]]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, batch.raw)))
-            if len(waiting) >= 3 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+            pending.append((batch, pool.submit(_encode_in_worker, batch.raw)))
+            if len(pending) >= 3 * workers:
+                encoded_batch, future = pending.popleft()
+                yield encoded_batch, future.result()
+        for encoded_batch, future in pending:
+            yield encoded_batch, future.result()
     finally:
         pool.shutdown(cancel_futures=True)

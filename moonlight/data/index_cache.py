@@ -1,6 +1,6 @@
-"""The order of an epoch on disk: built once on each host, mapped into memory by all of its processes.
+"""Cache of epoch orders on disk: one process of each host builds an order, all its processes map it into memory.
 
-No shared filesystem is needed: every host whose folder lacks an epoch builds it, to the same bytes.
+No shared file system is needed: every host whose folder lacks an epoch builds it, bit-identically.
 """
 
 import fcntl
@@ -21,61 +21,61 @@ _SUMS = "sums.json"
 
 
 class EpochOrder(NamedTuple):
-    """Order of an epoch's documents, and of the windows that are cut from them."""
+    """Order of an epoch's documents, and of the windows that the joined documents are split into."""
 
     documents: np.ndarray
-    """Number of the document at each place, [documents]."""
+    """Index of the document at each position, [documents]."""
     ends: np.ndarray
-    """Tokens up to the end of the document at each place, [documents]."""
+    """Tokens up to the end of the document at each position, [documents]."""
     windows: np.ndarray
-    """Number of the window that is the epoch's first sample, second, and so on, [windows]."""
+    """Index of the window of each sample of the epoch, [windows]."""
 
 
 class IndexCache:
-    """Orders of the epochs of one source, in a folder named by a hash of all that they follow from."""
+    """Epoch orders of one source, in a folder named by a hash of everything that determines them."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """`facts`, which JSON must be able to hold, are what the orders follow from."""
+        """`facts` are the values that determine the orders; JSON must be able to encode them."""
         text = json.dumps({"version": VERSION, **facts}, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def order(self, epoch: int, build: Callable[[], EpochOrder]) -> EpochOrder:
-        """The order of `epoch`, mapped from its files; one process of a host calls `build` if they are not there.
+        """Return the order of `epoch`, mapped from its files; one process of a host calls `build` if they are missing.
 
-        Files that are damaged are built again, and those of finished epochs removed. Processes may still map the epoch
-        before, in which the step that reaches `epoch` may begin.
+        Corrupt files are rebuilt. Files of epochs before `epoch` - 1 are removed; those of `epoch` - 1 stay, because
+        the step that reaches `epoch` may start in it.
         """
         make_folder(self.folder)
         with (self.folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
-            place = self.folder / f"epoch-{epoch:08d}"
-            found = _read(place)
-            if found is None:
-                if place.exists():
-                    print(f"{place} is damaged and made again", file=sys.stderr)
-                    shutil.rmtree(place)
-                with atomic_folder(place) as part:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the lock ends with the process, even if it is killed
+            path = self.folder / f"epoch-{epoch:08d}"
+            order = _read(path)
+            if order is None:
+                if path.exists():
+                    print(f"{path} is corrupt; rebuilding", file=sys.stderr)
+                    shutil.rmtree(path)
+                with atomic_folder(path) as part:
                     sums = {}
                     for name, values in build()._asdict().items():
                         np.save(part / f"{name}.npy", values, allow_pickle=False)
                         sums[name] = xxh3_checksum(part / f"{name}.npy")
                     write_json(part / _SUMS, sums)
-                found = _read(place)
-                assert found is not None, place
+                order = _read(path)
+                assert order is not None, path
             for other in self.folder.glob("epoch-*"):
                 if int(other.name.removeprefix("epoch-")) < epoch - 1:
                     shutil.rmtree(other)
-        return found
+        return order
 
 
-def _read(place: Path) -> EpochOrder | None:
-    """The arrays of a folder, mapped, if every file is what was written."""
+def _read(folder: Path) -> EpochOrder | None:
+    """Return the arrays of a folder, memory-mapped, or None if a file is missing or does not match its checksum."""
     try:
-        sums = json.loads((place / _SUMS).read_text(encoding="utf-8"))
-        files = {name: place / f"{name}.npy" for name in EpochOrder._fields}
+        sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        files = {name: folder / f"{name}.npy" for name in EpochOrder._fields}
         if {name: xxh3_checksum(file) for name, file in files.items()} != sums:
             return None
-        # Plain arrays: slices of numpy.memmap cost a microsecond each.
+        # Plain arrays: slicing a numpy.memmap takes a microsecond.
         return EpochOrder(*(np.load(file, mmap_mode="r").view(np.ndarray) for file in files.values()))
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""What goes into preparing: records read into batches, and those that cannot be used set aside and counted."""
+"""Record batching: read records into batches, count and quarantine the unusable ones."""
 
 import json
 from collections import Counter
@@ -14,38 +14,38 @@ BATCH_BYTES = 1 << 19
 
 
 class RecordBatcher:
-    """Reads records into batches, counts what is empty or bad, and writes the bad ones down."""
+    """Batches of documents from the records of files. Counts empty and bad records, and quarantines the bad ones."""
 
     def __init__(self, quarantine: Path, read: Callable[[Path], Iterator[Record]]) -> None:
-        """`read` gives the records of a file."""
+        """`read` yields the records of a file; bad records are written to the file `quarantine`, as JSONL."""
         self.documents = self.empty = 0
         self.reasons: Counter[str] = Counter()
-        """How many bad records there are of each kind: the reason up to its colon."""
+        """Number of bad records of each kind; the kind is the reason up to its colon."""
         self.first_bad: dict[str, str] = {}
-        """The first of each kind, with its file and line."""
-        self._quarantine, self._read = quarantine, read
+        """File, line and reason of the first bad record of each kind."""
+        self._quarantine_path, self._read = quarantine, read
         self._file: TextIO | None = None
 
     @property
     def bad(self) -> int:
-        """Bad records of all kinds."""
+        """Number of bad records of all kinds."""
         return self.reasons.total()
 
-    def batches(self, files_of: list[list[Path]]) -> Iterator[DocumentBatch]:
-        """Batches of about 512 KiB of text, from the files of each input in turn."""
+    def batches(self, files_by_input: list[list[Path]]) -> Iterator[DocumentBatch]:
+        """Yield batches of about 512 KiB of text, from the files of each input in turn."""
         batch, size, before = DocumentBatch(), 0, 0
-        for source, file in ((source, file) for source, files in enumerate(files_of) for file in files):
+        for source, file in ((source, file) for source, files in enumerate(files_by_input) for file in files):
             for record in self._read(file):
                 batch.position = before + record.position
                 if record.text is None:
-                    self._set_aside(file, record.line, record.reason)
+                    self._quarantine(file, record.line, record.reason)
                 elif not record.text:
                     self.empty += 1
                 else:
                     self.documents += 1
                     batch.raw.append(record.text.encode())
                     batch.sources.append(source)
-                    batch.places.append((file, record.line))
+                    batch.locations.append((file, record.line))
                     size += len(batch.raw[-1])
                 if size >= BATCH_BYTES:
                     yield batch
@@ -55,30 +55,31 @@ class RecordBatcher:
             yield batch
 
     def reject(self, location: tuple[Path, int], reason: str) -> None:
-        """Set a document aside after all."""
+        """Quarantine a document that was yielded in a batch."""
         self.documents -= 1
-        self._set_aside(*location, reason)
+        self._quarantine(*location, reason)
 
     def check(self, max_bad_share: float) -> None:
-        """Raise UserError if too many records were bad, or none was a document."""
+        """Raise UserError if the fraction of bad records exceeds `max_bad_share`, or there is no document."""
         records = self.documents + self.bad + self.empty
         first = next(iter(self.first_bad.values()), "")
         if self.bad > max_bad_share * records:
             raise UserError(
-                f"{self.bad} of {records} records ({self.bad / records:.2%}) cannot be used, more than "
-                f"max_bad_share {max_bad_share} allows; the first is {first}"
+                f"{self.bad} of {records} records ({self.bad / records:.2%}) are unusable, more than max_bad_share "
+                f"{max_bad_share} allows: fix them, or set --max-bad-share; the first is {first}"
             )
         if not self.documents:
-            more = f", {self.bad} of them bad, the first {first}" if self.bad else ""
-            raise UserError(f"the inputs hold no documents ({records} records, {self.empty} of them empty{more})")
+            details = f", {self.bad} of them bad, the first {first}" if self.bad else ""
+            raise UserError(f"the inputs hold no documents ({records} records, {self.empty} of them empty{details})")
 
     def close(self) -> None:
+        """Close the quarantine file."""
         if self._file:
             self._file.close()
 
-    def _set_aside(self, file: Path, line: int, reason: str) -> None:
+    def _quarantine(self, file: Path, line: int, reason: str) -> None:
         if self._file is None:
-            self._file = self._quarantine.open("w", encoding="utf-8")
+            self._file = self._quarantine_path.open("w", encoding="utf-8")
         kind = reason.partition(":")[0]
         self.reasons[kind] += 1
         self.first_bad.setdefault(kind, f"{file}, line {line}: {reason}")

@@ -1,4 +1,4 @@
-"""Token windows for training and validation: what a sample holds is a function of the seed and its number alone."""
+"""Samples for training and validation. The content of a sample is a function of the seed and its index alone."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,33 +18,33 @@ from moonlight.errors import UserError
 
 
 class PackedSample(NamedTuple):
-    """A sequence of whole conversations, and padding after them."""
+    """A sequence of complete conversations, followed by padding."""
 
     tokens: np.ndarray
     """int64 [sequence_length + 1]."""
     mask: np.ndarray
-    """float32 [sequence_length]: which of the last sequence_length tokens count as labels."""
-    documents: np.ndarray
-    """int32 [sequence_length]: number of each token's conversation; padding is one more."""
+    """float32 [sequence_length]: 1 where the next token counts as a label, otherwise 0."""
+    document_ids: np.ndarray
+    """int32 [sequence_length]: index of each token's conversation, from 0; padding has the next index."""
 
 
 Sample = tuple[np.ndarray, np.ndarray] | PackedSample
-"""Tokens [sequence_length + 1] int64, and which of the last sequence_length count as labels, float32."""
+"""Tokens int64 [sequence_length + 1] and loss mask float32 [sequence_length], or a `PackedSample`."""
 
 
-class _Stream:
-    """The documents of one split, joined in a given order, read by position."""
+class _TokenStream:
+    """The joined documents of one split, read by token position in any order of documents."""
 
     def __init__(self, prefix: Path) -> None:
         hint = "make the folder with `moonlight data prepare` again"
         try:
             self.dataset = IndexedDataset(str(prefix))
         except (AssertionError, ValueError, KeyError):
-            raise UserError(f"data {prefix}.idx is damaged: {hint}") from None
+            raise UserError(f"data {prefix}.idx is corrupt: {hint}") from None
         index = self.dataset.index
         self.lengths: np.ndarray = index.sequence_lengths
         self.starts: np.ndarray = index.sequence_pointers  # in bytes
-        # A plain array: slices of numpy.memmap cost a microsecond each.
+        # A plain array: slicing a numpy.memmap takes a microsecond.
         self.tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r").view(np.ndarray)
         self.num_tokens = int(self.lengths.sum(dtype=np.int64))
         if self.num_tokens != len(self.tokens):
@@ -53,27 +53,39 @@ class _Stream:
             )
 
     def read(self, order: np.ndarray | None, ends: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the documents in `order` (None: as stored); `ends` are their running totals."""
-        # Bounds of another type than `ends` would have numpy convert all of it.
+        """Return tokens [start, stop) of the documents joined in `order`: int64 [stop - start].
+
+        Args:
+            order: indices of the documents, [documents]; None for the stored order.
+            ends: cumulative sum of the documents' lengths in this order, [documents].
+        """
+        # If the bounds have another dtype than `ends`, numpy converts all of `ends`.
         first, last = np.searchsorted(ends, np.array([start, stop - 1], dtype=ends.dtype), side="right").tolist()
-        places = slice(first, last + 1) if order is None else order[first : last + 1]
-        lengths = self.lengths[places].tolist()
-        starts = (self.starts[places] // self.tokens.itemsize).tolist()
-        pieces = [self.tokens[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
+        indices = slice(first, last + 1) if order is None else order[first : last + 1]
+        lengths = self.lengths[indices].tolist()
+        offsets = (self.starts[indices] // self.tokens.itemsize).tolist()
+        pieces = [self.tokens[offset : offset + length] for offset, length in zip(offsets, lengths, strict=True)]
         pieces[-1] = pieces[-1][: lengths[-1] - (int(ends[last]) - stop)]
         pieces[0] = pieces[0][start - (int(ends[first]) - lengths[0]) :]
         return np.concatenate(pieces, dtype=np.int64)
 
 
 class TrainDataset:
-    """Endless samples: every epoch shuffles the documents, joins them, cuts windows, and shuffles those.
+    """Endless samples of text. Every epoch shuffles and joins the documents, splits them into windows, shuffles these.
 
-    Neighbouring windows share one token, so each token but the first of an epoch is a label once.
+    Adjacent windows overlap by one token, so each token of an epoch's windows except the first is a label once.
     """
 
     def __init__(self, folder: Path, sequence_length: int, seed: int, cache: IndexCache | None = None) -> None:
-        """`cache` keeps the orders of epochs on disk; without one each process has its own in memory."""
-        self.stream = _Stream(folder / "train")
+        """Open the training split of a data folder.
+
+        Args:
+            cache: cache of epoch orders on disk; without it each process holds its orders in memory.
+
+        Raises:
+            UserError: the files are corrupt, or have too few tokens for one sample.
+        """
+        self.stream = _TokenStream(folder / "train")
         self.sequence_length, self.seed, self.cache = sequence_length, seed, cache
         self.samples_per_epoch = samples_per_epoch(self.stream.num_tokens, sequence_length)
         if self.samples_per_epoch < 1:
@@ -83,7 +95,7 @@ class TrainDataset:
             )
         self._epoch = lru_cache(maxsize=2)(self._order)
         self._mask = np.ones(sequence_length, dtype=np.float32)
-        self._mask.flags.writeable = False  # all samples have this one
+        self._mask.flags.writeable = False  # all samples share it
 
     def _order(self, epoch: int) -> EpochOrder:
         if self.cache is None:
@@ -91,7 +103,7 @@ class TrainDataset:
         return self.cache.order(epoch, lambda: self._shuffle(epoch))
 
     def _shuffle(self, epoch: int) -> EpochOrder:
-        """The order of an epoch, in the smallest integers that hold it: they do not change what is drawn."""
+        """Return the order of an epoch, in the smallest dtypes that fit. The dtypes do not affect the random order."""
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         documents = _count_up(len(self.stream.lengths))
         generator.shuffle(documents)
@@ -102,10 +114,10 @@ class TrainDataset:
         return EpochOrder(documents, ends, windows)
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `number`, counted from 0 over the whole run."""
-        epoch, place = divmod(index, self.samples_per_epoch)
+        """Return sample `index`, counted from 0 over the full run."""
+        epoch, position = divmod(index, self.samples_per_epoch)
         order = self._epoch(epoch)
-        start = int(order.windows[place]) * self.sequence_length
+        start = int(order.windows[position]) * self.sequence_length
         tokens = self.stream.read(order.documents, order.ends, start, start + self.sequence_length + 1)
         return tokens, self._mask
 
@@ -115,38 +127,39 @@ def _count_up(count: int) -> np.ndarray:
 
 
 class _Conversations:
-    """The windows of one split of prepared conversations, as they were packed."""
+    """The packed windows of one split of prepared conversations."""
 
     def __init__(self, prefix: Path, sequence_length: int, eos_id: int) -> None:
-        self.stream = _Stream(prefix)
+        self.stream = _TokenStream(prefix)
         self.sequence_length, self.eos_id = sequence_length, eos_id
-        self._learnt = np.memmap(f"{prefix}.mask", dtype=np.uint8, mode="r").view(np.ndarray)
+        self._loss_mask = np.memmap(f"{prefix}.mask", dtype=np.uint8, mode="r").view(np.ndarray)
         self._firsts = self.stream.dataset.index.document_indices
         self._ends = np.cumsum(self.stream.lengths, dtype=np.int64)
 
     @property
     def num_windows(self) -> int:
+        """Number of windows in the split."""
         return len(self._firsts) - 1
 
     def window(self, index: int) -> PackedSample:
-        """Window `number`; one past the last is all padding."""
+        """Return window `index`; a window past the last is all padding."""
         length = self.sequence_length
         tokens = np.full(length + 1, self.eos_id, dtype=np.int64)
-        mask, documents = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.int32)
+        mask, document_ids = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.int32)
         if index < self.num_windows:
             first, last = int(self._firsts[index]), int(self._firsts[index + 1])
             lengths = self.stream.lengths[first:last]
             stop = int(self._ends[last - 1])
             start, count = stop - int(lengths.sum()), int(lengths.sum())
             tokens[:count] = self.stream.tokens[start:stop]
-            mask[: count - 1] = self._learnt[start + 1 : stop]
-            documents[:count] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-            documents[count:] = len(lengths)
-        return PackedSample(tokens, mask, documents)
+            mask[: count - 1] = self._loss_mask[start + 1 : stop]
+            document_ids[:count] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            document_ids[count:] = len(lengths)
+        return PackedSample(tokens, mask, document_ids)
 
 
 class ChatTrainDataset(_Conversations):
-    """Endless samples of conversations: every epoch shuffles the windows."""
+    """Endless samples of conversations. Every epoch shuffles the windows."""
 
     def __init__(self, folder: Path, sequence_length: int, eos_id: int, seed: int) -> None:
         super().__init__(folder / "train", sequence_length, eos_id)
@@ -159,13 +172,13 @@ class ChatTrainDataset(_Conversations):
         return windows
 
     def __getitem__(self, index: int) -> PackedSample:
-        """Sample `number`, counted from 0 over the whole run."""
-        epoch, place = divmod(index, self.num_windows)
-        return self.window(int(self._epoch(epoch)[place]))
+        """Return sample `index`, counted from 0 over the full run."""
+        epoch, position = divmod(index, self.num_windows)
+        return self.window(int(self._epoch(epoch)[position]))
 
 
 class ChatValDataset(_Conversations):
-    """Held-out conversations in order; samples past the last are all padding."""
+    """Held-out conversations in stored order; samples past the last are all padding."""
 
     def __init__(self, folder: Path, sequence_length: int, eos_id: int) -> None:
         super().__init__(folder / "validation", sequence_length, eos_id)
@@ -178,18 +191,18 @@ class ChatValDataset(_Conversations):
 
 
 class MixtureDataset:
-    """The samples of a run: those of its sources, mixed."""
+    """The training samples of a run: a mixture of the samples of its sources."""
 
     def __init__(self, mixture: SourceMixture, sources: Mapping[str, TrainDataset | ChatTrainDataset]) -> None:
         self.mixture, self.sources = mixture, sources
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `number`, counted from 0 over the whole run."""
-        source, own = self.mixture[index]
-        return self.sources[source][own]
+        """Return sample `index`, counted from 0 over the full run."""
+        source, source_index = self.mixture[index]
+        return self.sources[source][source_index]
 
     def tokens_read(self, num_samples: int) -> dict[str, int]:
-        """Metrics: tokens of each source among the first `number` samples; nothing where there is one source only."""
+        """Return metrics: the tokens of each source in the first `num_samples` samples. Empty for a single source."""
         if len(self.sources) == 1:
             return {}
         counts = self.mixture.counts(num_samples)
@@ -199,7 +212,7 @@ class MixtureDataset:
 def build_train_dataset(
     config: RunConfig, manifests: Mapping[str, dict[str, Any]], cache_folder: Path
 ) -> MixtureDataset:
-    """The training samples of a run whose sources have these manifests; orders of epochs lie in `cache_folder`."""
+    """Return the training samples of a run. `manifests` are by source; epoch orders are cached in `cache_folder`."""
     length, seed = config.data.sequence_length, config.train.seed
     sources: dict[str, TrainDataset | ChatTrainDataset] = {}
     for name, source in config.data.mixture.items():
@@ -207,30 +220,30 @@ def build_train_dataset(
             eos_id = manifests[name]["tokenizer"]["eos_id"]
             sources[name] = ChatTrainDataset(Path(source.path), length, eos_id, seed)
             continue
-        index = manifests[name]["splits"]["train"]["idx_sha256"]
-        cache = IndexCache(cache_folder, {"idx_sha256": index, "sequence_length": length, "seed": seed})
+        idx_sha256 = manifests[name]["splits"]["train"]["idx_sha256"]
+        cache = IndexCache(cache_folder, {"idx_sha256": idx_sha256, "sequence_length": length, "seed": seed})
         sources[name] = TrainDataset(Path(source.path), length, seed, cache)
     return MixtureDataset(build_mixture(config), sources)
 
 
 def build_val_datasets(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "AnyValDataset"]:
-    """The held-out samples of each source."""
-    kind = ChatValDataset if config.data.conversations else ValDataset
+    """Return the held-out samples of each source. `manifests` are by source."""
+    dataset_class = ChatValDataset if config.data.conversations else ValDataset
     return {
-        name: kind(Path(source.path), config.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        name: dataset_class(Path(source.path), config.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
         for name, source in config.data.mixture.items()
     }
 
 
 class ValDataset:
-    """Every token of the held-out documents as a label exactly once, in order.
+    """Held-out text: every token is a label exactly once, in stored order.
 
-    The first token of all is predicted from `eos_id`, as every later document's first is. The last window is padded,
-    its padding does not count; samples past the last are all padding, so that ranks can have equal shares.
+    The first token is predicted from `eos_id`, like the first token of every later document. The last window is padded;
+    padding does not count as labels. Samples past the last are all padding, so that all ranks can read equally many.
     """
 
     def __init__(self, folder: Path, sequence_length: int, eos_id: int) -> None:
-        self.stream = _Stream(folder / "validation")
+        self.stream = _TokenStream(folder / "validation")
         self.sequence_length, self.eos_id = sequence_length, eos_id
         self.ends = np.cumsum(self.stream.lengths, dtype=np.int64)
 
@@ -245,8 +258,8 @@ class ValDataset:
         mask = np.zeros(length, dtype=np.float32)
         if stop > start:
             first = max(start - 1, 0)
-            known = self.stream.read(None, self.ends, first, stop)
-            tokens[1 - (start - first) : 1 + stop - start] = known
+            document_tokens = self.stream.read(None, self.ends, first, stop)
+            tokens[1 - (start - first) : 1 + stop - start] = document_tokens
             mask[: stop - start] = 1
         return tokens, mask
 
@@ -255,10 +268,10 @@ AnyValDataset = ValDataset | ChatValDataset
 
 
 def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens and labels, int64, and loss mask, float32, all [samples, sequence_length]."""
+    """Return tokens (int64), labels (int64) and loss mask (float32), all [samples, sequence_length]."""
     shape = len(samples), len(samples[0][1])
     tokens, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-    for row, sample in enumerate(samples):
-        tokens[row], labels[row] = sample[0][:-1], sample[0][1:]
+    for index, sample in enumerate(samples):
+        tokens[index], labels[index] = sample[0][:-1], sample[0][1:]
     mask = np.stack([sample[1] for sample in samples])
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask)

@@ -1,4 +1,4 @@
-"""Packing whole conversations into sequences of one length."""
+"""Pack complete conversations into sequences of equal length."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,33 +7,37 @@ import numpy
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of the conversations of each sequence: best fit, the longest first.
+    """Return the indices of the conversations in each sequence, by best-fit decreasing.
 
-    Each goes into the fullest sequence that has room for it. `lengths` are tokens, at most `room`, those of a
-    sequence. The result depends on them alone.
+    From the longest to the shortest, each conversation is added to the sequence with the least remaining capacity that
+    fits it. The result depends on the arguments alone.
+
+    Args:
+        lengths: tokens of each conversation, from 1 to `capacity`.
+        capacity: tokens of a sequence.
     """
     sequences: list[list[int]] = []
-    open_by_room: dict[int, list[int]] = {}
-    """Sequences with so much room left."""
-    rooms: list[int] = []
-    """The keys of `open_by_room`, rising."""
-    for number in numpy.argsort(-numpy.asarray(lengths, dtype=numpy.int64), kind="stable").tolist():
-        length = lengths[number]
-        assert 0 < length <= capacity, (number, length, capacity)
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
-            sequence, left = len(sequences), capacity
+    open_sequences: dict[int, list[int]] = {}
+    """Indices of sequences by remaining capacity."""
+    capacities: list[int] = []
+    """The keys of `open_sequences`, sorted."""
+    for index in numpy.argsort(-numpy.asarray(lengths, dtype=numpy.int64), kind="stable").tolist():
+        length = lengths[index]
+        assert 0 < length <= capacity, (index, length, capacity)
+        position = bisect_left(capacities, length)
+        if position == len(capacities):
+            sequence, remaining = len(sequences), capacity
             sequences.append([])
         else:
-            left = rooms[place]
-            sequence = open_by_room[left].pop()
-            if not open_by_room[left]:
-                del open_by_room[left], rooms[place]
-        sequences[sequence].append(number)
-        left -= length
-        if left:
-            if left not in open_by_room:
-                open_by_room[left] = []
-                insort(rooms, left)
-            open_by_room[left].append(sequence)
+            remaining = capacities[position]
+            sequence = open_sequences[remaining].pop()
+            if not open_sequences[remaining]:
+                del open_sequences[remaining], capacities[position]
+        sequences[sequence].append(index)
+        remaining -= length
+        if remaining:
+            if remaining not in open_sequences:
+                open_sequences[remaining] = []
+                insort(capacities, remaining)
+            open_sequences[remaining].append(sequence)
     return sequences

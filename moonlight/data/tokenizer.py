@@ -1,13 +1,13 @@
-"""Loading tokenizers: SentencePiece, Moonlight's tiktoken, or any Hugging Face fast tokenizer. No code of theirs runs.
+"""Load tokenizers: SentencePiece, Moonlight's tiktoken, or any Hugging Face fast tokenizer. No remote code runs.
 
-What lies in a folder decides, in this order:
+The files of a folder decide its kind, in this order:
 
 1. `tokenizer.model`: SentencePiece, if its settings are those of `moonlight tokenizer train`. With other settings
    (Llama style: a space before the text) the folder's tokenizer.json is used.
-2. `tiktoken.model`: Moonlight's own kind, with the special tokens of tokenizer_config.json.
+2. `tiktoken.model`: Moonlight's published format, with the special tokens of tokenizer_config.json.
 3. `tokenizer.json`: a Hugging Face fast tokenizer.
 
-Whatever its kind, encoding adds no [BOS] or [EOS]; preparing adds the end-of-text id after each document.
+For every kind, encoding adds no [BOS] or [EOS]; `prepare` adds the end-of-text id after each document.
 """
 
 import json
@@ -20,49 +20,50 @@ import sentencepiece
 import tokenizers
 
 from moonlight.data.tiktoken_bpe import TIKTOKEN_FILE, fast_tokenizer
-from moonlight.data.tokenizer_config import end_of_text_id, read_object, special_tokens, token_text
+from moonlight.data.tokenizer_config import CONFIG_FILE, end_of_text_id, read_object, special_tokens, token_text
 from moonlight.errors import UserError
 from moonlight.files import sha256_checksum
 
 
 class Tokenizer(ABC):
-    """A tokenizer folder, for preparing data."""
+    """A loaded tokenizer folder."""
 
     file: str
-    """Name of the file that decides the ids: tokenizer.model, tiktoken.model or tokenizer.json."""
+    """Name of the file that defines the ids: tokenizer.model, tiktoken.model or tokenizer.json."""
     sha256: str
-    """Its checksum."""
+    """SHA-256 of that file, as hex digits."""
     num_ids: int
+    """Number of ids, special ids included."""
     num_text_ids: int
-    """The largest id that encoding or the end of a text can give, plus one; special ids above it never occur."""
+    """Largest id of encoded text or end of text, plus one; special ids above it never occur in data."""
     bos_id: int | None
     eos_id: int
     eos_token: str
     specials: dict[str, int]
-    """Texts and ids of the special tokens, which encoding never gives."""
+    """Texts and ids of the special tokens, which encoding never returns."""
 
     @staticmethod
     def load(folder: Path) -> "Tokenizer":
         """Load a tokenizer folder of any kind.
 
         Raises:
-            UserError: none of the three kinds, damaged, without an end-of-text id, or with a special token that text
-                can spell.
+            UserError: the folder is of none of the three kinds, is corrupt, has no end-of-text id, or has a special
+                token that text can spell.
         """
         sentencepiece_file = folder / "tokenizer.model"
         has_json = (folder / "tokenizer.json").is_file()
         if sentencepiece_file.is_file():
             model = _read_sentencepiece(sentencepiece_file)
-            if _has_our_settings(model):
-                return _SentencePiece(model, sentencepiece_file)
+            if _keeps_text(model):
+                return _SentencePieceTokenizer(model, sentencepiece_file)
             if not has_json:
                 raise UserError(
-                    f"tokenizer {sentencepiece_file} normalizes text or adds spaces to it: a tokenizer.json beside it "
-                    "is needed, or a model with normalizer identity, no dummy prefix and no removal of whitespace"
+                    f"tokenizer {sentencepiece_file} normalizes text or adds spaces to it: add a tokenizer.json, or "
+                    "give a model with normalizer identity, no dummy prefix and no removal of whitespace"
                 )
         elif (folder / TIKTOKEN_FILE).is_file():
-            config = read_object(folder / "tokenizer_config.json")
-            return _Fast(fast_tokenizer(folder, config), folder, config, folder / TIKTOKEN_FILE)
+            config = read_object(folder / CONFIG_FILE)
+            return _FastTokenizer(fast_tokenizer(folder, config), folder, config, folder / TIKTOKEN_FILE)
         if has_json:
             return _load_json(folder)
         raise UserError(
@@ -72,21 +73,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without [BOS] or [EOS]; never a control id, whatever the text spells out."""
+        """Return the ids of `text`, without [BOS] or [EOS]. Text that spells a control token is encoded as text."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control ids give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Return the text of `ids`. Control ids become nothing, bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def token_id(self, token: str) -> int | None:
-        """Id of a token by its exact name, control tokens included."""
+        """Return the id of a token by its exact text, control tokens included, or None if it is unknown."""
 
 
-class _SentencePiece(Tokenizer):
+class _SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with the settings of `moonlight tokenizer train`."""
+
     def __init__(self, model: sentencepiece.SentencePieceProcessor, path: Path) -> None:
         if model.eos_id() < 0:
-            raise UserError(f"tokenizer {path} has no end-of-document id: an [EOS] piece is needed")
+            raise UserError(f"tokenizer {path} has no end-of-document id: it must have an [EOS] piece")
         self._model = model
         self.file, self.sha256 = path.name, sha256_checksum(path)
         self.num_ids = model.get_piece_size()
@@ -94,8 +97,8 @@ class _SentencePiece(Tokenizer):
         self.eos_id, self.eos_token = model.eos_id(), model.id_to_piece(model.eos_id())
         control = [index for index in range(self.num_ids) if model.is_control(index)]
         self.specials = {model.id_to_piece(index): index for index in control}
-        of_text = (i for i in reversed(range(self.num_ids)) if not model.is_control(i) and not model.is_unused(i))
-        self.num_text_ids = max(next(of_text, 0), self.eos_id) + 1
+        text_ids = (i for i in reversed(range(self.num_ids)) if not model.is_control(i) and not model.is_unused(i))
+        self.num_text_ids = max(next(text_ids, 0), self.eos_id) + 1
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -104,18 +107,18 @@ class _SentencePiece(Tokenizer):
         return self._model.decode(list(ids))
 
     def token_id(self, token: str) -> int | None:
-        found = self._model.piece_to_id(token)
-        return found if self._model.id_to_piece(found) == token else None
+        index = self._model.piece_to_id(token)
+        return index if self._model.id_to_piece(index) == token else None
 
 
-class _Fast(Tokenizer):
+class _FastTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, used without its post-processor, padding and truncation."""
 
     def __init__(self, fast: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], path: Path) -> None:
-        """`path` is the file that decides the ids; `config` is the folder's tokenizer_config.json.
+        """Configure `fast`. `path` is the file that defines the ids, `config` the folder's tokenizer_config.json.
 
         Raises:
-            UserError: no end-of-text id, or a special token that text can spell.
+            UserError: there is no end-of-text id, or text can spell a special token.
         """
         vocab = fast.get_vocab(with_added_tokens=True)
         self.file, self.sha256 = path.name, sha256_checksum(path)
@@ -123,8 +126,10 @@ class _Fast(Tokenizer):
         self.eos_token = next(token for token, index in vocab.items() if index == self.eos_id)
         self.num_ids = max(vocab.values()) + 1
         self.bos_id = vocab.get(token_text(config.get("bos_token")) or "")
-        named = special_tokens(config) & vocab.keys() | {self.eos_token}
-        fast.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in sorted(named)])
+        special_names = special_tokens(config) & vocab.keys() | {self.eos_token}
+        fast.add_special_tokens(
+            [tokenizers.AddedToken(name, special=True, normalized=False) for name in sorted(special_names)]
+        )
         fast.no_padding()
         fast.no_truncation()
         fast.encode_special_tokens = True
@@ -134,12 +139,12 @@ class _Fast(Tokenizer):
         for index, token in specials.items():
             if index != unknown and not specials.keys().isdisjoint({*self.encode(token.content)} - {unknown}):
                 raise UserError(
-                    f"tokenizer {path} gives the control id {index} to text that spells {token.content!r}: a tokenizer "
-                    "is needed that encodes it as letters, such as byte-level BPE"
+                    f"tokenizer {path} gives the control id {index} to text that spells {token.content!r}: give a "
+                    "tokenizer that encodes it as text, such as byte-level BPE"
                 )
         self.specials = {token.content: index for index, token in specials.items() if index != unknown}
-        never = specials.keys() - {self.eos_id, unknown}
-        self.num_text_ids = max(set(vocab.values()) - never) + 1
+        unused = specials.keys() - {self.eos_id, unknown}
+        self.num_text_ids = max(set(vocab.values()) - unused) + 1
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -147,10 +152,10 @@ class _Fast(Tokenizer):
         except BaseException as error:
             if not _is_panic(error):
                 raise
-            # The library ends so when its regular expressions search for too long.
+            # The library panics when a match of its regular expressions takes too many steps.
             raise UserError(
-                f"a document of {len(text)} characters, {text[:30]!r}..., cannot be cut into words ({error}): cut it "
-                "into shorter documents"
+                f"a document of {len(text)} characters, {text[:30]!r}..., cannot be split into words ({error}): split "
+                "it into shorter documents"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -165,20 +170,20 @@ def _load_json(folder: Path) -> Tokenizer:
     read_object(path)
     try:
         fast = tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises plain exceptions, and panics
+    except BaseException as error:  # the library raises plain exceptions and panics
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
         raise UserError(f"tokenizer {path} is not a Hugging Face fast tokenizer: {error}") from None
-    return _Fast(fast, folder, read_object(folder / "tokenizer_config.json"), path)
+    return _FastTokenizer(fast, folder, read_object(folder / CONFIG_FILE), path)
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the tokenizers library ended in a way that it did not foresee."""
+    """Return whether the tokenizers library panicked; a panic is no `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 def _unknown_id(fast: tokenizers.Tokenizer) -> int | None:
-    """The id that text outside the vocabulary gets, if there is one: the only special id that text may give."""
+    """Return the id of text outside the vocabulary, or None. It is the only special id that text may become."""
     if isinstance(fast.model, tokenizers.models.Unigram):
         return json.loads(fast.to_str())["model"]["unk_id"]
     return None if fast.model.unk_token is None else fast.token_to_id(fast.model.unk_token)
@@ -191,8 +196,8 @@ def _read_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
 
 
-def _has_our_settings(model: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the model takes text as it is, so that decoding gives it back."""
+def _keeps_text(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Return whether the model does not normalize text, so that decoding restores it."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()

@@ -1,10 +1,10 @@
-"""Training SentencePiece BPE, and the Hugging Face fast tokenizer that gives the same ids.
+"""Train SentencePiece BPE, and write the Hugging Face fast tokenizer with the same ids.
 
-A trained folder holds `tokenizer.model` (SentencePiece; what preparing uses), `tokenizer.json` with its two config
-files and `chat_template.jinja` (what transformers and the servers use), and `manifest.json`.
+A trained folder contains `tokenizer.model` (SentencePiece, used by `moonlight data prepare`), `tokenizer.json` with its
+two config files and `chat_template.jinja` (used by transformers and servers), and `manifest.json`.
 
-U+2581 in text gets the ids of a space, because SentencePiece writes spaces so: it is the only character that does not
-survive a round trip.
+U+2581 in text gets the ids of a space, because SentencePiece represents spaces by it. It is the only character that
+does not survive a round trip.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES
+from moonlight.data.chat_template import CHAT_TEMPLATE, CONTROL_PIECES, TEMPLATE_FILE
 from moonlight.data.documents import fingerprint, iter_files, read_records
-from moonlight.data.manifest import check_same
+from moonlight.data.manifest import MANIFEST_FILE, check_same
+from moonlight.data.tokenizer_config import CONFIG_FILE
 from moonlight.errors import UserError
 from moonlight.files import atomic_folder, atomic_write_text, sha256_checksum, write_json
 
@@ -27,9 +28,9 @@ _SPACE = "\u2581"
 _MAX_PIECE_LENGTH = 32
 _MAX_TRAINING_BYTES = 100_000_000
 _SLICE_CHARACTERS = 100_000
-# A word carries the whitespace before it: "\n        return" can be one piece; none spans two words.
+# A word includes the whitespace before it: "\n        return" can be one piece. No piece spans two words.
 _WORD = re.compile(r"\s*\S{1,64}|\s+")
-# Tabs end a sentence inside SentencePiece's trainer: they are trained as a noncharacter, then renamed.
+# SentencePiece's trainer ends a sentence at a tab, so tabs are trained as a noncharacter and then renamed.
 _TAB_STAND_IN = "\ufdd0"
 
 
@@ -42,27 +43,30 @@ def train_tokenizer(
     threads: int = 1,
     max_training_bytes: int = _MAX_TRAINING_BYTES,
 ) -> None:
-    """Train a tokenizer on `inputs` and write its folder `out`; say so and return if it is there already.
+    """Train a tokenizer on `inputs` and write its folder `out`; if `out` already has it, print so and return.
 
-    The same inputs and settings give the same bytes, whatever `threads` is. Of inputs larger than
-    `max_training_bytes` a part of about that size is used: slices of documents chosen by the hash of their
-    text.
+    The files are byte-identical for the same inputs and settings and any number of threads. If the inputs are larger
+    than `max_training_bytes`, about that much is used: slices of documents, chosen by the hash of their text.
 
     Args:
+        inputs: files and folders of text, JSONL or Parquet.
         vocab_size: number of ids, control and byte pieces included.
+        out: folder to write.
         text_field: JSONL key or Parquet column that holds the text.
+        threads: threads of SentencePiece's trainer.
+        max_training_bytes: bytes of text to train on, about.
 
     Raises:
-        UserError: inputs missing or without text, vocab_size too large or too small for them, or `out` exists
-            with something else in it.
+        UserError: inputs are missing or have no text, vocab_size is too large or too small for them, or `out` exists
+            with different content.
     """
     if not 0 < vocab_size < 2**31:
         raise UserError(f"vocab_size is {vocab_size}: it must be from 1 to {2**31 - 1}, for example 32000")
     files = iter_files(inputs)
     settings = {"vocab_size": vocab_size, "text_field": text_field, "max_training_bytes": max_training_bytes}
-    wanted = {"version": _VERSION, "settings": settings, "inputs_sha256": fingerprint(files)}
+    expected = {"version": _VERSION, "settings": settings, "inputs_sha256": fingerprint(files)}
     if out.exists():
-        check_same(out, wanted)
+        check_same(out, expected)
         print(f"{out}: this tokenizer has been trained already")
         return
     size = sum(file.stat().st_size for file in files)
@@ -70,7 +74,7 @@ def train_tokenizer(
     if not words:
         names = ", ".join(map(str, inputs)) or "(none)"
         raise UserError(
-            f"inputs {names}: no text to train a tokenizer on ({bad} records cannot be used); give UTF-8 text, or "
+            f"inputs {names}: no text to train a tokenizer on ({bad} records are unusable); give UTF-8 text, or "
             f"JSONL or Parquet with the field {text_field!r}"
         )
     model = _train_model(words, vocab_size, threads)
@@ -78,11 +82,11 @@ def train_tokenizer(
         (part / "tokenizer.model").write_bytes(model)
         _write_hugging_face(part, sentencepiece.SentencePieceProcessor(model_proto=model))
         checksums = {f"{name}_sha256": sha256_checksum(part / name) for name in ("tokenizer.model", "tokenizer.json")}
-        write_json(part / "manifest.json", {**wanted, "files": len(files), "bad_records": bad, **checksums})
+        write_json(part / MANIFEST_FILE, {**expected, "files": len(files), "bad_records": bad, **checksums})
 
 
-def _count_words(files: Sequence[Path], text_field: str, share: float) -> tuple[Counter[str], int]:
-    """How often each word occurs in about `share` of the text, and the number of bad records."""
+def _count_words(files: Sequence[Path], text_field: str, fraction: float) -> tuple[Counter[str], int]:
+    """Return the count of each word in about `fraction` of the text, and the number of bad records."""
     words: Counter[str] = Counter()
     bad = 0
     for file in files:
@@ -93,13 +97,13 @@ def _count_words(files: Sequence[Path], text_field: str, share: float) -> tuple[
             for start in range(0, len(record.text), _SLICE_CHARACTERS):
                 text = record.text[start : start + _SLICE_CHARACTERS]
                 digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                if int.from_bytes(digest, "big") < share * 2**64:
+                if int.from_bytes(digest, "big") < fraction * 2**64:
                     words.update(_WORD.findall(text))
     return words, bad
 
 
 def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
-    """A serialised SentencePiece model; its bytes depend on `words` and `vocab_size` alone."""
+    """Return a serialized SentencePiece model; its bytes depend on `words` and `vocab_size` alone."""
     from sentencepiece import sentencepiece_model_pb2
 
     stream = io.BytesIO()
@@ -115,7 +119,7 @@ def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
             remove_extra_whitespaces=False,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
-            # _WORD has cut the text already; within a word anything may merge.
+            # _WORD has already split the text; within a word, any pieces may merge.
             split_by_whitespace=False,
             split_by_unicode_script=False,
             split_by_number=False,
@@ -130,10 +134,10 @@ def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
-            raise UserError(f"vocab_size is {vocab_size}: these inputs can teach at most {found[1]} ids") from None
-        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise UserError(f"vocab_size is {vocab_size}: these inputs need at least {found[1]} ids") from None
+        if match := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
+            raise UserError(f"vocab_size is {vocab_size}: these inputs support at most {match[1]} ids") from None
+        if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(f"vocab_size is {vocab_size}: these inputs need at least {match[1]} ids") from None
         raise
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(stream.getvalue())
@@ -144,7 +148,7 @@ def _train_model(words: Counter[str], vocab_size: int, threads: int) -> bytes:
 
 
 def _sentences(words: Counter[str]) -> Iterator[str]:
-    """Words with their counts in SentencePiece's tab-separated form, in an order that they alone decide."""
+    """Yield words with their counts as tab-separated lines, from the most frequent; ties are in alphabetical order."""
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
         if "\0" not in word and _TAB_STAND_IN not in word:
             yield f"{word.replace(chr(9), _TAB_STAND_IN)}\t{count}"
@@ -158,12 +162,12 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
     assert len(vocab) == model.get_piece_size()
     reserved = [piece for piece, index in vocab.items() if model.is_control(index) or model.is_unknown(index)]
     normal = {piece for piece, index in vocab.items() if not (piece in reserved or model.is_byte(index))}
-    # Ids of normal pieces rise as scores fall, so this is the order in which SentencePiece prefers to merge.
+    # Ids of normal pieces increase as scores decrease, so this is SentencePiece's order of merges.
     merges = [
-        (piece[:cut], piece[cut:])
+        (piece[:split], piece[split:])
         for piece in sorted(normal, key=vocab.__getitem__)
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
+        for split in range(1, len(piece))
+        if piece[:split] in normal and piece[split:] in normal
     ]
     unknown = model.id_to_piece(model.unk_id())
     fast = tokenizers.Tokenizer(
@@ -177,7 +181,7 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
     special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": unknown}
     write_json(folder / "special_tokens_map.json", {**special, "additional_special_tokens": list(CONTROL_PIECES)})
     write_json(
-        folder / "tokenizer_config.json",
+        folder / CONFIG_FILE,
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
@@ -186,4 +190,4 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
             "clean_up_tokenization_spaces": False,
         },
     )
-    atomic_write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    atomic_write_text(folder / TEMPLATE_FILE, CHAT_TEMPLATE)

@@ -258,9 +258,7 @@ def check_optimizer(folder: Path, content: dict[str, Any], config: RunConfig) ->
         raise UserError(f"checkpoint {folder} holds weights only: set train.initial_checkpoint of a new run to it")
     optimizer = content["recipe"]["optimizer"]["name"]
     if optimizer != config.optimizer.name:
-        raise UserError(
-            f"checkpoint {folder} holds the state of {optimizer}: the recipe has optimizer {config.optimizer.name}"
-        )
+        raise UserError(f"checkpoint {folder} holds the state of {optimizer}; the recipe has {config.optimizer.name}")
 
 
 def complete_checkpoints(path: Path) -> list[Path]:
@@ -279,9 +277,7 @@ def resolve_checkpoint(path: Path, step: int | None = None) -> Path:
         UserError: no such checkpoint exists.
     """
     if re.fullmatch(r"\..+\.part", path.resolve().name):
-        raise UserError(
-            f"{path} is a partial checkpoint, still being written or left by a killed process: give another"
-        )
+        raise UserError(f"{path} is partial: it is still being written, or a killed process left it; give another")
     if step is not None:
         by_step = {checkpoint_step(folder): folder for folder in complete_checkpoints(path)}
         if step not in by_step:

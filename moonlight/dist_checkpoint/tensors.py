@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint, written and read by all ranks in torch's distributed checkpoint format.
+"""Write and read the tensors of a checkpoint with all ranks, in torch's distributed checkpoint format.
 
-What is on the disk is rectangles of whole tensors, and an index of them. Ranks may hold other rectangles when they read
-than those that were written. Writing has three parts, so that only the first needs all ranks at the same time: a plan
-of who writes what, a file by each rank, and the index, which one rank makes from what all say of their files.
+The files hold chunks of global tensors and an index of the chunks. When ranks read, they may hold other chunks than
+those that were written. Writing has three phases: all ranks plan which rank writes which chunks, each rank writes a
+file, and one rank writes the index from the file descriptions of all ranks. Only the first phase is collective.
 """
 
 import contextlib
@@ -32,49 +32,51 @@ from moonlight.dist_checkpoint.direct_io import DirectFile
 from moonlight.dist_checkpoint.index import (
     INDEX_FILE,
     IndexReader,
-    reraise_cause,
     global_shapes,
     is_covered,
     read_index,
+    reraise_cause,
 )
 from moonlight.errors import UserError
 from moonlight.files import fsync, xxh3_checksum
 
 TENSOR_ALIGNMENT = 64
-"""Of every stored tensor, so that it can be used where it lies (`StoredTensors`)."""
-TURNING_THREADS = 2
-"""One turns matrices at 2 GB/s, which is slower than a good disk."""
+"""Alignment of every stored tensor, in bytes, so that it can be memory-mapped (`StoredTensors`)."""
+TRANSPOSE_THREADS = 2
+"""One thread transposes matrices at 2 GB/s, which is slower than a good disk."""
 PIECE_BYTES = 4 << 20
+"""Size of the pieces in which a matrix is transposed, in bytes."""
 PIECES_AHEAD = 4
-"""Turned matrices, or pieces of one, that wait for those before them to be written."""
+"""Maximum number of transposed pieces that wait to be written."""
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Who writes which rectangles; the same for every save of a run."""
+    """Which rank writes which chunks; the same for every save of a run."""
 
     local: SavePlan
+    """Plan of this rank."""
     all_ranks: list[SavePlan]
-    """Those of all ranks, on rank 0."""
+    """Plans of all ranks, on rank 0; empty on the others."""
     metadata: Metadata | None
-    """Of the whole checkpoint, but for the places in its files; on rank 0."""
+    """Index of the checkpoint without positions in files, on rank 0; None on the others."""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What a rank says of the file that it wrote."""
+    """Description of the file that a rank wrote."""
 
     name: str
     bytes: int
     xxh3: str
     spans: list[tuple[int, int]]
-    """Offset and length in bytes of each rectangle, in the order of the rank's plan."""
+    """Offset and length of each chunk in bytes, in the order of the rank's plan."""
 
 
 def plan_save(state: Mapping[str, LocalChunks | LazyTensor]) -> WritePlan:
-    """Share out the rectangles that all ranks hold together; what several hold, one writes. All ranks call it.
+    """Assign the chunks that all ranks hold to the ranks; each replica is written once. Collective.
 
-    Without a process group this process holds all of them.
+    Without a process group, this process holds and writes all chunks.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(state), None, _rank() == 0)
@@ -87,63 +89,69 @@ def plan_save(state: Mapping[str, LocalChunks | LazyTensor]) -> WritePlan:
     if _rank() == 0:
         plans, index = planner.create_global_plan(gathered)
         for key, entry in index.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata) and is_covered(entry), f"{key}: elements that no rank holds"
-    mine = [plans[0]]
+            assert isinstance(entry, TensorStorageMetadata) and is_covered(entry), (
+                f"{key}: no rank holds some of its elements"
+            )
+    scattered = [plans[0]]
     if dist.is_initialized():
-        dist.scatter_object_list(mine, plans)
-    return WritePlan(mine[0], plans if index else [], index)
+        dist.scatter_object_list(scattered, plans)
+    return WritePlan(scattered[0], plans if index else [], index)
 
 
 def write_file(
     folder: Path,
     plan: SavePlan,
-    values_at: Callable[[MetadataIndex], torch.Tensor],
-    stopped: Callable[[], bool] = lambda: False,
+    get_values: Callable[[MetadataIndex], torch.Tensor],
+    is_canceled: Callable[[], bool] = lambda: False,
 ) -> WrittenFile:
-    """Write this rank's rectangles to a file of its own in `folder`, flushed to the disk.
+    """Write this rank's chunks to one file in `folder`, flushed to disk.
 
-    Its checksum is made on the way, of what goes to the disk. There is one pass over the data, and no copy but, a few
-    megabytes at a time, of what does not lie row after row in host memory.
+    The data is read once: the checksum is computed from the bytes that go to disk. Only tensors that are not contiguous
+    in host memory are copied, a few megabytes at a time.
 
     Args:
-        stopped: is asked before each tensor; True ends the work.
+        get_values: returns the values of a chunk of `plan`.
+        is_canceled: called before each tensor; True stops the write.
 
     Raises:
-        OSError: it cannot be written, or `stopped` said so; there is no file then.
+        OSError: the file cannot be written, or `is_canceled` returned True; the file is deleted.
     """
     path = folder / f"__{_rank()}_0.distcp"
-    places = []
+    spans = []
     try:
-        with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TURNING_THREADS) as pool:
-            file, turner = _Hashed(raw), _Transposer(pool)
+        with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TRANSPOSE_THREADS) as pool:
+            file, transposer = _HashedFile(raw), _Transposer(pool)
             for item in plan.items:
-                if stopped():
-                    raise InterruptedError(errno.EINTR, "given up")
+                if is_canceled():
+                    raise InterruptedError(errno.EINTR, "canceled")
                 file.write(bytes(-file.size % TENSOR_ALIGNMENT))
-                begin = file.size
-                _write(values_at(item.index), file, turner)
-                places.append((begin, file.size - begin))
+                start = file.size
+                _write(get_values(item.index), file, transposer)
+                spans.append((start, file.size - start))
             raw.sync()
     except BaseException:
-        path.unlink(missing_ok=True)  # so that there is room to say so
+        path.unlink(missing_ok=True)  # free space so the error can be logged
         raise
-    return WrittenFile(path.name, file.size, file.digest.hexdigest(), places)
+    return WrittenFile(path.name, file.size, file.digest.hexdigest(), spans)
 
 
 def write_index(folder: Path, plan: WritePlan, written: list[WrittenFile]) -> dict[str, dict[str, Any]]:
-    """Write the index of the files that all ranks wrote, from rank 0 on; by rank 0.
+    """Write the index of the files of all ranks. Only rank 0 calls it.
+
+    Args:
+        written: the files, in rank order.
 
     Returns:
-        Size and checksum by name of these files and of the index: what `state.json` says of them.
+        Size and checksum of these files and of the index, by name, as `state.json` holds them.
     """
     assert plan.metadata is not None
     storage = {
-        item.index: _StorageInfo(file.name, *place)
-        for of_rank, file in zip(plan.all_ranks, written, strict=True)
-        for item, place in zip(of_rank.items, file.spans, strict=True)
+        item.index: _StorageInfo(file.name, *span)
+        for rank_plan, file in zip(plan.all_ranks, written, strict=True)
+        for item, span in zip(rank_plan.items, file.spans, strict=True)
     }
-    results = [WriteResult(index, place.length, place) for index, place in storage.items()]
-    # A copy, because torch completes the index that it is given.
+    results = [WriteResult(index, info.length, info) for index, info in storage.items()]
+    # A copy, because torch modifies the metadata that it gets.
     _IndexWriter(folder).finish(dataclasses.replace(plan.metadata), [results])
     path = folder / INDEX_FILE
     fsync(path)
@@ -152,57 +160,57 @@ def write_index(folder: Path, plan: WritePlan, written: list[WrittenFile]) -> di
 
 
 def save_tensors(folder: Path, state: Mapping[str, LocalChunks | LazyTensor]) -> dict[str, dict[str, Any]]:
-    """Write the whole tensors that all ranks hold together into `folder`, each rank a file of its own.
+    """Write the global tensors that all ranks hold into `folder`, one file a rank. Collective.
 
     Returns:
-        Size and checksum of every file by its name, on rank 0; nothing on the others.
+        Size and checksum of every file by name, on rank 0; an empty dict on the others.
 
     Raises:
-        OSError: on the rank that cannot write.
+        OSError: this rank cannot write; not raised on other ranks.
     """
     plan = plan_save(state)
-    own = write_file(folder, plan.local, lambda index: state[index.fqn].__get_tensor_shard__(index))
-    written: list[Any] = [own] * _world_size()
+    local_file = write_file(folder, plan.local, lambda index: state[index.fqn].__get_tensor_shard__(index))
+    written: list[Any] = [local_file] * _world_size()
     if dist.is_initialized():
-        dist.all_gather_object(written, own)
+        dist.all_gather_object(written, local_file)
     return write_index(folder, plan, written) if _rank() == 0 else {}
 
 
 class _IndexWriter(dcp.FileSystemWriter):
-    """Torch's writer of the index, which depends on the checkpoint alone: no path and no random number in it."""
+    """Torch's index writer, without the storage metadata: the index holds no path and no random number."""
 
     def storage_meta(self) -> None:
         return None
 
 
-class _Hashed:
-    """A file as `torch.save` writes to one; its size and checksum grow with it."""
+class _HashedFile:
+    """File object for `torch.save` that updates size and checksum with every write."""
 
     def __init__(self, file: DirectFile) -> None:
         self._file, self.size, self.digest = file, 0, xxhash.xxh3_128()
-        self.instead: tuple[int, Iterator[memoryview]] | None = None
-        """What is to be written in place of the memory at an address."""
+        self.replacement: tuple[int, Iterator[memoryview]] | None = None
+        """(address, pieces): the next write of memory at this address writes the pieces instead."""
 
     def write(self, data: Any) -> int:
         raw = memoryview(data)
-        begin = self.size
+        start = self.size
         pieces: Iterable[memoryview] = [raw]
-        if self.instead is not None and np.frombuffer(raw, np.uint8).ctypes.data == self.instead[0]:
-            pieces, self.instead = self.instead[1], None
+        if self.replacement is not None and np.frombuffer(raw, np.uint8).ctypes.data == self.replacement[0]:
+            pieces, self.replacement = self.replacement[1], None
         for piece in pieces:
             self._file.write(piece)
             self.digest.update(piece)
             self.size += piece.nbytes
-        assert self.size - begin == raw.nbytes
+        assert self.size - start == raw.nbytes
         return raw.nbytes
 
     def flush(self) -> None:
-        """As torch asks of a file."""
+        """Do nothing; torch requires the method."""
 
 
 @contextlib.contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Leave out the checksum that torch puts beside each tensor and never compares; the whole file has a better one."""
+    """Omit the CRC32 that torch stores with each tensor and never compares; `state.json` has a checksum of the file."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -211,57 +219,58 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _write(values: torch.Tensor, file: _Hashed, turner: "_Transposer") -> None:
-    """Append a tensor; what does not lie row after row in host memory is turned on the way.
+def _write(values: torch.Tensor, file: _HashedFile, transposer: "_Transposer") -> None:
+    """Append a tensor in row-major order; transpose it if it is not contiguous in host memory.
 
-    Torch wants a storage as large as the tensor. New memory costs more than turning, so it gets one that nothing is
-    ever written to (the system has no memory behind that), and the file gets the turned pieces in its place.
+    `torch.save` needs a storage as large as the tensor. Allocating new memory costs more than transposing. So torch
+    gets an allocation that is never touched, which has no physical memory, and the file writes the transposed pieces
+    instead.
     """
     values = values.cpu()
-    turned = None if values.is_contiguous() else turner.row_major_pieces(values)
-    if turned is None:
+    pieces = None if values.is_contiguous() else transposer.row_major_pieces(values)
+    if pieces is None:
         raw = values.reshape(-1).view(torch.uint8).numpy()
     else:
         raw = np.empty(values.nbytes, np.uint8)
-        file.instead = raw.ctypes.data, turned
+        file.replacement = raw.ctypes.data, pieces
     try:
-        # Through numpy, it is a storage of its own, of which torch.save writes no more than this.
+        # A tensor made from the numpy array has its own storage, so torch.save writes only these bytes.
         torch.save(torch.from_numpy(raw).view(values.dtype).view(values.shape), file)  # type: ignore[arg-type]
     except RuntimeError as error:
-        # Of a disk that takes no more, and of Ctrl-C, torch only says that its archive is not where it should be.
+        # On a full disk and on Ctrl-C, torch only reports an unexpected position in its archive.
         if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
             raise error.__context__ from None
         raise
-    assert file.instead is None
+    assert file.replacement is None
 
 
 class _Transposer:
-    """Puts tensors that lie otherwise row after row, a few megabytes at a time, the next ones in the meantime."""
+    """Copy tensors to row-major order, a few megabytes at a time; threads prepare the next pieces."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
-        # Used again and again: the first touch of new memory takes as long as turning what goes there.
-        self._memory = [np.empty(0, np.uint8)] * (PIECES_AHEAD + 1)
+        # Reused: the first touch of new memory takes as long as transposing into it.
+        self._buffers = [np.empty(0, np.uint8)] * (PIECES_AHEAD + 1)
 
     def row_major_pieces(self, values: torch.Tensor) -> Iterator[memoryview]:
-        """The bytes of a tensor; each piece holds until the next one is asked for.
+        """Yield the bytes of a tensor; a piece is valid until the next one is requested.
 
-        Matrix by matrix, because torch turns matrices several times as fast as stacks of them.
+        A stack is split into its matrices, because torch transposes matrices several times as fast as stacks of them.
         """
-        parts = values if values.dim() == 3 else values.split(max(1, PIECE_BYTES // values[0].nbytes))
-        under_way: deque[Future[memoryview]] = deque()
-        for index, part in enumerate(parts):
-            under_way.append(self._pool.submit(self._turn, part, index % len(self._memory)))
-            if len(under_way) == len(self._memory):
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        pieces = values if values.dim() == 3 else values.split(max(1, PIECE_BYTES // values[0].nbytes))
+        in_flight: deque[Future[memoryview]] = deque()
+        for index, piece in enumerate(pieces):
+            in_flight.append(self._pool.submit(self._transpose, piece, index % len(self._buffers)))
+            if len(in_flight) == len(self._buffers):
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
 
-    def _turn(self, part: torch.Tensor, place: int) -> memoryview:
-        if self._memory[place].nbytes < part.nbytes:
-            self._memory[place] = np.empty(part.nbytes, np.uint8)
-        raw = self._memory[place][: part.nbytes]
-        torch.from_numpy(raw).view(part.dtype).view(part.shape).copy_(part)
+    def _transpose(self, piece: torch.Tensor, index: int) -> memoryview:
+        if self._buffers[index].nbytes < piece.nbytes:
+            self._buffers[index] = np.empty(piece.nbytes, np.uint8)
+        raw = self._buffers[index][: piece.nbytes]
+        torch.from_numpy(raw).view(piece.dtype).view(piece.shape).copy_(piece)
         return raw.data
 
 
@@ -274,12 +283,12 @@ def _world_size() -> int:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Torch's planner, which by itself looks for rectangles in tensors only."""
+    """Torch's planner, extended to `LocalChunks`; the original only finds chunks of tensors."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        # Torch's own replaces everything in `state_dict` that it does not know by None.
+        # Torch's method replaces every value of `state_dict` of an unknown type by None.
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
@@ -287,13 +296,13 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = True) -> None:
-    """Fill every rectangle of `state` from the checkpoint in `folder`. All ranks call it, each with its own part.
+    """Fill every chunk of `state` from the checkpoint in `folder`. Collective; each rank passes its local chunks.
 
     Args:
-        strict: False accepts a checkpoint that holds more, such as momenta.
+        strict: False accepts a checkpoint that holds more tensors, such as momenta.
 
     Raises:
-        UserError: the checkpoint cannot be read, or the tensors of all ranks together are not those it holds.
+        UserError: the checkpoint cannot be read, or names or shapes of its tensors differ from those of all ranks.
     """
     _check_names_and_shapes(folder, global_shapes(read_index(folder)), state, strict)
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -302,29 +311,29 @@ def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = 
 
 
 def _check_names_and_shapes(
-    folder: Path, there: dict[str, tuple[int, ...]], state: dict[str, LocalChunks], strict: bool
+    folder: Path, stored: dict[str, tuple[int, ...]], state: dict[str, LocalChunks], strict: bool
 ) -> None:
-    """Compare the whole tensors of a checkpoint with those of all ranks together; every rank raises the same."""
-    shapes = {key: held.shape for key, held in state.items()}
-    of_ranks = [shapes] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, shapes)
-    wanted = {key: shape for of_rank in of_ranks for key, shape in of_rank.items()}
-    if missing := wanted.keys() - there.keys():
+    """Compare the global tensors of a checkpoint with those of all ranks; all ranks raise the same error."""
+    shapes = {key: chunks.shape for key, chunks in state.items()}
+    gathered = [shapes] * dist.get_world_size()
+    dist.all_gather_object(gathered, shapes)
+    expected = {key: shape for rank_shapes in gathered for key, shape in rank_shapes.items()}
+    if missing := expected.keys() - stored.keys():
         raise UserError(
             f"checkpoint {folder} lacks {_names(missing)}, which the run needs: was a parameter frozen when it was "
-            "saved, or added since? continue it with the model and the optimizer that it was saved from"
+            "saved, or added since? resume with the model and the optimizer of the checkpoint"
         )
-    if strict and (unknown := there.keys() - wanted.keys()):
+    if strict and (unknown := stored.keys() - expected.keys()):
         raise UserError(
             f"checkpoint {folder} holds {_names(unknown)}, which the run does not have: was a parameter frozen or "
-            "removed since it was saved? continue it with the model and the optimizer that it was saved from"
+            "removed since it was saved? resume with the model and the optimizer of the checkpoint"
         )
-    for key, shape in wanted.items():
-        if there[key] != shape:
-            raise UserError(f"checkpoint {folder} holds {key} with shape {there[key]}, the run has {shape}")
+    for key, shape in expected.items():
+        if stored[key] != shape:
+            raise UserError(f"checkpoint {folder} holds {key} with shape {stored[key]}, the run has {shape}")
 
 
 def _names(keys: set[str]) -> str:
-    """The first few of `keys`, and how many more there are."""
+    """Return the first four of `keys` as text, and the number of the others."""
     first = sorted(keys)[:4]
     return ", ".join(first) + (f" and {len(keys) - len(first)} more" if len(keys) > len(first) else "")

@@ -1,29 +1,29 @@
-"""Rows at a time, for twins that pass several times over what the caches of a CPU still hold."""
+"""Blocks of rows: torch references make several passes over a block while it is in the caches of a CPU."""
 
 from collections.abc import Iterator
 
 import torch
 
 BLOCK_ELEMENTS = 2**18
-"""Elements of one tensor in a block: 1 MiB in float32. Smaller blocks lose more to the start of operations than they
-save."""
+"""Elements of one tensor in a block: 1 MiB in float32. Smaller blocks lose more time to the overhead of operations than
+they save."""
 
 
 def row_blocks(rows: int, width: int, block_elements: int | None = None) -> Iterator[slice]:
-    """Slices that cover `rows` rows of `width` elements."""
+    """Yield slices of rows that cover `rows` rows of `width` elements, of at most `block_elements` or one row each."""
     step = max(1, (block_elements or BLOCK_ELEMENTS) // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def float_block(source: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Where float32 results for `rows` of `whole` can be written: those rows themselves, or else scratch."""
+    """Return float32 memory for results of these rows: the rows of a float32 `source`, otherwise a new tensor."""
     block = source[rows]
     return block if block.dtype == torch.float32 else torch.empty(block.shape, device=block.device)
 
 
 def store(target: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
-    """Round scratch from `float_block` into its place; nothing where the block is that place."""
+    """Round a block from `float_block` into the rows of `target`. A float32 target already holds the block."""
     if target.dtype != torch.float32:
         target[rows] = block
 
@@ -31,7 +31,7 @@ def store(target: torch.Tensor, rows: slice, block: torch.Tensor) -> None:
 def add_(total: torch.Tensor, values: torch.Tensor) -> None:
     """total += values, of the same shape and any dtypes.
 
-    Torch on a CPU first makes a copy of `values` in the dtype of `total`; block by block it needs no new memory.
+    On a CPU, torch first copies `values` to the dtype of `total`. In blocks, that takes little memory.
     """
     if total.dtype == values.dtype or total.is_cuda or not total.dim():
         total.add_(values)
@@ -41,10 +41,10 @@ def add_(total: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def new_like(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An empty contiguous tensor of the same shape, in `dtype` or the same dtype, whatever strides `like` has."""
+    """Return an empty contiguous tensor with the shape of `like`, in `dtype` or its dtype."""
     return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, whose elements of a row must lie side by side; rows may lie apart, as those of half a tensor do."""
+    """Return `x` with contiguous rows, copied if necessary. Rows may be apart, as in half of a tensor."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,15 +1,15 @@
-"""Sizes in which the pass through the model goes to work, which the plan has to know too."""
+"""Chunk sizes of the forward and backward pass. `moonlight plan` uses them too, so this module needs no torch."""
 
 EXPERT_ROW_ALIGNMENT = {"cpu": 32, "cuda": 8, "meta": 8}
-"""Tokens of which every expert's run is a multiple. oneDNN compiles a product for every new size, which takes as long
-as ten such products, so there must be few; on a GPU 16 bytes suffice."""
+"""Each expert's segment of tokens is padded to a multiple of this, by device. oneDNN compiles a product for every new
+size, which takes as long as ten such products, so sizes must be few. On a GPU, 16 bytes suffice."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits of a chunk, 32 MiB in bfloat16, as long as that is LEAST_ROWS tokens."""
+"""Number of logits in a chunk, 32 MiB in bfloat16, if that is at least MIN_ROWS tokens."""
 MIN_ROWS = 1024
-"""Of a chunk: the gradient of the weight is as large as 163,840 columns, and is added to once a chunk."""
+"""Minimum number of tokens in a chunk: each chunk adds to the full weight gradient, 163,840 rows in Moonlight."""
 
 
 def logits_chunk_rows(vocabulary: int) -> int:
-    """Tokens whose logits, each `vocabulary` on this rank, are there at once."""
+    """Return the number of tokens in a chunk of logits; `vocabulary` is this rank's part."""
     return max(MIN_ROWS, CHUNK_ELEMENTS // vocabulary)

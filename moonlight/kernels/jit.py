@@ -1,4 +1,4 @@
-"""Triton where there is one: a CPU build of torch comes without, and only the torch twins run there."""
+"""Triton if it is installed. CPU builds of torch come without it, and then only the torch references run."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     triton = tl = None
 
     def jit(function: Any) -> Any:
-        """Leave a kernel as it is: nothing launches it."""
+        """Return a kernel unchanged: without Triton, nothing launches it."""
         return function
 
 

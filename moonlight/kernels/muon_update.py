@@ -1,45 +1,48 @@
-"""The element-wise passes of an update over large tensors: momentum before Newton-Schulz, weights after it.
+"""Fused element-wise passes of an update: momentum before Newton-Schulz, weights after it.
 
-Every operation is float32 and rounds as its torch reference in `moonlight.optim.update_rules` and
-`moonlight.optim.master_weights`, which also choose between the two. Multiplications and additions round separately,
-except sums with a factor, which torch fuses (`tl.fma` here); `enable_fp_fusion=False` keeps the compiler from fusing
-others.
+Every operation is float32 and rounds like its torch reference in `moonlight.optim.update_rules` and
+`moonlight.optim.master_weights`. These modules also select the reference or the kernel.
+
+Multiplications and additions round separately, except for sums with a factor, which torch fuses (`tl.fma` here).
+`enable_fp_fusion=False` prevents the compiler from fusing others.
 """
 
-from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
 
 from moonlight.kernels.jit import jit, tl, triton
 
 BLOCK = 4096
-"""Elements of a program."""
+"""Elements per program."""
 NUM_WARPS = 8
 
 Tensor = torch.Tensor
 
 
 def fused_momentum(
-    gradient: Tensor, momentum: Tensor, matrix_elements: int, *, factor: float, nesterov: bool, scale: float
+    grad: Tensor, momentum: Tensor, matrix_elements: int, *, factor: float, nesterov: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Advance a momentum and return what `rules.muon_directions` returns, with the Frobenius norm of each matrix.
+    """Update a momentum; return the direction of `update_rules.update_momentum` and the Frobenius norm of each matrix.
 
     Args:
-        gradient: any shape and floating dtype, contiguous: matrices of `matrix_elements` one after another.
-        momentum: float32 or bfloat16, contiguous, changed.
+        grad: any shape and floating dtype, contiguous: consecutive matrices of `matrix_elements` elements.
+        momentum: float32 or bfloat16, contiguous, updated in place.
+        factor: mu of the momentum.
+        scale: multiplies the gradient (clipping).
 
     Returns:
-        The direction, float32 of the gradient's shape, and float32 [matrices], summed in an order that depends on
-        `matrix_elements` alone.
+        The direction, float32 in the shape of `grad`, and the norms, float32 [matrices]. The order of their sums
+        depends on `matrix_elements` alone.
     """
-    count, blocks = gradient.numel() // matrix_elements, triton.cdiv(matrix_elements, BLOCK)
-    assert count * matrix_elements == gradient.numel() == momentum.numel(), (gradient.shape, matrix_elements)
-    assert gradient.is_contiguous() and momentum.is_contiguous(), (gradient.stride(), momentum.stride())
-    direction = torch.empty_like(gradient, dtype=torch.float32)
-    squares = torch.empty(count, blocks, dtype=torch.float32, device=gradient.device)
-    with torch.cuda.device_of(gradient):
+    count, blocks = grad.numel() // matrix_elements, triton.cdiv(matrix_elements, BLOCK)
+    assert count * matrix_elements == grad.numel() == momentum.numel(), (grad.shape, matrix_elements)
+    assert grad.is_contiguous() and momentum.is_contiguous(), (grad.stride(), momentum.stride())
+    direction = torch.empty_like(grad, dtype=torch.float32)
+    squares = torch.empty(count, blocks, dtype=torch.float32, device=grad.device)
+    with torch.cuda.device_of(grad):
         _momentum_kernel[(count * blocks,)](
-            gradient, momentum, direction, squares, matrix_elements, scale, factor,
+            grad, momentum, direction, squares, matrix_elements, scale, factor,
             NESTEROV=nesterov, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return direction, squares.sum(-1).sqrt()
@@ -47,7 +50,7 @@ def fused_momentum(
 
 @jit
 def _momentum_kernel(
-    gradient, momentum, direction, squares, elements, scale, factor,
+    grad, momentum, direction, squares, elements, scale, factor,
     NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(elements, BLOCK)
@@ -55,11 +58,11 @@ def _momentum_kernel(
     inside = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = inside < elements
     offsets = matrix * elements + inside
-    scaled = tl.load(gradient + offsets, mask=mask, other=0.0).to(tl.float32) * scale
-    moved = tl.load(momentum + offsets, mask=mask, other=0.0).to(tl.float32) * factor
-    moved = moved + scaled
-    tl.store(momentum + offsets, moved.to(momentum.dtype.element_ty), mask=mask)
-    result = tl.fma(moved, factor, scaled) if NESTEROV else moved
+    scaled = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32) * scale
+    updated = tl.load(momentum + offsets, mask=mask, other=0.0).to(tl.float32) * factor
+    updated = updated + scaled
+    tl.store(momentum + offsets, updated.to(momentum.dtype.element_ty), mask=mask)
+    result = tl.fma(updated, factor, scaled) if NESTEROV else updated
     tl.store(direction + offsets, result, mask=mask)
     tl.store(squares + tl.program_id(0), tl.sum(result * result, axis=0))
 
@@ -67,7 +70,7 @@ def _momentum_kernel(
 def normalize_pass(direction: Tensor, norms: Tensor, out: Tensor) -> None:
     """out <- direction / (norm + 1e-7), in float32 and rounded once.
 
-    Directions in any floating dtype and `out` are contiguous [matrices, ...], norms float32 [matrices].
+    `direction` (any floating dtype) and `out` are contiguous [matrices, ...], `norms` float32 [matrices].
     """
     assert direction.is_contiguous() and out.is_contiguous() and direction.numel() == out.numel(), direction.stride()
     elements = direction.numel() // len(norms)
@@ -101,20 +104,21 @@ def fused_weight_update(
     learning_rate: float,
     weight_decay: float,
 ) -> None:
-    """W <- W - lr (factor update + wd W) as in `rules.apply_updates`, and the model's copy as in `master.Master`.
+    """W <- W - lr (factor update + wd W), rounded into the model.
+
+    The references are `update_rules.apply_updates` and `master_weights.MasterWeight`. All tensors are contiguous and of
+    one shape. All except `update` are updated in place.
 
     Args:
-        master: float32 master weights beside bfloat16 `weights`, or None.
-        weights: the model's own: float32, or bfloat16 with `master` or `remainder`.
-        remainder: int16, the other half of split master weights, or None.
+        master: float32 master weights of bfloat16 `weights`, or None.
+        weights: the model's weights: float32, or bfloat16 with `master` or `remainder`.
+        remainder: int16 low halves of split master weights, or None.
         update: any floating dtype.
-
-    All are contiguous and of one shape, and all but `update` are changed.
     """
     assert (weights.dtype is torch.float32) == (master is None and remainder is None), weights.dtype
     assert master is None or remainder is None
-    others = [tensor for tensor in (master, remainder, update) if tensor is not None]
-    assert all(tensor.is_contiguous() and tensor.numel() == weights.numel() for tensor in [weights, *others])
+    optional = [tensor for tensor in (master, remainder, update) if tensor is not None]
+    assert all(tensor.is_contiguous() and tensor.numel() == weights.numel() for tensor in [weights, *optional])
     with torch.cuda.device_of(weights):
         _weights_kernel[(triton.cdiv(weights.numel(), BLOCK),)](
             weights if master is None else master,

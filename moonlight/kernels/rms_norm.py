@@ -1,9 +1,9 @@
-"""Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467, equation 4), alone or after the sum that feeds it.
+"""Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467, equation 4), alone or fused with the sum before it.
 
-All is float32 inside; a float32 residual stream can feed a bfloat16 gain.
+All arithmetic is float32. A float32 residual stream may have a bfloat16 gain.
 """
 
-from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
 
@@ -11,18 +11,20 @@ from moonlight.kernels.blocks import dense_rows, float_block, new_like, row_bloc
 from moonlight.kernels.jit import jit, tl, triton
 
 TILE_ELEMENTS, NUM_WARPS = 4096, 8
-"""A program holds whole rows, as many as fit into so many elements, at least one."""
+"""A program holds full rows, with at most TILE_ELEMENTS elements or one row."""
 BACKWARD_PROGRAMS = 264
-"""Partial sums of the gain's gradient: two programs on each of 132 multiprocessors. A constant, so that the order of
-the sum depends on the shape alone."""
+"""Number of partial sums of the gain's gradient: two programs on each of 132 multiprocessors. A constant, so that the
+order of the sum depends on the shape alone."""
 
 Normed = tuple[torch.Tensor, torch.Tensor]
+"""(norm, reciprocals) as in `rms_norm`."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
-    """(x / sqrt(mean(x^2) + eps) * weight in the dtype of `weight`, reciprocal root mean squares float32 [rows]).
+    """Return the norm x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root mean squares.
 
-    `x` float32 or bfloat16 [..., hidden], of which all leading dimensions make the rows; `weight` [hidden].
+    The norm has the dtype of `weight`; the reciprocals are float32 [rows].
+    `x` is float32 or bfloat16 [..., hidden], where all leading dimensions form the rows; `weight` is [hidden].
     """
     return (rms_norm_triton if x.is_cuda else rms_norm_torch)(x, weight, eps)
 
@@ -30,9 +32,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
 def add_rms_norm(
     residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(residual + update in the dtype of `residual`, its `rms_norm`, reciprocals); shapes as there.
+    """Return (residual + update in the dtype of `residual`, its `rms_norm`, reciprocals); shapes as in `rms_norm`.
 
-    What is normed is the sum as it is returned, so that `rms_norm_backward` of that sum is the gradient.
+    The norm is that of the rounded sum, so `rms_norm_backward` of the returned sum is the gradient.
     """
     return (add_rms_norm_triton if residual.is_cuda else add_rms_norm_torch)(residual, update, weight, eps)
 
@@ -44,22 +46,25 @@ def rms_norm_backward(
     reciprocal: torch.Tensor,
     grad_residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of x in its dtype, of the gain in its dtype), given that of `rms_norm`'s result.
+    """Return (gradient of `x` in its dtype, gradient of the gain in its dtype).
 
-    `grad_residual` [..., hidden] is what else reaches `x`, past the norm; it is added. The same bits every time: the
-    gain's gradient is summed in an order that the shape decides.
+    The result is deterministic: the order in which the gain's gradient is summed depends on the shape alone.
+
+    Args:
+        grad: gradient of `rms_norm`'s result, [..., hidden].
+        grad_residual: gradient that reaches `x` by the residual connection, [..., hidden]; it is added.
     """
     function = rms_norm_backward_triton if x.is_cuda else rms_norm_backward_torch
     return function(grad, x, weight, reciprocal, grad_residual)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
-    """[rows, hidden], elements of a row side by side."""
+    """Return `x` as [rows, hidden] with contiguous rows."""
     return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
-    """The twin of `rms_norm_triton`."""
+    """Reference of `rms_norm_triton`."""
     matrix = _matrix(x)
     normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     gain = weight.float()
@@ -71,12 +76,13 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
 def add_rms_norm_torch(
     residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The twin of `add_rms_norm_triton`."""
-    one, other = _matrix(residual), _matrix(update)
-    total, normed, reciprocal = new_like(one), new_like(one, weight.dtype), new_like(one[:, 0], torch.float32)
+    """Reference of `add_rms_norm_triton`."""
+    residual_matrix, update_matrix = _matrix(residual), _matrix(update)
+    total, normed = new_like(residual_matrix), new_like(residual_matrix, weight.dtype)
+    reciprocal = new_like(residual_matrix[:, 0], torch.float32)
     gain = weight.float()
-    for rows in row_blocks(*one.shape):
-        torch.add(one[rows], other[rows], out=total[rows])
+    for rows in row_blocks(*residual_matrix.shape):
+        torch.add(residual_matrix[rows], update_matrix[rows], out=total[rows])
         _norm_rows(total, gain, eps, normed, reciprocal, rows)
     return total.view(residual.shape), normed.view(residual.shape), reciprocal
 
@@ -98,34 +104,34 @@ def rms_norm_backward_torch(
     reciprocal: torch.Tensor,
     grad_residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The twin of `rms_norm_backward_triton`."""
-    matrix, gradient = _matrix(x), _matrix(grad)
-    past = None if grad_residual is None else _matrix(grad_residual)
-    to_x, gain = new_like(matrix), weight.float()
-    to_gain = torch.zeros_like(gain)
+    """Reference of `rms_norm_backward_triton`."""
+    matrix, grad_matrix = _matrix(x), _matrix(grad)
+    residual = None if grad_residual is None else _matrix(grad_residual)
+    grad_x, gain = new_like(matrix), weight.float()
+    grad_gain = torch.zeros_like(gain)
     for rows in row_blocks(*matrix.shape):
-        incoming, block, scale = gradient[rows].float(), float_block(to_x, rows), reciprocal[rows, None]
+        incoming, block, scale = grad_matrix[rows].float(), float_block(grad_x, rows), reciprocal[rows, None]
         direction = matrix[rows].float() * scale
         torch.mul(incoming, direction, out=block)
-        to_gain += block.sum(0)
-        # The part of the gradient along each row, which the norm takes away.
+        grad_gain += block.sum(0)
+        # The component of the gradient along each row, which the norm removes.
         along = torch.mv(block, gain).div_(len(gain))
         torch.mul(incoming, gain, out=block)
         block.sub_(direction.mul_(along[:, None])).mul_(scale)
-        if past is not None:
-            block.add_(past[rows])
-        store(to_x, rows, block)
-    return to_x.view(x.shape), to_gain.to(weight.dtype)
+        if residual is not None:
+            block.add_(residual[rows])
+        store(grad_x, rows, block)
+    return grad_x.view(x.shape), grad_gain.to(weight.dtype)
 
 
 def _tile(hidden: int) -> tuple[int, int]:
-    """Rows and columns of what a program holds."""
+    """Return the rows and columns of a program's tile."""
     width = triton.next_power_of_2(hidden)
     return max(1, TILE_ELEMENTS // width), width
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
-    """One pass: reads x, writes its norm."""
+    """Make one pass: read x, write its norm."""
     _, normed, reciprocal = _launch_forward(x, None, weight, eps)
     return normed, reciprocal
 
@@ -133,16 +139,16 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed
 def add_rms_norm_triton(
     residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass: reads both, writes sum and norm."""
+    """Make one pass: read both, write sum and norm."""
     return _launch_forward(residual, update, weight, eps)
 
 
 def _launch_forward(
     x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum, or `x` itself without an update; norm; reciprocals)."""
+    """Return (sum, or `x` without an update; norm; reciprocals)."""
     matrix = _matrix(x)
-    other = None if update is None else _matrix(update)
+    update_matrix = None if update is None else _matrix(update)
     total = matrix if update is None else new_like(matrix)
     normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     rows, hidden = matrix.shape
@@ -150,7 +156,7 @@ def _launch_forward(
     with torch.cuda.device_of(matrix):
         _forward[(triton.cdiv(rows, tile[0]),)](
             matrix,
-            other,
+            update_matrix,
             weight,
             total,
             normed,
@@ -158,7 +164,7 @@ def _launch_forward(
             rows,
             hidden,
             matrix.stride(0),
-            0 if other is None else other.stride(0),
+            0 if update_matrix is None else update_matrix.stride(0),
             eps,
             *tile,
             num_warps=NUM_WARPS,
@@ -173,35 +179,35 @@ def rms_norm_backward_triton(
     reciprocal: torch.Tensor,
     grad_residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass: reads grad and x, writes the gradient of x; every program leaves one partial sum for the gain."""
-    matrix, gradient = _matrix(x), _matrix(grad)
-    past = None if grad_residual is None else _matrix(grad_residual)
+    """Make one pass: read grad and x, write the gradient of x. Every program writes one partial sum for the gain."""
+    matrix, grad_matrix = _matrix(x), _matrix(grad)
+    residual = None if grad_residual is None else _matrix(grad_residual)
     rows, hidden = matrix.shape
     tile = _tile(hidden)
     tiles = triton.cdiv(rows, tile[0])
-    tiles_each = max(1, triton.cdiv(tiles, BACKWARD_PROGRAMS))
-    programs = triton.cdiv(tiles, tiles_each)
-    to_x = new_like(matrix)
+    tiles_per_program = max(1, triton.cdiv(tiles, BACKWARD_PROGRAMS))
+    programs = triton.cdiv(tiles, tiles_per_program)
+    grad_x = new_like(matrix)
     partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(matrix):
         _backward[(programs,)](
-            gradient,
+            grad_matrix,
             matrix,
             weight,
             reciprocal,
-            past,
-            to_x,
+            residual,
+            grad_x,
             partial,
             rows,
             hidden,
-            gradient.stride(0),
+            grad_matrix.stride(0),
             matrix.stride(0),
-            0 if past is None else past.stride(0),
-            tiles_each,
+            0 if residual is None else residual.stride(0),
+            tiles_per_program,
             *tile,
             num_warps=NUM_WARPS,
         )
-    return to_x.view(x.shape), partial.sum(0).to(weight.dtype)
+    return grad_x.view(x.shape), partial.sum(0).to(weight.dtype)
 
 
 @jit
@@ -222,18 +228,18 @@ def _forward(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
-    here = (row < rows)[:, None] & (column < hidden)
-    values = tl.load(x + row[:, None] * x_stride + column, here, 0.0).to(tl.float32)
-    at = row[:, None] * hidden + column
+    mask = (row < rows)[:, None] & (column < hidden)
+    values = tl.load(x + row[:, None] * x_stride + column, mask, 0.0).to(tl.float32)
+    offsets = row[:, None] * hidden + column
     if update is not None:
-        values += tl.load(update + row[:, None] * update_stride + column, here, 0.0).to(tl.float32)
+        values += tl.load(update + row[:, None] * update_stride + column, mask, 0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, here)
+        tl.store(total + offsets, rounded, mask)
         values = rounded.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, 1) / hidden + eps)
     tl.store(reciprocal + row, scale, row < rows)
     gain = tl.load(weight + column, column < hidden, 0.0).to(tl.float32)
-    tl.store(normed + at, values * scale[:, None] * gain, here)
+    tl.store(normed + offsets, values * scale[:, None] * gain, mask)
 
 
 @jit
@@ -242,36 +248,36 @@ def _backward(
     x,
     weight,
     reciprocal,
-    past,
-    to_x,
+    residual,
+    grad_x,
     partial,
     rows,
     hidden,
     grad_stride,
     x_stride,
-    past_stride,
-    tiles_each,
+    residual_stride,
+    tiles_per_program,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)[None, :]
     gain = tl.load(weight + column, column < hidden, 0.0).to(tl.float32)
-    to_gain = tl.zeros([ROWS, WIDTH], tl.float32)
-    first = tl.program_id(0).to(tl.int64) * tiles_each * ROWS
-    for tile in range(0, tiles_each):
+    grad_gain = tl.zeros([ROWS, WIDTH], tl.float32)
+    first = tl.program_id(0).to(tl.int64) * tiles_per_program * ROWS
+    for tile in range(0, tiles_per_program):
         row = first + tile * ROWS + tl.arange(0, ROWS)
-        here = (row < rows)[:, None] & (column < hidden)
-        incoming = tl.load(grad + row[:, None] * grad_stride + column, here, 0.0).to(tl.float32)
-        values = tl.load(x + row[:, None] * x_stride + column, here, 0.0).to(tl.float32)
+        mask = (row < rows)[:, None] & (column < hidden)
+        incoming = tl.load(grad + row[:, None] * grad_stride + column, mask, 0.0).to(tl.float32)
+        values = tl.load(x + row[:, None] * x_stride + column, mask, 0.0).to(tl.float32)
         scale = tl.load(reciprocal + row, row < rows, 0.0)[:, None]
         direction = values * scale
-        to_gain += incoming * direction
+        grad_gain += incoming * direction
         incoming *= gain
-        # The part of the gradient along each row, which the norm takes away.
+        # The component of the gradient along each row, which the norm removes.
         along = tl.sum(incoming * direction, 1)[:, None] / hidden
         result = (incoming - direction * along) * scale
-        if past is not None:
-            result += tl.load(past + row[:, None] * past_stride + column, here, 0.0).to(tl.float32)
-        tl.store(to_x + row[:, None] * hidden + column, result, here)
+        if residual is not None:
+            result += tl.load(residual + row[:, None] * residual_stride + column, mask, 0.0).to(tl.float32)
+        tl.store(grad_x + row[:, None] * hidden + column, result, mask)
     columns = tl.arange(0, WIDTH)
-    tl.store(partial + tl.program_id(0) * hidden + columns, tl.sum(to_gain, 0), columns < hidden)
+    tl.store(partial + tl.program_id(0) * hidden + columns, tl.sum(grad_gain, 0), columns < hidden)

@@ -1,11 +1,11 @@
 """Rotary position embedding of latent attention (Su et al., arXiv 2104.09864, equation 34).
 
 Entries 2i and 2i + 1 of a head are one pair, rotated by one angle. The result has the first entries of all pairs, then
-the second ones, as transformers' DeepSeek-V3 (`rope_interleave`) and Megatron-Core's latent attention lay them out:
-queries and keys alike, so that their products are those of pairs in place.
+all second entries, like transformers' DeepSeek-V3 (`rope_interleave`) and Megatron-Core's latent attention. Queries and
+keys have the same order, so it does not change their products.
 """
 
-from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
 
@@ -13,34 +13,36 @@ from moonlight.kernels.blocks import dense_rows, new_like, row_blocks
 from moonlight.kernels.jit import jit, tl, triton
 
 TILE_HEADS, NUM_WARPS = 32, 4
-"""Heads of one or several tokens that a program holds."""
+"""Heads per program, of one or several tokens."""
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Rotate the pairs of `x` [sequence, batch, heads, dim], which may be a part of wider heads.
+    """Return `x` with rotated pairs, in its shape and dtype.
 
-    `cosine` and `sine` float32 [sequence, 1 or batch, 1, dim] of the angles of the dim / 2 pairs, which they hold twice
-    (only the first half is read). The result has the dtype of `x` and is written into `out`, a part of wider heads
-    perhaps, which must not share memory with `x`, if that is given.
+    Args:
+        x: [sequence, batch, heads, dim], possibly part of wider heads.
+        cosine, sine: float32 [sequence, 1 or batch, 1, dim] of the angles of the dim / 2 pairs, twice; only the first
+            half is read.
+        out: tensor for the result, possibly part of wider heads; it must not share memory with `x`. Default: a new one.
     """
     return (rotate_triton if x.is_cuda else rotate_torch)(x, cosine, sine, out)
 
 
 def rotate_backward(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Gradient of `rotate`'s input: the rotation by the negative angle, back in the order of pairs; shapes as there."""
+    """Return the gradient of `rotate`'s input: rotate by the negative angle, back to the order of pairs."""
     return (rotate_backward_triton if grad.is_cuda else rotate_backward_torch)(grad, cosine, sine)
 
 
 def _pairs(x: torch.Tensor) -> int:
-    """Of a head."""
-    assert x.shape[-1] % 2 == 0, f"{x.shape[-1]} entries are no pairs"
+    """Return the number of pairs of a head."""
+    assert x.shape[-1] % 2 == 0, f"dim is {x.shape[-1]}: it must be even"
     return x.shape[-1] // 2
 
 
 def rotate_torch(
     x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The twin of `rotate_triton`: a pair is a complex number."""
+    """Reference of `rotate_triton`, with a pair as a complex number."""
     result = new_like(x) if out is None else out
     half = _pairs(x)
     for rows in row_blocks(len(x), x[:1].numel()):
@@ -51,14 +53,14 @@ def rotate_torch(
 
 
 def _complex(x: torch.Tensor) -> torch.Tensor:
-    """[..., dim] as complex [..., dim / 2]; a copy where torch does not allow a view."""
+    """Return [..., dim] as complex [..., dim / 2]; a copy if torch does not allow a view."""
     if x.stride(-1) != 1 or any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])):
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """The twin of `rotate_backward_triton`."""
+    """Reference of `rotate_backward_triton`."""
     result = new_like(grad)
     half = _pairs(grad)
     for rows in row_blocks(len(grad), grad[:1].numel()):
@@ -75,27 +77,27 @@ def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.
 def rotate_triton(
     x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """One pass: reads x, writes the result."""
+    """Make one pass: read x, write the result."""
     result = new_like(x) if out is None else out
-    assert result.stride(-1) == 1, "a result whose entries lie apart"
+    assert result.stride(-1) == 1, "the entries of `out` are not contiguous"
     _launch(x, cosine, sine, result, backward=False)
     return result
 
 
 def rotate_backward_triton(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """One pass: reads the gradient, writes the result."""
+    """Make one pass: read the gradient, write the result."""
     result = new_like(grad)
     _launch(grad, cosine, sine, result, backward=True)
     return result
 
 
 def _launch(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, backward: bool) -> None:
-    x, cosine, sine = (dense_rows(each) for each in (x, cosine, sine))
+    x, cosine, sine = (dense_rows(tensor) for tensor in (x, cosine, sine))
     length, batch, heads, _ = x.shape
     half = _pairs(x)
     tile_heads = min(TILE_HEADS, triton.next_power_of_2(heads))
     tile_tokens = TILE_HEADS // tile_heads
-    # A stride of 0 gives every sequence of the batch the same angles.
+    # With a stride of 0, every sequence of the batch has the same angles.
     strides = [angles.stride()[:2] if angles.shape[1] > 1 else (angles.stride(0), 0) for angles in (cosine, sine)]
     with torch.cuda.device_of(x):
         _rotate[(triton.cdiv(length * batch, tile_tokens), triton.cdiv(heads, tile_heads))](
@@ -145,18 +147,18 @@ def _rotate(
     HALF: tl.constexpr,
 ):
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
-    place, sequence = token // batch, token % batch
+    position, sequence = token // batch, token % batch
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]
     pair = tl.arange(0, HALF)[None, None, :]
     entry = tl.arange(0, 2 * HALF)[None, None, :]
-    angle_here = (token < tokens) & (pair < half)
-    real = (token < tokens) & (head < heads)
-    cos = tl.load(cosine + place * cosine_sequence_stride + sequence * cosine_batch_stride + pair, angle_here, 0.0)
-    sin = tl.load(sine + place * sine_sequence_stride + sequence * sine_batch_stride + pair, angle_here, 0.0)
+    angle_mask = (token < tokens) & (pair < half)
+    head_mask = (token < tokens) & (head < heads)
+    cos = tl.load(cosine + position * cosine_sequence_stride + sequence * cosine_batch_stride + pair, angle_mask, 0.0)
+    sin = tl.load(sine + position * sine_sequence_stride + sequence * sine_batch_stride + pair, angle_mask, 0.0)
     cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    x += place * x_sequence_stride + sequence * x_batch_stride + head * x_head_stride
-    out += place * out_sequence_stride + sequence * out_batch_stride + head * out_head_stride
-    in_pairs, in_halves = real & (entry < 2 * half), real & (pair < half)
+    x += position * x_sequence_stride + sequence * x_batch_stride + head * x_head_stride
+    out += position * out_sequence_stride + sequence * out_batch_stride + head * out_head_stride
+    in_pairs, in_halves = head_mask & (entry < 2 * half), head_mask & (pair < half)
     if BACKWARD:
         first = tl.load(x + pair, in_halves, 0.0).to(tl.float32)
         second = tl.load(x + half + pair, in_halves, 0.0).to(tl.float32)

@@ -1,9 +1,9 @@
-"""Batched products whose result is symmetric: half of the tiles are computed, the others are their mirror images.
+"""Batched matrix products with a symmetric result: compute half of the tiles, and mirror them.
 
-The two kinds that Newton-Schulz needs are X X^T and the product of two symmetric matrices that commute.
+Newton-Schulz needs two kinds: X X^T, and the product of two symmetric matrices that commute.
 """
 
-from __future__ import annotations  # kernels name `tl.constexpr`, which is not there without Triton
+from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from moonlight.kernels.jit import jit, tl, triton
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut; any choice gives the same result but for the order of sums."""
+    """Tile sizes of a product. They change the order of sums, and otherwise not the result."""
 
     side: int = 128
-    """Rows and columns of a tile of the result; tl.dot wants at least 16, wgmma a multiple of 64."""
+    """Rows and columns of a tile of the result; tl.dot needs at least 16, wgmma a multiple of 64."""
     depth: int = 64
-    """Elements of the inner dimension that are multiplied at once."""
+    """Elements of the inner dimension per multiplication."""
     group: int = 8
     """Columns of tiles computed together, so that their operands stay in the L2 cache."""
     num_warps: int = 4
@@ -27,27 +27,9 @@ class Tiling:
 
 
 TILING = Tiling()
-"""Two programs fit a multiprocessor of Hopper, so that one computes while the other stores. Not measured yet."""
+"""Two programs fit on a multiprocessor of Hopper, so one computes while the other stores. Has not been measured."""
 
 Tensor = torch.Tensor
-
-
-def torch_symmetric_product(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    *,
-    alpha: float = 1,
-    added: Tensor | None = None,
-    beta: float = 0,
-    gamma: float = 0,
-) -> None:
-    """What `symmetric_product` computes: in float32, rounded once, the upper triangle mirrored."""
-    result = alpha * (left.float() @ right.float())
-    if added is not None:
-        result += beta * added.float()
-    result.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    out.copy_(result.triu() + result.triu(1).mT)
 
 
 def symmetric_product(
@@ -61,18 +43,18 @@ def symmetric_product(
     gamma: float = 0,
     tiling: Tiling = TILING,
 ) -> None:
-    """out <- alpha left right + beta added + gamma I, where that is symmetric.
+    """out <- alpha left right + beta added + gamma I, for a symmetric result.
 
-    Sums are float32 and rounded once, into `out`, which is symmetric to the bit. No operand is copied.
+    Sums are float32 and rounded once. `out` is exactly symmetric. No operand is copied.
 
     Args:
-        left: [count, n, k], float16, bfloat16 or float32, with any strides: X.mT is as good as X.
-        right: [count, k, n] of the same dtype; left right is symmetric but for rounding.
-        out: [count, n, n], which may be `added`, but no operand of the product.
+        left: [count, n, k], float16, bfloat16 or float32, with any strides, such as X.mT.
+        right: [count, k, n] of the same dtype; left right is symmetric except for rounding.
+        out: [count, n, n]; may be `added`, but not `left` or `right`.
         added: symmetric [count, n, n].
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        ValueError: shapes or dtypes do not match.
     """
     count, n, k = left.shape
     for name, tensor, shape in (
@@ -82,16 +64,16 @@ def symmetric_product(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)}: beside left {list(left.shape)} it is {list(shape)}"
+                f"{name} has shape {list(tensor.shape)}: with left {list(left.shape)} it must be {list(shape)}"
             )
     if left.dtype is not right.dtype or left.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtypes are {left.dtype} and {right.dtype}: one of float16, bfloat16, float32 is accepted")
     tiles = triton.cdiv(n, tiling.side)
-    other = out if added is None else added
+    addend = out if added is None else added
     with torch.cuda.device_of(out):
         _product_kernel[(count * (tiles * (tiles + 1) // 2),)](
-            left, right, other, out, n, k, alpha, beta, gamma,
-            *left.stride(), *right.stride(), *other.stride(), *out.stride(),
+            left, right, addend, out, n, k, alpha, beta, gamma,
+            *left.stride(), *right.stride(), *addend.stride(), *out.stride(),
             HAS_ADDED=added is not None,
             PRECISION="ieee" if left.dtype is torch.float32 else "tf32",
             WIDEN=left.dtype is torch.bfloat16 and left.device.type == "cpu",
@@ -108,25 +90,28 @@ def symmetric_product(
 
 @jit
 def _triangle_column(index):
-    """Column of the tile with this index, where tiles of an upper triangle are counted column by column."""
+    """Return the column of a tile of an upper triangle, where `index` counts tiles column by column."""
     column = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)
-    column -= (column * (column + 1) // 2 > index).to(tl.int32)  # the root may be one rounding off
+    column -= (column * (column + 1) // 2 > index).to(tl.int32)  # the rounded root may be off by one
     column += ((column + 1) * (column + 2) // 2 <= index).to(tl.int32)
     return column
 
 
 @jit
 def _upper_tile(index, tiles, GROUP: tl.constexpr):
-    """Row and column of a tile on or above the diagonal: groups of columns, in each of them row by row, and at last
-    the small triangle at the diagonal."""
+    """Return the row and column of a tile on or above the diagonal.
+
+    Tiles are counted in groups of columns. Within a group they are counted row by row, and last the small triangle at
+    the diagonal.
+    """
     first = _triangle_column(index) // GROUP * GROUP
     width = tl.minimum(GROUP, tiles - first)
-    rest = index - first * (first + 1) // 2
-    inside = rest - first * width
+    index_in_group = index - first * (first + 1) // 2
+    inside = index_in_group - first * width
     column = _triangle_column(tl.maximum(inside, 0))
     at_diagonal = inside >= 0
-    row = tl.where(at_diagonal, first + inside - column * (column + 1) // 2, rest // width)
-    return row, first + tl.where(at_diagonal, column, rest % width)
+    row = tl.where(at_diagonal, first + inside - column * (column + 1) // 2, index_in_group // width)
+    return row, first + tl.where(at_diagonal, column, index_in_group % width)
 
 
 @jit
@@ -170,7 +155,7 @@ def _product_kernel(
     result = sums.to(out.dtype.element_ty)
     upper = out + matrix * out_count + rows[:, None] * out_row + columns[None, :] * out_column
     lower = out + matrix * out_count + columns[None, :] * out_row + rows[:, None] * out_column
-    if tile_row == tile_column:  # a tile that is its own mirror image is symmetric only after this
+    if tile_row == tile_column:  # a tile on the diagonal: store its upper triangle twice
         is_inside = is_inside & (rows[:, None] <= columns[None, :])
         tl.store(upper, result, mask=is_inside)
         tl.store(lower, result, mask=is_inside)

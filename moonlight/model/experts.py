@@ -106,8 +106,8 @@ class Experts(torch.nn.Module):
         """
         alignment = EXPERT_ROW_ALIGNMENT[tokens.device.type] if len(tokens) else 1  # gaps point to token 0
         order = pad_expert_segments(order, chosen, alignment)
-        # Autograd produces the gradients of inputs 1, 2, 3 in the order 1, 3, 2. For these weights that is from the last
-        # parameter to the first, the order in which the buckets are reduced.
+        # Autograd produces the gradients of inputs 1, 2, 3 in the order 1, 3, 2. For these weights that is from the
+        # last parameter to the first, the order in which the buckets are reduced.
         weights = self.down_proj, self.gate_proj, self.up_proj
         result: torch.Tensor = SortedExperts.apply(tokens, probabilities.float(), *weights, *order)
         return result

@@ -1,10 +1,15 @@
-"""Gradients to their owners and weights back: the exchange between data-parallel ranks, in buckets.
+"""Buckets: reduce-scatter of gradients to their owner ranks, all-gather of the new weights.
 
-A bucket is a run of parameters. What travels is laid out by owner: the rows that rank 0 owns, then rank 1's, and so
-on, regions of unequal size without padding. Gradients go by an uneven all-to-all and are summed by the owner, in
-float32 and in the order of the ranks: the payload of a ring reduce-scatter. Weights return the same way: that of an
-all-gather. A large bucket, or one whose largest region is far above the mean, goes in several rounds, so that buffers
-stay small.
+A bucket is a list of consecutive parameters that are exchanged together. A rank owns some rows of each bucket: its
+region. Regions differ in size, and none is padded.
+
+- Gradients: each rank packs its gradients by owner rank and sends them in one uneven all-to-all. The owner rank sums
+  what it receives in float32 and in rank order. This moves the bytes of a ring reduce-scatter.
+- Weights: each owner rank sends its new rows to all other ranks in the same way. This moves the bytes of an all-gather.
+
+A large bucket, or one whose largest region is far above the mean, is exchanged in several rounds. A round takes one
+slice of every region, which bounds the send and receive buffers. `BucketGroup` orders the rounds of all buckets and
+keeps at most MAX_IN_FLIGHT of them in flight.
 """
 
 from collections import deque
@@ -18,88 +23,100 @@ from moonlight.optim.parameters import LocalParam
 from moonlight.placement.owners import MAX_IN_FLIGHT, RowShard, comm_rounds
 
 Finish = Callable[[], None]
+"""Wait for an exchange in flight, then write its result."""
 
 
 @dataclass(frozen=True)
 class CommRound:
-    """One all-to-all: for every rank, a slice of its region of the bucket."""
+    """One all-to-all: a slice of every rank's region of the bucket."""
 
-    gradients: list[torch.Tensor]
-    """Flat views of this rank's gradient sums, in the order of the owners."""
+    grads: list[torch.Tensor]
+    """Flat views of this rank's gradient sums, in the order of the owner ranks."""
     weights: list[list[torch.Tensor]]
-    """Flat views of this rank's weights, by owner."""
+    """Flat views of this rank's copy of the weights, for each owner rank."""
     sizes: list[int]
-    """Elements of each owner."""
+    """Number of elements of each owner rank's slice."""
     start: int
-    """Where its slice begins in this rank's own region."""
+    """Offset of this rank's slice in its own region, in elements."""
 
 
 class Bucket:
-    """Parameters that travel together. After a reduction, `gradients` holds the sums of this rank's own rows."""
+    """Parameters that are exchanged together.
 
-    def __init__(
-        self, parameters: Sequence[LocalParam], fragments: Sequence[RowShard], group: dist.ProcessGroup
-    ) -> None:
-        self.parameters, self.fragments, self.group = list(parameters), list(fragments), group
+    After a reduce-scatter, `grads` holds the sums over all ranks for the rows that this rank owns, in the order of
+    `owned_shards`: float32 views of `grad_shard`. A group of one rank sends nothing, so `grads` are views of its own
+    gradient sums, in their dtype.
+    """
+
+    def __init__(self, parameters: Sequence[LocalParam], shards: Sequence[RowShard], group: dist.ProcessGroup) -> None:
+        """`shards`: the rows of `parameters` with their owner ranks, equal on all ranks of `group`."""
+        self.parameters, self.shards, self.group = list(parameters), list(shards), group
         by_index = {parameter.index: parameter for parameter in parameters}
         regions: list[list[RowShard]] = [[] for _ in range(group.size())]
-        for fragment in fragments:
-            regions[fragment.owner_rank].append(fragment)
+        for shard in shards:
+            regions[shard.owner_rank].append(shard)
         self.owned_shards = regions[group.rank()]
         self.rounds: list[CommRound] = []
         if group.size() == 1:
-            self.gradients = [by_index[f.param_index].grad_2d[f.start : f.stop] for f in self.owned_shards]
+            self.grads = [by_index[s.param_index].grad_2d[s.start : s.stop] for s in self.owned_shards]
             return
-        sizes = [sum(fragment.numel for fragment in region) for region in regions]
-        for start, in_round in comm_rounds(sizes):
+        region_sizes = [sum(shard.numel for shard in region) for region in regions]
+        for start, sizes in comm_rounds(region_sizes):
             slices = [
                 list(_flat_slices(region, by_index, start, start + size))
-                for region, size in zip(regions, in_round, strict=True)
+                for region, size in zip(regions, sizes, strict=True)
             ]
             self.rounds.append(
                 CommRound(
-                    gradients=[gradient for owner in slices for gradient, _ in owner],
-                    weights=[[weight for _, weight in owner] for owner in slices],
-                    sizes=in_round,
-                    start=min(start, sizes[group.rank()]),
+                    grads=[grad for of_owner in slices for grad, _ in of_owner],
+                    weights=[[weight for _, weight in of_owner] for of_owner in slices],
+                    sizes=sizes,
+                    start=min(start, region_sizes[group.rank()]),
                 )
             )
-        self.grad_shard = torch.zeros(sizes[group.rank()], dtype=torch.float32, device=parameters[0].torch_param.device)
-        parts = self.grad_shard.split([fragment.numel for fragment in self.owned_shards])
-        self.gradients = [
-            part.view(-1, fragment.columns) for part, fragment in zip(parts, self.owned_shards, strict=True)
-        ]
+        device = parameters[0].torch_param.device
+        self.grad_shard = torch.zeros(region_sizes[group.rank()], dtype=torch.float32, device=device)
+        flat_grads = self.grad_shard.split([shard.numel for shard in self.owned_shards])
+        self.grads = [flat.view(-1, s.columns) for flat, s in zip(flat_grads, self.owned_shards, strict=True)]
 
-    def start_reduce_scatter(self, round_: CommRound) -> Finish:
-        """Send a round of gradients; the result waits for those of the others and sums them."""
-        ranks, mine = self.group.size(), round_.sizes[self.group.rank()]
-        packed = torch.cat(round_.gradients)
-        received = packed.new_empty(ranks * mine)
-        work = dist.all_to_all_single(received, packed, [mine] * ranks, round_.sizes, group=self.group, async_op=True)
+    def start_reduce_scatter(self, comm_round: CommRound) -> Finish:
+        """Send the gradients of a round to their owner ranks.
+
+        The returned function waits for the gradients of all ranks and writes their sum into `grad_shard`.
+        """
+        num_ranks, local_size = self.group.size(), comm_round.sizes[self.group.rank()]
+        packed = torch.cat(comm_round.grads)
+        received = packed.new_empty(num_ranks * local_size)
+        work = dist.all_to_all_single(
+            received, packed, [local_size] * num_ranks, comm_round.sizes, group=self.group, async_op=True
+        )
 
         def finish() -> None:
             work.wait()
-            shard = self.grad_shard[round_.start : round_.start + mine]
-            torch.sum(received.view(ranks, mine), dim=0, dtype=torch.float32, out=shard)
+            sums = self.grad_shard[comm_round.start : comm_round.start + local_size]
+            torch.sum(received.view(num_ranks, local_size), dim=0, dtype=torch.float32, out=sums)
 
         return finish
 
-    def start_all_gather(self, round_: CommRound) -> Finish:
-        """Send this rank's weights of a round to all others; the result waits for theirs and writes them."""
-        ranks, rank = self.group.size(), self.group.rank()
-        mine = round_.sizes[rank]
-        incoming = [0 if owner == rank else size for owner, size in enumerate(round_.sizes)]
-        outgoing = [0 if reader == rank else mine for reader in range(ranks)]
-        views = [view for owner, views in enumerate(round_.weights) if owner != rank for view in views]
+    def start_all_gather(self, comm_round: CommRound) -> Finish:
+        """Send this rank's new weights of a round to all other ranks.
+
+        The returned function waits for the weights of the other ranks and writes them into the model.
+        """
+        num_ranks, rank = self.group.size(), self.group.rank()
+        local_size = comm_round.sizes[rank]
+        incoming = [0 if owner == rank else size for owner, size in enumerate(comm_round.sizes)]
+        outgoing = [0 if reader == rank else local_size for reader in range(num_ranks)]
+        targets = [view for owner, views in enumerate(comm_round.weights) if owner != rank for view in views]
         like = self.parameters[0].torch_param.detach()
-        packed = torch.cat(round_.weights[rank]).repeat(ranks - 1) if mine else like.new_empty(0)
+        packed = torch.cat(comm_round.weights[rank]).repeat(num_ranks - 1) if local_size else like.new_empty(0)
         received = like.new_empty(sum(incoming))
         work = dist.all_to_all_single(received, packed, incoming, outgoing, group=self.group, async_op=True)
 
         def finish() -> None:
             work.wait()
-            if views:  # none where this rank alone owns the round
-                torch._foreach_copy_(views, list(received.split([view.numel() for view in views])))
+            if targets:  # empty if this rank alone owns the round
+                torch._foreach_copy_(targets, list(received.split([target.numel() for target in targets])))
 
         return finish
 
@@ -107,79 +124,83 @@ class Bucket:
 def _flat_slices(
     region: Sequence[RowShard], parameters: dict[int, LocalParam], start: int, stop: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(gradient, weight) views of the elements [start, stop) of a region."""
-    for fragment in region:
-        low, high = max(start, 0), min(stop, fragment.numel)
-        if low < high:
-            parameter, first = parameters[fragment.param_index], fragment.start * fragment.columns
-            flat = slice(first + low, first + high)
+    """Yield flat (gradient, weight) views of the elements [start, stop) of a region."""
+    for shard in region:
+        shard_start, shard_stop = max(start, 0), min(stop, shard.numel)
+        if shard_start < shard_stop:
+            parameter, offset = parameters[shard.param_index], shard.start * shard.columns
+            flat = slice(offset + shard_start, offset + shard_stop)
             yield parameter.grad_2d.view(-1)[flat], parameter.weight_2d.view(-1)[flat]
-        start, stop = start - fragment.numel, stop - fragment.numel
+        start, stop = start - shard.numel, stop - shard.numel
 
 
 class BucketGroup:
     """The buckets of one process group, in the order in which a backward pass completes them.
 
-    Every rank exchanges them in this one order, whatever order its own hooks fire in, so ranks never wait for each
-    other in a circle. Weights return in the opposite order, in which a forward pass needs them.
+    Every rank exchanges the buckets in this order, whatever the order of its own hooks, so the ranks cannot deadlock.
+    Weights return in the opposite order, in which a forward pass uses them.
+
+    One queue holds the rounds in flight, oldest first. Gradients and weights are never in flight at the same time: the
+    first reduce-scatter of a backward pass waits for all weights.
     """
 
     def __init__(self, buckets: list[Bucket]) -> None:
         self.buckets = buckets
-        self._bucket_of = {p.torch_param: index for index, bucket in enumerate(buckets) for p in bucket.parameters}
-        self._waiting: list[set[torch.nn.Parameter]] = []
-        self._next = 0
+        self._bucket_index = {p.torch_param: index for index, bucket in enumerate(buckets) for p in bucket.parameters}
+        self._missing_grads: list[set[torch.nn.Parameter]] = []
+        self._next_bucket = 0
         self._to_gather: deque[tuple[int, CommRound]] = deque()
         self._in_flight: deque[tuple[int, Finish]] = deque()
 
     def start_backward(self) -> None:
-        """Expect a gradient of every parameter."""
-        self._waiting = [{p.torch_param for p in bucket.parameters} for bucket in self.buckets]
-        self._next = 0
+        """Start a backward pass: every parameter still lacks its gradient."""
+        self._missing_grads = [{p.torch_param for p in bucket.parameters} for bucket in self.buckets]
+        self._next_bucket = 0
 
-    def register_grad_ready(self, parameter: torch.nn.Parameter) -> None:
-        """The gradient sum of a parameter is complete: send every bucket whose turn has come."""
-        self._waiting[self._bucket_of[parameter]].discard(parameter)
-        while self._next < len(self.buckets) and not self._waiting[self._next]:
-            self._reduce_next()
+    def register_grad_ready(self, torch_param: torch.nn.Parameter) -> None:
+        """Mark the gradient sum of a parameter as complete, and send each bucket that is complete and next in order."""
+        self._missing_grads[self._bucket_index[torch_param]].discard(torch_param)
+        while self._next_bucket < len(self.buckets) and not self._missing_grads[self._next_bucket]:
+            self._start_next_reduce_scatter()
 
     def finish_grad_sync(self) -> None:
-        """Send what has not been sent (a parameter may have had no gradient), and wait for all."""
-        while self._next < len(self.buckets):
-            self._reduce_next()
-        self._finish_down_to(0)
+        """Send the remaining buckets, whose parameters may have no gradient, and wait for all sums."""
+        while self._next_bucket < len(self.buckets):
+            self._start_next_reduce_scatter()
+        self._finish_until(0)
 
     def start_param_sync(self) -> None:
-        """This rank's own weights are new: begin to send them."""
-        numbered = reversed(list(enumerate(self.buckets)))
-        self._to_gather = deque((number, round_) for number, bucket in numbered for round_ in bucket.rounds)
-        self._gather_ahead()
+        """Start to send this rank's new weights, last bucket first."""
+        indexed = reversed(list(enumerate(self.buckets)))
+        self._to_gather = deque((index, comm_round) for index, bucket in indexed for comm_round in bucket.rounds)
+        self._start_all_gathers()
 
-    def wait_for_param(self, parameter: torch.nn.Parameter) -> None:
-        """Before a parameter is used: wait for its bucket, and send ahead the next ones."""
+    def wait_for_param(self, torch_param: torch.nn.Parameter) -> None:
+        """Wait for the weights of a parameter's bucket, and start the next rounds. Called before a module uses them."""
         if self._in_flight:
-            self.finish_param_sync(self._bucket_of[parameter])
+            self.finish_param_sync(self._bucket_index[torch_param])
 
-    def finish_param_sync(self, bucket: int = 0) -> None:
-        """Wait for the weights of all buckets down to this one."""
-        while self._in_flight and self._in_flight[0][0] >= bucket:
+    def finish_param_sync(self, bucket_index: int = 0) -> None:
+        """Wait for the weights of all buckets from the last one down to `bucket_index`."""
+        while self._in_flight and self._in_flight[0][0] >= bucket_index:
             self._in_flight.popleft()[1]()
-            self._gather_ahead()
+            self._start_all_gathers()
 
-    def _gather_ahead(self) -> None:
+    def _start_all_gathers(self) -> None:
         while self._to_gather and len(self._in_flight) < MAX_IN_FLIGHT:
-            number, round_ = self._to_gather.popleft()
-            self._in_flight.append((number, self.buckets[number].start_all_gather(round_)))
+            index, comm_round = self._to_gather.popleft()
+            self._in_flight.append((index, self.buckets[index].start_all_gather(comm_round)))
 
-    def _reduce_next(self) -> None:
-        if self._next == 0:
-            self.finish_param_sync()  # of parameters that no forward pass has used
-        bucket = self.buckets[self._next]
-        for round_ in bucket.rounds:
-            self._finish_down_to(MAX_IN_FLIGHT - 1)
-            self._in_flight.append((self._next, bucket.start_reduce_scatter(round_)))
-        self._next += 1
+    def _start_next_reduce_scatter(self) -> None:
+        if self._next_bucket == 0:
+            self.finish_param_sync()  # for parameters that no forward pass has used
+        bucket = self.buckets[self._next_bucket]
+        for comm_round in bucket.rounds:
+            self._finish_until(MAX_IN_FLIGHT - 1)
+            self._in_flight.append((self._next_bucket, bucket.start_reduce_scatter(comm_round)))
+        self._next_bucket += 1
 
-    def _finish_down_to(self, count: int) -> None:
+    def _finish_until(self, count: int) -> None:
+        """Finish the oldest rounds until at most `count` are in flight."""
         while len(self._in_flight) > count:
             self._in_flight.popleft()[1]()

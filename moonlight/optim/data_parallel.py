@@ -1,7 +1,16 @@
-"""Data parallelism with owners: gradients leave during the backward pass, weights return during the next forward pass.
+"""Data parallelism with owner ranks, overlapped with computation.
 
-Replaces Megatron's DistributedDataParallel, whose equal shards would cut matrices or pad them. Megatron's schedules
-call the same hooks: `no_sync_func` while micro-batches accumulate, `finalize_model_grads_func` at the end.
+`ShardedDataParallel` replaces Megatron's DistributedDataParallel, whose equal shards would split matrices or pad them.
+For each parameter:
+
+1. A hook adds every micro-batch gradient to `main_grad`.
+2. On the last micro-batch, the hook marks the parameter as ready. The reduce-scatter of a bucket starts as soon as the
+   backward pass has completed it, so it overlaps with the rest of the backward pass.
+3. The optimizer updates the rows that this rank owns, then calls `start_param_sync`.
+4. The all-gathers of the new weights run during the next forward pass. A hook on each module waits for its buckets.
+
+Megatron's schedules call the same hooks as before: `no_sync_func` while micro-batches accumulate, and
+`finalize_model_grads_func` after the last backward pass.
 """
 
 import contextlib
@@ -30,10 +39,13 @@ from moonlight.placement.param_groups import ParamGroupRule
 
 
 class ShardedDataParallel:
-    """The parameters of this rank's model chunks, who owns which rows of them, and their exchange.
+    """The parameters of this rank's model chunks, the owner ranks of their rows, and the exchange between ranks.
 
-    Gradient sums are in `parameter.main_grad`; after `finish_grad_sync` every owner has the world's sums of its rows in
-    its buckets: float32, but for a rank that is alone and has them where they are.
+    This rank's gradient sums are in `torch_param.main_grad`. After `finish_grad_sync`, each owner rank has the sums
+    over all ranks for its rows (`owned_shards`). They are float32; in a data-parallel group of one rank they are views
+    of `main_grad`.
+
+    `bucket_groups` holds one BucketGroup for dense parameters and one for experts: their data-parallel groups differ.
     """
 
     def __init__(
@@ -43,46 +55,49 @@ class ShardedDataParallel:
         bucket_size: int,
         gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Args:
-        bucket_size: elements that close a bucket; 0 leaves it to `place`.
-        gradient_dtype: of gradient sums, and of what travels to owners.
+        """Allocate gradient sums, assign owner ranks and register the hooks.
+
+        Args:
+            rules: Muon or AdamW for each parameter, first match wins.
+            bucket_size: number of elements that completes a bucket; 0: see `make_buckets`.
+            gradient_dtype: dtype of `main_grad`, and of the gradients sent to owner ranks.
         """
         state = collect_sharded_tensors(model_chunks)
         self.parameters = collect_params(state, rules)
         trained = {parameter.key for parameter in self.parameters}
         self.buffers: dict[str, ShardedParam] = {key: value for key, value in state.items() if key not in trained}
         for parameter in self.parameters:
-            model = parameter.torch_param
-            model.main_grad = torch.zeros_like(model, dtype=gradient_dtype)  # type: ignore[attr-defined]
+            torch_param = parameter.torch_param
+            torch_param.main_grad = torch.zeros_like(torch_param, dtype=gradient_dtype)  # type: ignore[attr-defined]
         self.bucket_groups: list[BucketGroup] = []
-        self._lane_of: dict[torch.nn.Parameter, BucketGroup] = {}
-        for expert in (False, True):
-            group = data_parallel_group(expert)
-            own = [parameter for parameter in self.parameters if parameter.is_expert == expert]
-            placed = place_params([parameter.spec for parameter in own], group.size(), bucket_size)
-            lane = BucketGroup(
+        self._bucket_group_of: dict[torch.nn.Parameter, BucketGroup] = {}
+        for is_expert in (False, True):
+            group = data_parallel_group(is_expert)
+            members = [parameter for parameter in self.parameters if parameter.is_expert == is_expert]
+            placed = place_params([parameter.spec for parameter in members], group.size(), bucket_size)
+            bucket_group = BucketGroup(
                 [
-                    Bucket([self.parameters[o.index] for o in bucket_params], fragments, group)
-                    for bucket_params, fragments in placed
+                    Bucket([self.parameters[spec.index] for spec in bucket_params], shards, group)
+                    for bucket_params, shards in placed
                 ]
             )
-            self.bucket_groups.append(lane)
-            self._lane_of |= {parameter.torch_param: lane for parameter in own}
+            self.bucket_groups.append(bucket_group)
+            self._bucket_group_of |= {parameter.torch_param: bucket_group for parameter in members}
         self._last_micro_batch = True
-        self._hook(model_chunks)
+        self._register_hooks(model_chunks)
         transformer_config = model_chunks[0].config
         transformer_config.no_sync_func = self.no_sync
         transformer_config.finalize_model_grads_func = self._finalize
 
     def zero_grad_buffer(self) -> None:
-        """Before a backward pass: gradient sums start from zero."""
+        """Set all gradient sums to zero, before a backward pass."""
         torch._foreach_zero_([p.torch_param.main_grad for p in self.parameters])  # type: ignore[attr-defined]
-        for lane in self.bucket_groups:
-            lane.start_backward()
+        for bucket_group in self.bucket_groups:
+            bucket_group.start_backward()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Gradients only add up: another micro-batch follows."""
+        """Accumulate gradients without sending them: another micro-batch follows."""
         self._last_micro_batch = False
         try:
             yield
@@ -90,68 +105,70 @@ class ShardedDataParallel:
             self._last_micro_batch = True
 
     def finish_grad_sync(self) -> None:
-        """Wait until this rank's own rows hold the sums over the world."""
-        for lane in self.bucket_groups:
-            lane.finish_grad_sync()
-        replicated = [gradient for parameter, _, gradient in self.owned_shards() if parameter.tp_mode == "replicated"]
-        # Under sequence parallelism each rank saw its part of the sequence; peers own the same rows.
+        """Wait until the rows that this rank owns hold the sums over all ranks. Collective."""
+        for bucket_group in self.bucket_groups:
+            bucket_group.finish_grad_sync()
+        replicated = [grad for parameter, _, grad in self.owned_shards() if parameter.tp_mode == "replicated"]
+        # Under sequence parallelism, each tensor-parallel rank saw its part of the sequence; peers own the same rows.
         if replicated:
-            flat = torch.cat([gradient.flatten() for gradient in replicated]).float()
+            flat = torch.cat([grad.flatten() for grad in replicated]).float()
             dist.all_reduce(flat, group=tensor_parallel_group(expert=False))
-            parts = flat.split([gradient.numel() for gradient in replicated])
-            torch._foreach_copy_(replicated, [p.view_as(g) for p, g in zip(parts, replicated, strict=True)])
-        for parameter, _, gradient in self.owned_shards():
-            if parameter.is_shared_embedding:  # its peer on the other stage owns the same rows
-                exact = gradient.float()  # itself, if it is
-                dist.all_reduce(exact, group=embedding_group())
-                gradient.copy_(exact)
+            sums = flat.split([grad.numel() for grad in replicated])
+            torch._foreach_copy_(replicated, [s.view_as(g) for s, g in zip(sums, replicated, strict=True)])
+        for parameter, _, grad in self.owned_shards():
+            if parameter.is_shared_embedding:  # the peer on the other pipeline stage owns the same rows
+                total = grad.float()  # no copy if already float32
+                dist.all_reduce(total, group=embedding_group())
+                grad.copy_(total)
 
     def start_param_sync(self) -> None:
-        """The owners have changed their rows in the model: send them to everyone, waited for when a module needs
-        them."""
-        for lane in self.bucket_groups:
-            lane.start_param_sync()
+        """Start to send this rank's updated rows to all other ranks. A module waits for its weights when it runs."""
+        for bucket_group in self.bucket_groups:
+            bucket_group.start_param_sync()
 
     def finish_param_sync(self) -> None:
-        """Wait until the whole model is up to date; for whoever reads it without running it."""
-        for lane in self.bucket_groups:
-            lane.finish_param_sync()
+        """Wait until the full model is up to date. Call this before reading weights without a forward pass."""
+        for bucket_group in self.bucket_groups:
+            bucket_group.finish_param_sync()
 
     def owned_shards(self) -> Iterator[tuple[LocalParam, RowShard, torch.Tensor]]:
-        """What this rank owns: parameter, rows, and where their gradient sum appears, [rows, columns]."""
-        for lane in self.bucket_groups:
-            for bucket in lane.buckets:
-                for fragment, gradient in zip(bucket.owned_shards, bucket.gradients, strict=True):
-                    yield self.parameters[fragment.param_index], fragment, gradient
+        """Yield each shard that this rank owns: parameter, rows, and the tensor [rows, columns] of its gradient sum."""
+        for bucket_group in self.bucket_groups:
+            for bucket in bucket_group.buckets:
+                for shard, grad in zip(bucket.owned_shards, bucket.grads, strict=True):
+                    yield self.parameters[shard.param_index], shard, grad
 
-    def _hook(self, model_chunks: Sequence[GPTModel]) -> None:
-        # Hooks live in C++ with the parameters, out of the garbage collector's sight: they must keep nothing alive.
-        this = weakref.ref(self)
+    def _register_hooks(self, model_chunks: Sequence[GPTModel]) -> None:
+        # C++ stores hooks with the parameters, and the garbage collector cannot see them: they must hold no strong
+        # references.
+        weak_self = weakref.ref(self)
 
-        def gradient_is_there(param: torch.Tensor) -> None:
-            self = this()
-            if self is None or param.grad is None:
+        def accumulate_grad(torch_param: torch.Tensor) -> None:
+            self = weak_self()
+            if self is None or torch_param.grad is None:
                 return
-            add_(param.main_grad, param.grad)  # type: ignore[attr-defined]
-            param.grad = None
+            add_(torch_param.main_grad, torch_param.grad)  # type: ignore[attr-defined]
+            torch_param.grad = None
             if self._last_micro_batch:
-                self._lane_of[param].register_grad_ready(param)  # type: ignore[index, arg-type]
+                self._bucket_group_of[torch_param].register_grad_ready(torch_param)  # type: ignore[index, arg-type]
 
-        def weights_are_needed(module: torch.nn.Module, inputs: Any) -> None:
-            self = this()
+        def wait_for_weights(module: torch.nn.Module, inputs: Any) -> None:
+            self = weak_self()
             if self is not None:
-                for model in module.parameters(recurse=False):
-                    if model in self._lane_of:
-                        self._lane_of[model].wait_for_param(model)
+                for torch_param in module.parameters(recurse=False):
+                    if torch_param in self._bucket_group_of:
+                        self._bucket_group_of[torch_param].wait_for_param(torch_param)
 
         for parameter in self.parameters:
-            parameter.torch_param.register_post_accumulate_grad_hook(gradient_is_there)
+            parameter.torch_param.register_post_accumulate_grad_hook(accumulate_grad)
         for chunk in model_chunks:
             for module in chunk.modules():
                 if any(True for _ in module.parameters(recurse=False)):
-                    module.register_forward_pre_hook(weights_are_needed)
+                    module.register_forward_pre_hook(wait_for_weights)
 
     def _finalize(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
-        """Called by Megatron's schedules after the last backward pass. Losses are divided by the token count
-        already."""
+        """Finish the gradient exchange. Megatron's schedules call this after the last backward pass.
+
+        Losses are already divided by the token count.
+        """
         self.finish_grad_sync()

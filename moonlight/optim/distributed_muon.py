@@ -1,8 +1,20 @@
-"""The optimizer of a run: Muon and AdamW over the rows that this rank owns (arXiv 2502.16982, 2.2; ours, its sharding).
+"""Distributed Muon: Muon and AdamW for the rows that this rank owns (arXiv 2502.16982, 2.2).
 
-Master weights and momenta live with their owner. Most matrices are whole where they are owned, and are updated there,
-in batches of bounded size. A matrix cut by tensor parallelism, or over several owners because it is larger than a
-mean share, is brought together by one rank (see exchange.py). docs/distributed_muon.md explains it with a drawing.
+Muon orthogonalizes a full matrix, but ZeRO-1's equal shards split matrices. Here, each matrix has one owner rank in
+its data-parallel group instead, which holds its momentum and master weights. (The paper keeps ZeRO-1's shards, and
+every rank with a shard gathers the full matrix.) One step, on each rank:
+
+1. `ShardedDataParallel` has already summed the gradients of the rows that this rank owns.
+2. Momentum. Update the momentum and compute the direction to orthogonalize, in batches of bounded size.
+3. Newton-Schulz. Most matrices are complete on their owner rank, and are orthogonalized there (`_muon_batches`). The
+   others are split over several owner ranks or by tensor parallelism. One rank gathers each of them, orthogonalizes it
+   and scatters the result (`_split_matrices`, see matrix_exchange.py).
+4. Update. Scale the result to the RMS of AdamW's updates, apply it with weight decay to the master weights, and round
+   them into the model.
+5. AdamW's rows (embedding, head, norms) skip steps 2 and 3 (`_adamw_batches`).
+6. `ShardedDataParallel` sends the new rows to all other ranks during the next forward pass.
+
+docs/distributed_muon.md describes the same with a diagram and counted bytes.
 """
 
 import contextlib
@@ -27,6 +39,7 @@ from moonlight.optim.newton_schulz import WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.parameters import OwnedShard, TensorChunk
 from moonlight.optim.update_rules import (
     adamw_updates,
+    batch_by_elements,
     normalize_rms_,
     rms_match_scale,
     update_momentum,
@@ -35,70 +48,78 @@ from moonlight.optim.update_rules import (
 from moonlight.placement.param_groups import MONITOR_GROUPS, param_group_rules
 
 MOMENTA = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+"""Names of the optimizer states of each algorithm, in checkpoints."""
 
 
 class DistributedMuon:
-    """Updates the rows that this rank owns, and sends them on their way to the others."""
+    """Optimizer of a run. Updates the rows that this rank owns, and starts to send them to the other ranks.
+
+    `owned` holds these rows with their state, in the order of `ShardedDataParallel.owned_shards`.
+    """
 
     def __init__(self, data_parallel: ShardedDataParallel, optimizer_config: OptimizerConfig, hidden_size: int) -> None:
-        """`hidden_size`: of the model, which one kind of `rms_matching` scales by."""
+        """`hidden_size`: of the model; used if `optimizer.rms_matching` is baseline."""
         self.data_parallel, self.optimizer_config, self._hidden_size = data_parallel, optimizer_config, hidden_size
         self.owned: list[OwnedShard] = []
-        low = torch.bfloat16 if optimizer_config.momentum_dtype == "bfloat16" else torch.float32
-        for parameter, fragment, gradient in data_parallel.owned_shards():
-            master = MasterWeight(parameter.weight_2d[fragment.start : fragment.stop], optimizer_config.master_weights)
+        muon_dtype = torch.bfloat16 if optimizer_config.momentum_dtype == "bfloat16" else torch.float32
+        for parameter, shard, grad in data_parallel.owned_shards():
+            master = MasterWeight(parameter.weight_2d[shard.start : shard.stop], optimizer_config.master_weights)
             algorithm = parameter.rule.algorithm
-            dtype = low if algorithm == "muon" else torch.float32
-            momenta = [torch.zeros_like(gradient, dtype=dtype) for _ in MOMENTA[algorithm]]
-            self.owned.append(OwnedShard(parameter, fragment, gradient, master, momenta))
+            dtype = muon_dtype if algorithm == "muon" else torch.float32
+            states = [torch.zeros_like(grad, dtype=dtype) for _ in MOMENTA[algorithm]]
+            self.owned.append(OwnedShard(parameter, shard, grad, master, states))
         adamw = [owned for owned in self.owned if owned.param.rule.algorithm == "adamw"]
         muon = [owned for owned in self.owned if owned.param.rule.algorithm == "muon"]
         self._adamw_batches = list(_batches(adamw))
         self._muon_batches = list(_batches([owned for owned in muon if owned.is_complete]))
-        self._dtype = torch.bfloat16 if optimizer_config.newton_schulz_dtype == "bfloat16" else torch.float32
-        shared = [owned for owned in muon if not owned.is_complete]
-        self._gathered = [
-            SplitMatrices(lane, data_parallel.parameters, shared, self._dtype)
-            for lane in data_parallel.bucket_groups
-            if lane.buckets
+        self._newton_schulz_dtype = (
+            torch.bfloat16 if optimizer_config.newton_schulz_dtype == "bfloat16" else torch.float32
+        )
+        incomplete = [owned for owned in muon if not owned.is_complete]
+        self._split_matrices = [
+            SplitMatrices(bucket_group, data_parallel.parameters, incomplete, self._newton_schulz_dtype)
+            for bucket_group in data_parallel.bucket_groups
+            if bucket_group.buckets
         ]
 
     def master_state_dict(self) -> dict[str, LocalChunks]:
-        """This rank's rows of the float32 master weights, and router biases, under the names of the checkpoint."""
-        return self._master_pieces([owned.master_weight.to_float32() for owned in self.owned])
+        """Return this rank's rows of the float32 master weights, and router biases, by checkpoint name."""
+        return self._master_chunks([owned.master_weight.to_float32() for owned in self.owned])
 
     def optimizer_state_dict(self) -> dict[str, LocalChunks]:
-        """This rank's rows of the momenta, under `optimizer.<momentum>.<parameter>`."""
-        return _pieces(
-            (f"optimizer.{name}.{owned.param.key}", owned, momentum)
+        """Return this rank's rows of the optimizer states, by `optimizer.<state>.<parameter>`."""
+        return owned_chunks(
+            (f"optimizer.{name}.{owned.param.key}", owned, state)
             for owned in self.owned
-            for name, momentum in zip(MOMENTA[owned.param.rule.algorithm], owned.states, strict=True)
+            for name, state in zip(MOMENTA[owned.param.rule.algorithm], owned.states, strict=True)
         )
 
     def iter_state_dicts(self) -> Iterator[dict[str, LocalChunks]]:
-        """`master_state` and `momentum_state` in parts: float32 of split masters is there for one part at a time."""
+        """Yield `master_state_dict` and `optimizer_state_dict` in parts.
+
+        Float32 values of split masters exist for one part at a time.
+        """
         for owned in self.owned:
-            yield _pieces([(owned.param.key, owned, owned.master_weight.to_float32())])
-        yield self._buffer_pieces() | self.optimizer_state_dict()
+            yield owned_chunks([(owned.param.key, owned, owned.master_weight.to_float32())])
+        yield self._buffer_chunks() | self.optimizer_state_dict()
 
     def state_dict_metadata(self) -> dict[str, LocalChunks]:
-        """`master_state` and `momentum_state` for their names, shapes and dtypes: split masters are meta tensors."""
-        return (
-            self._master_pieces([owned.master_weight.to_meta() for owned in self.owned]) | self.optimizer_state_dict()
-        )
+        """Return `master_state_dict` and `optimizer_state_dict` for their names, shapes and dtypes.
 
-    def gradient_state(self) -> dict[str, LocalChunks]:
-        """This rank's rows of the world's gradient sums, under the names of the parameters."""
-        return _pieces((owned.param.key, owned, owned.gradient) for owned in self.owned)
+        Split masters are meta tensors.
+        """
+        return (
+            self._master_chunks([owned.master_weight.to_meta() for owned in self.owned]) | self.optimizer_state_dict()
+        )
 
     @contextlib.contextmanager
     def loading_masters(self) -> Iterator[dict[str, LocalChunks]]:
-        """`master_state` to write into; what was written is then rounded into the model of every rank.
+        """Yield `master_state_dict` to load into; on exit, store the values and round them into all ranks' models.
 
-        Split masters are in host memory meanwhile: float32 of all is more than a GPU has room for.
+        Split masters are in host memory meanwhile, because float32 values of all of them may not fit on the GPU.
         """
         values = [owned.master_weight.to_float32_on_host() for owned in self.owned]
-        yield self._master_pieces(values)
+        yield self._master_chunks(values)
         with torch.no_grad():
             for owned, value in zip(self.owned, values, strict=True):
                 owned.master_weight.write(value)
@@ -106,24 +127,28 @@ class DistributedMuon:
         self.data_parallel.finish_param_sync()
 
     def state_bytes(self) -> int:
-        """Bytes of master weights and momenta on this rank, the model's own weights apart."""
-        momenta = sum(m.numel() * m.element_size() for owned in self.owned for m in owned.states)
-        return momenta + sum(owned.master_weight.state_bytes() for owned in self.owned)
+        """Return the bytes of master weights and optimizer states on this rank, without the model's weights."""
+        states = sum(state.numel() * state.element_size() for owned in self.owned for state in owned.states)
+        return states + sum(owned.master_weight.state_bytes() for owned in self.owned)
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
-        """Norm of the world's gradient in each group of parameters: every element counted on exactly one rank."""
-        sums = _group_sums()
-        _add(sums, self.owned, [owned.gradient for owned in self.owned], [1.0] * len(self.owned), torch.float64)
+        """Return the gradient's norm over all ranks for each of MONITOR_GROUPS. Collective.
+
+        Exactly one rank counts each element.
+        """
+        sums = _zero_group_sums()
+        grads = [owned.grad for owned in self.owned]
+        _add_to_group_sums(sums, self.owned, grads, [1.0] * len(self.owned), torch.float64)
         dist.all_reduce(sums)
         return {name: square**0.5 for name, (square, count) in zip(MONITOR_GROUPS, sums.tolist(), strict=True) if count}
 
     @torch.no_grad()
     def weight_sums(self) -> torch.Tensor:
-        """Of this rank's master weights, what `step` returns of the update."""
-        sums = _group_sums()
+        """Return of this rank's master weights what `step` returns of the update."""
+        sums = _zero_group_sums()
         for owned in self.owned:
-            _add(sums, [owned], [owned.master_weight.to_float32()], [1.0])
+            _add_to_group_sums(sums, [owned], [owned.master_weight.to_float32()], [1.0])
         return sums
 
     @torch.no_grad()
@@ -136,16 +161,19 @@ class DistributedMuon:
         gradient_norm: float,
         row_factors: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Update this rank's rows from their gradients, clipped to `clip_grad_norm`; weights are then on their way.
+        """Update this rank's rows from their gradients, clipped to `optimizer.clip_grad_norm`. Collective.
+
+        Starts `ShardedDataParallel.start_param_sync` before it returns.
 
         Args:
             step: counted from 1; AdamW's bias correction depends on it.
-            row_factors: by what the rows of some parameters of this rank are multiplied after the update: the name of
-                the parameter, and float32 [rows]. Equal on all owners of a parameter's rows.
+            gradient_norm: of all gradients, over all ranks.
+            row_factors: factors that multiply rows after the update (QK-Clip): parameter name to float32 [rows] of
+                this rank. They are equal on all ranks that own rows of the parameter.
 
         Returns:
-            For each of GROUPS, the sum of squares and the count of the update's elements, for its RMS: [groups, 2]
-            float64, every element counted on one rank.
+            For each of MONITOR_GROUPS, the sum of squares and the number of the update's elements, for its RMS:
+            float64 [groups, 2]. Exactly one rank counts each element.
         """
         optimizer_config = self.optimizer_config
         scale = (
@@ -153,25 +181,25 @@ class DistributedMuon:
             if 0 < optimizer_config.clip_grad_norm < gradient_norm
             else 1.0
         )
-        sums = _group_sums()
+        sums = _zero_group_sums()
 
-        def apply(members: Sequence[OwnedShard], updates: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
-            for decays in (True, False):
-                chosen = [
+        def apply(shards: Sequence[OwnedShard], updates: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
+            for use_decay in (True, False):
+                selected = [
                     (owned.master_weight, update, factor)
-                    for owned, update, factor in zip(members, updates, factors, strict=True)
-                    if owned.param.rule.use_weight_decay == decays
+                    for owned, update, factor in zip(shards, updates, factors, strict=True)
+                    if owned.param.rule.use_weight_decay == use_decay
                 ]
-                if chosen:
-                    decay = weight_decay if decays else 0.0
-                    apply_update(*zip(*chosen, strict=True), learning_rate=learning_rate, weight_decay=decay)
-            _add(sums, members, updates, factors)
+                if selected:
+                    decay = weight_decay if use_decay else 0.0
+                    apply_update(*zip(*selected, strict=True), learning_rate=learning_rate, weight_decay=decay)
+            _add_to_group_sums(sums, shards, updates, factors)
 
         for batch in self._muon_batches:
-            apply(batch, *self._scaled(batch, self._orthogonal_directions(batch, scale)))
-        for gathered in self._gathered:
-            results = gathered.orthogonalize_shards(self._directions(gathered.shards, scale), self._orthogonalize)
-            apply(gathered.shards, *self._scaled(gathered.shards, results))
+            apply(batch, *self._scale_updates(batch, self._orthogonalize_complete(batch, scale)))
+        for split in self._split_matrices:
+            results = split.orthogonalize_shards(self._directions(split.shards, scale), self._orthogonalize)
+            apply(split.shards, *self._scale_updates(split.shards, results))
             del results
         for batch in self._adamw_batches:
             apply(batch, self._adamw_updates(batch, step, scale), [1.0] * len(batch))
@@ -180,6 +208,7 @@ class DistributedMuon:
         return sums
 
     def _scale_rows(self, row_factors: dict[str, torch.Tensor]) -> None:
+        """Multiply rows of the master weights, and round them into the model."""
         assert row_factors.keys() <= {parameter.key for parameter in self.data_parallel.parameters}, list(row_factors)
         for owned in self.owned:
             if (factors := row_factors.get(owned.param.key)) is not None:
@@ -188,42 +217,46 @@ class DistributedMuon:
                 values.mul_(factors[owned.shard.start : owned.shard.stop].unsqueeze(-1))
                 owned.master_weight.write(values)
 
-    def _master_pieces(self, values: Sequence[torch.Tensor]) -> dict[str, LocalChunks]:
-        masters = _pieces((o.param.key, o, value) for o, value in zip(self.owned, values, strict=True))
-        return masters | self._buffer_pieces()
+    def _master_chunks(self, values: Sequence[torch.Tensor]) -> dict[str, LocalChunks]:
+        masters = owned_chunks((o.param.key, o, value) for o, value in zip(self.owned, values, strict=True))
+        return masters | self._buffer_chunks()
 
-    def _buffer_pieces(self) -> dict[str, LocalChunks]:
+    def _buffer_chunks(self) -> dict[str, LocalChunks]:
         return {key: local_chunks(buffer) for key, buffer in self.data_parallel.buffers.items()}
 
-    def _directions(self, members: Sequence[OwnedShard], scale: float) -> list[torch.Tensor]:
-        gradients, momenta = [owned.gradient for owned in members], [owned.states[0] for owned in members]
+    def _directions(self, shards: Sequence[OwnedShard], scale: float) -> list[torch.Tensor]:
+        """Update the momentum of the shards; return the directions to orthogonalize, float32."""
+        grads, momenta = [owned.grad for owned in shards], [owned.states[0] for owned in shards]
         optimizer_config = self.optimizer_config
         return update_momentum(
-            gradients, momenta, momentum=optimizer_config.momentum, nesterov=optimizer_config.nesterov, scale=scale
+            grads, momenta, momentum=optimizer_config.momentum, nesterov=optimizer_config.nesterov, scale=scale
         )
 
-    def _orthogonal_directions(self, members: Sequence[OwnedShard], scale: float) -> list[torch.Tensor]:
-        """Of matrices that are whole here; their directions are gone when it returns."""
+    def _orthogonalize_complete(self, batch: Sequence[OwnedShard], scale: float) -> list[torch.Tensor]:
+        """Update the momentum of a batch of complete matrices and orthogonalize them.
+
+        The directions are freed on return.
+        """
         optimizer_config = self.optimizer_config
         directions, norms = update_momentum_norms(
-            [owned.gradient for owned in members],
-            [owned.states[0] for owned in members],
-            [math.prod(owned.full_matrix_shape) for owned in members],
+            [owned.grad for owned in batch],
+            [owned.states[0] for owned in batch],
+            [math.prod(owned.full_matrix_shape) for owned in batch],
             momentum=optimizer_config.momentum,
             nesterov=optimizer_config.nesterov,
             scale=scale,
         )
-        whole = [
-            direction.view(-1, *owned.full_matrix_shape) for owned, direction in zip(members, directions, strict=True)
+        matrices = [
+            direction.view(-1, *owned.full_matrix_shape) for owned, direction in zip(batch, directions, strict=True)
         ]
-        return self._orthogonalize(whole, norms)
+        return self._orthogonalize(matrices, norms)
 
-    def _adamw_updates(self, members: Sequence[OwnedShard], step: int, scale: float) -> list[torch.Tensor]:
+    def _adamw_updates(self, batch: Sequence[OwnedShard], step: int, scale: float) -> list[torch.Tensor]:
         optimizer_config = self.optimizer_config
         return adamw_updates(
-            [owned.gradient.float() for owned in members],
-            [owned.states[0] for owned in members],
-            [owned.states[1] for owned in members],
+            [owned.grad.float() for owned in batch],
+            [owned.states[0] for owned in batch],
+            [owned.states[1] for owned in batch],
             beta1=optimizer_config.adamw_beta1,
             beta2=optimizer_config.adamw_beta2,
             eps=optimizer_config.adamw_eps,
@@ -234,46 +267,54 @@ class DistributedMuon:
     def _orthogonalize(
         self, matrices: Sequence[torch.Tensor], norms: Sequence[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
-        """Of whole matrices, wherever they were brought together: what is one matrix's alone is done here."""
+        """Orthogonalize full matrices [..., rows, columns]. Any step that needs a full matrix belongs here."""
         optimizer_config = self.optimizer_config
         results = orthogonalize_all(
-            matrices, optimizer_config.num_newton_schulz_steps, optimizer_config.coefficients, self._dtype, norms
+            matrices,
+            optimizer_config.num_newton_schulz_steps,
+            optimizer_config.coefficients,
+            self._newton_schulz_dtype,
+            norms,
         )
         return normalize_rms_(results) if optimizer_config.rms_matching == "update_norm" else results
 
-    def _scaled(
-        self, members: Sequence[OwnedShard], results: Sequence[torch.Tensor]
+    def _scale_updates(
+        self, shards: Sequence[OwnedShard], results: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[float]]:
-        """Orthogonal matrices as updates [rows, columns] and the factors that give them the RMS of AdamW's: still to be
-        multiplied on a GPU, where updates stay in their dtype, and already in float32 on a CPU."""
-        updates = [result.reshape(owned.gradient.shape) for owned, result in zip(members, results, strict=True)]
+        """Return orthogonal matrices as updates [rows, columns], and the factors that match the RMS of AdamW's updates.
+
+        On a GPU, updates keep their dtype and `apply_update` multiplies by the factors. On a CPU, updates are float32
+        and already multiplied, and the factors are 1.
+        """
+        updates = [result.reshape(owned.grad.shape) for owned, result in zip(shards, results, strict=True)]
         rms, matching = self.optimizer_config.rms_match, self.optimizer_config.rms_matching
-        factors = [rms_match_scale(*owned.full_matrix_shape, rms, matching, self._hidden_size) for owned in members]
-        if members and members[0].gradient.device.type != "cpu":
+        factors = [rms_match_scale(*owned.full_matrix_shape, rms, matching, self._hidden_size) for owned in shards]
+        if shards and shards[0].grad.device.type != "cpu":
             return updates, factors
-        return [u.float() * factor for u, factor in zip(updates, factors, strict=True)], [1.0] * len(members)
+        return [u.float() * factor for u, factor in zip(updates, factors, strict=True)], [1.0] * len(shards)
 
 
-def _group_sums() -> torch.Tensor:
-    """Sum of squares and count of elements of each of GROUPS, still 0."""
+def _zero_group_sums() -> torch.Tensor:
+    """Return zeros for the sum of squares and the number of elements of each of MONITOR_GROUPS, float64 [groups, 2]."""
     return torch.zeros(len(MONITOR_GROUPS), 2, dtype=torch.float64, device=torch.cuda.current_device())
 
 
-def _add(
+def _add_to_group_sums(
     sums: torch.Tensor,
-    members: Sequence[OwnedShard],
+    shards: Sequence[OwnedShard],
     values: Sequence[torch.Tensor],
     factors: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Add factor * values of owned rows to the sums of their groups, every element of the world once.
+    """Add factor * values to `sums` [groups, 2], in place. Only the primary copy of a shard counts.
 
-    `dtype`: of the norms."""
-    of_group: dict[int, list[tuple[torch.Tensor, float]]] = {}
-    for owned, value, factor in zip(members, values, factors, strict=True):
+    `dtype`: in which norms are computed.
+    """
+    by_group: dict[int, list[tuple[torch.Tensor, float]]] = {}
+    for owned, value, factor in zip(shards, values, factors, strict=True):
         if owned.is_primary_copy:
-            of_group.setdefault(MONITOR_GROUPS.index(owned.param.monitor_group), []).append((value, factor))
-    for group, counted in of_group.items():
+            by_group.setdefault(MONITOR_GROUPS.index(owned.param.monitor_group), []).append((value, factor))
+    for group, counted in by_group.items():
         parts = [(part, factor) for value, factor in counted for part in _parts_for(value, dtype)]
         norms = torch._foreach_norm([part for part, _ in parts], dtype=dtype)
         norms = torch._foreach_mul(norms, [factor for _, factor in parts])
@@ -282,41 +323,34 @@ def _add(
 
 
 def _parts_for(value: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    """Rows of `value` of which a CPU, where torch makes a copy in `dtype` for a norm, needs no large one."""
+    """Split `value` by rows for a norm in `dtype`: on a CPU, torch copies its input to that dtype first."""
     if value.is_cuda or value.dtype == dtype or not value.dim():
         return [value]
     return [value[rows] for rows in row_blocks(len(value), value[:1].numel())]
 
 
-def _pieces(values: Iterable[tuple[str, OwnedShard, torch.Tensor]]) -> dict[str, LocalChunks]:
-    """Rectangles by name, of tensors that hold owned rows."""
+def owned_chunks(values: Iterable[tuple[str, OwnedShard, torch.Tensor]]) -> dict[str, LocalChunks]:
+    """Return chunks of global tensors by name, from (name, owned rows, tensor of these rows)."""
     shapes: dict[str, tuple[int, ...]] = {}
-    rectangles: dict[str, list[TensorChunk]] = {}
+    chunks: dict[str, list[TensorChunk]] = {}
     for key, owned, tensor in values:
         shapes[key] = to_hf_axes(local_shards(owned.param.sharded_param)[0].global_shape)
-        found = owned.param.tensor_chunks(owned.shard.start, owned.shard.stop, tensor)
-        rectangles.setdefault(key, []).extend(found)
-    return {key: LocalChunks(shape, rectangles[key]) for key, shape in shapes.items()}
+        tensor_chunks = owned.param.tensor_chunks(owned.shard.start, owned.shard.stop, tensor)
+        chunks.setdefault(key, []).extend(tensor_chunks)
+    return {key: LocalChunks(shape, chunks[key]) for key, shape in shapes.items()}
 
 
-def _batches(local: Sequence[OwnedShard]) -> Iterator[list[OwnedShard]]:
-    """Runs of matrices, like shapes together, of at most WORKSPACE_ELEMENTS (or one matrix); of rows for AdamW."""
-    limit = WORKSPACE_ELEMENTS[local[0].gradient.device.type] if local else 0
-    parts = [part for owned in local for part in owned.split(limit)]
-    batch: list[OwnedShard] = []
-    elements = 0
-    for part in sorted(parts, key=lambda part: part.full_matrix_shape):
-        if batch and elements + part.gradient.numel() > limit:
-            yield batch
-            batch, elements = [], 0
-        batch.append(part)
-        elements += part.gradient.numel()
-    if batch:
-        yield batch
+def _batches(shards: Sequence[OwnedShard]) -> Iterator[list[OwnedShard]]:
+    """Yield batches of full matrices (of rows for AdamW), sorted by shape, of at most WORKSPACE_ELEMENTS each."""
+    limit = WORKSPACE_ELEMENTS[shards[0].grad.device.type] if shards else 0
+    parts = [part for owned in shards for part in owned.split(limit)]
+    return batch_by_elements(
+        sorted(parts, key=lambda part: part.full_matrix_shape), lambda part: part.grad.numel(), limit
+    )
 
 
 def build_optimizer(model_chunks: Sequence[GPTModel], config: RunConfig) -> DistributedMuon:
-    """The optimizer that a recipe asks for, over this rank's model chunks."""
+    """Build the optimizer of a recipe for this rank's model chunks, with its data parallelism."""
     rules = param_group_rules(config.optimizer, config.model)
     dtype = torch.bfloat16 if config.optimizer.gradient_dtype == "bfloat16" else torch.float32
     data_parallel = ShardedDataParallel(model_chunks, rules, config.parallel.bucket_size, dtype)

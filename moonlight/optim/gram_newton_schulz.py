@@ -1,9 +1,12 @@
-"""Newton-Schulz of batches on a GPU: several steps on one Gram matrix, in float16, half of symmetric products computed.
+"""Newton-Schulz of batches on a GPU, in float16: several steps on one Gram matrix, with symmetric products.
 
-A step multiplies X by a polynomial P of G = X X^T (of X^T X from the right, if X is tall), and the next Gram matrix is
-P G P: all of these are symmetric and commute. So k steps can share one new Gram matrix and one product with X, for
-3 n^2 m + (4k - 3) n^3 operations if symmetric products cost half; k steps on X itself take k (3 n^2 m + n^3). Sharing
-is cheaper wherever X is not square. On a CPU bfloat16 is the fast dtype, and other steps are safe (newton_schulz.py).
+A step multiplies X [n, m] by a polynomial P of G = X X^T (of X^T X from the right, if X is tall). The next Gram matrix
+is P G P. All these matrices are symmetric and commute, so half of each is computed.
+
+k steps can therefore share one new Gram matrix and one product with X. They take 3 n^2 m + (4k - 3) n^3 operations if a
+symmetric product costs half; k steps on X itself take k (3 n^2 m + n^3). Sharing is cheaper unless X is square.
+
+On a CPU, bfloat16 is the fast dtype, in which other groups of steps are accurate (newton_schulz.py).
 """
 
 import contextlib
@@ -16,32 +19,33 @@ Product = Callable[..., None]
 
 
 def group_steps(steps: Sequence[Coefficients], rows: int, columns: int) -> list[list[Coefficients]]:
-    """Which steps share a Gram matrix: three if they are equal, else two; each has its own if X is square.
+    """Group the steps that share a Gram matrix: three if they are equal, otherwise two; one if X is square.
 
-    A rounding error of G counts most where G is small, and the steps of a segment amplify it: float16 bears three of
-    Moonlight's, or two of Polar Express, whose first ones are steep (three gave infinities). In bfloat16 even two lose
-    more than the plain loop does.
+    A rounding error of G matters most where G is small, and the steps of a group amplify it. Float16 allows three steps
+    of Moonlight's, or two of Polar Express, whose first steps are steep (three gave infinities). In bfloat16 even two
+    lose more accuracy than the plain loop.
     """
     if rows == columns:
         return [[step] for step in steps]
-    taken: list[list[Coefficients]] = []
-    rest = list(steps)
-    while rest:
-        count = 3 if len(set(rest[:3])) == 1 else 2
-        taken.append(rest[:count])
-        rest = rest[count:]
-    return taken
+    groups: list[list[Coefficients]] = []
+    remaining = list(steps)
+    while remaining:
+        count = 3 if len(set(remaining[:3])) == 1 else 2
+        groups.append(remaining[:count])
+        remaining = remaining[count:]
+    return groups
 
 
 def run_steps(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) -> torch.Tensor:
-    """All steps on float16 X0 [count, rows, columns]; let nobody else hold it, then its memory is used again.
+    """Return the result of all steps on float16 X0 [count, rows, columns].
 
-    `product` is `kernels.symmetric.symmetric_product`, or what computes the same.
+    Keep no other reference to `x`: its memory is then reused. `product` is `kernels.symmetric.symmetric_product`, or a
+    function that computes the same.
     """
     _, rows, columns = x.shape
     with _float32_sums():
-        for segment in group_steps(steps, rows, columns):
-            polynomial = _polynomial(x.mT if rows > columns else x, segment, product)
+        for group in group_steps(steps, rows, columns):
+            polynomial = _polynomial(x.mT if rows > columns else x, group, product)
             x = torch.bmm(x, polynomial) if rows > columns else torch.bmm(polynomial, x)
             del polynomial
     return x
@@ -49,41 +53,44 @@ def run_steps(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) 
 
 @contextlib.contextmanager
 def _float32_sums() -> Iterator[None]:
-    """Torch lets cuBLAS add parts of float16 products in float16 unless told otherwise; other code may want that."""
+    """Make cuBLAS sum float16 products in float32, and restore torch's setting on exit.
+
+    By default, torch lets cuBLAS reduce parts of these sums in float16.
+    """
     flags = torch.backends.cuda.matmul
-    before = (flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction_split_k)
+    previous = (flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction_split_k)
     flags.allow_fp16_reduced_precision_reduction = False
     try:
         yield
     finally:
-        flags.allow_fp16_reduced_precision_reduction = before
+        flags.allow_fp16_reduced_precision_reduction = previous
 
 
 def _polynomial(x: torch.Tensor, steps: Sequence[Coefficients], product: Product) -> torch.Tensor:
-    """The symmetric matrices [count, n, n] by which X [count, n, m] is multiplied in these steps.
+    """Return the symmetric matrices [count, n, n] by which these steps multiply X [count, n, m].
 
-    Four such matrices are there at once, two if there is one step: `moonlight plan` counts on it.
+    Up to four such matrices exist at the same time, two for a single step. `moonlight plan` relies on this.
     """
     count, n, _ = x.shape
     gram = x.new_empty(count, n, n)
     product(x, x.mT, gram)
-    whole = None
-    for number, (a, b, c) in enumerate(steps, 1):
+    total = None
+    for index, (a, b, c) in enumerate(steps, 1):
         polynomial = torch.empty_like(gram)
         product(gram, gram, polynomial, alpha=c, added=gram, beta=b, gamma=a)
-        if number < len(steps):
+        if index < len(steps):
             half = torch.empty_like(gram)
             product(polynomial, gram, half)
             product(half, polynomial, gram)
             del half
-        if whole is None:
-            whole = polynomial
+        if total is None:
+            total = polynomial
         else:
-            joined = torch.empty_like(gram)
-            product(polynomial, whole, joined)
-            whole = joined
-    assert whole is not None, "no steps"
-    return whole
+            combined = torch.empty_like(gram)
+            product(polynomial, total, combined)
+            total = combined
+    assert total is not None, "no steps"
+    return total
 
 
 def orthogonalize_batch(
@@ -92,8 +99,17 @@ def orthogonalize_batch(
     steps: Sequence[Coefficients],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Orthogonalise matrices of one shape on a GPU: tensors [count, rows, columns], together [all, rows, columns] in
-    `dtype`. `norms`: float32 [count] of each, if it is known. On the meta device: the same tensors, no values."""
+    """Orthogonalize matrices of one shape on a GPU.
+
+    On the meta device, this allocates the same tensors without values.
+
+    Args:
+        sources: tensors [count, rows, columns] in any floating dtype; counts may differ.
+        norms: for each source, the Frobenius norms, float32 [count], or None.
+
+    Returns:
+        All matrices of `sources`, [sum of counts, rows, columns] in `dtype`.
+    """
     if sources[0].is_meta:
         return run_steps(_normalized(sources, norms), steps, _no_values).to(dtype)
     from moonlight.kernels.symmetric import symmetric_product
@@ -102,7 +118,7 @@ def orthogonalize_batch(
 
 
 def _normalized(sources: Sequence[torch.Tensor], norms: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """X0 = M / (||M||_F + 1e-7) of all sources, float16."""
+    """Return X0 = M / (||M||_F + 1e-7) of all sources, float16 [sum of counts, rows, columns]."""
     counts = [len(source) for source in sources]
     x = sources[0].new_empty(sum(counts), *sources[0].shape[1:], dtype=torch.float16)
     if x.is_meta:
@@ -117,4 +133,4 @@ def _normalized(sources: Sequence[torch.Tensor], norms: Sequence[torch.Tensor | 
 
 
 def _no_values(*operands: torch.Tensor, **factors: object) -> None:
-    """A product on the meta device."""
+    """Stand in for a product on the meta device: compute nothing."""

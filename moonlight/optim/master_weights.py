@@ -1,7 +1,10 @@
-"""Master weights: what the optimizer updates, of which the model holds a copy in its own precision.
+"""Master weights: the float32 values that the optimizer updates. The model holds a rounded copy.
 
-A float32 model is its own master. For a bfloat16 model the master is a float32 tensor, or, split, the model's bfloat16
-weight and the 16 bits by which the master differs from it: the same values in half the memory.
+A float32 model is its own master. For a bfloat16 model, the master is one of two kinds:
+
+- float32: a float32 tensor next to the model's weights.
+- split: the model's bfloat16 weights, and an int16 tensor with the 16 bits that rounding drops. Both together are the
+  same float32 values in half the additional memory.
 """
 
 from collections.abc import Sequence
@@ -14,29 +17,29 @@ _HALF = 0x8000
 
 
 def round_to_bfloat16(master: torch.Tensor) -> torch.Tensor:
-    """The nearest bfloat16 of each float32, ties away from zero.
+    """Round float32 to the nearest bfloat16, ties away from zero.
 
-    Ties go one way, unlike in torch's own rounding to even, because then exactly 2^16 floats round to each bfloat16 and
-    16 bits tell them apart.
+    All ties go one way, unlike in torch, which rounds to even. Exactly 2^16 floats then round to each bfloat16, so 16
+    bits identify the float.
     """
     return ((master.view(torch.int32) + _HALF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def low_bits(master: torch.Tensor) -> torch.Tensor:
-    """What `round_to_bfloat16` leaves out, int16: the difference of the bit patterns."""
+    """Return what `round_to_bfloat16` drops, int16: the difference of the two bit patterns."""
     return (((master.view(torch.int32) + _HALF) & 0xFFFF) - _HALF).to(torch.int16)
 
 
 def join_halves(rounded: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """The float32 master of a bfloat16 weight and its remainder; exact."""
+    """Return the float32 master of a bfloat16 weight and its int16 remainder, exactly."""
     return ((rounded.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
 
 
 class MasterWeight:
-    """The master weights of some rows of a parameter. `weights` is the model's own view of them [rows, columns]."""
+    """The master weights of some rows of a parameter. `weights` is a view [rows, columns] of the model's weights."""
 
     def __init__(self, weights: torch.Tensor, kind: str) -> None:
-        """Starts from the model's weights; `kind` is float32 or split."""
+        """Start from the model's weights; `kind` is float32 or split."""
         self.weights = weights
         self._full = self._remainder = None
         if weights.dtype is torch.bfloat16 and kind == "split":
@@ -45,21 +48,21 @@ class MasterWeight:
             self._full = weights.float()
 
     def to_float32(self) -> torch.Tensor:
-        """float32 [rows, columns]: to be changed only between this call and `store`."""
+        """Return the float32 values [rows, columns]; for split masters a new tensor. After a change, call `write`."""
         if self._remainder is not None:
             return join_halves(self.weights, self._remainder)
         return self.weights if self._full is None else self._full
 
     def to_float32_on_host(self) -> torch.Tensor:
-        """`values`, or a copy of them in host memory where they are made for the call: all of a model may be there."""
+        """Return `to_float32()`, for split masters in host memory: float32 of a full model may not fit on the GPU."""
         return self.to_float32() if self._remainder is None else self.to_float32().cpu()
 
     def to_meta(self) -> torch.Tensor:
-        """`values`, or a meta tensor of their shape where they would have to be made."""
+        """Return `to_float32()`, for split masters a meta tensor of that shape and dtype."""
         return self.to_float32() if self._remainder is None else self.weights.to("meta", torch.float32)
 
     def write(self, values: torch.Tensor) -> None:
-        """Keep changed `values` or `draft`, and round them into the model."""
+        """Store changed values of `to_float32` or `to_float32_on_host`, and round them into the model."""
         values = values.to(self.weights.device)
         if self._remainder is not None:
             self._remainder.copy_(low_bits(values))
@@ -67,7 +70,7 @@ class MasterWeight:
             self.weights.copy_(round_to_bfloat16(values))
 
     def rows(self, start: int, stop: int) -> "MasterWeight":
-        """The same master, restricted to some of its rows."""
+        """Return the master weights of the rows [start, stop), as views."""
         part = object.__new__(MasterWeight)
         part.weights = self.weights[start:stop]
         part._full = None if self._full is None else self._full[start:stop]
@@ -75,7 +78,7 @@ class MasterWeight:
         return part
 
     def state_bytes(self) -> int:
-        """Memory beyond the model's own weights."""
+        """Return the bytes of memory in addition to the model's weights."""
         return sum(t.numel() * t.element_size() for t in (self._full, self._remainder) if t is not None)
 
 
@@ -87,9 +90,12 @@ def apply_update(
     learning_rate: float,
     weight_decay: float,
 ) -> None:
-    """W <- W - lr (factor U + wd W) for each master, rounded into the model; in one pass on a GPU."""
+    """W <- W - lr (factor U + wd W) for each master, rounded into the model; one fused pass on a GPU.
+
+    `updates` are [rows, columns] in any floating dtype, `factors` one for each master.
+    """
     if all(master.weights.is_meta for master in masters):
-        return  # that pass makes nothing
+        return  # the fused pass allocates nothing
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     if can_fuse([*(master.weights for master in masters), *updates]):
         from moonlight.kernels.muon_update import fused_weight_update

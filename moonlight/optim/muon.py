@@ -1,6 +1,7 @@
-"""Muon as a plain torch optimizer over whole matrices, in one process (arXiv 2502.16982, Algorithm 1).
+"""Muon as a plain torch optimizer for full matrices in one process (arXiv 2502.16982, Algorithm 1).
 
-Any model can use it: matrices in groups with the algorithm "muon", everything else in groups with "adamw".
+Any model can use it: put matrices into parameter groups with algorithm "muon", and all other parameters into groups
+with "adamw".
 """
 
 import difflib
@@ -11,19 +12,17 @@ from typing import Any
 
 import torch
 
-from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize_all
+from moonlight.optim.newton_schulz import COEFFICIENTS, WORKSPACE_ELEMENTS, orthogonalize_all
 from moonlight.optim.update_rules import (
     RMS_MATCHINGS,
     adamw_updates,
     apply_updates,
+    batch_by_elements,
     can_fuse,
     normalize_rms_,
     rms_match_scale,
     update_momentum_norms,
 )
-
-ELEMENTS_AT_ONCE = {"cpu": 2**19, "cuda": 2**26}
-"""Most elements whose updates exist at the same time, but for a single larger matrix; on a CPU, what caches hold."""
 
 ALGORITHMS = ("muon", "adamw")
 _SCALE_SETTINGS = ("rms_match", "rms_matching", "hidden_size")
@@ -32,38 +31,38 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass
 class _Part:
-    """A parameter, or some matrices of a stack, as views: what is updated at once."""
+    """A parameter, or some matrices of a stack, as views."""
 
     weight: torch.Tensor
-    gradient: torch.Tensor
+    grad: torch.Tensor
     state: dict[str, torch.Tensor]
     group: dict[str, Any]
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- W - lr (rms_match sqrt(max(rows, columns)) O + weight_decay W), O the orthogonalised momentum.
+    """W <- W - lr (rms_match sqrt(max(rows, columns)) O + weight_decay W), O the orthogonalized momentum.
 
-    A parameter [rows, columns] is one matrix, [count, rows, columns] a stack of matrices, and a convolution kernel
-    [out, in, height, width] the matrix [out, in * height * width]. A parameter group may override every argument and
-    choose `algorithm="adamw"`, which takes parameters of any shape. All values are read from the group at each step.
+    A parameter [rows, columns] is one matrix, [count, rows, columns] is a stack of matrices, and a convolution kernel
+    [out, in, height, width] is the matrix [out, in * height * width]. A parameter group may override every argument and
+    set `algorithm="adamw"`, which accepts parameters of any shape. Each step reads all values from the group.
 
     Args:
         params: parameters, named parameters or parameter groups, float32 or bfloat16.
-        lr: learning rate, for both algorithms.
-        weight_decay: decoupled decay, for both algorithms.
-        momentum: mu in M <- mu M + G; M is float32 whatever the weight and the gradient are.
-        nesterov: orthogonalise G + mu M rather than M.
-        num_steps: Newton-Schulz steps.
+        lr: learning rate of both algorithms.
+        weight_decay: decoupled weight decay of both algorithms.
+        momentum: mu in M <- mu M + G; M is float32 for any dtype of weight and gradient.
+        nesterov: orthogonalize G + mu M instead of M.
+        num_steps: number of Newton-Schulz steps.
         coefficients: a name in `newton_schulz.COEFFICIENTS`.
-        rms_match: the factor that gives updates the RMS of AdamW's.
-        rms_matching: how it does: "adjusted_lr" as above; "update_norm": rms_match O / RMS(O); "baseline": rms_match
-            sqrt(hidden_size) O, whatever the shape (arXiv 2502.16982, 3.1).
-        hidden_size: of the model; for "baseline" alone.
+        rms_match: target RMS of the updates, close to that of AdamW's.
+        rms_matching: how to reach it. "adjusted_lr": as above; "update_norm": rms_match O / RMS(O); "baseline":
+            rms_match sqrt(hidden_size) O for any shape (arXiv 2502.16982, 3.1).
+        hidden_size: of the model; used by "baseline" only.
         dtype: of the Newton-Schulz iteration, torch.bfloat16 or torch.float32.
         betas, eps: of AdamW.
 
     Raises:
-        ValueError: an argument, or a parameter of a group, that cannot be used.
+        ValueError: an argument or a parameter of a group is invalid.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch's optimizers do; raises ValueError for what it cannot use."""
+        """Add a parameter group, as in torch's optimizers. Raises ValueError if the group is invalid."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -114,24 +113,28 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; momenta stay float32 also for bfloat16 weights."""
+        """Load the result of `state_dict`. Momenta and moments stay float32, also for bfloat16 weights."""
         super().load_state_dict(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, torch.Tensor):  # torch has rounded it to the dtype of the weight
+                if isinstance(value, torch.Tensor):  # torch has rounded it to the weight's dtype
                     self.state[parameter][name] = value.to(parameter.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient, and return the result of `closure`.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Parts with one key are computed together, across groups: they may differ in lr and decay only.
-        together: dict[tuple[Any, ...], list[_Part]] = {}
+        # Parts of all groups with one key are computed together: they differ in learning rate and decay only.
+        parts_by_key: dict[tuple[Any, ...], list[_Part]] = {}
         for group in self.param_groups:
             for index, parameter in enumerate(group["params"]):
                 if parameter.grad is None or parameter.numel() == 0:
@@ -144,27 +147,27 @@ class Muon(torch.optim.Optimizer):
                 else:
                     parts = [self._adamw_part(parameter, group)]
                     key = ("adamw", self.state[parameter]["step"], *group["betas"], group["eps"])
-                together.setdefault((*key, parameter.device, parameter.dtype), []).extend(parts)
-        for (algorithm, *_), parts in together.items():
-            for chunk in _chunks(parts):
+                parts_by_key.setdefault((*key, parameter.device, parameter.dtype), []).extend(parts)
+        for (algorithm, *_), parts in parts_by_key.items():
+            for batch in _batches(parts):
                 if algorithm == "muon":
-                    _apply(chunk, _muon_updates(chunk), _muon_scale(chunk[0]))
+                    _apply(batch, _muon_updates(batch), _muon_scale(batch[0]))
                 else:
-                    _apply(chunk, self._adamw_updates(chunk), 1.0)
+                    _apply(batch, self._adamw_updates(batch), 1.0)
         return loss
 
     def _muon_parts(self, parameter: torch.Tensor, group: dict[str, Any]) -> Iterator[_Part]:
-        """The parameter, or runs of matrices of a stack, none above ELEMENTS_AT_ONCE where that is possible."""
+        """Yield the parameter, or parts of a stack with at most WORKSPACE_ELEMENTS elements or one matrix each."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-        momentum, gradient = state["momentum"], parameter.grad
-        assert gradient is not None
-        limit = ELEMENTS_AT_ONCE[parameter.device.type]
+        momentum, grad = state["momentum"], parameter.grad
+        assert grad is not None
+        limit = WORKSPACE_ELEMENTS[parameter.device.type]
         count = max(1, limit // parameter[0].numel()) if parameter.dim() == 3 else len(parameter)
         for start in range(0, len(parameter), count):
-            cut = slice(start, start + count)
-            yield _Part(parameter[cut], gradient[cut], {"momentum": momentum[cut]}, group)
+            rows = slice(start, start + count)
+            yield _Part(parameter[rows], grad[rows], {"momentum": momentum[rows]}, group)
 
     def _adamw_part(self, parameter: torch.Tensor, group: dict[str, Any]) -> _Part:
         state = self.state[parameter]
@@ -180,7 +183,7 @@ class Muon(torch.optim.Optimizer):
     def _adamw_updates(parts: list[_Part]) -> list[torch.Tensor]:
         (beta1, beta2), eps = parts[0].group["betas"], parts[0].group["eps"]
         return adamw_updates(
-            [part.gradient.float() for part in parts],
+            [part.grad.float() for part in parts],
             [part.state["exp_avg"] for part in parts],
             [part.state["exp_avg_sq"] for part in parts],
             beta1=beta1,
@@ -202,16 +205,16 @@ def _muon_scale(part: _Part) -> float:
 
 
 def _matrices(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter or its direction as [..., rows, columns]."""
+    """Return a parameter or its direction as [..., rows, columns]."""
     return tensor.flatten(1) if tensor.dim() == 4 else tensor
 
 
 def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
-    """The orthogonal updates of parts with one shape of matrices and one setting, in the dtype of the iteration."""
+    """Return orthogonal updates in the dtype of the iteration. All parts have one matrix shape and equal settings."""
     group = parts[0].group
     rows, columns = _matrices(parts[0].weight).shape[-2:]
     directions, norms = update_momentum_norms(
-        [part.gradient for part in parts],
+        [part.grad for part in parts],
         [part.state["momentum"] for part in parts],
         [rows * columns] * len(parts),
         momentum=group["momentum"],
@@ -226,19 +229,19 @@ def _muon_updates(parts: list[_Part]) -> list[torch.Tensor]:
 
 
 def _apply(parts: list[_Part], updates: list[torch.Tensor], scale: float) -> None:
-    """Update weights of one dtype by scale * updates; bfloat16 weights are rounded once, at the end."""
+    """Update weights of one dtype by scale * updates; bfloat16 weights are rounded once, after the update."""
     by_rate: dict[tuple[float, float], list[int]] = {}
     for index, part in enumerate(parts):
         by_rate.setdefault((float(part.group["lr"]), part.group["weight_decay"]), []).append(index)
     for (learning_rate, weight_decay), indices in by_rate.items():
-        weights, own = [parts[index].weight for index in indices], [updates[index] for index in indices]
-        # Scaling the rate rather than the updates saves a pass over them; the decay is scaled back.
+        weights, rate_updates = [parts[index].weight for index in indices], [updates[index] for index in indices]
+        # Scaling the rate instead of the updates saves a pass over them; the decay is scaled back.
         rates = {"learning_rate": learning_rate * scale, "weight_decay": weight_decay / scale}
-        if weights[0].dtype is torch.float32 and can_fuse([*weights, *own]):
-            _apply_fused(weights, own, rates)
+        if weights[0].dtype is torch.float32 and can_fuse([*weights, *rate_updates]):
+            _apply_fused(weights, rate_updates, rates)
             continue
         exact = [weight.float() for weight in weights]
-        apply_updates(exact, own, **rates)
+        apply_updates(exact, rate_updates, **rates)
         if weights[0].dtype is not torch.float32:
             torch._foreach_copy_(weights, exact)
 
@@ -250,19 +253,10 @@ def _apply_fused(weights: list[torch.Tensor], updates: list[torch.Tensor], rates
         fused_weight_update(None, weight, None, update, factor=1.0, **rates)
 
 
-def _chunks(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Consecutive parts, together at most ELEMENTS_AT_ONCE, but at least one."""
-    limit = ELEMENTS_AT_ONCE[parts[0].weight.device.type]
-    chunk: list[_Part] = []
-    elements = 0
-    for part in parts:
-        if chunk and elements + part.weight.numel() > limit:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(part)
-        elements += part.weight.numel()
-    if chunk:
-        yield chunk
+def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """Yield batches of consecutive parts, of at most WORKSPACE_ELEMENTS or one part each."""
+    limit = WORKSPACE_ELEMENTS[parts[0].weight.device.type]
+    return batch_by_elements(parts, lambda part: part.weight.numel(), limit)
 
 
 def _name(group: dict[str, Any], index: int) -> str:
@@ -275,17 +269,17 @@ def _check_parameter(parameter: torch.Tensor, name: str, algorithm: str) -> None
     if algorithm == "muon" and parameter.dim() not in (2, 3, 4):
         raise ValueError(
             f"{name} of a muon group has shape {shape}: accepted are a matrix (2-D), a stack of matrices (3-D) or a "
-            'convolution kernel (4-D); put others into a group with algorithm="adamw"'
+            'convolution kernel (4-D). Put other parameters into a group with algorithm="adamw"'
         )
     if parameter.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name} with shape {shape} has dtype {parameter.dtype}: accepted are {WEIGHT_DTYPES}")
 
 
-def _check_names(group: dict[str, Any], known: dict[str, Any]) -> None:
-    """Groups may hold what schedulers put there, but no misspelt setting, which would silently not count."""
-    for name in group.keys() - known.keys() - {"params", "param_names", "initial_lr", "max_lr", "min_lr"}:
-        if near := difflib.get_close_matches(str(name), known, n=1):
-            raise ValueError(f"a group has {name!r}: did you mean {near[0]!r}?")
+def _check_names(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Reject misspelled settings, which would have no effect. Groups may hold other keys, such as a scheduler's."""
+    for name in group.keys() - defaults.keys() - {"params", "param_names", "initial_lr", "max_lr", "min_lr"}:
+        if matches := difflib.get_close_matches(str(name), defaults, n=1):
+            raise ValueError(f"a group has {name!r}: did you mean {matches[0]!r}?")
 
 
 def _check_settings(values: dict[str, Any]) -> None:
@@ -312,8 +306,8 @@ def _check_settings(values: dict[str, Any]) -> None:
     ):
         require(name, values[name] in choices, f"one of {', '.join(map(str, choices))}")
     size, needed = values["hidden_size"], values["rms_matching"] == "baseline"
-    whole = isinstance(size, int) and not isinstance(size, bool) and size >= needed
-    require("hidden_size", whole, f"an integer of at least {int(needed)}{' for baseline' * needed}")
+    is_valid = isinstance(size, int) and not isinstance(size, bool) and size >= needed
+    require("hidden_size", is_valid, f"an integer of at least {int(needed)}{' for baseline' * needed}")
 
 
 def _is_number(value: object) -> bool:

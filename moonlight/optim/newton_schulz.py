@@ -1,4 +1,11 @@
-"""Orthogonalisation of matrices by Newton-Schulz iteration: the heart of Muon (arXiv 2502.16982, eq. 1)."""
+"""Newton-Schulz iteration: the approximate orthogonalization of Muon (arXiv 2502.16982, eq. 1).
+
+Three implementations, by device and size:
+
+- On a GPU in bfloat16, matrices of some size: steps on a shared Gram matrix (gram_newton_schulz.py).
+- On a CPU, large matrices: one matrix at a time, in symmetric blocks (`_iterate_in_blocks`).
+- All other matrices: the plain iteration on batches of one shape (`_iterate_batched`).
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,12 +15,12 @@ import torch
 
 from moonlight.optim import gram_newton_schulz as gram
 from moonlight.optim.gram_newton_schulz import Coefficients
-from moonlight.placement.owners import AT_ONCE, GRAM_FROM_SIDE
+from moonlight.placement.owners import GRAM_FROM_SIDE, MAX_UPDATE_ELEMENTS
 
 _MOONLIGHT = (3.4445, -4.7750, 2.0315)
 COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[float, float, float]]] = {
     "moonlight": ((), _MOONLIGHT),
-    # Polar Express (arXiv 2505.16932), its safety factor 1.01 folded in.
+    # Polar Express (arXiv 2505.16932), including its safety factor 1.01.
     "polar_express": (
         (
             (8.2051, -22.9019, 16.4607),
@@ -28,25 +35,29 @@ COEFFICIENTS: dict[str, tuple[tuple[tuple[float, float, float], ...], tuple[floa
     ),
     "deepseekv4": ((_MOONLIGHT,) * 8, (2.0, -1.5, 0.5)),
 }
-"""Name -> (coefficients (a, b, c) of the first steps, those of every later step)."""
+"""Name -> (coefficients (a, b, c) of the first steps, coefficients of every later step)."""
 
-WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": AT_ONCE, "meta": AT_ONCE}
-"""Most elements of small matrices orthogonalised at once; a step needs up to four times this in its dtype."""
+WORKSPACE_ELEMENTS = {"cpu": 2**19, "cuda": MAX_UPDATE_ELEMENTS, "meta": MAX_UPDATE_ELEMENTS}
+"""Maximum number of elements of a batch of small matrices, by device. A step needs up to four times this, in its dtype.
+On a CPU, the caches hold about this many. Also bounds the updates of one batch in both optimizers."""
 
 BLOCKS_FROM_SIDE, BLOCKS_FROM_ELEMENTS = 256, 400_000
-"""On a CPU, matrices with at least this short side and this many elements are computed in symmetric blocks."""
+"""On a CPU, symmetric blocks compute matrices with at least this short side and this many elements."""
 
 BLOCK_ROWS, MAX_BLOCKS = 192, 8
-"""A symmetric product is cut into blocks of at least this many rows, and at most so many blocks."""
+"""A symmetric product is split into at most MAX_BLOCKS blocks, of at least BLOCK_ROWS rows each."""
 
 
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor, num_steps: int, coefficients: str, dtype: torch.dtype) -> torch.Tensor:
-    """The orthogonal factor of each matrix, approximately: singular values are driven towards 1.
+    """Return the approximate orthogonal factor of each matrix, in `dtype`: the singular values move towards 1.
 
-    X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X. `matrices` [..., rows, columns] in any dtype,
-    computed in `dtype`, or in float16 where a GPU is asked for bfloat16 (see gram.py); a zero matrix stays zero. The
-    result has `dtype`.
+    X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X. A zero matrix stays zero.
+
+    Args:
+        matrices: [..., rows, columns] in any floating dtype.
+        coefficients: a name in COEFFICIENTS.
+        dtype: of the iteration; a GPU computes bfloat16 in float16 (see gram_newton_schulz.py).
     """
     steps = _steps(num_steps, coefficients)
     flat = matrices.reshape(-1, *matrices.shape[-2:])
@@ -69,12 +80,12 @@ def _steps(num_steps: int, name: str) -> list[Coefficients]:
 
 
 def _by_gram(matrices: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether gram.py takes them: matrices of some size on a GPU, or on the meta device as if it were one."""
+    """Return True for gram_newton_schulz.py: matrices of some size on a GPU, or on the meta device as if on a GPU."""
     return matrices.device.type != "cpu" and dtype is torch.bfloat16 and min(matrices.shape[-2:]) >= GRAM_FROM_SIDE
 
 
 def _in_blocks(matrices: torch.Tensor) -> bool:
-    """Whether symmetric blocks are faster than batching: for large matrices on a CPU."""
+    """Return True if symmetric blocks are faster than batches: for large matrices on a CPU."""
     rows, columns = matrices.shape[-2:]
     large = min(rows, columns) >= BLOCKS_FROM_SIDE and rows * columns >= BLOCKS_FROM_ELEMENTS
     return large and matrices.device.type == "cpu"
@@ -82,16 +93,19 @@ def _in_blocks(matrices: torch.Tensor) -> bool:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Have the C library keep freed buffers for the next ones; their first touch costs a quarter of a step otherwise.
+    """Make the C library reuse freed buffers; otherwise the first touch of new ones costs a quarter of a step.
 
-    glibc returns blocks to the system above a size that grows with the largest one freed so far, up to 32 MiB.
+    glibc returns blocks above a threshold to the system. The threshold grows with the largest block freed so far, up to
+    32 MiB.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _iterate_batched(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
-    """The iteration as it is written, for a batch [count, rows, columns]; tall matrices are multiplied from the right,
-    with X^T X, which saves transposing them."""
+    """Return the plain iteration of a batch [count, rows, columns].
+
+    Tall matrices are multiplied from the right, by X^T X, which avoids a transpose.
+    """
     count, rows, columns = x.shape
     tall, n = rows > columns, min(rows, columns)
     gram, mixed = x.new_empty(2, count, n, n)
@@ -105,18 +119,20 @@ def _iterate_batched(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor
 
 
 def _iterate_in_blocks(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tensor:
-    """The iteration on one matrix [n, m], n <= m, two steps at a time on its Gram matrix.
+    """Return the iteration of one matrix [n, m], n <= m, with two steps on each Gram matrix.
 
-    A step multiplies X by a polynomial P of G = X X^T, and the next Gram matrix is P G P. All of these are symmetric
-    and commute, so half of each is computed, and X is multiplied once for two steps. More steps without a new Gram
-    matrix would lose the small singular values in bfloat16. Each of them is kept as (scalar, rest), the matrix
-    scalar * I + rest, which rounds less: near the end X X^T is almost a multiple of I.
+    A step multiplies X by a polynomial P of G = X X^T, and the next Gram matrix is P G P. All these matrices are
+    symmetric and commute, so half of each is computed, and X is multiplied once for two steps. More steps without a new
+    Gram matrix would lose the small singular values in bfloat16.
+
+    Each symmetric matrix is stored as (scalar, rest) for scalar * I + rest. That rounds less, because X X^T approaches
+    a multiple of I.
     """
     n = x.shape[0]
     gram, poly, half, next_gram, next_poly = x.new_empty(5, n, n)
     other = torch.empty_like(x)
-    for step, second in _in_twos(steps):
-        rows = x[::8]  # enough of them for the mean of the diagonal, which need not be exact
+    for step, second in _pair_steps(steps):
+        rows = x[::8]  # a sample for the mean of the diagonal, which need not be exact
         g = rows.norm(dtype=torch.float32).square() / len(rows)
         g = g.to(x.dtype).item()
         gram.zero_().fill_diagonal_(-g)
@@ -136,18 +152,21 @@ def _iterate_in_blocks(x: torch.Tensor, steps: list[Coefficients]) -> torch.Tens
     return x
 
 
-def _in_twos(steps: list[Coefficients]) -> list[tuple[Coefficients, Coefficients | None]]:
-    """Equal steps two by two, but the last one and changing ones alone: their pairs lost accuracy in bfloat16."""
-    taken: list[tuple[Coefficients, Coefficients | None]] = []
+def _pair_steps(steps: list[Coefficients]) -> list[tuple[Coefficients, Coefficients | None]]:
+    """Pair equal steps. The last step and unequal ones stay single: their pairs lost accuracy in bfloat16."""
+    pairs: list[tuple[Coefficients, Coefficients | None]] = []
     while steps:
         second = steps[1] if len(steps) > 2 and steps[0] == steps[1] else None
-        taken.append((steps[0], second))
+        pairs.append((steps[0], second))
         steps = steps[2:] if second else steps[1:]
-    return taken
+    return pairs
 
 
 def _polynomial(out: torch.Tensor, g: float, gram: torch.Tensor, coefficients: Coefficients) -> float:
-    """a I + b G + c G^2 = p I + out for G = g I + gram; returns p, which is positive for all our coefficients."""
+    """Write `out` and return p such that a I + b G + c G^2 = p I + out, for G = g I + gram.
+
+    p is positive for all COEFFICIENTS.
+    """
     a, b, c = coefficients
     out.copy_(gram)
     _add_product(out, gram, gram, beta=b + 2 * c * g, alpha=c)
@@ -157,7 +176,7 @@ def _polynomial(out: torch.Tensor, g: float, gram: torch.Tensor, coefficients: C
 def _add_product(
     out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> None:
-    """out <- beta out + alpha left right, where that is symmetric: the upper block triangle, mirrored."""
+    """out <- beta out + alpha left right for a symmetric result: compute the upper block triangle and mirror it."""
     rows = max(BLOCK_ROWS, -(-len(out) // MAX_BLOCKS))
     for start in range(0, len(out), rows):
         stop = start + rows
@@ -173,11 +192,17 @@ def orthogonalize_all(
     dtype: torch.dtype,
     norms: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Orthogonalise many tensors [..., rows, columns] in `dtype`, batching small matrices of one shape.
+    """Orthogonalize many tensors [..., rows, columns] in `dtype`, with small matrices of one shape in batches.
 
-    `norms`: Frobenius norms, float32 [number of matrices] for each tensor, where a GPU has them from another pass.
+    Args:
+        coefficients: a name in COEFFICIENTS.
+        norms: for each tensor, the Frobenius norms of its matrices, float32 [number of matrices], if a previous pass on
+            a GPU computed them.
+
+    Returns:
+        Tensors of the same shapes, in the same order.
     """
-    done: list[list[torch.Tensor]] = [[] for _ in matrices]
+    results: list[list[torch.Tensor]] = [[] for _ in matrices]
     by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
     for index, matrix in enumerate(matrices):
         by_shape.setdefault((matrix.device, *matrix.shape[-2:]), []).append(index)
@@ -186,29 +211,29 @@ def orthogonalize_all(
         flat = {index: matrices[index].reshape(-1, rows, columns) for index in indices}
         parts: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         for index in indices:
-            own_parts = flat[index].split(limit)
-            own_norms = [None] * len(own_parts) if norms is None else norms[index].split(limit)
-            parts += zip(repeat(index), own_parts, own_norms, strict=False)
+            split = flat[index].split(limit)
+            split_norms = [None] * len(split) if norms is None else norms[index].split(limit)
+            parts += zip(repeat(index), split, split_norms, strict=False)
         while parts:
             lengths = accumulate(len(part) for _, part, _ in parts)
             count = max(1, sum(length <= limit for length in lengths))
             batch, parts = parts[:count], parts[count:]
             sources = [part for _, part, _ in batch]
             if _by_gram(sources[0], dtype):
-                known = [norm for *_, norm in batch]
-                result = gram.orthogonalize_batch(sources, known, _steps(num_steps, coefficients), dtype)
+                batch_norms = [norm for *_, norm in batch]
+                result = gram.orthogonalize_batch(sources, batch_norms, _steps(num_steps, coefficients), dtype)
             else:
-                whole = sources[0] if count == 1 else torch.cat(sources)
-                result = orthogonalize(whole, num_steps, coefficients, dtype)
-            for (index, *_), own in zip(batch, result.split([len(part) for part in sources]), strict=True):
-                done[index].append(own)
+                joined = sources[0] if count == 1 else torch.cat(sources)
+                result = orthogonalize(joined, num_steps, coefficients, dtype)
+            for (index, *_), part in zip(batch, result.split([len(source) for source in sources]), strict=True):
+                results[index].append(part)
     return [
-        (own[0] if len(own) == 1 else torch.cat(own)).reshape(matrix.shape)
-        for matrix, own in zip(matrices, done, strict=True)
+        (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(matrix.shape)
+        for matrix, parts in zip(matrices, results, strict=True)
     ]
 
 
 def _largest_batch(matrices: torch.Tensor) -> int:
-    """How many matrices of this shape to orthogonalise at once."""
+    """Return the maximum number of matrices of this shape in a batch."""
     rows, columns = matrices.shape[-2:]
     return 1 if _in_blocks(matrices) else max(1, WORKSPACE_ELEMENTS[matrices.device.type] // (rows * columns))

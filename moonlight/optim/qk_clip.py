@@ -1,8 +1,9 @@
-"""MuonClip: query and key weights of a head shrink when its attention logits grow too large.
+"""QK-Clip of MuonClip: scale down the query and key weights of a head whose attention logits grow too large.
 
-Kimi K2 (arXiv 2507.20534, 2.1), for latent attention: a head whose largest logit S of a step exceeds tau gets
-gamma = tau / S. Its own nope parts of queries and keys are scaled by sqrt(gamma) each, the rope part of its queries by
-gamma, because the rope key belongs to all heads and stays. Every logit of the head is thereby scaled by gamma.
+Kimi K2 (arXiv 2507.20534, 2.1), for latent attention: if the largest logit S of a head in a step exceeds the threshold
+tau, then gamma = tau / S, otherwise 1. The nope parts of the head's queries and keys are each scaled by sqrt(gamma).
+The rope part of its queries is scaled by gamma, because all heads share the rope key, which is not scaled. Every logit
+of the head is thereby scaled by gamma.
 """
 
 import math
@@ -16,10 +17,10 @@ from moonlight.model.attention import CausalAttention
 
 
 def collect_max_logits(attentions: Sequence[CausalAttention], group: dist.ProcessGroup) -> torch.Tensor:
-    """What was recorded, float32 [layers, heads]; infinite where a logit was not a number.
+    """Return the largest logit of each head that the layers recorded, float32 [layers, heads]. Collective.
 
-    `group` joins the ranks that saw other data with the same heads (data- and context-parallel). A pipeline stage
-    without layers has none, and nothing to exchange.
+    The maximum is infinite if a logit was NaN. `group`: the ranks with the same heads and other data (data and context
+    parallelism). A pipeline stage without layers returns [0, 1] and exchanges nothing.
     """
     if not attentions:
         return torch.empty(0, 1, device=torch.cuda.current_device())
@@ -30,17 +31,20 @@ def collect_max_logits(attentions: Sequence[CausalAttention], group: dist.Proces
 
 
 def logit_factors(maxima: torch.Tensor, threshold: float) -> torch.Tensor:
-    """gamma of each head, given the maxima of its logits: 1 up to the threshold, and where a logit was not finite."""
+    """Return gamma of each head, from the maxima of its logits: 1 up to the threshold, and if a logit is not finite."""
     return torch.where((maxima > threshold) & maxima.isfinite(), threshold / maxima, 1.0)
 
 
 def row_factors(
     attentions: Sequence[CausalAttention], gammas: torch.Tensor, model_config: ModelConfig
 ) -> dict[str, torch.Tensor]:
-    """By what to multiply the rows of this rank's projections, as `DistributedMuon.step` takes it.
+    """Return the factors of the rows of this rank's query and key projections, for `DistributedMuon.step`.
 
     Args:
         gammas: float32 [layers, heads], of the local heads.
+
+    Returns:
+        Parameter name to float32 [rows].
     """
     query = "linear_q_proj" if model_config.q_lora_rank is None else "linear_q_up_proj"
     nope, rope, value = model_config.qk_nope_head_dim, model_config.qk_rope_head_dim, model_config.v_head_dim
@@ -54,5 +58,5 @@ def row_factors(
 
 
 def _rows(*parts: tuple[torch.Tensor, int]) -> torch.Tensor:
-    """Factors [rows] of a projection, head after head; `parts` of a head: a factor per head, and how many rows."""
+    """Return factors [rows] of a projection, head after head. Each part of a head: factors [heads], number of rows."""
     return torch.cat([factor.unsqueeze(-1).expand(-1, rows) for factor, rows in parts], dim=-1).flatten()

@@ -1,6 +1,6 @@
-"""What each data-parallel rank sends, receives and keeps for its share, from the owners alone, and what AdamW would.
+"""Bytes that each data-parallel rank sends, receives and stores, from the owner ranks alone; the same for ZeRO-1 AdamW.
 
-`tests/placement/test_traffic.py` holds these sums to what is counted on the wire and in memory. No torch.
+`tests/placement/test_traffic.py` compares these sums with counted collectives and memory. No torch.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,12 +10,12 @@ from moonlight.config.run import RunConfig
 from moonlight.placement.owners import RowShard
 
 GRADIENT_BYTES = 4
-"""Of one element of what an owner has added up."""
+"""Bytes of an element of a gradient sum on its owner rank, float32."""
 
 
 @dataclass(frozen=True)
 class CommBytes:
-    """Bytes of one rank on the wire."""
+    """Bytes that one rank sends and receives."""
 
     sent: float = 0
     received: float = 0
@@ -25,22 +25,23 @@ class CommBytes:
 
     @property
     def larger(self) -> float:
-        """The larger direction."""
+        """The larger of sent and received bytes."""
         return max(self.sent, self.received)
 
 
 @dataclass
 class OptimizerCost:
-    """Bytes of one rank for one data-parallel group: on the wire in one step, and of optimizer state."""
+    """Bytes of one rank in one data-parallel group: communication of one step, and optimizer state."""
 
     gradients: CommBytes = field(default_factory=CommBytes)
-    """To their owners."""
+    """Gradients to their owner ranks."""
     matrices: CommBytes = field(default_factory=CommBytes)
-    """Rows of matrices with several owners to the one that orthogonalises them, and back."""
+    """Rows of matrices with several owner ranks, to the home rank and back."""
     weights: CommBytes = field(default_factory=CommBytes)
-    """From their owners to all."""
+    """Updated weights from their owner ranks to all ranks."""
     masters: float = 0
     momenta: float = 0
+    """Momenta of Muon, and both moments of AdamW."""
 
     @property
     def sent(self) -> float:
@@ -65,50 +66,55 @@ class OptimizerCost:
 
 
 def muon_costs(
-    fragments: Sequence[RowShard], num_ranks: int, config: RunConfig, on_two_stages: Collection[int] = ()
+    shards: Sequence[RowShard], num_ranks: int, config: RunConfig, shared_embeddings: Collection[int] = ()
 ) -> list[OptimizerCost]:
-    """Of every rank of a group: gradients to their owners, cut matrices to their home and back, weights to all.
+    """Return the cost of every rank of a group under distributed Muon.
+
+    Counts gradients to their owner ranks, rows of split matrices to the home rank and back, and weights to all ranks.
 
     Args:
-        on_two_stages: parameters of which two pipeline stages hold a copy, and whose gradients their owners add up.
+        shards: every row of the group's parameters once, with its owner rank.
+        shared_embeddings: indices of parameters of which two pipeline stages hold a copy. The owner ranks of both
+            stages add their gradients.
     """
-    total = sum(fragment.numel for fragment in fragments)
+    total = sum(shard.numel for shard in shards)
     weight, direction = weight_bytes(config), direction_bytes(config)
-    owned, twice, masters, momenta, rows_moved = ([0] * num_ranks for _ in range(5))
-    for fragment in fragments:
-        owner, numel = fragment.owner_rank, fragment.numel
+    owned, embedding_bytes, masters, momenta, row_bytes = ([0] * num_ranks for _ in range(5))
+    for shard in shards:
+        owner, numel = shard.owner_rank, shard.numel
         owned[owner] += numel
         masters[owner] += numel * master_bytes(config)
-        momenta[owner] += numel * (momentum_bytes(config) if fragment.matrix_rows else 8)
-        if fragment.param_index in on_two_stages:
-            twice[owner] += numel * GRADIENT_BYTES
-        if fragment.is_split and owner != fragment.home_rank:
-            rows_moved[owner] += numel * direction
-            rows_moved[fragment.home_rank] += numel * direction
-    others = num_ranks - 1
+        momenta[owner] += numel * (momentum_bytes(config) if shard.matrix_rows else 8)
+        if shard.param_index in shared_embeddings:
+            embedding_bytes[owner] += numel * GRADIENT_BYTES
+        if shard.is_split and owner != shard.home_rank:
+            row_bytes[owner] += numel * direction
+            row_bytes[shard.home_rank] += numel * direction
+    num_peers = num_ranks - 1
     return [
         OptimizerCost(
             CommBytes(
-                (total - mine) * gradient_bytes(config) + twice[rank],
-                others * mine * gradient_bytes(config) + twice[rank],
+                (total - numel) * gradient_bytes(config) + embedding_bytes[rank],
+                num_peers * numel * gradient_bytes(config) + embedding_bytes[rank],
             ),
-            CommBytes(rows_moved[rank], rows_moved[rank]),
-            CommBytes(others * mine * weight, (total - mine) * weight),
+            CommBytes(row_bytes[rank], row_bytes[rank]),
+            CommBytes(num_peers * numel * weight, (total - numel) * weight),
             masters[rank],
             momenta[rank],
         )
-        for rank, mine in enumerate(owned)
+        for rank, numel in enumerate(owned)
     ]
 
 
-def zero1_cost(numel: int, num_ranks: int, config: RunConfig, num_on_two_stages: int = 0) -> OptimizerCost:
-    """Of every rank under AdamW with sharded state (ZeRO-1) and no padding: reduce-scatter, then all-gather.
+def zero1_cost(numel: int, num_ranks: int, config: RunConfig, num_shared: int = 0) -> OptimizerCost:
+    """Return the cost of each rank under AdamW with ZeRO-1 and no padding: a reduce-scatter, then an all-gather.
 
     Args:
-        num_on_two_stages: elements among `numel` of which two pipeline stages hold a copy.
+        numel: elements of the group's parameters.
+        num_shared: elements among `numel` of which two pipeline stages hold a copy.
     """
     weight, ring = weight_bytes(config), numel * (num_ranks - 1) / num_ranks
-    gradients = ring * gradient_bytes(config) + num_on_two_stages * GRADIENT_BYTES / num_ranks
+    gradients = ring * gradient_bytes(config) + num_shared * GRADIENT_BYTES / num_ranks
     masters = 0 if weight == 4 else 4 * numel / num_ranks
     return OptimizerCost(
         CommBytes(gradients, gradients),
@@ -120,25 +126,25 @@ def zero1_cost(numel: int, num_ranks: int, config: RunConfig, num_on_two_stages:
 
 
 def weight_bytes(config: RunConfig) -> int:
-    """Of one element of the model."""
+    """Return the bytes of an element of the model's weights."""
     return 2 if config.train.dtype == "bfloat16" else 4
 
 
 def gradient_bytes(config: RunConfig) -> int:
-    """Of one element of a gradient sum before the exchange, and on the wire."""
+    """Return the bytes of an element of a gradient sum before and during the reduce-scatter."""
     return 2 if config.optimizer.gradient_dtype == "bfloat16" else 4
 
 
 def master_bytes(config: RunConfig) -> int:
-    """Of one element's master weight, beyond the model's own."""
+    """Return the bytes of an element of the master weights, in addition to the model's weights."""
     return 0 if weight_bytes(config) == 4 else {"float32": 4, "split": 2}[config.optimizer.master_weights]
 
 
 def momentum_bytes(config: RunConfig) -> int:
-    """Of one element's momentum under Muon."""
+    """Return the bytes of an element of Muon's momentum."""
     return 2 if config.optimizer.momentum_dtype == "bfloat16" else 4
 
 
 def direction_bytes(config: RunConfig) -> int:
-    """Of one element of what is orthogonalised."""
+    """Return the bytes of an element of the directions as ranks exchange and orthogonalize them."""
     return 2 if config.optimizer.newton_schulz_dtype == "bfloat16" else 4

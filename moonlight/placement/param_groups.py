@@ -1,4 +1,4 @@
-"""Which parameter goes to Muon and which to AdamW, and which rows of a parameter are one matrix. No torch."""
+"""Rules that assign parameters to Muon or AdamW, and divide their rows into matrices. No torch."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,16 +11,17 @@ from moonlight.config.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupRule:
-    """Parameters whose checkpoint name matches `pattern`."""
+    """Algorithm and matrices of the parameters whose checkpoint name matches `pattern` (fnmatch)."""
 
     pattern: str
     algorithm: str
     """muon or adamw."""
     num_matrices: int = 1
-    """Matrices of equal height stacked along the rows: one matrix is what the Hugging Face model calls one matrix, so a
-    fused gate-and-up projection is two. Tensors of three dimensions are one matrix per expert besides."""
+    """Number of matrices of equal height that are stacked along the rows. A matrix is a matrix of the Hugging Face
+    model, so a fused gate-and-up projection has two. Used for 2-D tensors; 3-D tensors hold one matrix per expert."""
     head_rows: tuple[int, ...] = ()
-    """Heights of the matrices of one attention head, which repeat along the rows; not empty only in `per_head`."""
+    """Heights of the matrices of one attention head, repeated along the rows. Empty unless `optimizer.matrices` is
+    per_head."""
     use_weight_decay: bool = True
 
 
@@ -38,7 +39,7 @@ PARAM_GROUP_RULES = (
 
 
 def param_group_rules(optimizer_config: OptimizerConfig, model_config: ModelConfig) -> tuple[ParamGroupRule, ...]:
-    """The rules that a recipe asks for."""
+    """Return the rules of a recipe, in order: first match wins."""
     if optimizer_config.name == "adamw":
         return tuple(replace(rule, algorithm="adamw") for rule in PARAM_GROUP_RULES)
     if optimizer_config.matrices == "per_matrix":
@@ -54,27 +55,29 @@ def param_group_rules(optimizer_config: OptimizerConfig, model_config: ModelConf
 
 
 def match_rules(keys: list[str], rules: tuple[ParamGroupRule, ...] = PARAM_GROUP_RULES) -> dict[str, ParamGroupRule]:
-    """The rule of every parameter: the first whose pattern matches its name.
+    """Return the rule of each parameter: the first whose pattern matches its name.
 
     Raises:
-        ValueError: listing the parameters that no rule claims, and those claimed twice: by two rules of one pattern, or
+        ValueError: lists the parameters that no rule claims, or those claimed twice: by two rules with one pattern, or
             because two parameters have one name.
     """
-    matching = {key: [rule for rule in rules if fnmatchcase(key, rule.pattern)] for key in keys}
-    unclaimed = [key for key, found in matching.items() if not found]
+    matches = {key: [rule for rule in rules if fnmatchcase(key, rule.pattern)] for key in keys}
+    unclaimed = [key for key, matching in matches.items() if not matching]
     if unclaimed:
         raise ValueError(f"no optimizer rule claims {', '.join(unclaimed)}")
     repeated = {pattern for pattern, count in Counter(rule.pattern for rule in rules).items() if count > 1}
-    twice = [key for key, found in matching.items() if repeated & {rule.pattern for rule in found}]
+    twice = [key for key, matching in matches.items() if repeated & {rule.pattern for rule in matching}]
     twice += [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise ValueError(f"optimizer rules claim twice: {', '.join(twice)}")
-    return {key: found[0] for key, found in matching.items()}
+    return {key: matching[0] for key, matching in matches.items()}
 
 
 def rows_per_matrix(rule: ParamGroupRule, shape: tuple[int, ...]) -> list[int]:
-    """Rows of each matrix of a parameter that is laid out as rows on one rank: [rows, columns], or [experts, rows,
-    columns] with the experts' rows one after another."""
+    """Return the number of rows of each matrix of a parameter on one rank, in row order.
+
+    `shape` is [rows, columns], or [experts, rows, columns], whose experts' rows follow each other.
+    """
     if len(shape) == 3:
         return [shape[1]] * shape[0]
     if rule.head_rows:
@@ -96,13 +99,14 @@ _PATTERNS = {
     "norms": ("*layernorm.weight",),
 }
 MONITOR_GROUPS = tuple(_PATTERNS)
+"""Groups of parameters whose norms are logged."""
 MATRIX_GROUPS = MONITOR_GROUPS[:6]
-"""Those of the paper, which hold the matrices that Muon orthogonalises."""
+"""The groups of the paper, with the matrices that Muon orthogonalizes."""
 
 
 @cache
 def find_monitor_group(key: str) -> str:
-    """The group of a parameter, by its name in checkpoints."""
-    found = [name for name, patterns in _PATTERNS.items() if any(fnmatchcase(key, pattern) for pattern in patterns)]
-    assert len(found) == 1, (key, found)
-    return found[0]
+    """Return the group of MONITOR_GROUPS that a parameter belongs to, by its name in checkpoints."""
+    matches = [name for name, patterns in _PATTERNS.items() if any(fnmatchcase(key, pattern) for pattern in patterns)]
+    assert len(matches) == 1, (key, matches)
+    return matches[0]

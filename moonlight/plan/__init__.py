@@ -1,1 +1,5 @@
-"""A recipe on N GPUs, from formulas alone: memory, bytes on the wire, seconds. No model is built, no torch imported."""
+"""`moonlight plan`: memory, communication and step time of a recipe on N GPUs, from formulas alone.
+
+Imports config, placement, hardware and the mapping of checkpoint tensors, without torch. Two modules do import torch:
+`dry_run` and `comm_counter`, which build one real rank on the meta device and count it.
+"""

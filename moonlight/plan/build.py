@@ -1,4 +1,4 @@
-"""The plan of a recipe on N GPUs: put together from what stages have in common and what their ranks own."""
+"""The plan of a recipe on N GPUs, assembled from the costs of each pipeline stage and of the rows each rank owns."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ from moonlight.plan.stages import PipelineStage, make_stages
 
 @dataclass(frozen=True)
 class ParamLine:
-    """One parameter of the whole model."""
+    """One parameter of the full model."""
 
     key: str
     """Name in checkpoints."""
@@ -28,20 +28,23 @@ class ParamLine:
     algorithm: str
     decay: bool
     matrices: dict[tuple[int, int], int]
-    """Shape -> count of what is orthogonalised; empty for AdamW."""
+    """Shape -> count of the matrices that Muon orthogonalizes; empty for AdamW."""
     owners: tuple[int, ...]
-    """Ranks of its data-parallel group (for experts, of their own) that own rows of it."""
+    """Ranks of its data-parallel group (for experts, their expert-data-parallel group) that own rows of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBreakdown:
-    """Bytes of one rank by part. Activations and exchange are there during forward and backward pass, `update` after
-    them, all else always."""
+    """Bytes of one rank by part.
+
+    A step allocates activations, loss and exchange during forward and backward pass, and `update` after them. The other
+    parts stay allocated.
+    """
 
     weights: float
     gradient_sums: float
     gradient_shards: float
-    """The world's sums of the rows that the rank owns."""
+    """Sums over all data-parallel ranks of the rows that the rank owns."""
     masters: float
     momenta: float
     buffers: float
@@ -49,18 +52,18 @@ class MemoryBreakdown:
     loss: float
     """A chunk of logits, and the head's gradient in float32."""
     exchange: float
-    """Buffers of gradients and weights on the wire."""
+    """Buffers of gradients and weights in flight."""
     update: float
-    """Newton-Schulz, and matrices brought together."""
+    """Newton-Schulz, and gathered matrices."""
 
     @property
     def state(self) -> float:
-        """What is always there."""
+        """Bytes that stay allocated between steps."""
         return self.weights + self.gradient_sums + self.gradient_shards + self.masters + self.momenta + self.buffers
 
     @property
     def passes(self) -> float:
-        """In forward and backward pass, besides. Gradients leave when the loss is made."""
+        """Bytes that forward and backward pass need in addition. Gradients are sent after the loss has run."""
         return self.activations + max(self.loss, self.exchange)
 
     @property
@@ -70,56 +73,59 @@ class MemoryBreakdown:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The whole recipe."""
+    """A recipe on `world_size` GPUs, either planned exactly or estimated.
+
+    `make_plan` places every row on its owner rank. `estimate_plan` uses means over ranks instead.
+    """
 
     config: RunConfig
     world_size: int
     machine: HardwareModel
     timeline: RunSchedule
     global_batch_size: int
-    """The one that most tokens are trained with; figures of a step are of this batch."""
+    """The batch size that most tokens are trained with; all numbers of a step are for this batch size."""
     stages: list[PipelineStage]
     params: list[ParamLine]
-    """Empty in a sketch."""
+    """Empty in an estimate."""
     ranks: list[RankCost]
-    """Every rank of the world; in a sketch, one mean rank of each stage."""
+    """Every rank of the world; in an estimate, one mean rank per stage."""
     adamw: list[OptimizerCost]
-    """The same under AdamW with sharded state (ZeRO-1)."""
+    """Costs of the same ranks under AdamW with sharded state (ZeRO-1); empty in an estimate."""
     stage_maxima: list[RankCost]
-    """Of each stage, the largest of each figure of the exchange."""
+    """For each stage, the maximum of each cost over its ranks."""
     num_router_biases: int
 
     @property
     def optimizer_costs(self) -> list[OptimizerCost]:
-        """What each rank sends, receives and keeps for its share."""
-        return [member.share for member in self.ranks]
+        """Bytes that each of `ranks` sends, receives and keeps for the rows it owns."""
+        return [cost.optimizer_cost for cost in self.ranks]
 
     def rank_stage(self, rank: int) -> PipelineStage:
-        """The stage of one of `members`."""
+        """Return the pipeline stage of an index of `ranks`."""
         return self.stages[rank * len(self.stages) // len(self.ranks)]
 
     @cached_property
     def memories(self) -> list[MemoryBreakdown]:
-        """Of each of `members`."""
-        return [_memory(self.rank_stage(index), member) for index, member in enumerate(self.ranks)]
+        """Memory of each of `ranks`."""
+        return [_memory(self.rank_stage(index), cost) for index, cost in enumerate(self.ranks)]
 
     @property
     def peak_rank(self) -> int:
-        """The one of `members` that needs most memory."""
-        return max(range(len(self.ranks)), key=lambda number: self.memories[number].peak)
+        """Index of the rank that needs the most memory."""
+        return max(range(len(self.ranks)), key=lambda index: self.memories[index].peak)
 
     @cached_property
     def seconds(self) -> StepTime:
-        """Of a step with `global_batch_size`."""
+        """Time of a step with `global_batch_size`."""
         return self._seconds(self.stages)
 
     def _seconds(self, stages: list[PipelineStage]) -> StepTime:
-        newton_schulz = max(member.newton_schulz_flops for member in self.ranks)
+        newton_schulz = max(cost.newton_schulz_flops for cost in self.ranks)
         return step_seconds(self.config, self.world_size, self.machine, stages, self.stage_maxima, newton_schulz)
 
     @cached_property
     def total_seconds(self) -> float:
-        """Of the whole recipe: every step at the time of its own batch."""
+        """Seconds of the entire run: each step at the time of its own batch size."""
         counts = self.timeline.steps_by_batch_size()
         return sum(
             count * self._seconds(make_stages(self.config, self.world_size, size)).total
@@ -132,22 +138,22 @@ class RunPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Of the whole recipe."""
+        """Tokens of the entire run."""
         return self.timeline.num_sequences * self.config.data.sequence_length
 
     @property
     def checkpoint_bytes(self) -> int:
-        """float32 master weights and router biases, and momenta as they are; everything once."""
+        """Bytes of a checkpoint: float32 master weights and router biases, momenta in their own dtype, each once."""
         momenta = momentum_bytes(self.config) * self.num_parameters("muon") + 8 * self.num_parameters("adamw")
         return 4 * (self.num_parameters("muon") + self.num_parameters("adamw") + self.num_router_biases) + momenta
 
     def num_parameters(self, algorithm: str) -> int:
-        """Elements that one algorithm updates."""
+        """Return the number of elements that `algorithm` ("muon" or "adamw") updates."""
         return sum(math.prod(line.shape) for line in self.params if line.algorithm == algorithm)
 
     @property
     def num_matrices(self) -> int:
-        """Matrices that Muon orthogonalises in a step."""
+        """Number of matrices that Muon orthogonalizes in a step."""
         return sum(sum(line.matrices.values()) for line in self.params)
 
 
@@ -163,27 +169,27 @@ def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None 
     batch = most_trained_batch_size(timeline)
     stages = make_stages(config, world_size, batch)
     dense_size, expert_size = data_parallel_sizes(config, world_size)
-    lines: list[ParamLine] = []
-    members: list[RankCost] = []
+    params: list[ParamLine] = []
+    ranks: list[RankCost] = []
     adamw: list[OptimizerCost] = []
-    worst: list[RankCost] = []
+    stage_maxima: list[RankCost] = []
     for stage in stages:
-        lanes, baselines = [], []
+        groups, baselines = [], []
         owners: dict[int, set[int]] = {}
         for is_expert, size, slices in (
             (False, dense_size, parallel.tensor_parallel_size),
             (True, expert_size, parallel.expert_tensor_parallel_size),
         ):
-            own = [parameter for parameter in stage.parameters if parameter.is_expert == is_expert]
-            lane = group_costs(own, size, slices, config)
-            lanes.append(lane)
-            owners |= lane.owners
-            twice = sum(parameter.numel for parameter in own if parameter.spec.is_shared_embedding)
-            baselines.append(zero1_cost(sum(parameter.numel for parameter in own), size, config, twice))
-        lines += [_line(p, owners[p.spec.index]) for p in stage.parameters if not p.is_embedding_replica]
-        members += stage_ranks(config, world_size, *lanes)
+            parameters = [parameter for parameter in stage.parameters if parameter.is_expert == is_expert]
+            group = group_costs(parameters, size, slices, config)
+            groups.append(group)
+            owners |= group.owners
+            shared = sum(parameter.numel for parameter in parameters if parameter.spec.is_shared_embedding)
+            baselines.append(zero1_cost(sum(parameter.numel for parameter in parameters), size, config, shared))
+        params += [_line(p, owners[p.spec.index]) for p in stage.parameters if not p.is_embedding_replica]
+        ranks += stage_ranks(config, world_size, *groups)
         adamw += [baselines[0] + baselines[1]] * (world_size // len(stages))
-        worst.append(RankCost(*(largest([held for peers in lane.ranks for held in peers]) for lane in lanes)))
+        stage_maxima.append(RankCost(*(largest([cost for peers in group.ranks for cost in peers]) for group in groups)))
     return RunPlan(
         config,
         world_size,
@@ -191,16 +197,22 @@ def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None 
         timeline,
         batch,
         stages,
-        lines,
-        members,
+        params,
+        ranks,
         adamw,
-        worst,
-        _num_biases(config),
+        stage_maxima,
+        _num_router_biases(config),
     )
 
 
 def estimate_plan(config: RunConfig, world_size: int, machine: HardwareModel) -> RunPlan:
-    """The same with mean shares in place of owners: for a search. It knows no parameters' owners and no unevenness."""
+    """Plan a recipe with means over ranks instead of owner ranks, for the search of `--suggest`.
+
+    The estimate omits row ownership and uneven loads. It is close to `make_plan` and much faster.
+
+    Raises:
+        UserError: the layout or the batch does not divide the processes.
+    """
     config.check_batches(world_size)
     timeline = RunSchedule(config)
     batch = most_trained_batch_size(timeline)
@@ -220,32 +232,32 @@ def estimate_plan(config: RunConfig, world_size: int, machine: HardwareModel) ->
 
 
 def most_trained_batch_size(timeline: RunSchedule) -> int:
-    """The global batch size that most tokens are trained with."""
+    """Return the global batch size that most tokens are trained with."""
     counts = timeline.steps_by_batch_size()
     return max(counts, key=lambda size: size * counts[size])
 
 
 def data_parallel_sizes(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Data-parallel ranks of dense and of expert parameters."""
+    """Return the data-parallel size of dense and of expert parameters."""
     parallel = config.parallel
-    of_stage = world_size // parallel.pipeline_parallel_size
-    inner = parallel.expert_tensor_parallel_size * parallel.expert_parallel_size
-    return of_stage // parallel.tensor_parallel_size, of_stage // inner
+    stage_size = world_size // parallel.pipeline_parallel_size
+    expert_inner_size = parallel.expert_tensor_parallel_size * parallel.expert_parallel_size
+    return stage_size // parallel.tensor_parallel_size, stage_size // expert_inner_size
 
 
 def stage_ranks(config: RunConfig, world_size: int, dense: GroupCosts, expert: GroupCosts) -> list[RankCost]:
-    """Every rank of one pipeline stage, in Megatron's order of ranks."""
+    """Return the costs of every rank of one pipeline stage, in Megatron's rank order."""
     parallel = config.parallel
     tp, etp = parallel.tensor_parallel_size, parallel.expert_tensor_parallel_size
-    inner = etp * parallel.expert_parallel_size
+    expert_inner_size = etp * parallel.expert_parallel_size
     return [
-        RankCost(dense.ranks[rank // tp][rank % tp], expert.ranks[rank // inner][rank % etp])
+        RankCost(dense.ranks[rank // tp][rank % tp], expert.ranks[rank // expert_inner_size][rank % etp])
         for rank in range(world_size // parallel.pipeline_parallel_size)
     ]
 
 
 def mean_memory(memories: Sequence[MemoryBreakdown]) -> MemoryBreakdown:
-    """Part by part, over all ranks."""
+    """Return the mean of each part over all ranks."""
     return MemoryBreakdown(
         **{
             field.name: sum(getattr(m, field.name) for m in memories) / len(memories)
@@ -255,13 +267,13 @@ def mean_memory(memories: Sequence[MemoryBreakdown]) -> MemoryBreakdown:
 
 
 def _memory(stage: PipelineStage, rank: RankCost) -> MemoryBreakdown:
-    share = rank.share
+    optimizer_cost = rank.optimizer_cost
     return MemoryBreakdown(
         weights=stage.weights,
         gradient_sums=stage.gradient_sums,
         gradient_shards=rank.gradient_shards,
-        masters=share.masters,
-        momenta=share.momenta,
+        masters=optimizer_cost.masters,
+        momenta=optimizer_cost.momenta,
         buffers=stage.buffers,
         activations=stage.activations,
         loss=stage.loss,
@@ -272,12 +284,12 @@ def _memory(stage: PipelineStage, rank: RankCost) -> MemoryBreakdown:
 
 def _line(parameter: PlannedParam, owners: set[int]) -> ParamLine:
     shape, rule = parameter.global_shape, parameter.rule
-    heights = rows_per_matrix(rule, shape) if rule.algorithm == "muon" else []
-    matrices = Counter((height, shape[-1]) for height in heights)
+    matrix_rows = rows_per_matrix(rule, shape) if rule.algorithm == "muon" else []
+    matrices = Counter((rows, shape[-1]) for rows in matrix_rows)
     return ParamLine(parameter.key, shape, rule.algorithm, rule.use_weight_decay, dict(matrices), tuple(sorted(owners)))
 
 
-def _num_biases(config: RunConfig) -> int:
+def _num_router_biases(config: RunConfig) -> int:
     return sum(
         math.prod(row.shape)
         for row in hf_mapping.tensor_mappings(config.model)

@@ -1,4 +1,4 @@
-"""`moonlight plan`: from the options of the command to what is printed."""
+"""`moonlight plan`: run the command with its options and print the result."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from moonlight.plan.text import print_plan
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """The options of the command; docs in moonlight/cli/main.py."""
+    """Options of `moonlight plan`, documented in moonlight/cli/train.py."""
 
     gpus: int | None
     gpu: str
@@ -36,34 +36,36 @@ class PlanOptions:
     rank: int | None
 
     def check(self) -> None:
-        """Options that need or exclude each other."""
+        """Raise UserError for a value out of range and for options that require or exclude each other."""
         require(self.gpus is None or self.gpus >= 1, f"--gpus is {self.gpus}: it must be at least 1")
-        require(self.rank is None or self.dry_run, f"--rank is {self.rank}: it needs --dry-run")
-        for other, given in (("--dry-run", self.dry_run), ("--parameters", self.parameters)):
+        require(self.rank is None or self.dry_run, f"--rank is {self.rank}: it requires --dry-run")
+        for other, is_set in (("--dry-run", self.dry_run), ("--parameters", self.parameters)):
             require(
-                not (self.suggest and given), f"--suggest and {other} are both given: plan a suggested layout by itself"
+                not (self.suggest and is_set),
+                f"--suggest and {other} are both set: use {other} with one suggested layout",
             )
         require(
-            not (self.json and self.parameters), "--json and --parameters are both given: the list is text, give one"
+            not (self.json and self.parameters),
+            "--json and --parameters are both set: the parameter list is text only; set one of them",
         )
 
 
 def run_plan(recipe: Path, overrides: Sequence[str], options: PlanOptions) -> bool:
-    """Print what was asked for; False if a dry run differs from the plan.
+    """Print the plan, suggestions or dry run that `options` select. Return False if a dry run differs from the plan.
 
     Raises:
-        UserError: options, recipe or layout cannot be used; or no layout fits.
+        UserError: options, recipe or layout are invalid, or no layout fits.
     """
     options.check()
     hardware = hardware_model(options.gpu, options.gpu_memory_gb, options.efficiency, options.storage_gb_per_second)
     config = load_recipe(recipe, overrides)
     world_size = config.parallel.num_processes if options.gpus is None else options.gpus
     if options.suggest:
-        found = suggest(config, world_size, hardware)
+        suggestions = suggest(config, world_size, hardware)
         if options.json:
-            _print_json(suggestions_to_json(found))
+            _print_json(suggestions_to_json(suggestions))
         else:
-            print_suggestions(found)
+            print_suggestions(suggestions)
         return True
     return _plan_one(config, world_size, hardware, options)
 
@@ -82,28 +84,28 @@ def _plan_one(config: RunConfig, world_size: int, hardware: HardwareModel, optio
         print_plan(plan, parameters=options.parameters)
     agrees = True
     if options.dry_run:
-        from moonlight.plan.compare import compare_with_dry_run, comparison_figures, print_comparison
+        from moonlight.plan.compare import checks_to_json, compare_with_dry_run, print_checks
         from moonlight.plan.dry_run import count_rank
 
-        rows = compare_with_dry_run(plan, rank, count_rank(config, world_size, rank))
-        agrees = all(row.agrees for row in rows)
+        checks = compare_with_dry_run(plan, rank, count_rank(config, world_size, rank))
+        agrees = all(check.agrees for check in checks)
         if options.json:
-            content["dry_run"] = comparison_figures(rows, rank)
+            content["dry_run"] = checks_to_json(checks, rank)
         else:
-            print_comparison(rows, rank, Console())
+            print_checks(checks, rank, Console())
     if options.json:
         _print_json(content)
     return agrees
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(_whole_bytes(content), indent=2))
+    print(json.dumps(_round_bytes(content), indent=2))
 
 
-def _whole_bytes(value: Any, name: str = "") -> Any:
-    """Bytes as whole numbers, whatever mean or share they come from."""
+def _round_bytes(value: Any, name: str = "") -> Any:
+    """Return `value` with all numbers under keys that end with "bytes" rounded to integers."""
     if isinstance(value, dict):
-        return {key: _whole_bytes(inner, key) for key, inner in value.items()}
+        return {key: _round_bytes(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_whole_bytes(inner, name) for inner in value]
+        return [_round_bytes(inner, name) for inner in value]
     return round(value) if isinstance(value, float) and name.endswith("bytes") else value

@@ -1,4 +1,4 @@
-"""A plan beside what a dry run counted on the real model and optimizer: each checks the other."""
+"""Comparison of a plan with a dry run, which counts the real model and optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from moonlight.plan.dry_run import DryRunCounts
 from moonlight.plan.text import format_bytes
 
 TOLERANCE = 0.01
-"""Of optimizer state and of the exchange of gradients and weights."""
+"""Maximum relative difference of optimizer state and of the exchange of gradients and weights."""
 
 
 @dataclass(frozen=True)
 class PlanCheck:
-    """One figure of both."""
+    """One quantity, as planned and as counted."""
 
     name: str
     planned: float
     counted: float
     tolerance: float | None
-    """Largest relative difference that is accepted; None: shown only."""
+    """Maximum relative difference; None: printed only, not checked."""
 
     @property
     def difference(self) -> float:
-        """Relative to what was counted."""
+        """Absolute difference relative to the counted value."""
         return abs(self.planned - self.counted) / max(1.0, abs(self.counted))
 
     @property
@@ -37,71 +37,76 @@ class PlanCheck:
 
 
 def compare_with_dry_run(plan: RunPlan, rank: int, counted: DryRunCounts) -> list[PlanCheck]:
-    """Every figure that both know, of one rank."""
-    member, memory, stage = plan.ranks[rank], plan.memories[rank], plan.rank_stage(rank)
-    share = member.share
-    rows = [
+    """Compare every quantity of one rank that both plan and dry run contain."""
+    planned, memory, stage = plan.ranks[rank], plan.memories[rank], plan.rank_stage(rank)
+    optimizer_cost = planned.optimizer_cost
+    checks = [
         PlanCheck("parameters of the rank", stage.num_elements, counted.num_parameters, 0.0),
         PlanCheck("weights", stage.weights, counted.weights, 0.0),
         PlanCheck("buffers", stage.buffers, counted.buffers, TOLERANCE),
         PlanCheck("gradient sums", stage.gradient_sums, counted.gradient_sums, 0.0),
-        PlanCheck("gradient shards", member.gradient_shards, counted.gradient_shards, TOLERANCE),
-        PlanCheck("optimizer state", share.state, counted.optimizer, TOLERANCE),
+        PlanCheck("gradient shards", planned.gradient_shards, counted.gradient_shards, TOLERANCE),
+        PlanCheck("optimizer state", optimizer_cost.state, counted.optimizer, TOLERANCE),
         PlanCheck("all of it between steps", memory.state, counted.all_state, TOLERANCE),
-        PlanCheck("exchange buffers", member.exchange_buffers, counted.exchange_buffers, None),
-        PlanCheck("workspace of the update", member.update, counted.update, None),
+        PlanCheck("exchange buffers", planned.exchange_buffers, counted.exchange_buffers, None),
+        PlanCheck("workspace of the update", planned.update, counted.update, None),
     ]
-    # Gradients that tensor-parallel peers add up stand with the slices in the plan.
-    peers = [counted.gradients_on_wire[group] for group in ("slices", "expert slices")]
-    added = sum(wire.sent for wire in peers), sum(wire.received for wire in peers)
-    gradients, matrices = _sums(counted.gradients_on_wire), _sums(counted.matrices_on_wire)
-    slices = member.dense.slices + member.expert.slices
-    for name, flow, (sent, received) in (
-        ("gradients", share.gradients, (gradients[0] - added[0], gradients[1] - added[1])),
-        ("matrices and slices", share.matrices + slices, (matrices[0] + added[0], matrices[1] + added[1])),
-        ("weights", share.weights, _sums(counted.weights_on_wire)),
+    # The plan counts gradients that tensor-parallel peers sum as slices.
+    peers = [counted.gradient_stats[group] for group in ("slices", "expert slices")]
+    summed = sum(stats.sent for stats in peers), sum(stats.received for stats in peers)
+    gradients, matrices = _totals(counted.gradient_stats), _totals(counted.matrix_stats)
+    slices = planned.dense.slices + planned.expert.slices
+    for name, comm_bytes, (sent, received) in (
+        ("gradients", optimizer_cost.gradients, (gradients[0] - summed[0], gradients[1] - summed[1])),
+        ("matrices and slices", optimizer_cost.matrices + slices, (matrices[0] + summed[0], matrices[1] + summed[1])),
+        ("weights", optimizer_cost.weights, _totals(counted.weight_stats)),
     ):
-        rows.append(PlanCheck(f"{name} sent", flow.sent, sent, TOLERANCE))
-        rows.append(PlanCheck(f"{name} received", flow.received, received, TOLERANCE))
-    return rows
+        checks.append(PlanCheck(f"{name} sent", comm_bytes.sent, sent, TOLERANCE))
+        checks.append(PlanCheck(f"{name} received", comm_bytes.received, received, TOLERANCE))
+    return checks
 
 
-def print_comparison(rows: list[PlanCheck], rank: int, console: Console) -> None:
-    """Plan and dry run side by side."""
+def print_checks(checks: list[PlanCheck], rank: int, console: Console) -> None:
+    """Print plan and dry run side by side."""
     table = Table(f"dry run of rank {rank:,}", "plan", "counted", "difference", "", box=None, padding=(0, 2, 0, 0))
     for column in table.columns[1:4]:
         column.justify = "right"
-    for row in rows:
-        is_count = row.name.startswith("parameters")
-        numbers = [f"{value:,.0f}" if is_count else format_bytes(value) for value in (row.planned, row.counted)]
-        verdict = "shown only" if row.tolerance is None else "" if row.agrees else "DIFFERS"
-        table.add_row(row.name, *numbers, f"{row.difference:.2%}", verdict)
+    for check in checks:
+        is_count = check.name.startswith("parameters")
+        numbers = [f"{value:,.0f}" if is_count else format_bytes(value) for value in (check.planned, check.counted)]
+        verdict = "unchecked" if check.tolerance is None else "" if check.agrees else "DIFFERS"
+        table.add_row(check.name, *numbers, f"{check.difference:.2%}", verdict)
     console.print()
     console.print(table, highlight=False)
-    wrong = [row.name for row in rows if not row.agrees]
-    verdict = f"the plan differs from the real thing: {', '.join(wrong)}" if wrong else "the plan agrees with it"
+    differing = [check.name for check in checks if not check.agrees]
+    verdict = (
+        f"the plan differs from the dry run: {', '.join(differing)}"
+        if differing
+        else "the plan agrees with the dry run"
+    )
     console.print(
-        f"{verdict}. Counted on the real model and optimizer, on meta tensors and a fake process group; left out: "
-        "forward and backward pass, the norm of the gradient.",
+        f"{verdict}. The dry run counts the real model and optimizer on meta tensors and a fake process group. It "
+        "omits forward and backward pass and the gradient norm.",
         highlight=False,
     )
 
 
-def comparison_figures(rows: list[PlanCheck], rank: int) -> dict[str, Any]:
-    """The same as numbers by name."""
+def checks_to_json(checks: list[PlanCheck], rank: int) -> dict[str, Any]:
+    """Return the numbers of the table by name, for `--json`."""
     return {
         "rank": rank,
-        "agrees": all(row.agrees for row in rows),
+        "agrees": all(check.agrees for check in checks),
         "figures": {
-            row.name.replace(" ", "_"): {
-                "planned": row.planned,
-                "counted": row.counted,
-                "relative_difference": row.difference,
+            check.name.replace(" ", "_"): {
+                "planned": check.planned,
+                "counted": check.counted,
+                "relative_difference": check.difference,
             }
-            for row in rows
+            for check in checks
         },
     }
 
 
-def _sums(wires: Mapping[str, CommStats]) -> tuple[float, float]:
-    return sum(wire.sent for wire in wires.values()), sum(wire.received for wire in wires.values())
+def _totals(stats: Mapping[str, CommStats]) -> tuple[float, float]:
+    """Return bytes (sent, received) summed over groups."""
+    return sum(group.sent for group in stats.values()), sum(group.received for group in stats.values())

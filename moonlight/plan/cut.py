@@ -1,7 +1,7 @@
-"""The parameters that a layout would give one rank, cut from the rows of `mapping.table` as Megatron cuts them.
+"""The parameters of one rank under a layout: `hf_mapping.tensor_mappings`, sharded as Megatron shards them.
 
-All ranks of a pipeline stage have parameters of the same shapes, in the same order, so one list serves for each stage.
-`tests/plan/test_plan_cut.py` compares it with the model that is built.
+All ranks of a pipeline stage have parameters of the same shapes in the same order, so each stage needs one list.
+`tests/plan/test_plan_cut.py` compares the list with the built model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,14 @@ from moonlight.dist_checkpoint import hf_mapping
 from moonlight.dist_checkpoint.hf_mapping import TensorMapping
 from moonlight.placement.owners import ParamSpec
 from moonlight.placement.param_groups import ParamGroupRule, match_rules, param_group_rules, rows_per_matrix
+from moonlight.plan.flops import EMBEDDING, HEAD
 
-EMBEDDING, FINAL_NORM, HEAD = (
-    "embedding.word_embeddings.weight",
-    "decoder.final_layernorm.weight",
-    "output_layer.weight",
-)
+FINAL_NORM = "decoder.final_layernorm.weight"
 
 _BY_ROWS = ("word_embeddings", "output_layer", "linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_fc1")
-"""Modules that tensor parallelism cuts by rows, [out, in]: column-parallel in Megatron's words."""
+"""Modules whose [out, in] weight tensor parallelism splits along rows (Megatron: column-parallel)."""
 _BY_COLUMNS = ("linear_proj", "linear_fc2")
+"""Modules whose [out, in] weight tensor parallelism splits along columns (Megatron: row-parallel)."""
 
 _ORDER = (
     "input_layernorm",
@@ -45,7 +43,7 @@ _ORDER = (
     "linear_fc1",
     "linear_fc2",
 )
-"""Of the modules of a layer in Megatron's model, which is that of the exchange."""
+"""Order of a layer's modules in Megatron's model; gradient and weight exchange use the same order."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,16 @@ class PlannedParam:
     key: str
     """Name in checkpoints."""
     global_shape: tuple[int, ...]
-    """As the model has it, experts [experts, in, out]."""
+    """Shape of the unsharded parameter in the model; experts are [experts, in, out]."""
     rule: ParamGroupRule
     spec: ParamSpec
     tp_mode: str
     """Tensor parallelism of its matrices: unsharded, sharded or replicated, as in `moonlight.optim.parameters`."""
     tp_dim: int
+    """Split dimension of a sharded parameter, -2 or -1; 0 for other parameters."""
     is_expert: bool
     is_embedding_replica: bool
-    """Whether it is the last stage's copy of a tied embedding."""
+    """True for the last stage's copy of a tied embedding."""
 
     @property
     def numel(self) -> int:
@@ -71,87 +70,99 @@ class PlannedParam:
 
 
 def stage_parameters(config: RunConfig, stage: int) -> list[PlannedParam]:
-    """The parameters of a rank of a pipeline stage, in the model's order."""
+    """Return the parameters of each rank of a pipeline stage, in the model's order."""
     parallel, model_config = config.parallel, config.model
     chunks = stage_layers(
         model_config.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     )[stage]
     is_last = stage == parallel.pipeline_parallel_size - 1
-    rows, rules = _rows(model_config, config.optimizer)
+    mappings, rules = _trained_mappings(model_config, config.optimizer)
     keys = [EMBEDDING] if stage == 0 else []
     for layer in (layer for chunk in chunks for layer in chunk):
-        keys += rows.by_layer[layer]
+        keys += mappings.keys_by_layer[layer]
     if is_last:
         keys.append(FINAL_NORM)
         if not model_config.tie_word_embeddings:
             keys.append(HEAD)
         elif stage > 0:
             keys.append(EMBEDDING)
-    return [_planned(config, index, rows.by_key[key], rules[key], stage) for index, key in enumerate(keys)]
+    return [_plan_param(config, index, mappings.by_key[key], rules[key], stage) for index, key in enumerate(keys)]
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _TrainedMappings:
     by_key: dict[str, TensorMapping]
-    by_layer: dict[int, list[str]]
+    keys_by_layer: dict[int, list[str]]
 
 
 @lru_cache(maxsize=4)
-def _rows(model_config: ModelConfig, optimizer_config: OptimizerConfig) -> tuple[_Rows, dict[str, ParamGroupRule]]:
-    """Of a model and an optimizer; the layouts that a search tries have them in common."""
-    trained = [row for row in hf_mapping.tensor_mappings(model_config) if row.hf_tensors[0].init_kind != "bias"]
-    by_layer: dict[int, list[str]] = {}
-    for row in trained:
-        if row.key.startswith("decoder.layers."):
-            by_layer.setdefault(int(row.key.split(".")[2]), []).append(row.key)
-    for keys in by_layer.values():
+def _trained_mappings(
+    model_config: ModelConfig, optimizer_config: OptimizerConfig
+) -> tuple[_TrainedMappings, dict[str, ParamGroupRule]]:
+    """Return the trained tensors and the rule of each. All layouts of a search share the cached result."""
+    trained = [
+        mapping for mapping in hf_mapping.tensor_mappings(model_config) if mapping.hf_tensors[0].init_kind != "bias"
+    ]
+    keys_by_layer: dict[int, list[str]] = {}
+    for mapping in trained:
+        if mapping.key.startswith("decoder.layers."):
+            keys_by_layer.setdefault(int(mapping.key.split(".")[2]), []).append(mapping.key)
+    for keys in keys_by_layer.values():
         keys.sort(key=lambda key: _ORDER.index(_module(key)))
-    keys = [row.key for row in trained]
+    keys = [mapping.key for mapping in trained]
     rules = match_rules(keys, param_group_rules(optimizer_config, model_config))
-    return _Rows({row.key: row for row in trained}, by_layer), rules
+    return _TrainedMappings({mapping.key: mapping for mapping in trained}, keys_by_layer), rules
 
 
 def _module(key: str) -> str:
-    """linear_fc1 of ...mlp.linear_fc1.weight, up_proj of ...mlp.experts.up_proj."""
+    """Return linear_fc1 for ...mlp.linear_fc1.weight, up_proj for ...mlp.experts.up_proj."""
     return key.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
-def _planned(config: RunConfig, index: int, row: TensorMapping, rule: ParamGroupRule, stage: int) -> PlannedParam:
-    parallel, model_config, module = config.parallel, config.model, _module(row.key)
-    is_expert = ".mlp.experts." in row.key
-    slices = parallel.expert_tensor_parallel_size if is_expert else parallel.tensor_parallel_size
+def _plan_param(
+    config: RunConfig, index: int, mapping: TensorMapping, rule: ParamGroupRule, stage: int
+) -> PlannedParam:
+    parallel, model_config, module = config.parallel, config.model, _module(mapping.key)
+    is_expert = ".mlp.experts." in mapping.key
+    num_slices = parallel.expert_tensor_parallel_size if is_expert else parallel.tensor_parallel_size
     if is_expert:
-        count, out, width = row.shape
-        whole = [count, width, out]
-        axis = -2 if module == "down_proj" else -1
+        count, out, width = mapping.shape
+        global_shape = [count, width, out]
+        split_dim = -2 if module == "down_proj" else -1
     else:
-        whole = list(row.shape)
-        axis = -2 if module in _BY_ROWS else -1 if module in _BY_COLUMNS else 0
-    shape = list(whole)
+        global_shape = list(mapping.shape)
+        split_dim = -2 if module in _BY_ROWS else -1 if module in _BY_COLUMNS else 0
+    shape = list(global_shape)
     if is_expert:
         shape[0] //= parallel.expert_parallel_size
-    if axis:
-        shape[axis] //= slices
-    tp_mode = "unsharded" if slices == 1 or (axis == -2 and rule.head_rows) else "sharded" if axis else "replicated"
-    is_tied = row.key == EMBEDDING and model_config.tie_word_embeddings and parallel.pipeline_parallel_size > 1
+    if split_dim:
+        shape[split_dim] //= num_slices
+    tp_mode = (
+        "unsharded"
+        if num_slices == 1 or (split_dim == -2 and rule.head_rows)
+        else "sharded"
+        if split_dim
+        else "replicated"
+    )
+    is_tied = mapping.key == EMBEDDING and model_config.tie_word_embeddings and parallel.pipeline_parallel_size > 1
     columns = shape[-1] if len(shape) > 1 else 1
     return PlannedParam(
-        key=row.key,
-        global_shape=tuple(whole),
+        key=mapping.key,
+        global_shape=tuple(global_shape),
         rule=rule,
-        spec=ParamSpec(index, columns, tuple(_heights(row, rule, shape)), rule.algorithm == "muon", is_tied),
+        spec=ParamSpec(index, columns, tuple(_block_rows(mapping, rule, shape)), rule.algorithm == "muon", is_tied),
         tp_mode=tp_mode,
-        tp_dim=axis if tp_mode == "sharded" else 0,
+        tp_dim=split_dim if tp_mode == "sharded" else 0,
         is_expert=is_expert,
         is_embedding_replica=is_tied and stage > 0,
     )
 
 
-def _heights(row: TensorMapping, rule: ParamGroupRule, shape: Sequence[int]) -> Iterator[int]:
+def _block_rows(mapping: TensorMapping, rule: ParamGroupRule, shape: Sequence[int]) -> Iterator[int]:
     if rule.algorithm == "muon":
         yield from rows_per_matrix(rule, tuple(shape))
     elif len(shape) == 3:
         yield shape[0] * shape[1]
     else:  # gate and up are two parts of one parameter
-        for _ in row.hf_tensors:
-            yield shape[0] // len(row.hf_tensors)
+        for _ in mapping.hf_tensors:
+            yield shape[0] // len(mapping.hf_tensors)

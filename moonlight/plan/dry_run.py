@@ -1,8 +1,8 @@
-"""One rank of a world that does not exist: its real groups, model and optimizer, without memory and without peers.
+"""Dry run: one rank of a large world with its real groups, model and optimizer, without peers and without memory.
 
-Collectives go to torch's fake backend, which moves nothing, and tensors are on torch's meta device: they have shapes,
-dtypes and views, but no values. So a cluster's rank can be counted on a laptop. Nothing here knows the formulas of
-`moonlight.plan`; each checks the other.
+Collectives use torch's fake backend, which transfers nothing. Tensors are on torch's meta device: they have shapes,
+dtypes and views, but no values. A laptop can therefore count a rank of a cluster. This module uses no formula of
+`moonlight.plan`, so the two results check each other.
 """
 
 import contextlib
@@ -31,14 +31,15 @@ META = torch.device("meta")
 
 @contextlib.contextmanager
 def fake_rank(config: RunConfig, world_size: int, rank: int) -> Iterator[list[GPTModel]]:
-    """This rank's model chunks in a world of `world_size`. Whatever is made of them inside has no memory either.
+    """Yield this rank's model chunks in a fake world of `world_size`, on the meta device.
 
-    What needs values (a forward pass that sends tokens to experts, a norm as a number) raises an error of torch's.
+    Tensors created inside the block are on the meta device, too. Operations that need values (a forward pass that sends
+    tokens to experts, a norm as a number) raise torch's error.
 
     Raises:
         UserError: the layout does not divide the world.
     """
-    assert not dist.is_initialized(), "a world exists already"
+    assert not dist.is_initialized(), "torch.distributed is already initialized"
     assert 0 <= rank < world_size, (rank, world_size)
     config.parallel.data_parallel_size(world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -52,31 +53,37 @@ def fake_rank(config: RunConfig, world_size: int, rank: int) -> Iterator[list[GP
 
 @dataclass(frozen=True)
 class DryRunCounts:
-    """What one rank holds and exchanges; all sizes in bytes."""
+    """Memory and communication of one rank; all sizes in bytes."""
 
     num_parameters: int
-    """Elements of this rank's part of the model, router biases apart."""
+    """Elements of this rank's part of the model, without router biases."""
     weights: int
     buffers: int
     gradient_sums: int
     gradient_shards: int
-    """World's sums of the rows that this rank owns, where that is more than this rank's own sums."""
+    """Sums over all data-parallel ranks of the rows that this rank owns; 0 without data-parallel peers."""
     optimizer: int
-    """Master weights and momenta, as the optimizer says."""
+    """Master weights and momenta, as the optimizer reports them."""
     all_state: int
-    """Of every tensor that is there between two steps: all of the above, counted one by one."""
+    """Every tensor that exists between two steps: all of the above, counted tensor by tensor."""
     exchange_buffers: int
-    """Most that is under way at once between data-parallel ranks."""
+    """Peak of buffers in flight between data-parallel ranks."""
     update: int
-    """Most that an update holds besides the state."""
-    gradients_on_wire: dict[str, CommStats]
+    """Peak of an update above the state."""
+    gradient_stats: dict[str, CommStats]
     """By group: dense, expert (data-parallel), slices, expert slices (tensor-parallel), embedding (two stages)."""
-    matrices_on_wire: dict[str, CommStats]
-    weights_on_wire: dict[str, CommStats]
+    matrix_stats: dict[str, CommStats]
+    """Shards of matrices to the rank that orthogonalizes them, and back, by the same groups."""
+    weight_stats: dict[str, CommStats]
+    """By the same groups."""
 
 
 class MetaMemory(TorchDispatchMode):
-    """Bytes of the tensors made while it is entered, and their peak. Every tensor must be on the meta device."""
+    """Count the live bytes of all tensors created in a block, and their peak.
+
+    Raises:
+        AssertionError: a tensor is not on the meta device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,37 +92,37 @@ class MetaMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.see(_tensors(result))
+        self.track(_tensors(result))
         if func.namespace == "c10d" and "alltoall_base_" in func._schema.name:
-            # A real exchange keeps what it sends until it has ended; the fake one ends at once.
+            # A real exchange holds its input until it completes. The fake one completes immediately.
             output, sent = args[0], [args[1]]
             weakref.finalize(output.untyped_storage(), sent.clear)
         return result
 
     @contextlib.contextmanager
-    def above(self) -> Iterator[list[int]]:
-        """The peak above what is there at the beginning, in a list that is filled at the end."""
-        found: list[int] = []
+    def measure_peak(self) -> Iterator[list[int]]:
+        """Measure the peak above the bytes at entry. The block's exit appends it to the yielded list."""
+        peak: list[int] = []
         before = self.peak = self.live
-        yield found
-        found.append(self.peak - before)
+        yield peak
+        peak.append(self.peak - before)
 
-    def see(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count those that are not counted yet."""
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storages that are not counted yet, until they are freed."""
         for tensor in tensors:
-            assert tensor.device == META, f"a tensor of a dry run is on {tensor.device}"
+            assert tensor.device == META, f"a tensor of a dry run is on {tensor.device}: it must be on {META}"
             storage = tensor.untyped_storage()
-            known = self._storages.get(id(storage))
-            if known is None or known() is not storage:
+            tracked = self._storages.get(id(storage))
+            if tracked is None or tracked() is not storage:
                 size = storage.nbytes()
                 self._storages[id(storage)] = weakref.ref(storage)
                 weakref.finalize(storage, self._drop, id(storage), size)
                 self.live += size
                 self.peak = max(self.peak, self.live)
 
-    def _drop(self, number: int, size: int) -> None:
+    def _drop(self, storage_id: int, size: int) -> None:
         self.live -= size
-        self._storages.pop(number, None)
+        self._storages.pop(storage_id, None)
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
@@ -127,20 +134,24 @@ def _tensors(result: Any) -> Iterator[torch.Tensor]:
 
 
 def count_rank(config: RunConfig, world_size: int, rank: int) -> DryRunCounts:
-    """Build one rank and run the optimizer step that would follow a backward pass, Newton-Schulz included.
+    """Build one rank and run the optimizer step that follows a backward pass, including Newton-Schulz.
 
-    Left out is what needs values: forward and backward pass, and the norm of the gradient (one all-reduce of a number).
+    The dry run omits operations that need values: forward and backward pass, and the gradient norm (one all-reduce of a
+    number).
+
+    Raises:
+        UserError: the layout does not divide the world.
     """
-    with fake_rank(config, world_size, rank) as models, MetaMemory() as memory:
-        weights = [parameter for model in models for parameter in model.parameters()]
-        buffers = [buffer for model in models for buffer in model.buffers()]
-        memory.see([*weights, *buffers])
-        optimizer = build_optimizer(models, config)
+    with fake_rank(config, world_size, rank) as model_chunks, MetaMemory() as memory:
+        weights = [parameter for model in model_chunks for parameter in model.parameters()]
+        buffers = [buffer for model in model_chunks for buffer in model.buffers()]
+        memory.track([*weights, *buffers])
+        optimizer = build_optimizer(model_chunks, config)
         state = memory.live
         data_parallel = optimizer.data_parallel
-        twice = any(parameter.is_shared_embedding for parameter in data_parallel.parameters)
+        is_tied = any(parameter.is_shared_embedding for parameter in data_parallel.parameters)
         data_parallel.zero_grad_buffer()
-        gradients_on_wire, _ = _counted(memory, twice, data_parallel.finish_grad_sync)
+        gradient_stats, _ = _measure(memory, is_tied, data_parallel.finish_grad_sync)
 
         def update() -> None:
             optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
@@ -149,8 +160,8 @@ def count_rank(config: RunConfig, world_size: int, rank: int) -> DryRunCounts:
             data_parallel.start_param_sync()
             data_parallel.finish_param_sync()
 
-        updated, peak = _counted(memory, twice, update, data_parallel.finish_param_sync)
-        weights_on_wire, _ = _counted(memory, twice, return_weights)
+        update_stats, peak = _measure(memory, is_tied, update, data_parallel.finish_param_sync)
+        weight_stats, _ = _measure(memory, is_tied, return_weights)
         return DryRunCounts(
             num_parameters=sum(parameter.numel() for parameter in weights),
             weights=_bytes(weights),
@@ -158,26 +169,29 @@ def count_rank(config: RunConfig, world_size: int, rank: int) -> DryRunCounts:
             gradient_sums=_bytes([p.torch_param.main_grad for p in data_parallel.parameters]),  # type: ignore[attr-defined]
             gradient_shards=sum(
                 _bytes([bucket.grad_shard])
-                for lane in data_parallel.bucket_groups
-                for bucket in lane.buckets
+                for bucket_group in data_parallel.bucket_groups
+                for bucket in bucket_group.buckets
                 if bucket.group.size() > 1
             ),
             optimizer=optimizer.state_bytes(),
             all_state=state,
             exchange_buffers=_exchange_buffers(optimizer, memory),
             update=peak,
-            gradients_on_wire=gradients_on_wire,
-            matrices_on_wire={name: updated[name].minus(weights_on_wire[name]) for name in updated},
-            weights_on_wire=weights_on_wire,
+            gradient_stats=gradient_stats,
+            matrix_stats={name: update_stats[name].minus(weight_stats[name]) for name in update_stats},
+            weight_stats=weight_stats,
         )
 
 
-def _counted(
-    memory: MetaMemory, on_two_stages: bool, first: Callable[[], None], then: Callable[[], None] = lambda: None
+def _measure(
+    memory: MetaMemory, is_tied: bool, first: Callable[[], None], then: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, CommStats], int]:
-    """Traffic of both calls, and the memory that the first needed for a time."""
+    """Return the traffic of both calls by group, and the peak bytes of the first call.
+
+    `is_tied`: two pipeline stages hold the embedding, which adds the group "embedding".
+    """
     with CommCounter() as counter:
-        with memory.above() as peak:
+        with memory.measure_peak() as peak:
             first()
         then()
     groups = {
@@ -186,27 +200,30 @@ def _counted(
         "slices": tensor_parallel_group(expert=False),
         "expert slices": tensor_parallel_group(expert=True),
     }
-    found: dict[str, CommStats] = {}
+    stats: dict[str, CommStats] = {}
     seen: set[str] = set()
     for name, group in groups.items():
-        # Megatron has one group for two purposes where their ranks are the same.
-        found[name] = CommStats() if group.group_name in seen else counter.stats(group)
+        # Megatron uses one group for two purposes if both have the same ranks.
+        stats[name] = CommStats() if group.group_name in seen else counter.stats(group)
         seen.add(group.group_name)
-    found["embedding"] = counter.stats(embedding_group()) if on_two_stages else CommStats()
-    return found, peak[0]
+    stats["embedding"] = counter.stats(embedding_group()) if is_tied else CommStats()
+    return stats, peak[0]
 
 
 def _exchange_buffers(optimizer: DistributedMuon, memory: MetaMemory) -> int:
-    """Both lanes are under way at once in a step: gradients in the backward pass, weights in the forward pass."""
+    """Return the peak bytes of gradients or of weights in flight, the larger.
+
+    Both bucket groups are in flight simultaneously: gradients in the backward pass, weights in the forward pass.
+    """
     gradients = weights = 0
-    for lane in optimizer.data_parallel.bucket_groups:
-        with memory.above() as peak:
-            lane.start_backward()
-            lane.finish_grad_sync()
+    for bucket_group in optimizer.data_parallel.bucket_groups:
+        with memory.measure_peak() as peak:
+            bucket_group.start_backward()
+            bucket_group.finish_grad_sync()
         gradients += peak[0]
-        with memory.above() as peak:
-            lane.start_param_sync()
-            lane.finish_param_sync()
+        with memory.measure_peak() as peak:
+            bucket_group.start_param_sync()
+            bucket_group.finish_param_sync()
         weights += peak[0]
     return max(gradients, weights)
 

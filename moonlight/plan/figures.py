@@ -1,23 +1,23 @@
-"""A plan as numbers by name, for `--json` and for whoever compares: bytes, FLOPs and seconds."""
+"""Numbers of a plan by name, for `--json` and for the tables: bytes, FLOPs and seconds."""
 
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from moonlight.placement.comm_bytes import CommBytes
-from moonlight.plan.build import RunPlan, mean_memory
+from moonlight.plan.build import MemoryBreakdown, RunPlan, mean_memory
 from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.plan.speed import bubble_fraction
 
 RESERVE = 0.06
-"""Share of a GPU's memory that a plan leaves for what it does not know."""
+"""Fraction of a GPU's memory to leave free for what the plan does not model."""
 
-FLOWS = ("gradients", "weights", "matrices", "slices", "dispatch", "expert slices", "pipeline")
-"""Kinds of bytes on the wire."""
+COMM_KINDS = ("gradients", "weights", "matrices", "slices", "dispatch", "expert slices", "pipeline")
+"""Kinds of communication."""
 
 
-def layout(plan: RunPlan) -> str:
-    """The sizes of a layout in short."""
+def describe_layout(plan: RunPlan) -> str:
+    """Return one line with the layout's parallel sizes and micro-batches."""
     parallel = plan.config.parallel
     names = {
         "TP": parallel.tensor_parallel_size,
@@ -34,39 +34,41 @@ def layout(plan: RunPlan) -> str:
 
 
 def rank_comm_bytes(plan: RunPlan, name: str) -> Callable[[int], CommBytes]:
-    """The bytes on the wire of one kind, of each rank."""
+    """Return a function from rank to the bytes of one of COMM_KINDS that the rank sends and receives in a step."""
 
-    def of(rank: int) -> CommBytes:
-        member = plan.ranks[rank]
+    def comm_bytes(rank: int) -> CommBytes:
+        cost = plan.ranks[rank]
         if name == "matrices":
-            return member.share.matrices + member.dense.slices + member.expert.slices
+            return cost.optimizer_cost.matrices + cost.dense.slices + cost.expert.slices
         if name in ("gradients", "weights"):
-            return getattr(member.share, name)
-        return plan.rank_stage(rank).flows[name]
+            return getattr(cost.optimizer_cost, name)
+        return plan.rank_stage(rank).comm_bytes[name]
 
-    return of
+    return comm_bytes
 
 
 def exchange_comm_bytes(plan: RunPlan) -> tuple[float, float]:
-    """Gradients and weights of the busiest rank, dense and expert parameters apart."""
-    dense = max((m.dense.share.gradients + m.dense.share.weights).larger for m in plan.ranks)
-    expert = max((m.expert.share.gradients + m.expert.share.weights).larger for m in plan.ranks)
+    """Return the bytes of gradients and weights on the most loaded rank: (dense parameters, experts)."""
+    dense = max((rank.dense.optimizer_cost.gradients + rank.dense.optimizer_cost.weights).larger for rank in plan.ranks)
+    expert = max(
+        (rank.expert.optimizer_cost.gradients + rank.expert.optimizer_cost.weights).larger for rank in plan.ranks
+    )
     return dense, expert
 
 
 def plan_to_json(plan: RunPlan) -> dict[str, Any]:
-    """Everything that the tables show."""
+    """Return all numbers of the tables as a JSON object."""
     config, machine = plan.config, plan.machine
     counts = count_parameters(config.model)
-    fullest = plan.memories[plan.peak_rank]
-    works = [member.newton_schulz_flops for member in plan.ranks]
-    flows = {name: [rank_comm_bytes(plan, name)(rank) for rank in range(len(plan.ranks))] for name in FLOWS}
+    peak_memory = plan.memories[plan.peak_rank]
+    newton_schulz_flops = [cost.newton_schulz_flops for cost in plan.ranks]
+    comm_bytes = {name: [rank_comm_bytes(plan, name)(rank) for rank in range(len(plan.ranks))] for name in COMM_KINDS}
     dense, expert = exchange_comm_bytes(plan)
 
-    def memory_of(memory: Any) -> dict[str, float]:
+    def memory_to_json(memory: MemoryBreakdown) -> dict[str, float]:
         return {f"{part}_bytes": value for part, value in asdict(memory).items()} | {"peak_bytes": memory.peak}
 
-    mean = memory_of(mean_memory(plan.memories))
+    mean = memory_to_json(mean_memory(plan.memories))
     mean["peak_bytes"] = sum(memory.peak for memory in plan.memories) / len(plan.memories)
     return {
         "recipe": config.name,
@@ -87,30 +89,32 @@ def plan_to_json(plan: RunPlan) -> dict[str, Any]:
         },
         "memory": {
             "fullest_rank": plan.peak_rank,
-            "fullest": memory_of(fullest),
+            "fullest": memory_to_json(peak_memory),
             "mean": mean,
             "gpu_bytes": machine.memory_bytes,
             "usable_memory_bytes": machine.memory_bytes * (1 - RESERVE),
-            "fits": fullest.peak <= machine.memory_bytes,
-            "fits_with_reserve": fullest.peak <= machine.memory_bytes * (1 - RESERVE),
+            "fits": peak_memory.peak <= machine.memory_bytes,
+            "fits_with_reserve": peak_memory.peak <= machine.memory_bytes * (1 - RESERVE),
         },
         "optimizer": {
-            "state_bytes": max(share.state for share in plan.optimizer_costs),
-            "state_mean_bytes": sum(share.state for share in plan.optimizer_costs) / len(plan.optimizer_costs),
-            "adamw_state_bytes": max(share.state for share in plan.adamw),
+            "state_bytes": max(cost.state for cost in plan.optimizer_costs),
+            "state_mean_bytes": sum(cost.state for cost in plan.optimizer_costs) / len(plan.optimizer_costs),
+            "adamw_state_bytes": max(cost.state for cost in plan.adamw),
         },
         "wire_per_step": {
             name.replace(" ", "_"): {
-                "busiest_bytes": max(flow.larger for flow in of_ranks),
-                "mean_bytes": sum(flow.larger for flow in of_ranks) / len(of_ranks),
+                "busiest_bytes": max(rank_bytes.larger for rank_bytes in by_rank),
+                "mean_bytes": sum(rank_bytes.larger for rank_bytes in by_rank) / len(by_rank),
             }
-            for name, of_ranks in flows.items()
+            for name, by_rank in comm_bytes.items()
         }
         | {"dense_exchange_busiest_bytes": dense, "expert_exchange_busiest_bytes": expert},
         "newton_schulz": {
-            "busiest_flops": max(works),
-            "mean_flops": sum(works) / len(works),
-            "share_of_step_flops": max(work / (work + plan.rank_stage(rank).flops) for rank, work in enumerate(works)),
+            "busiest_flops": max(newton_schulz_flops),
+            "mean_flops": sum(newton_schulz_flops) / len(newton_schulz_flops),
+            "share_of_step_flops": max(
+                flops / (flops + plan.rank_stage(rank).flops) for rank, flops in enumerate(newton_schulz_flops)
+            ),
         },
         "pipeline_bubble_share": bubble_fraction(config, plan.stages[0].num_micro_batches),
         "step_seconds": asdict(plan.seconds) | {"total": plan.seconds.total},

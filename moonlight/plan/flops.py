@@ -1,6 +1,6 @@
-"""Parameters of a model and the arithmetic of training it, from its recipe alone.
+"""Parameter counts of a model and FLOPs of its training, from the recipe alone.
 
-Everything is counted on the rows of `mapping.table`, so a model that has no tensor for something counts none for it.
+All counts are sums over `hf_mapping.tensor_mappings`, so a part that a model does not have counts as zero.
 """
 
 import math
@@ -10,61 +10,62 @@ from functools import lru_cache
 from moonlight.config.model import ModelConfig
 from moonlight.dist_checkpoint import hf_mapping
 
-_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Keys in checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of a model, the values of its router biases among them."""
+    """Parameter counts of a model, including its router biases."""
 
     total: int
     total_without_embeddings: int
     """Without embedding and head."""
     activated: int
-    """What one token meets, without embedding and head: of the routed experts, only as many as a token is sent to."""
+    """Parameters that one token uses, without embedding and head; of the routed experts, only `num_experts_per_tok`."""
     activated_with_head: int
-    """What one token is multiplied by. Tied models multiply by their embedding, which here counts as the head."""
+    """Parameters that one token is multiplied by. In a tied model, the embedding counts as the head."""
 
 
 def count_parameters(model_config: ModelConfig) -> ParameterCounts:
     """Count a model's parameters."""
-    sizes = {row.key: math.prod(row.shape) for row in hf_mapping.tensor_mappings(model_config)}
+    sizes = {mapping.key: math.prod(mapping.shape) for mapping in hf_mapping.tensor_mappings(model_config)}
     routed = sum(size for key, size in sizes.items() if ".mlp.experts." in key)
     total = sum(sizes.values())
-    inside = total - sizes[_EMBEDDING] - sizes.get(_HEAD, 0)
-    activated = inside - routed + routed * model_config.num_experts_per_tok // model_config.num_experts
+    without_embeddings = total - sizes[EMBEDDING] - sizes.get(HEAD, 0)
+    activated = without_embeddings - routed + routed * model_config.num_experts_per_tok // model_config.num_experts
     return ParameterCounts(
         total=total,
-        total_without_embeddings=inside,
+        total_without_embeddings=without_embeddings,
         activated=activated,
-        activated_with_head=activated + sizes.get(_HEAD, sizes[_EMBEDDING]),
+        activated_with_head=activated + sizes.get(HEAD, sizes[EMBEDDING]),
     )
 
 
 @lru_cache
 def train_flops_per_token(model_config: ModelConfig, sequence_length: int) -> float:
-    """Floating-point operations of forward and backward pass for one token, on average over a causal sequence.
+    """Return the FLOPs of forward and backward pass for one token, averaged over a causal sequence.
 
-    Six for each activated parameter and those of the head (a multiplication and an addition, forward and twice
-    backward), and six for each multiplication of queries with keys and of weights with values, of which a causal mask
-    leaves half. The optimizer, norms and activations are not counted, nor is anything computed twice to save memory.
+    Each activated parameter and each parameter of the head counts six: one multiplication and one addition, forward and
+    twice backward. Each product of queries with keys and of attention weights with values also counts six; the causal
+    mask halves these products. The count excludes optimizer, norms, activations and recomputation.
     """
     return sum(train_flops_by_part(model_config, sequence_length))
 
 
 @lru_cache(maxsize=8)
 def train_flops_by_part(model_config: ModelConfig, sequence_length: int) -> tuple[float, ...]:
-    """The same of every layer by itself, and last of the head with its norm."""
+    """Return the terms of `train_flops_per_token`: one for each layer, then one for the head and the final norm."""
     widths = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim + model_config.v_head_dim
     attention = sequence_length * model_config.num_attention_heads * widths / 2
     parts = [6 * attention] * model_config.num_hidden_layers + [0.0]
-    sizes = {row.key: math.prod(row.shape) for row in hf_mapping.tensor_mappings(model_config)}
+    sizes = {mapping.key: math.prod(mapping.shape) for mapping in hf_mapping.tensor_mappings(model_config)}
     for key, size in sizes.items():
         active = size * model_config.num_experts_per_tok // model_config.num_experts if ".mlp.experts." in key else size
         if key.startswith("decoder.layers."):
             parts[int(key.split(".")[2])] += 6 * active
-        elif key != _EMBEDDING:
+        elif key != EMBEDDING:
             parts[-1] += 6 * active
-    if _HEAD not in sizes:
-        parts[-1] += 6 * sizes[_EMBEDDING]
+    if HEAD not in sizes:
+        parts[-1] += 6 * sizes[EMBEDDING]
     return tuple(parts)

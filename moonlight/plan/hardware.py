@@ -1,4 +1,4 @@
-"""What a plan divides its bytes and FLOPs by: a kind of GPU, at stated rates."""
+"""Rates that turn the bytes and FLOPs of a plan into seconds: one kind of GPU, its links, and the storage."""
 
 from dataclasses import dataclass
 
@@ -6,40 +6,40 @@ from moonlight.errors import UserError
 from moonlight.hardware import GPUS, GpuSpec
 from moonlight.placement.comm_bytes import CommBytes
 
-GPUS_OF_A_NODE = 8
-"""Joined by NVLink; beyond it every GPU has a network card of its own."""
+GPUS_PER_NODE = 8
+"""NVLink connects the GPUs of a node. Between nodes, each GPU uses its own network card."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareModel:
-    """The GPU, what of it can be used, and the storage for checkpoints."""
+    """The GPU, its usable memory and efficiency, and the storage for checkpoints."""
 
     name: str = "h100"
     memory_bytes: float = GPUS["h100"].memory_bytes
     efficiency: float = 0.35
-    """Share of the peak that arithmetic reaches while it runs."""
+    """Fraction of peak FLOP/s that arithmetic reaches while it runs."""
     storage_bytes_per_second: float = 2e9
-    """Of the whole job."""
+    """Checkpoint write rate of all ranks together."""
 
     @property
     def gpu(self) -> GpuSpec:
         return GPUS[self.name]
 
     def arithmetic_seconds(self, flops: float) -> float:
-        """At the stated efficiency."""
+        """Return the time of `flops` on one GPU at `efficiency`."""
         return flops / (self.efficiency * self.gpu.peak_flops_per_second)
 
-    def wire_seconds(self, flow: CommBytes, num_ranks: int, stride: int) -> float:
-        """Of an exchange in which all ranks of a group send to all, at the full rate of the links.
+    def comm_seconds(self, comm_bytes: CommBytes, num_ranks: int, stride: int) -> float:
+        """Return the time of an exchange in which each rank of a group sends to all others, at full link rate.
 
-        Ranks of the group are `stride` apart; those of one node and those beyond are reached at the same time.
+        Consecutive ranks of the group are `stride` apart. Transfers within the node and between nodes overlap.
         """
         if num_ranks == 1:
             return 0.0
-        in_node = min(num_ranks, max(1, GPUS_OF_A_NODE // stride))
-        beyond = (num_ranks - in_node) / (num_ranks - 1)
-        return flow.larger * max(
-            (1 - beyond) / self.gpu.node_bytes_per_second, beyond / self.gpu.network_bytes_per_second
+        in_node = min(num_ranks, max(1, GPUS_PER_NODE // stride))
+        between_nodes = (num_ranks - in_node) / (num_ranks - 1)
+        return comm_bytes.larger * max(
+            (1 - between_nodes) / self.gpu.node_bytes_per_second, between_nodes / self.gpu.network_bytes_per_second
         )
 
 
@@ -49,10 +49,10 @@ def hardware_model(
     efficiency: float = 0.35,
     storage_gb_per_second: float = 2.0,
 ) -> HardwareModel:
-    """From the options of the command; gigabytes are 10^9 bytes.
+    """Build the hardware model from the command's options. A gigabyte is 10^9 bytes.
 
     Raises:
-        UserError: an unknown GPU, or a number out of range.
+        UserError: the GPU is unknown, or a number is out of range.
     """
     if name not in GPUS:
         raise UserError(f"--gpu is {name!r}: accepted are {', '.join(GPUS)}")

@@ -1,38 +1,38 @@
-"""Seconds of a step, by a simple and stated model: arithmetic at a share of the peak, and what of the exchange is not
-hidden behind it. It knows no kernels, no contention and no stragglers."""
+"""Seconds of a step, from a simple model: arithmetic at a fraction of peak FLOP/s, plus communication that arithmetic
+does not hide. It does not model kernels, contention or stragglers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from moonlight.config.run import RunConfig
 from moonlight.placement.comm_bytes import CommBytes
-from moonlight.plan.hardware import GPUS_OF_A_NODE, HardwareModel
+from moonlight.plan.hardware import GPUS_PER_NODE, HardwareModel
 from moonlight.plan.owners import RankCost
 from moonlight.plan.stages import PipelineStage
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Where the seconds of a step go; they add up to `total`."""
+    """Seconds of a step by part; the parts add up to `total`."""
 
     arithmetic: float
-    """Forward and backward pass of the stage with most, and what is made again."""
+    """Forward and backward pass of the most loaded stage, including recomputation."""
     slices: float
-    """Tensor parallelism, nothing of it hidden."""
+    """Tensor-parallel communication, not overlapped."""
     dispatch: float
-    """Tokens to experts and back, nothing of it hidden."""
+    """Tokens to experts and back, not overlapped."""
     bubble: float
-    """A stage waits for others, for its share of the above."""
+    """Time that a stage waits for other stages."""
     pipeline: float
-    """Hidden states between stages, nothing of it hidden."""
+    """Hidden states between stages, not overlapped."""
     gradients: float
-    """To their owners, beyond what the last micro-batch's backward pass hides."""
+    """Gradients to their owners, beyond the backward pass of the last micro-batch."""
     newton_schulz: float
-    """Of the rank with most."""
+    """On the most loaded rank."""
     matrices: float
-    """Parts of matrices to whom orthogonalises them, and back, nothing of it hidden."""
+    """Shards of matrices to the rank that orthogonalizes them, and back, not overlapped."""
     weights: float
-    """From their owners, beyond what the first micro-batch's forward pass hides."""
+    """Weights from their owners, beyond the forward pass of the first micro-batch."""
 
     @property
     def total(self) -> float:
@@ -40,7 +40,10 @@ class StepTime:
 
 
 def bubble_fraction(config: RunConfig, num_micro_batches: int) -> float:
-    """Share of a step that a pipeline stage waits: (p - 1) / (v m + p - 1)."""
+    """Return the fraction of a step that a pipeline stage waits: (p - 1) / (v m + p - 1).
+
+    p is the number of stages, v the number of chunks of a stage, and m the number of micro-batches.
+    """
     stages, virtual = config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_parallel_size
     return (stages - 1) / (virtual * num_micro_batches + stages - 1)
 
@@ -50,14 +53,14 @@ def step_seconds(
     world_size: int,
     machine: HardwareModel,
     stages: Sequence[PipelineStage],
-    worst: Sequence[RankCost],
+    stage_maxima: Sequence[RankCost],
     newton_schulz_flops: float,
 ) -> StepTime:
-    """Of a step, each line by the stage that takes longest.
+    """Compute the seconds of a step, each part for the stage that takes longest.
 
     Args:
-        worst: of every stage, the largest of each figure over its ranks.
-        newton_schulz_flops: of the rank with most.
+        stage_maxima: for each stage, the maximum of each cost over its ranks.
+        newton_schulz_flops: FLOPs of Newton-Schulz on the most loaded rank.
     """
     parallel = config.parallel
     tp, etp, ep = (
@@ -65,45 +68,51 @@ def step_seconds(
         parallel.expert_tensor_parallel_size,
         parallel.expert_parallel_size,
     )
-    of_stage = world_size // parallel.pipeline_parallel_size
+    stage_size = world_size // parallel.pipeline_parallel_size
     arithmetic = max(machine.arithmetic_seconds(stage.flops + stage.recomputed_flops) for stage in stages)
     slices = max(
-        machine.wire_seconds(stage.flows["slices"], tp, 1) + machine.wire_seconds(stage.flows["expert slices"], etp, 1)
+        machine.comm_seconds(stage.comm_bytes["slices"], tp, 1)
+        + machine.comm_seconds(stage.comm_bytes["expert slices"], etp, 1)
         for stage in stages
     )
-    dispatch = max(machine.wire_seconds(stage.flows["dispatch"], ep, etp) for stage in stages)
-    waiting = bubble_fraction(config, stages[0].num_micro_batches)
+    dispatch = max(machine.comm_seconds(stage.comm_bytes["dispatch"], ep, etp) for stage in stages)
+    bubble = bubble_fraction(config, stages[0].num_micro_batches)
     busy = arithmetic + slices + dispatch
-    between = parallel.pipeline_parallel_size
-    # In more than one node some neighbouring stages lie in two, and the slowest pair counts.
-    apart = of_stage if world_size <= GPUS_OF_A_NODE else GPUS_OF_A_NODE
+    num_stages = parallel.pipeline_parallel_size
+    # If the job spans several nodes, some neighboring stages are on two nodes. The slowest pair counts.
+    stride = stage_size if world_size <= GPUS_PER_NODE else GPUS_PER_NODE
     count = stages[0].num_micro_batches
     forward, backward = busy / count / 3, busy / count * 2 / 3
 
     def data_parallel(dense: CommBytes, expert: CommBytes) -> float:
-        """Dense and expert parameters share the network."""
-        return machine.wire_seconds(dense, of_stage // tp, tp) + machine.wire_seconds(
-            expert, of_stage // (etp * ep), etp * ep
+        """Return the sum of both times: dense and expert parameters share the network."""
+        return machine.comm_seconds(dense, stage_size // tp, tp) + machine.comm_seconds(
+            expert, stage_size // (etp * ep), etp * ep
         )
 
     return StepTime(
         arithmetic=arithmetic,
         slices=slices,
         dispatch=dispatch,
-        bubble=busy * waiting / (1 - waiting),
-        pipeline=max(machine.wire_seconds(stage.flows["pipeline"], min(between, 2), apart) for stage in stages),
+        bubble=busy * bubble / (1 - bubble),
+        pipeline=max(
+            machine.comm_seconds(stage.comm_bytes["pipeline"], min(num_stages, 2), stride) for stage in stages
+        ),
         gradients=max(
-            max(0.0, data_parallel(rank.dense.share.gradients, rank.expert.share.gradients) - backward)
-            for rank in worst
+            max(
+                0.0, data_parallel(rank.dense.optimizer_cost.gradients, rank.expert.optimizer_cost.gradients) - backward
+            )
+            for rank in stage_maxima
         ),
         newton_schulz=machine.arithmetic_seconds(newton_schulz_flops),
         matrices=max(
-            data_parallel(rank.dense.share.matrices, rank.expert.share.matrices)
-            + machine.wire_seconds(rank.dense.slices, tp, 1)
-            + machine.wire_seconds(rank.expert.slices, etp, 1)
-            for rank in worst
+            data_parallel(rank.dense.optimizer_cost.matrices, rank.expert.optimizer_cost.matrices)
+            + machine.comm_seconds(rank.dense.slices, tp, 1)
+            + machine.comm_seconds(rank.expert.slices, etp, 1)
+            for rank in stage_maxima
         ),
         weights=max(
-            max(0.0, data_parallel(rank.dense.share.weights, rank.expert.share.weights) - forward) for rank in worst
+            max(0.0, data_parallel(rank.dense.optimizer_cost.weights, rank.expert.optimizer_cost.weights) - forward)
+            for rank in stage_maxima
         ),
     )

@@ -1,4 +1,4 @@
-"""What all ranks of a pipeline stage have in common: parameters, activations, arithmetic, the layers' own exchange."""
+"""Costs that all ranks of a pipeline stage share: parameters, activations, arithmetic, communication of its layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,57 +14,60 @@ from moonlight.plan.flops import train_flops_by_part
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineStage:
-    """One pipeline stage. All figures are of one of its ranks, in bytes unless said; those of a step, of all its
-    micro-batches."""
+    """One pipeline stage. All values are for one of its ranks, in bytes unless noted.
 
-    number: int
+    Values for a step cover all micro-batches of the step.
+    """
+
+    index: int
     num_layers: int
     parameters: Sequence[PlannedParam]
     num_elements: int
     weights: int
     gradient_sums: int
-    """Of every parameter, in `optimizer.gradient_dtype`."""
+    """Gradients of every parameter, in `optimizer.gradient_dtype`."""
     buffers: int
-    """Of the routers: bias and count of each expert, and the auxiliary loss."""
+    """Router buffers: bias and token count of each expert, and the auxiliary loss."""
     num_micro_batches: int
+    """Micro-batches of a step."""
     micro_batches_in_flight: int
-    """Counted by chunk, where the pipeline is interleaved."""
+    """Micro-batches of a chunk if the pipeline is interleaved."""
     activations: float
-    """Of the micro-batches in flight."""
+    """Activations of the micro-batches in flight."""
     loss: float
-    """While the loss is made."""
-    flows: dict[str, CommBytes]
-    """Of a step: slices, dispatch, expert slices, pipeline."""
+    """Workspace of the loss; 0 except on the last stage."""
+    comm_bytes: dict[str, CommBytes]
+    """Communication of a step by kind: slices, dispatch, expert slices, pipeline."""
     flops: float
-    """Of a step, forward and backward pass."""
+    """FLOPs of a step, forward and backward pass."""
     recomputed_flops: float
-    """Of a step, for what is made a second time."""
+    """FLOPs of a step that `train.recompute_modules` adds."""
 
 
 def make_stages(config: RunConfig, world_size: int, global_batch_size: int) -> list[PipelineStage]:
-    """Every stage, in a step of this batch."""
+    """Compute the costs of every stage, in a step of `global_batch_size` sequences."""
     parallel, model_config, train_config = config.parallel, config.model, config.train
-    stages, tp = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
-    cut = stage_layers(model_config.num_hidden_layers, stages, parallel.virtual_pipeline_parallel_size)
+    num_stages, tp = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    chunks_by_stage = stage_layers(model_config.num_hidden_layers, num_stages, parallel.virtual_pipeline_parallel_size)
     count = global_batch_size // (train_config.micro_batch_size * parallel.data_parallel_size(world_size))
     num_tokens = count * train_config.micro_batch_size * config.data.sequence_length
-    *flops_of_layers, flops_of_head = train_flops_by_part(model_config, config.data.sequence_length)
-    found = []
-    for index, chunks in enumerate(cut):
+    *layer_flops, head_flops = train_flops_by_part(model_config, config.data.sequence_length)
+    stages = []
+    for index, chunks in enumerate(chunks_by_stage):
         layers = [layer for chunk in chunks for layer in chunk]
         parameters = stage_parameters(config, index)
-        elements = sum(parameter.numel for parameter in parameters)
-        is_last = index == stages - 1
+        num_elements = sum(parameter.numel for parameter in parameters)
+        is_last = index == num_stages - 1
         activations, in_flight = stage_activations(config, index, count)
-        flops = sum(flops_of_layers[layer] for layer in layers) + (flops_of_head if is_last else 0)
-        found.append(
+        flops = sum(layer_flops[layer] for layer in layers) + (head_flops if is_last else 0)
+        stages.append(
             PipelineStage(
-                number=index,
+                index=index,
                 num_layers=len(layers),
                 parameters=parameters,
-                num_elements=elements,
-                weights=elements * weight_bytes(config),
-                gradient_sums=elements * gradient_bytes(config),
+                num_elements=num_elements,
+                weights=num_elements * weight_bytes(config),
+                gradient_sums=num_elements * gradient_bytes(config),
                 buffers=sum(p.key.endswith("router.weight") for p in parameters)
                 * (2 * model_config.num_experts + 1)
                 * 4,
@@ -72,17 +75,21 @@ def make_stages(config: RunConfig, world_size: int, global_batch_size: int) -> l
                 micro_batches_in_flight=in_flight,
                 activations=activations,
                 loss=loss_workspace(config, token_counts(config)) if is_last else 0.0,
-                flows=stage_comm_bytes(config, index, count),
+                comm_bytes=stage_comm_bytes(config, index, count),
                 flops=num_tokens * flops / tp,
-                recomputed_flops=num_tokens * sum(_again(config, flops_of_layers[layer]) for layer in layers) / tp,
+                recomputed_flops=num_tokens
+                * sum(_recompute_flops(config, layer_flops[layer]) for layer in layers)
+                / tp,
             )
         )
-    return found
+    return stages
 
 
-def _again(config: RunConfig, flops: float) -> float:
-    """Of a token in a layer whose forward and backward pass take `flops`: what `train.recompute_modules` adds. Norms
-    and activations are not counted, here as there."""
+def _recompute_flops(config: RunConfig, flops: float) -> float:
+    """Return the FLOPs that `train.recompute_modules` adds for a token in one layer.
+
+    `flops` is the layer's forward and backward pass. Both counts exclude norms and activations.
+    """
     if "layer" in config.train.recompute_modules:
         return flops / 3
     if "mla_up_proj" not in config.train.recompute_modules:

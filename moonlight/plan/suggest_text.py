@@ -1,4 +1,4 @@
-"""What `moonlight plan --suggest` prints."""
+"""Output of `moonlight plan --suggest`."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from rich.table import Table
 from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.plan.build import RunPlan, make_plan
-from moonlight.plan.figures import RESERVE, layout
+from moonlight.plan.figures import RESERVE, describe_layout
 from moonlight.plan.speed import bubble_fraction
 from moonlight.plan.suggest import Suggestions
-from moonlight.plan.text import NARROW, fit, format_bytes, format_seconds, num_gpus
+from moonlight.plan.text import NARROW, fit_text, format_bytes, format_seconds, num_gpus
 
 
 def print_suggestions(suggestions: Suggestions, console: Console | None = None) -> None:
-    """A table of the best layouts, how to ask for the first, and why others are not in it."""
+    """Print a table of the best layouts, the settings of the first, and why the other layouts are excluded."""
     console = console or Console()
     if not console.is_terminal:
         console.width = NARROW
@@ -24,8 +24,8 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
         f"{suggestions.config.name} on {num_gpus(suggestions.world_size, machine.name)}: "
         f"{suggestions.num_fitting:,} of "
         f"{suggestions.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of "
-        f"{format_bytes(machine.memory_bytes)}; time: a "
-        f"model, arithmetic at {machine.efficiency:g} of its peak",
+        f"{format_bytes(machine.memory_bytes)}; time: estimated, "
+        f"arithmetic at {machine.efficiency:g} of peak FLOP/s",
         highlight=False,
     )
     columns = ("TP", "PP", "VPP", "EP", "ETP", "micro-batch", "step", "tokens/s", "days", "bubble", "memory")
@@ -37,13 +37,13 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
     console.print()
     console.print(table, highlight=False)
     console.print()
-    if own := recipe_layout_text(suggestions):
-        console.print(own, highlight=False, soft_wrap=True)
-    asked = " ".join(changes(suggestions.best[0], suggestions.config))
-    # In one line, however long, to be copied.
-    console.print(f"the first of them: {asked or 'the recipe as it is'}", highlight=False, soft_wrap=True)
+    if recipe_text := recipe_layout_text(suggestions):
+        console.print(recipe_text, highlight=False, soft_wrap=True)
+    settings = " ".join(changed_overrides(suggestions.best[0], suggestions.config))
+    # One line of any length, to copy.
+    console.print(f"settings of the first layout: {settings or 'those of the recipe'}", highlight=False, soft_wrap=True)
     console.print("TP, PP, VPP, EP, ETP: tensor, pipeline, virtual pipeline, expert, expert-tensor parallel size")
-    console.print("\nwhy the others are not possible:", highlight=False)
+    console.print("\nexcluded layouts, by reason:", highlight=False)
     reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     reasons.add_column(justify="right")
     for count, reason in suggestions.reasons:
@@ -52,7 +52,7 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
 
 
 def overrides(config: RunConfig) -> list[str]:
-    """What to write after a recipe to get this layout."""
+    """Return the overrides that select this layout, in the form `key=value`."""
     parallel = config.parallel
     names = (
         "tensor_parallel_size",
@@ -66,22 +66,22 @@ def overrides(config: RunConfig) -> list[str]:
     ]
 
 
-def changes(plan: RunPlan, config: RunConfig) -> list[str]:
-    """Those of `overrides` that differ from the recipe."""
+def changed_overrides(plan: RunPlan, config: RunConfig) -> list[str]:
+    """Return the overrides of the plan's layout that differ from the recipe."""
     return [override for override in overrides(plan.config) if override not in overrides(config)]
 
 
 def recipe_layout_text(suggestions: Suggestions) -> str:
-    """The recipe's own layout and whether it fits; empty if it does not divide the GPUs."""
+    """Return the recipe's layout, its step time and whether it fits; empty if the layout does not divide the GPUs."""
     try:
         plan = make_plan(suggestions.config, suggestions.world_size, suggestions.machine)
     except UserError:
         return ""
-    return f"the recipe as it is: {layout(plan)}: {format_seconds(plan.seconds.total)}\n{fit(plan)}"
+    return f"layout of the recipe: {describe_layout(plan)}: {format_seconds(plan.seconds.total)}\n{fit_text(plan)}"
 
 
 def suggestions_to_json(suggestions: Suggestions) -> dict[str, Any]:
-    """The same as numbers by name."""
+    """Return the suggestions as numbers by name, for `--json`."""
     return {
         "recipe": suggestions.config.name,
         "gpus": suggestions.world_size,

@@ -1,4 +1,4 @@
-"""A plan as text: tables for a terminal of 100 columns."""
+"""Output of `moonlight plan`: tables for a terminal of 100 columns."""
 
 import re
 from collections.abc import Sequence
@@ -7,36 +7,36 @@ from rich.console import Console
 from rich.table import Table
 
 from moonlight.plan.build import RunPlan, mean_memory
-from moonlight.plan.figures import RESERVE, exchange_comm_bytes, layout, rank_comm_bytes
+from moonlight.plan.figures import RESERVE, describe_layout, exchange_comm_bytes, rank_comm_bytes
 from moonlight.plan.flops import count_parameters, train_flops_per_token
 from moonlight.plan.speed import bubble_fraction
 
 WIDE = 200
-"""Columns for the list of parameters where there is no terminal to fit: one line for each."""
+"""Columns of the parameter list in a file or pipe: one line for each parameter."""
 
 NARROW = 100
-"""Columns of all else."""
+"""Columns of all other output in a file or pipe."""
 
 MAX_LIST = 14
-"""Characters of a list of ranks."""
+"""Maximum characters of a list of ranks."""
 
 MEMORY_PARTS = {
     "weights": "of the model, in its dtype",
-    "gradient_sums": "of every parameter, in optimizer.gradient_dtype",
-    "gradient_shards": "the world's sums of its own rows, float32",
-    "masters": "master weights of its own rows",
-    "momenta": "of its own rows",
+    "gradient_sums": "all parameters, in optimizer.gradient_dtype",
+    "gradient_shards": "summed over ranks, rows it owns, float32",
+    "masters": "master weights of the rows it owns",
+    "momenta": "of the rows it owns",
     "buffers": "router biases and counts",
     "activations": "{micro_batches} in flight on stage {stage}",
-    "loss": "logits of a chunk, the head's gradient",
+    "loss": "a chunk of logits, the head's gradient",
     "exchange": "gradients or weights sent and received",
-    "update": "Newton-Schulz and matrices brought together",
+    "update": "Newton-Schulz and gathered matrices",
 }
 
-WIRE_PARTS = {
+COMM_PARTS = {
     "gradients": "to their owners, in optimizer.gradient_dtype",
     "weights": "from their owners",
-    "matrices": "parts of matrices brought together, and back",
+    "matrices": "shards of matrices gathered, results scattered",
     "slices": "tensor parallelism",
     "dispatch": "tokens to experts and back, uniform routing",
     "expert slices": "tensor parallelism of experts",
@@ -44,32 +44,32 @@ WIRE_PARTS = {
 }
 
 SECONDS_PARTS = {
-    "arithmetic": "forward and backward pass at {efficiency:g} of the peak",
-    "slices": "tensor parallelism, not hidden",
-    "dispatch": "tokens to experts and back, not hidden",
+    "arithmetic": "forward and backward pass at {efficiency:g} of peak FLOP/s",
+    "slices": "tensor parallelism, not overlapped",
+    "dispatch": "tokens to experts and back, not overlapped",
     "bubble": "waiting for other stages, {bubble:.1%} of their time",
-    "pipeline": "between stages, not hidden",
+    "pipeline": "between stages, not overlapped",
     "gradients": "beyond the last micro-batch's backward pass",
-    "newton_schulz": "of the rank with most",
-    "matrices": "brought together and back, not hidden",
+    "newton_schulz": "on the most loaded rank",
+    "matrices": "gathered and scattered, not overlapped",
     "weights": "beyond the first micro-batch's forward pass",
 }
 
 
 def print_plan(plan: RunPlan, *, parameters: bool, console: Console | None = None) -> None:
-    """Summary and tables and, if asked for, before them a table of every parameter.
+    """Print summary and tables; with `parameters`, first a table of every parameter.
 
-    Into a file or a pipe goes one line for each parameter; on a terminal, layers are headings, so that names fit.
+    A file or pipe gets one line for each parameter. A terminal gets layers as headings, so that names fit.
     """
     console = console or Console()
     if parameters:
         _print_parameters(plan, console)
     if not console.is_terminal:
         console.width = NARROW
-    soft_wrap = not console.is_terminal  # a fact a line for whoever filters
-    for text in [*summary(plan), fit(plan)]:
+    soft_wrap = not console.is_terminal  # one fact per line, for filters
+    for text in [*summary(plan), fit_text(plan)]:
         console.print(text, soft_wrap=soft_wrap, highlight=False)
-    for table in (_memory_table(plan), _wire_table(plan), _seconds_table(plan)):
+    for table in (_memory_table(plan), _comm_table(plan), _seconds_table(plan)):
         console.print()
         console.print(table, highlight=False)
     console.print()
@@ -86,9 +86,9 @@ def _print_parameters(plan: RunPlan, console: Console) -> None:
     layer = ""
     for line in plan.params:
         name = line.key
-        if not wide and (found := re.match(r"decoder\.layers\.\d+\.", name)):
-            if found[0] != layer:
-                layer = found[0]
+        if not wide and (match := re.match(r"decoder\.layers\.\d+\.", name)):
+            if match[0] != layer:
+                layer = match[0]
                 table.add_row(layer)
             name = "  " + name.removeprefix(layer)
         matrices = (", " if wide else "\n").join(f"{n} of {_shape(shape)}" for shape, n in line.matrices.items())
@@ -99,68 +99,68 @@ def _print_parameters(plan: RunPlan, console: Console) -> None:
 
 
 def summary(plan: RunPlan) -> list[str]:
-    """Layout, parameters, arithmetic, and the optimizer beside AdamW's, one line each."""
+    """Return layout, parameters, arithmetic and optimizer costs compared with AdamW, one line each."""
     config, counts, length = plan.config, count_parameters(plan.config.model), plan.config.data.sequence_length
     flops = train_flops_per_token(config.model, length)
     muon, adamw = plan.num_parameters("muon"), plan.num_parameters("adamw")
     state, base_state = [r.state for r in plan.optimizer_costs], max(a.state for a in plan.adamw)
-    wire, base_wire = [max(r.sent, r.received) for r in plan.optimizer_costs], max(a.sent for a in plan.adamw)
-    mean_state, mean_wire = sum(state) / len(state), sum(wire) / len(wire)
+    comm, base_comm = [max(r.sent, r.received) for r in plan.optimizer_costs], max(a.sent for a in plan.adamw)
+    mean_state, mean_comm = sum(state) / len(state), sum(comm) / len(comm)
     return [
         f"{config.name} on {num_gpus(plan.world_size, plan.machine.name)}",
-        f"layout: {layout(plan)}",
-        f"parameters: {muon + adamw + plan.num_router_biases:,}, of them router biases {plan.num_router_biases:,}",
+        f"layout: {describe_layout(plan)}",
+        f"parameters: {muon + adamw + plan.num_router_biases:,}, including {plan.num_router_biases:,} router biases",
         f"optimizer: Muon for {muon:,} in {plan.num_matrices:,} matrices, AdamW for {adamw:,}",
         f"activated by a token: {counts.activated_with_head:,}, without the head {counts.activated:,}",
         f"training: {plan.num_tokens:,} tokens in {plan.timeline.num_steps:,} steps; {flops:.4g} FLOPs per token at "
         f"sequence length {length:,}",
-        f"optimizer state of a rank: {format_bytes(max(state))} at most, mean {format_bytes(mean_state)}; "
+        f"optimizer state of a rank: at most {format_bytes(max(state))}, mean {format_bytes(mean_state)}; "
         f"AdamW (ZeRO-1) {format_bytes(base_state)}{_ratio(max(state), base_state)}",
-        f"sent or received for it in a step: {format_bytes(max(wire))} at most, mean {format_bytes(mean_wire)}; "
-        f"AdamW (ZeRO-1) {format_bytes(base_wire)}{_ratio(max(wire), base_wire)}",
+        f"optimizer communication of a rank and step: at most {format_bytes(max(comm))}, mean "
+        f"{format_bytes(mean_comm)}; AdamW (ZeRO-1) {format_bytes(base_comm)}{_ratio(max(comm), base_comm)}",
     ]
 
 
 def _memory_table(plan: RunPlan) -> Table:
-    fullest, mean = plan.memories[plan.peak_rank], mean_memory(plan.memories)
+    peak_memory, mean = plan.memories[plan.peak_rank], mean_memory(plan.memories)
     stage = plan.rank_stage(plan.peak_rank)
-    words = {
+    values = {
         "micro_batches": _count(
             stage.micro_batches_in_flight,
             "micro-batch" if plan.config.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
         ),
-        "stage": stage.number,
+        "stage": stage.index,
     }
-    table = _table("memory of a rank", f"fullest, rank {plan.peak_rank:,}", "mean", "")
-    for name, what in MEMORY_PARTS.items():
+    table = _table("memory of a rank", f"most loaded, rank {plan.peak_rank:,}", "mean", "")
+    for name, description in MEMORY_PARTS.items():
         if getattr(mean, name):
             table.add_row(
                 name.replace("_", " "),
-                format_bytes(getattr(fullest, name)),
+                format_bytes(getattr(peak_memory, name)),
                 format_bytes(getattr(mean, name)),
-                what.format(**words),
+                description.format(**values),
             )
-    peaks = sum(memory.peak for memory in plan.memories) / len(plan.memories)
-    table.add_row("peak", format_bytes(fullest.peak), format_bytes(peaks), _parts_of_peak(plan))
+    mean_peak = sum(memory.peak for memory in plan.memories) / len(plan.memories)
+    table.add_row("peak", format_bytes(peak_memory.peak), format_bytes(mean_peak), _parts_of_peak(plan))
     return table
 
 
 def _parts_of_peak(plan: RunPlan) -> str:
     memory = plan.memories[plan.peak_rank]
     if memory.update > memory.passes:
-        return "the most at once: during the update, without activations"
+        return "sum during the update, without activations"
     smaller = "loss" if memory.exchange >= memory.loss else "exchange"
-    return f"the most at once: without {smaller} and update"
+    return f"sum without {smaller} and update"
 
 
-def _wire_table(plan: RunPlan) -> Table:
-    table = _table("wire, rank and step", "busiest", "mean", "sent or received, the larger")
-    for name, what in WIRE_PARTS.items():
-        flow_of = rank_comm_bytes(plan, name)
-        flows = [flow_of(rank).larger for rank in range(len(plan.ranks))]
-        if max(flows):
-            table.add_row(name, format_bytes(max(flows)), format_bytes(sum(flows) / len(flows)), what)
-        if name == "weights" and max(flows):
+def _comm_table(plan: RunPlan) -> Table:
+    table = _table("network bytes", "most loaded", "mean", "of a step, sent or received, the larger")
+    for name, description in COMM_PARTS.items():
+        comm_bytes = rank_comm_bytes(plan, name)
+        by_rank = [comm_bytes(rank).larger for rank in range(len(plan.ranks))]
+        if max(by_rank):
+            table.add_row(name, format_bytes(max(by_rank)), format_bytes(sum(by_rank) / len(by_rank)), description)
+        if name == "weights" and max(by_rank):
             dense, expert = exchange_comm_bytes(plan)
             table.add_row("  of dense parameters", format_bytes(dense), "", "gradients and weights together")
             table.add_row("  of experts", format_bytes(expert), "", "gradients and weights together")
@@ -169,18 +169,18 @@ def _wire_table(plan: RunPlan) -> Table:
 
 def _seconds_table(plan: RunPlan) -> Table:
     seconds = plan.seconds
-    table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "share", "")
-    waiting = bubble_fraction(plan.config, plan.stages[0].num_micro_batches)
-    words = {"bubble": waiting, "efficiency": plan.machine.efficiency}
-    for name, what in SECONDS_PARTS.items():
+    table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "fraction", "")
+    bubble = bubble_fraction(plan.config, plan.stages[0].num_micro_batches)
+    values = {"bubble": bubble, "efficiency": plan.machine.efficiency}
+    for name, description in SECONDS_PARTS.items():
         value = getattr(seconds, name)
         if value or name in ("gradients", "weights"):
-            share = f"{value / seconds.total:.2%}"
+            fraction = f"{value / seconds.total:.2%}"
             table.add_row(
                 name.replace("_", "-" if name.startswith("n") else " "),
                 format_seconds(value),
-                share,
-                what.format(**words),
+                fraction,
+                description.format(**values),
             )
     table.add_row("step", format_seconds(seconds.total), "", _speed(plan))
     return table
@@ -192,44 +192,43 @@ def _speed(plan: RunPlan) -> str:
 
 
 def conclusions(plan: RunPlan) -> list[str]:
-    """Newton-Schulz, days and checkpoint, one line each."""
+    """Return Newton-Schulz, training time, checkpoint and assumptions, one line each."""
     machine, gpu, config = plan.machine, plan.machine.gpu, plan.config
-    works = [member.newton_schulz_flops for member in plan.ranks]
-    busiest, mean = max(works), sum(works) / len(works)
-    stage = plan.rank_stage(works.index(busiest))
+    flops_by_rank = [cost.newton_schulz_flops for cost in plan.ranks]
+    largest, mean = max(flops_by_rank), sum(flops_by_rank) / len(flops_by_rank)
+    stage = plan.rank_stage(flops_by_rank.index(largest))
     batches = plan.timeline.steps_by_batch_size()
     steps = ", ".join(f"{count:,} steps of {size:,}" for size, count in batches.items())
     lines = [
-        f"Newton-Schulz: {busiest:.3g} FLOPs on the busiest rank, {busiest / (stage.flops + busiest):.3%} of its step; "
-        + (f"its share is {busiest / mean:.2f} of the mean" if mean else "no matrices"),
-        f"the whole recipe: {format_duration(plan.total_seconds)} ({steps} sequences)",
+        f"Newton-Schulz: {largest:.3g} FLOPs on the most loaded rank, {largest / (stage.flops + largest):.3%} of its "
+        "step" + (f" and {largest / mean:.2f} times the mean" if mean else "; no matrices"),
+        f"entire run: {format_duration(plan.total_seconds)} ({steps} sequences)",
         f"checkpoint: {format_bytes(plan.checkpoint_bytes)} of float32 masters and momenta, "
         f"{plan.checkpoint_bytes / machine.storage_bytes_per_second:,.1f} s at "
-        f"{machine.storage_bytes_per_second / 1e9:g} GB/s"
-        + (", while training goes on" if config.train.async_save else ""),
-        f"a model, not a measurement: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; links at "
-        f"their full {gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8,",
-        f"{gpu.network_bytes_per_second / 1e9:g} GB/s a GPU beyond; docs/planning.md says what it does not know",
+        f"{machine.storage_bytes_per_second / 1e9:g} GB/s" + (", during training" if config.train.async_save else ""),
+        f"estimated, not measured: {machine.efficiency:g} of {gpu.peak_flops_per_second / 1e12:g} TFLOP/s; "
+        f"{gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8 GPUs,",
+        f"{gpu.network_bytes_per_second / 1e9:g} GB/s per GPU between nodes; docs/planning.md lists the limits",
     ]
     return lines
 
 
-def fit(plan: RunPlan) -> str:
-    """Whether the fullest rank fits its GPU, in one line."""
-    peak, room = plan.memories[plan.peak_rank].peak, plan.machine.memory_bytes
-    if peak > room:
+def fit_text(plan: RunPlan) -> str:
+    """Return one line that states whether the most loaded rank fits in GPU memory."""
+    peak, memory_bytes = plan.memories[plan.peak_rank].peak, plan.machine.memory_bytes
+    if peak > memory_bytes:
         return (
-            f"DOES NOT FIT: the fullest rank needs {format_bytes(peak)}, {format_bytes(peak - room)} more than the "
-            f"{format_bytes(room)} of a GPU; "
-            "--suggest searches layouts that do"
+            f"DOES NOT FIT: the most loaded rank needs {format_bytes(peak)}, {format_bytes(peak - memory_bytes)} more "
+            f"than the {format_bytes(memory_bytes)} of a GPU; "
+            "use --suggest to search for a layout that fits"
         )
-    if peak > room * (1 - RESERVE):
+    if peak > memory_bytes * (1 - RESERVE):
         return (
-            f"FITS ONLY JUST: the fullest rank needs {format_bytes(peak)} of {format_bytes(room)}; {RESERVE:.0%} "
-            "should be left for what "
-            "is not planned"
+            f"FITS BARELY: the most loaded rank needs {format_bytes(peak)} of {format_bytes(memory_bytes)}; "
+            f"leave {RESERVE:.0%} free for memory that the "
+            "plan does not model"
         )
-    return f"fits: the fullest rank needs {format_bytes(peak)} of {format_bytes(room)}"
+    return f"fits: the most loaded rank needs {format_bytes(peak)} of {format_bytes(memory_bytes)}"
 
 
 def _table(*columns: str) -> Table:
@@ -241,19 +240,19 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what.replace('micro-batch', 'micro-batches')}"
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun.replace('micro-batch', 'micro-batches')}"
 
 
 def ranges(ranks: Sequence[int]) -> str:
-    """Rising numbers in short: 0-3,7; or, were that long, how many lie from the first to the last: 20 in 0-63."""
-    runs: list[list[int]] = []
+    """Format ascending ranks as 0-3,7. A list longer than MAX_LIST becomes a count and a range: 20 in 0-63."""
+    intervals: list[list[int]] = []
     for rank in ranks:
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
+        if intervals and intervals[-1][1] == rank - 1:
+            intervals[-1][1] = rank
         else:
-            runs.append([rank, rank])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+            intervals.append([rank, rank])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in intervals)
     return text if len(text) <= MAX_LIST else f"{len(ranks)} in {ranks[0]}-{ranks[-1]}"
 
 
@@ -262,14 +261,14 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in units of 10^9, 10^6 or 10^3."""
+    """Format bytes in GB (10^9), MB (10^6) or kB (10^3)."""
     if count >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
 
 
 def format_duration(seconds: float) -> str:
-    """Days; hours, minutes or seconds if there is less than one."""
+    """Format seconds as days, or as hours, minutes or seconds if they are less than one day."""
     if seconds >= 86400:
         return f"{seconds / 86400:,.2f} days"
     if seconds >= 3600:
@@ -278,12 +277,12 @@ def format_duration(seconds: float) -> str:
 
 
 def num_gpus(count: int, name: str) -> str:
-    """So many of a kind."""
+    """Format a number of GPUs of one kind: "64 h100 GPUs"."""
     return f"{count:,} {name} {'GPU' if count == 1 else 'GPUs'}"
 
 
 def format_seconds(seconds: float) -> str:
-    """With four digits or so."""
+    """Format seconds with about four digits."""
     if 0 < seconds < 0.1:
         return f"{seconds * 1e3:.2f} ms"
     return f"{seconds:.3f} s" if seconds < 10 else f"{seconds:,.2f} s"

@@ -1,1 +1,5 @@
-"""A page about one run or several compared, from their folders alone. Knows no torch, so it starts at once."""
+"""`moonlight report`: one HTML page about a run, or about several runs compared, from the files in their folders.
+
+Imports config, plan, files, errors, progress and the torch-free modules of train; no torch, so it starts fast.
+Only the command line imports it.
+"""

@@ -1,4 +1,4 @@
-// ---- Lines over time. A group is one entry of the legend: a colour and one or two series.
+// ---- Lines over time. A group is one entry of the legend: a color and one or two series.
 class Lines extends Panel {
   constructor(parent, spec, variants) {
     super(parent, spec.title, spec.unit, spec.height || 210);
@@ -61,7 +61,7 @@ class Lines extends Panel {
       const pick = (list, share) => list.sort((p, q) => p - q)[Math.round(share * (list.length - 1))];
       const near = [Math.min(pick(means.map((m) => m[0]), 0.02), pick(means.map((m) => m[2]), 0)),
         Math.max(pick(means.map((m) => m[1]), 0.98), pick(means.map((m) => m[2]), 0.99))];
-      const room = 0.3 * (near[1] - near[0] || Math.abs(near[1]) || 1); // what is little more than that stays
+      const room = 0.3 * (near[1] - near[0] || Math.abs(near[1]) || 1); // tolerate values slightly outside
       this.outside = low < near[0] - room || high > near[1] + room;
       if (this.outside && !this.all) [low, high] = [Math.max(low, near[0]), Math.min(high, near[1])];
     }
@@ -153,7 +153,7 @@ class Lines extends Panel {
     });
   }
   rest() {
-    if (view.range) { // where what is shown ends
+    if (view.range) { // the end of the visible range
       this.read(view.range[1]);
       return;
     }
@@ -173,7 +173,7 @@ class Heat extends Panel {
     const starts = map.at.map((i) => map.first + i * map.width);
     const gaps = starts.slice(1).map((s, i) => s - starts[i]).sort((p, q) => p - q);
     const usual = Math.max(map.width, gaps[gaps.length >> 1] || map.width);
-    // A column stands around its steps, half way to its neighbours, unless they are far away.
+    // A column spans its steps and half of the gap to each neighbor, unless the neighbor is far away.
     const reach = Math.max(0.75 * usual, 0.5 * usual + map.width), middle = (map.width - 1) / 2;
     const at = starts.map((s) => s + middle);
     this.steps = starts;

@@ -1,12 +1,12 @@
 "use strict";
-// What the page holds, and numbers as text. These files are one script: data, panel, charts, page.
+// Data of the page, and number formats. The files data, panel, charts and page form one script, in this order.
 
 const RUNS = JSON.parse(document.getElementById("data").textContent).runs;
 const SEVERAL = RUNS.length > 1;
 const root = document.documentElement;
 const view = { x: "steps", range: null, hidden: new Set() }; // shared by all charts; hidden: kinds of marks
 const panels = [];
-const MARKS = { stage: ["┊", "stage begins"], restart: ["▲", "restart"], spike: ["◆", "loss spike"],
+const MARKS = { stage: ["┊", "stage starts"], restart: ["▲", "restart"], spike: ["◆", "loss spike"],
   rollback: ["◄", "rolled back"], skipped: ["×", "skipped step"] };
 const DASHES = [[], [], [], [], [], [6, 3], [6, 3], [2, 3], [2, 3]];
 
@@ -18,7 +18,7 @@ for (const run of RUNS) {
   run.steps = doubles(run.steps);
   run.tokens = doubles(run.tokens);
   run.filled = run.filled || Array.from(run.steps.keys());
-  run.bucket = new Map(run.filled.map((at, i) => [at, i])); // bucket -> place in run.steps
+  run.bucket = new Map(run.filled.map((at, i) => [at, i])); // bucket -> index in run.steps
   run.decoded = {};
 }
 const HAS_TOKENS = RUNS.length > 0 && RUNS.every((run) => run.tokens);
@@ -31,7 +31,7 @@ function nearest(sorted, value) {
   }
   return Math.abs(sorted[high] - value) < Math.abs(sorted[low] - value) ? high : low;
 }
-// From steps to tokens, or back, along the line through the means of the buckets.
+// Convert steps to tokens, or back, by linear interpolation between the bucket means.
 function convert(from, to, value) {
   if (from.length < 2) return to[0];
   let i = nearest(from, value);
@@ -101,7 +101,7 @@ function logTicks(low, high) {
   return ticks(10 ** low, 10 ** high, 4).filter(([v]) => v > 0).map(([v, text]) => [Math.log10(v), text]);
 }
 
-// ---- Small helpers for elements and colours
+// ---- Small helpers for elements and colors
 function make(parent, tag, name = "", text = "") {
   const element = document.createElement(tag);
   if (name) element.className = name;
@@ -121,7 +121,7 @@ function css(name) {
   return (colors[name] = colors[name] || getComputedStyle(root).getPropertyValue(name).trim());
 }
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
-function ramp(kind) { // 256 colours between the stops that the style sheet names
+function ramp(kind) { // 256 colors interpolated between the stops in the style sheet
   const name = `ramp ${kind}`;
   if (!colors[name]) {
     const stops = css(`--${kind}`).split(/,\s*/).map(rgb);

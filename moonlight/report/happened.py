@@ -1,4 +1,4 @@
-"""What happened to a run, told in few lines: its events, with those of one kind in a row taken together."""
+"""Events of a run as a short list: consecutive events of one kind become one line."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from moonlight.report.words import format_number, format_time
 MAX_LINES = 40
 _SAVES = {"saving", "saved"}
 _MAX_TEXT = 400
-"""Characters of one line."""
+"""Maximum number of characters of a line."""
 
 
 @dataclass(frozen=True)
 class EventLine:
-    """One line of the list."""
+    """One line of the list of events, as text."""
 
     kind: str
     when: str
@@ -26,36 +26,39 @@ class EventLine:
 
 
 def event_lines(history: RunHistory) -> list[EventLine]:
-    """The lines, oldest first; of very many, those in the middle are only counted."""
-    told = [event for event in history.events if event["event"] not in _SAVES]
-    groups = [(kind, list(those)) for kind, those in groupby(_with_stages(history, told), key=lambda it: it["event"])]
-    lines = [_line(kind, those) for kind, those in groups]
+    """Return the lines, oldest first. Beyond MAX_LINES, one line counts the events in the middle."""
+    listed = [event for event in history.events if event["event"] not in _SAVES]
+    groups = [
+        (kind, list(events))
+        for kind, events in groupby(_with_stages(history, listed), key=lambda event: event["event"])
+    ]
+    lines = [_line(kind, events) for kind, events in groups]
     if len(lines) > MAX_LINES:
         half = MAX_LINES // 2
-        between = Counter[str]()
-        for kind, those in groups[half:-half]:
-            between[kind] += len(those)
-        counted = ", ".join(f"{count:,} × {kind}" for kind, count in between.most_common())
+        omitted = Counter[str]()
+        for kind, events in groups[half:-half]:
+            omitted[kind] += len(events)
+        counted = ", ".join(f"{count:,} × {kind}" for kind, count in omitted.most_common())
         lines = [
             *lines[:half],
             EventLine("between", "", "", f"{len(lines) - 2 * half} more: {counted}"),
             *lines[-half:],
         ]
     if saved := sum(event["event"] == "saved" for event in history.events):
-        lines.append(EventLine("saved", "", "", f"{saved:,} checkpoint{'s' * (saved > 1)} saved in all"))
+        lines.append(EventLine("saved", "", "", f"{saved:,} checkpoint{'s' * (saved > 1)} saved in total"))
     metrics = history.metrics
-    if metrics and metrics.skipped and not any(event["event"] == "skipped" for event in told):
+    if metrics and metrics.skipped and not any(event["event"] == "skipped" for event in listed):
         count = int(finite(metrics.last.get("optim/skipped_steps")) or 0) or len(metrics.skipped)
-        text = f"{count:,} skipped or not finite, as the metrics tell"
+        text = f"{count:,} skipped or not finite, according to the metrics"
         lines.append(EventLine("skipped", "", _steps(metrics.skipped[0], metrics.skipped[-1]), text))
     return lines
 
 
 def marks(history: RunHistory) -> dict[str, list[Any]]:
-    """What the charts mark: steps by kind, at most one of a kind in each bucket of the charts."""
-    found: dict[str, list[Any]] = {"stage": [], "restart": [], "spike": [], "rollback": [], "skipped": []}
+    """Return the steps that the charts mark, by kind: at most one per kind and bucket. A stage is (step, name)."""
+    steps_by_kind: dict[str, list[Any]] = {"stage": [], "restart": [], "spike": [], "rollback": [], "skipped": []}
     if history.metrics is None:
-        return found
+        return steps_by_kind
     grid = history.metrics.grid
     names = {"resumed": "restart", "spike": "spike", "rolled back": "rollback"}
     seen = set()
@@ -64,42 +67,43 @@ def marks(history: RunHistory) -> dict[str, list[Any]]:
         step = finite(event.get("step"))
         if kind is None or step is None:
             continue
-        place = (kind, (int(step) - grid.first) // grid.width)
-        if place not in seen:
-            seen.add(place)
-            found[kind].append(int(step))
-    found["skipped"] = history.metrics.skipped
-    found["stage"] = history.metrics.stages
-    return found
+        bucket = (kind, (int(step) - grid.first) // grid.width)
+        if bucket not in seen:
+            seen.add(bucket)
+            steps_by_kind[kind].append(int(step))
+    steps_by_kind["skipped"] = history.metrics.skipped
+    steps_by_kind["stage"] = history.metrics.stages
+    return steps_by_kind
 
 
 def _with_stages(history: RunHistory, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events, each stage of the metrics put before the first event at or after its first step."""
-    left = list(history.metrics.stages) if history.metrics else []
-    found: list[dict[str, Any]] = []
+    """Return the events, with each stage inserted before the first event at or after its first step."""
+    stages = list(history.metrics.stages) if history.metrics else []
+    merged: list[dict[str, Any]] = []
     for event in events:
-        while left and left[0][0] <= (finite(event.get("step")) or 0):
-            step, name = left.pop(0)
-            found.append({"event": "stage", "step": step, "stage": name})
-        found.append(event)
-    return found + [{"event": "stage", "step": step, "stage": name} for step, name in left]
+        while stages and stages[0][0] <= (finite(event.get("step")) or 0):
+            step, name = stages.pop(0)
+            merged.append({"event": "stage", "step": step, "stage": name})
+        merged.append(event)
+    return merged + [{"event": "stage", "step": step, "stage": name} for step, name in stages]
 
 
-def _line(kind: str, those: list[dict[str, Any]]) -> EventLine:
-    steps = [int(step) for event in those if (step := finite(event.get("step"))) is not None]
-    text = _text(kind, those[-1])
-    if len(those) > 1:
+def _line(kind: str, events: list[dict[str, Any]]) -> EventLine:
+    """Return the line of consecutive events of one kind."""
+    steps = [int(step) for event in events if (step := finite(event.get("step"))) is not None]
+    text = _text(kind, events[-1])
+    if len(events) > 1:
         if kind in ("spike", "skipped"):
-            losses = [loss for event in those if (loss := finite(event.get("loss"))) is not None]
-            highest = f", the highest loss {format_number(max(losses), 4)}" if losses else ""
-            text = f"{len(those):,} {'loss spikes' if kind == 'spike' else 'steps skipped'}{highest}"
+            losses = [loss for event in events if (loss := finite(event.get("loss"))) is not None]
+            highest = f", highest loss {format_number(max(losses), 4)}" if losses else ""
+            text = f"{len(events):,} {'loss spikes' if kind == 'spike' else 'steps skipped'}{highest}"
         elif kind == "stage":
-            text = "; ".join(f"{event['stage']} from step {event['step']:,}" for event in those)
+            text = "; ".join(f"{event['stage']} from step {event['step']:,}" for event in events)
             text = f"stages: {text}"
         else:
-            text = f"{len(those):,} times; the last: {text}"
+            text = f"{len(events):,} times; last: {text}"
     text = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} …"
-    return EventLine(kind, format_time(those[0].get("time")), _steps(min(steps), max(steps)) if steps else "", text)
+    return EventLine(kind, format_time(events[0].get("time")), _steps(min(steps), max(steps)) if steps else "", text)
 
 
 def _steps(first: int, last: int) -> str:
@@ -107,20 +111,20 @@ def _steps(first: int, last: int) -> str:
 
 
 def _text(kind: str, event: dict[str, Any]) -> str:
-    """One event in words."""
+    """Describe one event."""
     get = event.get
     where = f"on {get('host', 'an unknown host')}, {get('world_size', '?')} processes"
     changed = get("changed")
     texts = {
         "started": f"started {where}",
-        "resumed": f"went on after step {get('step', '?')} {where}{_restart(get('restart'))}",
-        "forced": f"with other settings: {'; '.join(map(str, changed)) if isinstance(changed, list) else changed}",
+        "resumed": f"resumed after step {get('step', '?')} {where}{_restart(get('restart'))}",
+        "forced": f"settings changed: {'; '.join(map(str, changed)) if isinstance(changed, list) else changed}",
         "spike": f"loss spike, loss {_number(get('loss'))}, score {_number(get('score'))}",
-        "rolled back": f"back to here because of the spike in step {get('spike', '?')}; "
-        f"{get('passed_over_sequences', '?')} sequences passed over in all",
+        "rolled back": f"rolled back to this step because of the spike at step {get('spike', '?')}; "
+        f"{get('passed_over_sequences', '?')} sequences skipped in total",
         "skipped": f"step skipped, loss {get('loss', '?')}, gradient norm {get('gradient_norm', '?')}",
         "signal": f"signal {get('signal', '?')}",
-        "stage": f"stage {get('stage', '?')} begins",
+        "stage": f"stage {get('stage', '?')} starts",
         "stopped": "stopped",
         "finished": "finished",
     }
@@ -128,7 +132,7 @@ def _text(kind: str, event: dict[str, Any]) -> str:
 
 
 def _restart(number: Any) -> str:
-    """Whether the launcher did it by itself."""
+    """Return the number of the automatic restart, as text to append; empty if a user started the run."""
     return f", restart {number} of its launcher" if number else ""
 
 

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl tells, read once as a stream and thinned to what a page can show."""
+"""The metrics.jsonl of a run, read as a stream and downsampled to what a page can show."""
 
 import math
 import os
@@ -41,24 +41,24 @@ _POINTS = {"loss/validation", "loss/held_out", "bits_per_byte/held_out"}
 _POINTS_PREFIXES = ("loss/validation/", "data/tokens/")
 _LARGEST = {"attention/max_logit_by_layer": True, "moe/max_load_by_layer": True}
 _MAPS = _LARGEST | {"moe/load_spread_by_layer": False, "moe/load_by_expert": False}
-"""Lists, and whether a bucket keeps the largest value or else the mean."""
+"""Metrics that are lists; True: a bucket keeps the largest value, False: the mean."""
 
 MAX_COLUMNS, MAX_CELLS = 300, 1_600_000
-"""Of a map over time: buckets of steps, and values in all of them."""
+"""Limits of a heatmap: buckets of steps, and values in all buckets."""
 MAX_BUCKETS = 600
 MAX_KEYS = 200
-"""Figures of one run; a file with more names than that was not written by the trainer."""
+"""Maximum number of metrics of one kind; the trainer writes fewer."""
 MAX_MARKS = 500
 RECENT = 100
-"""Steps over whose losses the final training loss is a mean."""
-_ROWS_AT_ONCE = 1000
+"""Number of last steps whose mean is the final training loss."""
+_ROWS_PER_FLUSH = 1000
 
 
 class RunMetrics:
-    """The steps of a run. Whatever the file holds beyond the known figures is passed over."""
+    """Metrics of all steps of a run, in buckets. Unknown metrics are ignored."""
 
     def __init__(self, scan: Scan, num_runs: int) -> None:
-        """`num_runs` share the page, and its size."""
+        """`num_runs` is the number of runs on the page: more runs get fewer buckets each."""
         self.scan = scan
         self._max_columns, self._max_cells = MAX_COLUMNS // num_runs, MAX_CELLS // num_runs
         buckets = min(MAX_BUCKETS, max(120, 2 * MAX_BUCKETS // num_runs))
@@ -67,19 +67,19 @@ class RunMetrics:
         self.points: dict[str, SparseSeries] = {}
         self.maps: dict[str, Heatmap] = {}
         self.steps = Series(self.grid)
-        """The step itself: where a bucket's mean lies."""
+        """The step number as a series: its mean is the x position of a bucket."""
         self.stages: list[tuple[int, str]] = []
-        """First step and name."""
+        """(first step, name) of each stage."""
         self.skipped: list[int] = []
-        """The first such step of each bucket."""
+        """First skipped or non-finite step of each bucket."""
         self.num_not_finite = 0
         self.last: dict[str, Any] = {"step": -1}
         """The object of the last step."""
         self.num_steps = 0
         self.seconds = self.timed_tokens = 0.0
-        """Of all steps, and the tokens of those."""
+        """Total step time, and tokens of the steps that have one."""
         self.dropped: set[str] = set()
-        """Names of figures beyond the most that are kept."""
+        """Names of metrics beyond MAX_KEYS."""
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._skipped_before: int | None = None
         self._rows: list[int] = []
@@ -87,11 +87,11 @@ class RunMetrics:
 
     @property
     def recent_loss(self) -> float | None:
-        """Mean training loss of the newest steps."""
+        """Mean training loss of the last RECENT steps; None without any."""
         return sum(self._recent) / len(self._recent) if self._recent else None
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take one step."""
+        """Add the metrics of one step."""
         step = entry["step"]
         row = len(self._rows)
         self._rows.append(step)
@@ -110,15 +110,15 @@ class RunMetrics:
         if seconds is not None:
             self.seconds += seconds
             self.timed_tokens += seconds * (speed or 0.0)
-        self._look_for_marks(step, entry)
-        if len(self._rows) == _ROWS_AT_ONCE:
+        self._update_marks(step, entry)
+        if len(self._rows) == _ROWS_PER_FLUSH:
             self.flush()
 
     def _open(self, key: str) -> tuple[list[int], list[Any]] | None:
-        """Where the values of a key not met before go until the next flush."""
-        known: dict[str, Any] | None = None
+        """Return the rows and values that buffer a new key until the next flush; None to ignore the key."""
+        targets: dict[str, Any] | None = None
         if key in _MAPS:
-            known = self.maps
+            targets = self.maps
             new: Any = Heatmap(
                 self.scan.first_step,
                 self.scan.last_step,
@@ -127,22 +127,23 @@ class RunMetrics:
                 largest=_MAPS[key],
             )
         elif key in _POINTS or key.startswith(_POINTS_PREFIXES):
-            known, new = self.points, SparseSeries(self.grid)
+            targets, new = self.points, SparseSeries(self.grid)
         elif key in _SERIES or key.startswith(_SERIES_PREFIXES):
-            known, new = self.series, Series(self.grid)
-        if known is not None and len(known) >= MAX_KEYS:
+            targets, new = self.series, Series(self.grid)
+        if targets is not None and len(targets) >= MAX_KEYS:
             self.dropped.add(key)
-            known = None
-        if known is None:
-            if len(self._columns) < 10 * MAX_KEYS:  # else they are looked at anew each time
+            targets = None
+        if targets is None:
+            if len(self._columns) < 10 * MAX_KEYS:  # beyond that, each key is looked up again in each step
                 self._columns[key] = None
             return None
-        known[key] = new
+        targets[key] = new
         column: tuple[list[int], list[Any]] = ([], [])
         self._columns[key] = column
         return column
 
-    def _look_for_marks(self, step: int, entry: dict[str, Any]) -> None:
+    def _update_marks(self, step: int, entry: dict[str, Any]) -> None:
+        """Record the step if it starts a stage, was skipped or is not finite."""
         stage = entry.get("stage")
         if isinstance(stage, str) and stage and (not self.stages or self.stages[-1][1] != stage):
             self.stages = [*self.stages, (step, stage)][:MAX_MARKS]
@@ -151,37 +152,40 @@ class RunMetrics:
         skipped = finite(entry.get("optim/skipped_steps"))
         if skipped is not None:
             before, self._skipped_before = self._skipped_before, int(skipped)
-            more = int(skipped) > (before if before is not None else 0 if step == 1 else int(skipped))
+            increased = int(skipped) > (before if before is not None else 0 if step == 1 else int(skipped))
         else:
-            more = False
-        if not_finite or more:
+            increased = False
+        if not_finite or increased:
             bucket = (step - self.grid.first) // self.grid.width
             if not self.skipped or (self.skipped[-1] - self.grid.first) // self.grid.width != bucket:
                 self.skipped.append(step)
 
     def flush(self) -> None:
-        """Bring the newest steps into the buckets."""
+        """Move the buffered steps into the buckets."""
         rows = np.array(self._rows, dtype=np.int64)
         if len(rows):
             self.steps.add(rows, self._rows)
-        for place in (self.series, self.points, self.maps):
-            for key, target in place.items():
+        for targets in (self.series, self.points, self.maps):
+            for key, target in targets.items():
                 column = self._columns[key]
                 assert column is not None
-                at, values = column
-                if at:
-                    target.add(rows[at], values)
-                    at.clear()
+                row_indices, values = column
+                if row_indices:
+                    target.add(rows[row_indices], values)
+                    row_indices.clear()
                     values.clear()
         self._rows.clear()
 
     def for_page(self) -> dict[str, Any]:
-        """What page.js draws."""
+        """Return the data that page.js draws, as JSON values; arrays are base64."""
         _, steps, _ = self.steps.thinned()
         tokens = self.series.get("consumed_tokens")
         # Without tokens in every bucket there is no second x axis.
         has_tokens = tokens is not None and len(tokens.filled) == len(self.steps.filled)
-        drawn = {**self.series, **{key: it for key, it in self.points.items() if key.startswith("loss/validation")}}
+        drawn = {
+            **self.series,
+            **{key: points for key, points in self.points.items() if key.startswith("loss/validation")},
+        }
         return {
             "first": self.grid.first,
             "width": self.grid.width,
@@ -191,16 +195,16 @@ class RunMetrics:
             "steps": packed(steps, "<f8"),
             "tokens": packed(tokens.thinned()[1], "<f8") if has_tokens and tokens else None,
             "series": {
-                key: found
-                for key, it in drawn.items()
-                if key != "consumed_tokens" and (found := it.for_page()) is not None
+                key: data
+                for key, series in drawn.items()
+                if key != "consumed_tokens" and (data := series.for_page()) is not None
             },
-            "maps": {key: found for key, it in self.maps.items() if (found := it.for_page()) is not None},
+            "maps": {key: data for key, heatmap in self.maps.items() if (data := heatmap.for_page()) is not None},
         }
 
 
 def finite(value: Any) -> float | None:
-    """A JSON value as a finite number; None if it is none."""
+    """Return a JSON value as a finite float; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -211,21 +215,21 @@ def finite(value: Any) -> float | None:
 
 
 def load_run_metrics(path: Path, num_runs: int) -> RunMetrics | None:
-    """Read a metrics.jsonl, which may grow meanwhile; None without a whole line that is a step's.
+    """Read a metrics.jsonl, which may grow during the call; None without a complete line of a step.
 
     Raises:
         OSError: it cannot be read.
     """
-    # The trainer replaces the file when it goes back: what is open here stays one and the same.
+    # The trainer replaces the file when it rolls back; this open file does not change.
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        with byte_progress(f"reading {path}", size) as tell:  # read twice: each pass is half of the way
-            found = scan(file, lambda done: tell(done // 2))
-            if found is None:
+        with byte_progress(f"reading {path}", size) as report_bytes:  # two passes, half of the progress each
+            scan_result = scan(file, lambda done: report_bytes(done // 2))
+            if scan_result is None:
                 return None
-            metrics = RunMetrics(found, num_runs)
-            for entry in entries(file, found, lambda done: tell((size + done) // 2)):
+            metrics = RunMetrics(scan_result, num_runs)
+            for entry in entries(file, scan_result, lambda done: report_bytes((size + done) // 2)):
                 metrics.add(entry)
             metrics.flush()
-            tell(size)
+            report_bytes(size)
     return metrics if metrics.num_steps else None

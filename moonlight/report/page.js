@@ -1,4 +1,4 @@
-// ---- Which charts the page has
+// ---- Charts of the page
 const EXPERTS = "Experts";
 const LINES = {
   Loss: [
@@ -6,12 +6,12 @@ const LINES = {
       keys: { training: "loss/train", validation: "loss/validation" } },
     { title: "Validation loss by source", unit: "nats per token", robust: true, log: true, family: "loss/validation/" },
     { title: "Auxiliary loss", unit: "before its coefficient", robust: true, keys: { auxiliary: "loss/aux" } },
-    { title: "Spike score", unit: "deviations above recent losses", robust: true,
+    { title: "Spike score", unit: "standard deviations above recent losses", robust: true,
       keys: { score: "loss/spike_score" } },
   ],
   Schedule: [
     { title: "Learning rate", zero: true, keys: { "learning rate": "optim/lr" } },
-    { title: "Global batch", unit: "sequences a step", zero: true, keys: { batch: "optim/global_batch_size" } },
+    { title: "Global batch", unit: "sequences per step", zero: true, keys: { batch: "optim/global_batch_size" } },
     { title: "Router bias update rate", unit: "per step", zero: true,
       keys: { rate: "optim/router_bias_update_rate" } },
   ],
@@ -27,17 +27,17 @@ const LINES = {
   Attention: [
     { title: "Largest attention logit", unit: "over all layers and heads", robust: true, log: true,
       keys: { largest: "attention/max_logit" } },
-    { title: "Heads clipped by MuonClip", unit: "a step", zero: true, keys: { heads: "attention/clipped_heads" } },
+    { title: "Heads clipped by MuonClip", unit: "per step", zero: true, keys: { heads: "attention/clipped_heads" } },
   ],
   [EXPERTS]: [
-    { title: "Largest load of an expert", unit: "1 = even share", robust: true, keys: { largest: "moe/max_load" } },
-    { title: "Dead experts", unit: "without any token, all layers", zero: true, keys: { dead: "moe/dead_experts" } },
+    { title: "Largest load of an expert", unit: "1 = even load", robust: true, keys: { largest: "moe/max_load" } },
+    { title: "Dead experts", unit: "without a token, all layers", zero: true, keys: { dead: "moe/dead_experts" } },
   ],
   "Speed and memory": [
     { title: "Speed", unit: "tokens/s", robust: true, zero: true, keys: { speed: "speed/tokens_per_second" } },
-    { title: "Arithmetic", unit: "model TFLOP/s a process", robust: true, zero: true,
+    { title: "Arithmetic", unit: "model TFLOP/s per process", robust: true, zero: true,
       keys: { "TFLOP/s": "speed/model_tflops" } },
-    { title: "Model FLOPs utilisation", unit: "%", scale: 100, robust: true, zero: true, keys: { MFU: "speed/mfu" } },
+    { title: "Model FLOPs utilization", unit: "%", scale: 100, robust: true, zero: true, keys: { MFU: "speed/mfu" } },
     { title: "Step time", unit: "s", robust: true, log: true, keys: { step: "time/step_seconds" } },
     { title: "Other times", unit: "s", log: true, family: "time/", except: "time/step_seconds" },
     { title: "Memory", unit: "GB", scale: 1e-9, zero: true, family: "memory/" },
@@ -46,7 +46,7 @@ const LINES = {
 const LAYER_MAPS = {
   Attention: [["attention/max_logit_by_layer", "Largest attention logit by layer", "", 0]],
   [EXPERTS]: [
-    ["moe/max_load_by_layer", "Largest load by layer", "1 = even share", 1],
+    ["moe/max_load_by_layer", "Largest load by layer", "1 = even load", 1],
     ["moe/load_spread_by_layer", "Spread of loads by layer", "standard deviation / mean", 1],
   ],
 };
@@ -54,7 +54,7 @@ const GROUPS = ["attention_qo", "attention_kv", "experts", "shared_experts", "ro
   "norms"];
 const NUM_COLORS = 9;
 
-// What a chart of lines shows, by the name in its selection; one name alone needs none.
+// Groups of lines of a chart, by name in its selection menu; a single name needs no menu.
 function variantsOf(spec) {
   const keys = spec.keys || {};
   if (spec.family) {
@@ -79,7 +79,8 @@ function layerMap(parent, run, [key, title, unit, ofExperts]) {
   const map = run.maps[key];
   if (!map || map.shape.length !== 1) return;
   const values = floats(map.mean), rows = map.shape[0];
-  const all = RUNS.flatMap((other) => (other.maps[key] ? Array.from(floats(other.maps[key].mean)) : [])); // one scale
+  // All runs have one color scale.
+  const all = RUNS.flatMap((other) => (other.maps[key] ? Array.from(floats(other.maps[key].mean)) : []));
   const sorted = all.filter(Number.isFinite).sort((p, q) => p - q);
   const scaleOf = [0.01, 0.99].map((share) => sorted[Math.round(share * (sorted.length - 1))]);
   const value = (c, r) => values[c * rows + r];
@@ -121,11 +122,11 @@ function expertMaps(parent, run) {
 
 function loadLegend(parent) {
   const legend = make(parent, "p", "loads");
-  make(legend, "span", "", "Load, relative to the even share:");
+  make(legend, "span", "", "Load relative to the even load:");
   for (const [text, name] of [["1/8", ""], ["", "ramp-around"], ["8", ""], ["", "dead"], ["dead: no token", ""]]) {
     make(legend, text ? "span" : "i", name, text);
   }
-  make(legend, "span", "", "The middle of the scale is 1; each column is a mean over its steps.");
+  make(legend, "span", "", "The middle of the scale is 1; each column is the mean over its steps.");
 }
 
 // ---- The bar above the charts
@@ -137,7 +138,8 @@ const modes = ["steps", "tokens"].map((mode) => button(choice, mode, mode === vi
   view.x = mode;
   modes.forEach((other) => other.setAttribute("aria-pressed", other.textContent === mode));
   const ends = mode === "steps" ? [run.tokens, run.steps] : [run.steps, run.tokens];
-  const kept = from !== mode && view.range && !SEVERAL; // runs of other batches have no common range of both
+  // Runs with different batch sizes have no range that is the same in steps and tokens.
+  const kept = from !== mode && view.range && !SEVERAL;
   zoom(kept ? view.range.map((at) => convert(...ends, at)) : from === mode ? view.range : null);
 }));
 choice.hidden = !HAS_TOKENS;
@@ -158,8 +160,8 @@ for (const [kind, [glyph, label]] of Object.entries(MARKS)) {
   make(entry, "span", "", label);
 }
 kinds.before(make(place, "p", "help", "Point at a chart, or tap it, to read values. Drag across it to zoom all " +
-  "charts; a double click or tap shows everything again. A line is the mean of the steps in a bucket, the band " +
-  "around it their smallest and largest value; zooming in shows no smaller ones. Legend entries turn on and off."));
+  "charts; a double click or double tap resets the zoom. A line shows the mean of each bucket of steps, the band " +
+  "the smallest and largest value; zooming does not refine the buckets. Click a legend entry to hide or show it."));
 
 // ---- All charts, each drawn when it comes into view
 for (const [title, specs] of Object.entries(LINES)) {
@@ -172,7 +174,7 @@ for (const [title, specs] of Object.entries(LINES)) {
   make(section, "h2", "", title);
   const grid = make(section, "div", "grid");
   for (const [spec, variants] of charts) {
-    // Several runs have one entry each: its values are those of the series in their order.
+    // With several runs, each legend entry is a run and lists the values of its series in order.
     const names = SEVERAL && !spec.family ? Object.keys(spec.keys) : [];
     const unit = names.length > 1 ? `${spec.unit}: ${names.join(" · ")}` : spec.unit;
     const panel = new Lines(grid, { ...spec, unit }, variants);
@@ -196,7 +198,7 @@ for (const [title, specs] of Object.entries(LINES)) {
 }
 
 if (!panels.length) {
-  make(place, "p", "", "There are no figures to draw in metrics.jsonl.");
+  make(place, "p", "", "metrics.jsonl has no metrics to plot.");
   root.dataset.drawn = "yes";
 }
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

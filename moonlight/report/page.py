@@ -1,4 +1,4 @@
-"""The page itself: one HTML file that needs nothing else, neither files nor network."""
+"""The report page: one HTML file that needs no other file and no network."""
 
 import base64
 import hashlib
@@ -24,37 +24,37 @@ from moonlight.report.history import RunHistory
 
 SCRIPTS = ("data.js", "panel.js", "charts.js", "page.js")
 MAX_OPEN = 8
-"""Newest lines of what happened that need no click."""
+"""Number of newest events shown; earlier ones are collapsed."""
 MAX_ROWS = 10
-"""Settings in which recipes differ that need no click."""
+"""Maximum number of differing settings shown; a longer table is collapsed."""
 MAX_RECIPE = 200_000
-"""Characters of a recipe that the page shows."""
+"""Maximum number of characters of a recipe."""
 
 
 def build(histories: Sequence[RunHistory]) -> str:
-    """The page as text."""
+    """Return the page as HTML text."""
     names = ", ".join(history.name for history in histories)
-    script = "".join(_part(name) for name in SCRIPTS)
+    script = "".join(_read_part(name) for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Nothing may be fetched, and no script run but ours, whatever the files of a run hold.
+    # Whatever the files of a run contain, the page fetches nothing and runs only this script.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    page = Template(_part("page.html")).substitute(
+    page = Template(_read_part("page.html")).substitute(
         policy=policy,
         title=f"{escape(names)} – Moonlight",
-        style=_part("page.css"),
+        style=_read_part("page.css"),
         body=_body(histories),
         data=_data(histories),
         script=script,
     )
-    return page.encode("utf-8", "replace").decode()  # names of files may hold bytes that are no text
+    return page.encode("utf-8", "replace").decode()  # file names may contain bytes that are not text
 
 
-def _part(name: str) -> str:
+def _read_part(name: str) -> str:
     return (files("moonlight.report") / name).read_text(encoding="utf-8")
 
 
 def _data(histories: Sequence[RunHistory]) -> str:
-    """What page.js draws, safe inside a script element."""
+    """Return the data that page.js draws, as JSON that is safe inside a script element."""
     runs = [
         {
             "name": history.name,
@@ -82,24 +82,24 @@ def _body(histories: Sequence[RunHistory]) -> str:
         kind = "done" if word == "finished" else "open"
         parts.append(f'<p class="state">{swatch}{name}<span class="pill {kind}">{word}</span> {escape(sentence)}</p>')
     parts.append("</header><main>")
-    if found := [warning for history in histories for warning in history.warnings]:
-        items = "".join(f"<li>{escape(warning)}</li>" for warning in found)
+    if warnings := [warning for history in histories for warning in history.warnings]:
+        items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
         parts.append(f'<section class="warnings" aria-label="warnings"><ul>{items}</ul></section>')
     if several:
-        parts.append(_section("Figures", _facts_table(histories)))
-        same = "<p>The recipes that can be read are the same.</p>"
+        parts.append(_section("Summary", _summary_table(histories)))
+        same = "<p>The recipes that can be read are equal.</p>"
         parts.append(_differences(recipe_differences(histories), same))
     else:
         parts.append(_tiles(summary_figures(histories[0])))
-    parts += [_happened(history, several=several) for history in histories]
-    parts.append('<div id="charts"><noscript><p>The charts need JavaScript, which is off.</p></noscript></div>')
-    parts.append(_section("Evaluation", _table(evaluation(histories), "<p>No validation has taken place yet.</p>")))
+    parts += [_events(history, several=several) for history in histories]
+    parts.append('<div id="charts"><noscript><p>The charts need JavaScript: turn it on.</p></noscript></div>')
+    parts.append(_section("Evaluation", _table(evaluation(histories), "<p>No validation has run yet.</p>")))
     if (table := data_read(histories)) is not None:
         parts.append(_section("Data", _table(table)))
-    nothing = "<p>events.jsonl tells of no start.</p>"
+    nothing = "<p>events.jsonl records no start.</p>"
     parts.append(_section("Environment", _table(environment(histories), nothing)))
     parts += [_recipe(history, several=several) for history in histories if history.recipe_text]
-    parts.append(f"</main><footer>Made by <code>moonlight report</code> on {made}. Times are UTC.</footer>")
+    parts.append(f"</main><footer>Written by <code>moonlight report</code> on {made}. Times are UTC.</footer>")
     return "\n".join(parts)
 
 
@@ -108,25 +108,26 @@ def _section(title: str, content: str) -> str:
 
 
 def _differences(table: TextTable | None, nothing: str) -> str:
-    """Many take a click, so that they do not stand before the charts."""
+    """Return the table of differing settings, collapsed if it is long; `nothing` if no setting differs."""
     title = "Differences between the recipes"
     if table is None or len(table.rows) <= MAX_ROWS:
         return _section(title, _table(table, nothing))
     return f"<details><summary>{title}: {len(table.rows)} settings</summary>{_table(table)}</details>"
 
 
-def _tiles(found: Sequence[SummaryFigure]) -> str:
+def _tiles(figures: Sequence[SummaryFigure]) -> str:
     tiles = "".join(
-        f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd><dd class=note>{escape(fact.note)}</dd></div>"
-        for fact in found
-        if fact.label != "state"
+        f"<div><dt>{escape(figure.label)}</dt><dd>{escape(figure.value)}</dd>"
+        f"<dd class=note>{escape(figure.note)}</dd></div>"
+        for figure in figures
+        if figure.label != "state"
     )
-    return f'<section aria-label="figures"><dl class="tiles">{tiles}</dl></section>'
+    return f'<section aria-label="summary"><dl class="tiles">{tiles}</dl></section>'
 
 
-def _facts_table(histories: Sequence[RunHistory]) -> str:
-    """Figures of several runs; their notes as text below them."""
-    columns = [{fact.label: fact for fact in summary_figures(history)} for history in histories]
+def _summary_table(histories: Sequence[RunHistory]) -> str:
+    """Return the summary numbers of several runs, one column per run; notes are below the numbers."""
+    columns = [{figure.label: figure for figure in summary_figures(history)} for history in histories]
     labels = dict.fromkeys(label for column in columns for label in column)
     head = "".join(
         f'<th scope="col"><i class="swatch c{index}"></i>{escape(history.name)}</th>'
@@ -135,12 +136,12 @@ def _facts_table(histories: Sequence[RunHistory]) -> str:
     rows = []
     for label in labels:
         cells = "".join(
-            f"<td>{escape(fact.value)}<small>{escape(fact.note)}</small></td>"
+            f"<td>{escape(figure.value)}<small>{escape(figure.note)}</small></td>"
             for column in columns
-            for fact in (column.get(label, SummaryFigure(label, "–")),)
+            for figure in (column.get(label, SummaryFigure(label, "–")),)
         )
         rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    return f'<div class="scroll"><table class="facts"><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table class="summary"><tr><td></td>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _table(table: TextTable | None, nothing: str = "") -> str:
@@ -154,27 +155,28 @@ def _table(table: TextTable | None, nothing: str = "") -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
 
 
-def _happened(history: RunHistory, *, several: bool) -> str:
+def _events(history: RunHistory, *, several: bool) -> str:
     lines = event_lines(history)
     name = f": {escape(history.name)}" if several else ""
     if not lines:
-        return "" if several else _section("What happened", "<p>events.jsonl is missing or empty.</p>")
-    content = _list(lines)
+        return "" if several else _section("Events", "<p>events.jsonl is missing or empty.</p>")
+    content = _event_list(lines)
     if several:
-        return f"<details><summary>What happened{name}</summary>{content}</details>"
+        return f"<details><summary>Events{name}</summary>{content}</details>"
     if len(lines) > MAX_OPEN + 2:
         earlier, lines = lines[:-MAX_OPEN], lines[-MAX_OPEN:]
-        content = f"<details><summary>{len(earlier)} earlier lines</summary>{_list(earlier)}</details>{_list(lines)}"
-    return _section("What happened", content)
+        collapsed = f"<details><summary>{len(earlier)} earlier events</summary>{_event_list(earlier)}</details>"
+        content = collapsed + _event_list(lines)
+    return _section("Events", content)
 
 
-def _list(lines: Sequence[EventLine]) -> str:
+def _event_list(lines: Sequence[EventLine]) -> str:
     items = "".join(
         f'<li class="{escape(line.kind.replace(" ", "-"))}"><span class="when">{line.when}</span>'
         f'<span class="step">{line.steps}</span><span>{escape(line.text)}</span></li>'
         for line in lines
     )
-    return f'<ol class="happened">{items}</ol>'
+    return f'<ol class="events">{items}</ol>'
 
 
 def _recipe(history: RunHistory, *, several: bool) -> str:

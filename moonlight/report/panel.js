@@ -1,4 +1,4 @@
-// ---- One panel: title, readout, a canvas with axes, a crosshair, and dragging to zoom
+// ---- Panel: title, readout, canvas with axes, crosshair, drag to zoom
 class Panel {
   constructor(parent, title, unit, height) {
     this.figure = make(parent, "figure", "panel");
@@ -88,13 +88,13 @@ class Panel {
       if (other === this || other instanceof Lines) other.read(x, py); else other.rest();
     }
   }
-  where(run, x) { // what the crosshair stands on, in the bucket of one run
+  where(run, x) { // text for the bucket of a run under the crosshair
     const i = nearest(view.x === "steps" ? run.steps : run.tokens, x);
     const first = run.first + run.filled[i] * run.width, last = Math.min(first + run.width - 1, run.last);
     const tokens = run.tokens ? ` · ${short(run.tokens[i])} tokens` : "";
     return (first === last ? `step ${whole(first)}` : `steps ${whole(first)}–${whole(last)}`) + tokens;
   }
-  marks(ctx, strip = null) { // in a strip of their own where they would cover what is drawn
+  marks(ctx, strip = null) { // in a separate strip if they would cover the data
     const bottom = this.height - this.bottom;
     const [a, b] = domain();
     for (const run of this.run ? [this.run] : RUNS) {
@@ -113,7 +113,7 @@ class Panel {
       }
     }
   }
-  stage(ctx, name, x, next, strip) { // a line where it begins, and its name if that fits above its span
+  stage(ctx, name, x, next, strip) { // a line at its start, and its name if it fits above the stage
     const [a, b] = domain(), bottom = this.height - this.bottom;
     if (x > b || next < a) return;
     const from = Math.max(this.left, this.px(x)), to = Math.min(this.width - this.right, this.px(next));
@@ -160,7 +160,7 @@ function schedule() {
     waiting = false;
     const due = panels.filter((p) => p.dirty && p.visible && p.plot.clientWidth);
     for (const p of due) { p.dirty = false; p.paint(); }
-    if (seenOnce) root.dataset.drawn = "yes"; // all that is in view
+    if (seenOnce) root.dataset.drawn = "yes"; // everything in view is drawn
   });
   waiting = true;
 }

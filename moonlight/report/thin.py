@@ -1,4 +1,4 @@
-"""Histories of any length in a bounded number of buckets of steps."""
+"""Downsampling: metrics of any number of steps in a bounded number of buckets of steps."""
 
 import base64
 import math
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 MAX_POINTS = 600
-"""Values that are kept one by one, such as validation losses; more of them are thinned like any series."""
+"""Maximum number of values of a SparseSeries; beyond it, the values are downsampled like a Series."""
 
 MISSING, DEAD, LOWEST, HIGHEST = 0, 1, 2, 255
-"""Codes of expert loads: none recorded, exactly zero, and the ends of the scale."""
+"""Codes of expert loads: not recorded, exactly zero, and the ends of the scale."""
 MAX_LOG2 = 3.0
-"""The scale goes from 1/8 to 8 times the even share."""
+"""The scale is from 1/8 to 8 times the even load."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class StepBuckets:
 
     @classmethod
     def over(cls, first: int, last: int, max_buckets: int) -> "StepBuckets":
-        """The finest one of at most `most` buckets that holds steps `first` to `last`."""
+        """Return the finest buckets, at most `max_buckets`, over steps `first` to `last`, both included."""
         width = -(-(last - first + 1) // max_buckets)
         return cls(first, width, -(-(last - first + 1) // width))
 
     def index(self, steps: np.ndarray) -> np.ndarray:
-        """The bucket of each step."""
+        """Return the bucket index of each step; same shape as `steps`."""
         return (steps - self.first) // self.width
 
 
 class Series:
-    """Smallest, mean and largest value of each bucket; what is not a finite number counts as missing."""
+    """Smallest, mean and largest value of each bucket; a value that is not a finite number is missing."""
 
     def __init__(self, grid: StepBuckets) -> None:
         self.grid = grid
@@ -46,10 +46,10 @@ class Series:
         self._lowest = np.full(grid.size, np.inf)
         self._highest = np.full(grid.size, -np.inf)
         self._newest = (-1, math.nan)
-        """Step and value."""
+        """(step, value) of the newest step."""
 
     def add(self, steps: np.ndarray, values: Sequence[Any]) -> None:
-        """Take the values of some steps (int64), in any order."""
+        """Add values of `steps`, int64 (n,), in any order."""
         numbers = to_numbers(values)
         finite = np.isfinite(numbers)
         index, numbers = self.grid.index(steps[finite]), numbers[finite]
@@ -63,41 +63,41 @@ class Series:
 
     @property
     def filled(self) -> np.ndarray:
-        """Buckets with a value."""
+        """Indices of the buckets with a value, ascending, int64."""
         return np.flatnonzero(self._count)
 
     def thinned(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Smallest, mean and largest value of the filled buckets, float64."""
-        at = self.filled
-        return self._lowest[at], self._total[at] / self._count[at], self._highest[at]
+        """Return smallest, mean and largest value of each filled bucket, float64 (filled,)."""
+        filled = self.filled
+        return self._lowest[filled], self._total[filled] / self._count[filled], self._highest[filled]
 
     def mean(self) -> float | None:
-        """Of all values; None without any."""
+        """Return the mean of all values; None without any."""
         return float(self._total.sum() / self._count.sum()) if self._count.any() else None
 
     def for_page(self) -> dict[str, Any] | None:
-        """What page.js draws; None without any value. Smallest and largest are left out where they say nothing new."""
-        at = self.filled
-        if not len(at):
+        """Return the data that page.js draws; None without any value. Smallest and largest are absent if equal."""
+        filled = self.filled
+        if not len(filled):
             return None
         lowest, mean, highest = self.thinned()
-        found: dict[str, Any] = {"mean": packed(mean, "<f4"), "newest": self._newest[1]}
-        if len(at) < self.grid.size:
-            found["at"] = at.tolist()
+        data: dict[str, Any] = {"mean": packed(mean, "<f4"), "newest": self._newest[1]}
+        if len(filled) < self.grid.size:
+            data["at"] = filled.tolist()
         if (lowest < highest).any():
-            found |= {"low": packed(lowest, "<f4"), "high": packed(highest, "<f4")}
-        return found
+            data |= {"low": packed(lowest, "<f4"), "high": packed(highest, "<f4")}
+        return data
 
 
 class SparseSeries(Series):
-    """Values that come now and then, kept one by one as long as they are few."""
+    """Series with values in few steps: keeps single values up to MAX_POINTS, then downsamples."""
 
     def __init__(self, grid: StepBuckets) -> None:
         super().__init__(grid)
         self._points: list[tuple[int, float]] = []
-        self._many = False
+        self._is_full = False
         self.last: tuple[int, float] | None = None
-        """Step and value of the newest."""
+        """(step, value) of the newest step; None without any."""
 
     def add(self, steps: np.ndarray, values: Sequence[Any]) -> None:
         super().add(steps, values)
@@ -106,38 +106,39 @@ class SparseSeries(Series):
         new = list(zip(steps[finite].tolist(), numbers[finite].tolist(), strict=True))
         if new and (self.last is None or max(new)[0] >= self.last[0]):
             self.last = max(new)
-        self._many = self._many or len(self._points) + len(new) > MAX_POINTS
-        self._points = [] if self._many else sorted(self._points + new)
+        self._is_full = self._is_full or len(self._points) + len(new) > MAX_POINTS
+        self._points = [] if self._is_full else sorted(self._points + new)
 
     def for_page(self) -> dict[str, Any] | None:
-        """The points themselves, or else as any series."""
-        if self._many or not self._points:
+        """Return the single values, or the buckets if there are too many values."""
+        if self._is_full or not self._points:
             return super().for_page()
         steps, values = zip(*self._points, strict=True)
         return {"points": list(steps), "mean": packed(np.array(values), "<f4")}
 
 
 class Heatmap:
-    """A list in each step, of layers or of experts in each layer: its mean, or its largest, in each bucket."""
+    """Mean or largest value of each bucket, elementwise, of a list per step: (layers,) or (layers, experts)."""
 
     def __init__(self, first: int, last: int, max_columns: int, max_cells: int, *, largest: bool) -> None:
         self._span, self._max_columns, self._max_cells = (first, last), max_columns, max_cells
         self._largest = largest
         self.shape: tuple[int, ...] | None = None
-        """Of the first list; lists of another shape are counted in `strange` and left out."""
-        self.strange = 0
+        """Shape of the first list; None before it."""
+        self.num_mismatched = 0
+        """Number of lists of another shape; they are left out."""
 
     def add(self, steps: np.ndarray, values: Sequence[Any]) -> None:
-        """Take the lists of some steps (int64)."""
+        """Add lists of `steps`, int64 (n,)."""
         for step, value in zip(steps, values, strict=True):
             try:
                 array = np.array(value, dtype=np.float64)
             except (ValueError, TypeError, OverflowError):
                 array = np.zeros(())
             if self.shape is None and 1 <= array.ndim <= 2 and 0 < array.size <= self._max_cells:
-                self._begin(array.shape)
+                self._allocate(array.shape)
             if self.shape is None or array.shape != self.shape:
-                self.strange += 1
+                self.num_mismatched += 1
                 continue
             array[~np.isfinite(array)] = np.nan
             column = self.grid.index(step)
@@ -147,7 +148,7 @@ class Heatmap:
                 self._values[column] += np.nan_to_num(array)
                 self._count[column] += np.isfinite(array)
 
-    def _begin(self, shape: tuple[int, ...]) -> None:
+    def _allocate(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
         cells = int(np.prod(shape))
         self.grid = StepBuckets.over(*self._span, max(1, min(self._max_columns, self._max_cells // cells)))
@@ -155,41 +156,44 @@ class Heatmap:
         self._count = np.zeros((self.grid.size, *shape), dtype=np.int32)
 
     def thinned(self) -> tuple[np.ndarray, np.ndarray]:
-        """The filled buckets, and their values: float64 (buckets, layers) or (buckets, layers, experts), or NaN."""
+        """Return the indices of the filled buckets, and their values.
+
+        Values are float64 (filled, layers) or (filled, layers, experts), NaN if missing.
+        """
         assert self.shape is not None
         values = self._values
         if not self._largest:
             with np.errstate(invalid="ignore", divide="ignore"):
                 values = self._values / self._count
-        at = np.flatnonzero(np.isfinite(values).reshape(self.grid.size, -1).any(axis=1))
-        return at, values[at]
+        filled = np.flatnonzero(np.isfinite(values).reshape(self.grid.size, -1).any(axis=1))
+        return filled, values[filled]
 
     def for_page(self) -> dict[str, Any] | None:
-        """What page.js draws: float32 of each layer, or a code of each expert."""
+        """Return the data that page.js draws: float32 per layer, or one code per expert; None without any value."""
         if self.shape is None:
             return None
-        at, values = self.thinned()
-        if not len(at):
+        filled, values = self.thinned()
+        if not len(filled):
             return None
-        found = {"at": at.tolist(), "first": self.grid.first, "width": self.grid.width, "shape": self.shape}
+        data = {"at": filled.tolist(), "first": self.grid.first, "width": self.grid.width, "shape": self.shape}
         if len(self.shape) == 2:
-            return found | {"codes": packed(load_codes(values), "u1")}
-        return found | {"mean": packed(values, "<f4")}
+            return data | {"codes": packed(load_codes(values), "u1")}
+        return data | {"mean": packed(values, "<f4")}
 
 
 def load_codes(load: np.ndarray) -> np.ndarray:
-    """Loads relative to the even share as uint8: log2 of them in 253 even steps, with codes for zero and for NaN."""
+    """Encode loads relative to the even load as uint8: log2 in 253 even steps, with codes for zero and for NaN."""
     codes = np.full(load.shape, MISSING, dtype=np.uint8)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = (np.clip(np.log2(load), -MAX_LOG2, MAX_LOG2) + MAX_LOG2) / (2 * MAX_LOG2)
+        fraction = (np.clip(np.log2(load), -MAX_LOG2, MAX_LOG2) + MAX_LOG2) / (2 * MAX_LOG2)
     above = load > 0
-    codes[above] = LOWEST + np.rint(share[above] * (HIGHEST - LOWEST))
+    codes[above] = LOWEST + np.rint(fraction[above] * (HIGHEST - LOWEST))
     codes[load == 0] = DEAD
     return codes
 
 
 def to_numbers(values: Sequence[Any]) -> np.ndarray:
-    """float64 of JSON values; NaN for what is no number, or too large for one."""
+    """Return JSON values as float64 (n,); NaN if a value is not a number, or too large."""
     try:
         numbers = np.array(values, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
@@ -205,6 +209,6 @@ def _number(value: Any) -> float:
 
 
 def packed(values: np.ndarray, dtype: str) -> str:
-    """The bytes of an array, as base64."""
+    """Return an array as `dtype` bytes, in base64."""
     with np.errstate(over="ignore"):
         return base64.b64encode(values.astype(dtype).tobytes()).decode()

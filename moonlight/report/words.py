@@ -1,4 +1,4 @@
-"""Numbers, durations and times as the page writes them."""
+"""Text of numbers, durations and times on the page."""
 
 from datetime import UTC, datetime
 
@@ -6,7 +6,7 @@ _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """1234567 as 1.23M; a dash for None."""
+    """Return a number with a unit prefix, such as 1.23M for 1234567; a dash for None."""
     if value is None:
         return "–"
     for size, unit in _UNITS:
@@ -16,7 +16,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two largest units that say something."""
+    """Return seconds in their two largest units, such as 3 h 20 min."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def format_time(time: object) -> str:
-    """Seconds since 1970 as a date and a time of day; nothing if they are no such time."""
+    """Return seconds since 1970 as date and time in UTC; an empty string if `time` is not valid."""
     if isinstance(time, bool) or not isinstance(time, int | float):
         return ""
     try:
@@ -40,7 +40,7 @@ def format_time(time: object) -> str:
 
 
 def flatten_items(tree: object, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as dotted keys and the text of their values; a list is one value."""
+    """Return nested mappings as (dotted key, text of the value); a list is one value."""
     if not isinstance(tree, dict) or not tree:
         return [(prefix, "none" if tree is None or tree == {} else str(tree))]
     return [

@@ -1,4 +1,4 @@
-"""`moonlight report`: from run folders to a page in a file."""
+"""`moonlight report`: write the page about run folders to a file."""
 
 import sys
 from collections import Counter
@@ -12,37 +12,40 @@ from moonlight.report.page import build
 
 PAGE_FILE = "report.html"
 MAX_RUNS = 8
-"""Runs whose colours can still be told apart."""
+"""Maximum number of runs whose colors are easy to distinguish."""
 
 
 def report(folders: Sequence[Path], out: Path | None) -> Path:
-    """Write the page about the runs of `folders` to `out`, or else into the folder of the only one.
+    """Write the page about the runs of `folders`.
+
+    Args:
+        out: file to write; by default report.html in the folder of a single run, else in the current folder.
 
     Returns:
-        Where it was written.
+        The path of the page.
 
     Raises:
-        UserError: a folder is that of no run, no step was finished, or `out` cannot be a file.
+        UserError: a folder is not the folder of a run, no run finished a step, or `out` cannot be written.
     """
-    folders, warnings = _different(folders)
+    folders, warnings = _deduplicate(folders)
     if len(folders) > MAX_RUNS:
-        raise UserError(f"{len(folders)} runs were given: at most {MAX_RUNS} can be told apart in one chart")
+        raise UserError(f"runs is {len(folders)} folders: a page shows at most {MAX_RUNS}. Give fewer")
     for folder in folders:
         check_folder(folder)
     if out is None:
         out = folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE)
     check_output_file("--out", out, PAGE_FILE)
     histories = [load_history(folder, len(folders)) for folder in folders]
-    empty = [history for history in histories if history.metrics is None]
-    if len(empty) == len(histories):
-        which = f"{histories[0].folder}: " if len(histories) == 1 else ""
-        raise UserError(f"{which}no step was finished yet, so there is nothing to report: run it first")
+    without_steps = [history for history in histories if history.metrics is None]
+    if len(without_steps) == len(histories):
+        prefix = f"{histories[0].folder}: " if len(histories) == 1 else ""
+        raise UserError(f"{prefix}no step finished yet: train the run before the report")
     counts = Counter(history.name for history in histories)
     for history in histories:
         if counts[history.name] > 1:
             history.name = str(history.folder)
         if history.metrics is None:
-            history.warnings.append(f"{history.folder}: no step was finished yet, so it has no charts")
+            history.warnings.append(f"{history.folder}: no step finished yet, so it has no charts")
     histories[0].warnings[:0] = warnings
     make_folder(out.parent)
     for history in histories:
@@ -52,12 +55,12 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
     return out
 
 
-def _different(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Each folder once, and what is said of those given twice."""
-    found: dict[Path, Path] = {}
+def _deduplicate(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Return each folder once, and a warning for each repeated one."""
+    unique: dict[Path, Path] = {}
     warnings = []
     for folder in folders:
-        if folder.resolve() in found:
-            warnings.append(f"{folder} was given twice, and is shown once")
-        found.setdefault(folder.resolve(), folder)
-    return list(found.values()), warnings
+        if folder.resolve() in unique:
+            warnings.append(f"{folder} was given twice and is shown once")
+        unique.setdefault(folder.resolve(), folder)
+    return list(unique.values()), warnings

@@ -1,4 +1,4 @@
-"""An ablation: named variants of one recipe, each trained with every learning rate and seed."""
+"""An ablation: named variants of a recipe, each trained with every learning rate and seed."""
 
 import math
 from collections.abc import Mapping
@@ -29,19 +29,19 @@ class AblationRun(StudyRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Study[AblationRun]):
-    """A file of `configs/ablations/`."""
+    """An ablation, as read from a file of `configs/ablations/`."""
 
     kind, part, point_type = "ablation", "variant", AblationRun
     run_keys = frozenset({"name", "schedule.lr", "train.seed"})
 
     variants: dict[str, dict[str, Any]]
-    """Settings of each variant, laid over the recipe and `settings`."""
+    """Settings of each variant, which override the recipe and `settings`."""
     baseline: str
-    """The variant that the others are compared with."""
+    """The variant to compare the others with."""
     rates: tuple[float, ...]
     """Learning rates of every variant."""
     varied: str = ""
-    """A setting that is a number in the variants that have it: the loss is drawn over it."""
+    """Key of a numeric setting that at least two variants set. The plot shows the loss over it."""
     folder: str = "runs/ablations"
 
     @property
@@ -50,9 +50,9 @@ class Ablation(Study[AblationRun]):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The varied number of each variant that has one, rising; empty if nothing is varied."""
-        known = {name: values[self.varied] for name, values in self.variants.items() if self.varied in values}
-        return dict(sorted(known.items(), key=lambda item: item[1]))
+        """Value of `varied` for each variant that sets it, in ascending order; empty if nothing is varied."""
+        numbers = {name: values[self.varied] for name, values in self.variants.items() if self.varied in values}
+        return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
     def representative_run(self, group: str) -> AblationRun:
         return AblationRun(group, self.rates[0], self.seeds[0])
@@ -71,15 +71,15 @@ class Ablation(Study[AblationRun]):
             raise UserError(f"{start}: varied is {self.varied!r}: at least 2 variants must set it to a number")
 
     def pending_runs(self, losses: Mapping[AblationRun, float]) -> list[AblationRun]:
-        """All variants with the first seed, then with the next."""
-        every = [AblationRun(name, rate, seed) for seed in self.seeds for name in self.variants for rate in self.rates]
-        return [trial for trial in every if trial not in losses]
+        """Return the pending runs of all variants with the first seed, then with the next."""
+        trials = [AblationRun(name, rate, seed) for seed in self.seeds for name in self.variants for rate in self.rates]
+        return [trial for trial in trials if trial not in losses]
 
     def runs_to_keep(self, losses: Mapping[AblationRun, float]) -> set[AblationRun]:
-        """All that ended well: their weights are looked at when all runs have ended."""
+        """Return all runs that did not diverge: `weights.py` reads their checkpoints after the last run."""
         return {trial for trial, loss in losses.items() if math.isfinite(loss)}
 
 
 def load_ablation(path: Path) -> Ablation:
-    """Read an ablation and check the recipe of each of its variants; raises what `load_study` does."""
+    """Read an ablation and check the recipe of each variant. Raises the errors of `load_study`."""
     return load_study(Ablation, path)

@@ -1,4 +1,4 @@
-"""`moonlight ablate`: ablations run, put into tables and drawn."""
+"""`moonlight ablate`: run ablations, write their tables and draw their plots."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,7 +7,7 @@ from pathlib import Path
 from moonlight.errors import UserError
 from moonlight.files import atomic_write_text
 from moonlight.studies.ablation import Ablation, AblationRun, load_ablation
-from moonlight.studies.ablation_picture import draw
+from moonlight.studies.ablation_picture import draw_ablation
 from moonlight.studies.ablation_text import ablation_caveats, course_table, loss_table, matrices_text, verdict
 from moonlight.studies.measured import read_measured
 from moonlight.studies.outcome import variant_results
@@ -17,21 +17,21 @@ from moonlight.studies.weights import WEIGHTS_FILE, measure_weight_rms
 
 
 def ablate(paths: Sequence[Path], *, draw_only: bool, dry_run: bool) -> None:
-    """Run what the ablations lack, then write the table and the picture of each.
+    """Train the pending runs of the ablations, then write the tables and the plot of each.
 
     Args:
-        draw_only: run nothing.
-        dry_run: say what would run, and stop.
+        draw_only: skip training and use existing results.
+        dry_run: print the pending runs only.
 
     Raises:
-        UserError: an ablation or its results cannot be used, a run failed, or there are no results to draw.
+        UserError: an ablation or its results are invalid, a run failed, or there are no results to draw.
     """
     ablations = [load_ablation(path) for path in paths]
     run_and_report(ablations, partial(_conclude, draw_only=draw_only), run_none=draw_only, dry_run=dry_run)
 
 
 def _conclude(ablation: Ablation, results: Mapping[AblationRun, StudyResult[AblationRun]], *, draw_only: bool) -> None:
-    """Table and picture of one ablation, into its folder and on the screen."""
+    """Print the tables of one ablation, and write tables and plot to its folder."""
     if not results:
         raise UserError(
             f"{ablation.folder_path} has no results yet: run `moonlight ablate {ablation.path}` without --draw-only"
@@ -41,13 +41,14 @@ def _conclude(ablation: Ablation, results: Mapping[AblationRun, StudyResult[Abla
     )
     outcomes = variant_results(ablation, results)
     parts = [f"# {ablation.name}", "Held-out loss, nats per token:", loss_table(ablation, outcomes)]
-    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := ablation_caveats(ablation, outcomes)) else []
-    parts += [said] if (said := verdict(ablation, outcomes)) else []
+    caveats = ablation_caveats(ablation, outcomes)
+    parts += ["\n".join(f"- {caveat}" for caveat in caveats)] if caveats else []
+    parts += [verdict_text] if (verdict_text := verdict(ablation, outcomes)) else []
     if course := course_table(ablation, outcomes):
-        parts += ["Training loss less the baseline's, on the same batches, over parts of the run:", course]
+        parts += ["Training loss minus the baseline's, on the same batches, over parts of the run:", course]
     parts += [text] if (text := matrices_text(outcomes, weight_rms)) else []
-    parts.append("Differences are means over seeds, each against the baseline with that seed [least, largest].")
+    parts.append("Differences are means over seeds, each against the baseline with the same seed [smallest, largest].")
     print("\n\n".join(parts), flush=True)
     atomic_write_text(ablation.folder_path / "results.md", "\n\n".join(parts) + "\n")
-    draw(ablation, outcomes, weight_rms, ablation.folder_path / "ablation.png")
+    draw_ablation(ablation, outcomes, weight_rms, ablation.folder_path / "ablation.png")
     print(f"\n{ablation.folder_path}: results.json, results.md, ablation.png")

@@ -1,4 +1,4 @@
-"""The picture of an ablation: loss over the varied number, or training loss over tokens beside the baseline's."""
+"""Plot of an ablation: loss over the varied number, or training loss over tokens compared with the baseline."""
 
 from itertools import cycle
 from pathlib import Path
@@ -15,21 +15,21 @@ from moonlight.studies.outcome import VariantResult, curve_differences
 from moonlight.studies.scaling_picture import new_figure
 
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
-WATCHED = ("attention query", "MLP")
-"""Kinds of matrices whose RMS is drawn over the varied number, those of the paper's table."""
+PLOTTED_KINDS = ("attention query", "MLP")
+"""Kinds of matrices whose RMS is drawn over the varied number, as in the paper's table."""
 
 
-def draw(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path) -> None:
-    """Write the picture; variants without a run that ended well are left out."""
+def draw_ablation(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path) -> None:
+    """Write the plot to `out`, without variants whose runs all diverged."""
     figure, (left, right) = new_figure(2)
-    known = {name: outcome for name, outcome in outcomes.items() if outcome.runs}
+    plotted = {name: outcome for name, outcome in outcomes.items() if outcome.runs}
     if ablation.numbers:
-        _losses_over_numbers(left, ablation, known)
-        _weights_over_numbers(right, ablation, known, weight_rms)
+        _losses_over_numbers(left, ablation, plotted)
+        _weights_over_numbers(right, ablation, plotted, weight_rms)
     else:
         colors = dict(zip(outcomes, cycle(COLORS)))
-        _curves(left, known, colors)
-        _differences(right, ablation, known, colors)
+        _curves(left, plotted, colors)
+        _differences(right, ablation, plotted, colors)
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
@@ -38,11 +38,11 @@ def draw(ablation: Ablation, outcomes: Outcomes, weight_rms: Measured, out: Path
 
 def _losses_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes) -> None:
     means: dict[float, float] = {}
-    others = iter(COLORS[1:])
+    line_colors = iter(COLORS[1:])
     for variant, outcome in outcomes.items():
         values = [run.loss for run in outcome.runs.values() if run.loss is not None]
         if (number := ablation.numbers.get(variant)) is None:
-            axes.axhline(fmean(values), color=next(others), linestyle="--", label=variant)
+            axes.axhline(fmean(values), color=next(line_colors), linestyle="--", label=variant)
         else:
             means[number] = fmean(values)
             axes.plot([number] * len(values), values, "o", color=COLORS[0], markersize=4, alpha=0.6)
@@ -52,11 +52,13 @@ def _losses_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes) -> N
 
 
 def _weights_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes, weight_rms: Measured) -> None:
-    for kind, color in zip(WATCHED, COLORS, strict=False):
-        means = {variant: value for variant, one in outcomes.items() if (value := _mean_rms(one, weight_rms, kind))}
-        over = [variant for variant in ablation.numbers if variant in means]
-        numbers = [ablation.numbers[variant] for variant in over]
-        axes.plot(numbers, [means[variant] for variant in over], "o-", color=color, label=kind)
+    for kind, color in zip(PLOTTED_KINDS, COLORS, strict=False):
+        means = {
+            variant: value for variant, outcome in outcomes.items() if (value := _mean_rms(outcome, weight_rms, kind))
+        }
+        numbered = [variant for variant in ablation.numbers if variant in means]
+        numbers = [ablation.numbers[variant] for variant in numbered]
+        axes.plot(numbers, [means[variant] for variant in numbered], "o-", color=color, label=kind)
         for variant in means.keys() - ablation.numbers.keys():
             axes.axhline(means[variant], color=color, linestyle="--", label=f"{kind}, {variant}")
     axes.set_yscale("log")
@@ -67,9 +69,9 @@ def _weights_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes, wei
 
 
 def _mean_rms(outcome: VariantResult, weight_rms: Measured, kind: str) -> float:
-    """Over seeds; 0 where nothing was measured."""
-    known = [weight_rms.get(run.point.name, {}).get(kind, 0.0) for run in outcome.runs.values()]
-    return fmean(known) if all(known) else 0.0
+    """Return the mean over seeds; 0 if a seed was not measured."""
+    values = [weight_rms.get(run.point.name, {}).get(kind, 0.0) for run in outcome.runs.values()]
+    return fmean(values) if all(values) else 0.0
 
 
 def _name_numbers(axes: Any, ablation: Ablation) -> None:
@@ -82,29 +84,29 @@ def _name_numbers(axes: Any, ablation: Ablation) -> None:
 
 
 def _curves(axes: Any, outcomes: Outcomes, colors: dict[str, str]) -> None:
-    late: list[float] = []
+    late_losses: list[float] = []
     for variant, outcome in outcomes.items():
         for index, run in enumerate(outcome.runs.values()):
             tokens, values = np.array(run.curve).reshape(-1, 2).T
             axes.plot(tokens / 1e6, values, color=colors[variant], lw=1.2, alpha=0.8, label=None if index else variant)
-            late += list(values[len(values) // 10 :])
-    if late:
-        room = 0.05 * (max(late) - min(late))
-        axes.set_ylim(min(late) - room, max(late) + room)
+            late_losses += list(values[len(values) // 10 :])
+    if late_losses:
+        margin = 0.05 * (max(late_losses) - min(late_losses))
+        axes.set_ylim(min(late_losses) - margin, max(late_losses) + margin)
     axes.set(xlabel="million tokens", ylabel="training loss (nats per token)")
 
 
 def _differences(axes: Any, ablation: Ablation, outcomes: Outcomes, colors: dict[str, str]) -> None:
-    """Mean over seeds, and from the least to the largest of them; without the first tenth, where they are large."""
-    base = outcomes[ablation.baseline].runs if ablation.baseline in outcomes else {}
+    """Draw mean and range over seeds, without the first tenth of the run, in which differences are large."""
+    baseline_runs = outcomes[ablation.baseline].runs if ablation.baseline in outcomes else {}
     for variant, outcome in outcomes.items():
-        found = curve_differences(outcome.runs, base)
-        if variant == ablation.baseline or not found:
+        curves = curve_differences(outcome.runs, baseline_runs)
+        if variant == ablation.baseline or not curves:
             continue
-        first = len(found[0][0]) // 10
-        tokens = np.divide(found[0][0][first:], 1e6)
-        values = np.array([less[first:] for _, less in found])
+        start = len(curves[0][0]) // 10
+        tokens = np.divide(curves[0][0][start:], 1e6)
+        values = np.array([differences[start:] for _, differences in curves])
         axes.plot(tokens, values.mean(0), color=colors[variant], label=variant)
         axes.fill_between(tokens, values.min(0), values.max(0), color=colors[variant], alpha=0.15, linewidth=0)
     axes.axhline(0.0, color=colors[ablation.baseline], linewidth=1.2)
-    axes.set(xlabel="million tokens", ylabel=f"training loss less that of {ablation.baseline}")
+    axes.set(xlabel="million tokens", ylabel=f"training loss minus that of {ablation.baseline}")

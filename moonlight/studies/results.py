@@ -1,4 +1,4 @@
-"""The file of results of a study: one entry for every run that has ended, written whole after each."""
+"""The results file of a study: one entry for every finished run, rewritten atomically after each run."""
 
 import dataclasses
 import json
@@ -16,99 +16,103 @@ from moonlight.train.run_folder import MUTABLE_SETTINGS, flatten
 
 RESULTS_FILE = "results.json"
 VERSION = 1
-_SINCE = {"optimizer.rms_matching": "adjusted_lr"}
-"""Settings that results of before them lack, and what they were meanwhile."""
+_ADDED_SETTINGS = {"optimizer.rms_matching": "adjusted_lr"}
+"""Settings missing from older results files, with the value that they had then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult(Generic[P]):
-    """What a run of a study came to."""
+    """Result of one run of a study. Field names are keys of results.json."""
 
     point: P
     diverged: str
-    """Why it counts as diverged; empty if it does not."""
+    """Why the run counts as diverged; empty if it did not diverge."""
     loss: float | None
-    """Over all held-out text, nats per token; None if it diverged."""
+    """Loss over all held-out text, nats per token; None if the run diverged."""
     steps: int
     tokens: int
     flops: float
-    """Of the model in training, by `moonlight.plan.flops`."""
+    """Training FLOPs of the model, from `moonlight.plan.flops`."""
     seconds: float
-    """Of its steps, by the clock."""
+    """Wall time of all steps."""
     svd_entropy: dict[str, float]
-    """By group of matrices, the last that was watched."""
+    """By group of matrices, last monitored value."""
     update_rms: dict[str, float] = field(default_factory=dict)
-    """By group of parameters, of the last step's update before the learning rate."""
+    """By group of parameters, RMS of the last step's update before the learning rate."""
     curve: list[list[float]] = field(default_factory=list)
-    """Tokens seen, and the mean training loss since the point before: nats per token."""
+    """[tokens, mean training loss since the previous entry in nats per token]."""
 
 
 def group_settings(study: Study[P], group: str) -> dict[str, Any]:
-    """All that decides what the runs of a group come to, besides their point."""
-    every = flatten(dataclasses.asdict(study.make_config(study.representative_run(group))))
-    free = MUTABLE_SETTINGS | study.run_keys
-    return {key: value for key, value in every.items() if not {key, key.split(".")[0]} & free}
+    """Return all settings that determine the results of a group's runs, without those that vary between its runs."""
+    settings = flatten(dataclasses.asdict(study.make_config(study.representative_run(group))))
+    excluded = MUTABLE_SETTINGS | study.run_keys
+    return {key: value for key, value in settings.items() if not {key, key.split(".")[0]} & excluded}
 
 
 def data_checksums(study: Study[P]) -> dict[str, str]:
-    """Checksum of the text behind each source that is prepared here."""
-    sources = study.first_run().data.mixture
+    """Return the checksum of the input text of each data source that is prepared on this machine."""
+    sources = study.first_config().data.mixture
     folders = {name: Path(source.path) for name, source in sources.items() if Path(source.path).is_dir()}
     return {name: str(load_manifest(folder).get("inputs_sha256", "")) for name, folder in folders.items()}
 
 
 def read_results(study: Study[P]) -> dict[P, StudyResult[P]]:
-    """What there is of a study, by point.
+    """Return the stored results by run; empty without a results file.
 
     Raises:
-        UserError: the file is damaged, or of a study with other settings; the first that differs is named.
+        UserError: the file is corrupt, or its study has different text or settings; the message names the first
+            difference.
     """
     path = study.folder_path / RESULTS_FILE
     if not path.exists():
         return {}
     content = read_json(path, ("version", "settings", "data", "points"))
     if content["version"] != VERSION:
-        raise UserError(f"{path} has version {content['version']}: this program reads version {VERSION}")
+        raise UserError(
+            f"{path} has version {content['version']}: the supported version is {VERSION}; rename this {study.kind}"
+        )
     try:
         results = [_from_entry(study, entry) for entry in content["points"]]
-        there: dict[str, dict[str, Any]] = dict(content["settings"])
+        stored_settings: dict[str, dict[str, Any]] = dict(content["settings"])
         assert isinstance(content["data"], dict)
         for result in results:
-            number = result.loss is None or 0 < result.loss < math.inf
-            assert number and (result.loss is None) == bool(result.diverged) and result.point.group in there
+            is_valid = result.loss is None or 0 < result.loss < math.inf
+            assert is_valid and (result.loss is None) == bool(result.diverged) and result.point.group in stored_settings
         assert len({result.point for result in results}) == len(results)
     except (KeyError, TypeError, ValueError, AssertionError):
-        raise UserError(f"{path} is damaged: an entry of its points cannot be read; remove it to begin again") from None
+        raise UserError(f"{path} is corrupt: an entry of its points cannot be read; remove it to start again") from None
     for name, digest in data_checksums(study).items():
         if content["data"].get(name, digest) != digest:
             raise UserError(
-                f"{path} is of other text: that of {name} has checksum {str(content['data'][name])[:12]} there and "
-                f"{digest[:12]} now; give this {study.kind} another name, or remove that folder"
+                f"{path} has results of different text: the checksum of {name} is "
+                f"{str(content['data'][name])[:12]} in the file and "
+                f"{digest[:12]} now; rename this {study.kind}, or remove that folder"
             )
-    for group, before in there.items():
+    for group, stored in stored_settings.items():
         if group not in study.groups:
             raise UserError(
-                f"{path} is of another {study.kind}: it has the {study.part} {group}, {study.path} has "
-                f"{', '.join(study.groups)}; give this one another name"
+                f"{path} has results of another {study.kind}: it has the {study.part} {group}, {study.path} has "
+                f"{', '.join(study.groups)}; rename this {study.kind}"
             )
-        now, before = json.loads(json.dumps(group_settings(study, group))), _SINCE | before
-        for key in before | now:
-            if before.get(key) != now.get(key):
+        current, stored = json.loads(json.dumps(group_settings(study, group))), _ADDED_SETTINGS | stored
+        for key in stored | current:
+            if stored.get(key) != current.get(key):
                 raise UserError(
-                    f"{path} is of another recipe: at {study.part} {group}, {key} is {before.get(key)!r} there and "
-                    f"{now.get(key)!r} now; give this {study.kind} another name, or remove that folder"
+                    f"{path} has results of another recipe: at {study.part} {group}, {key} is {stored.get(key)!r} "
+                    f"in the file and {current.get(key)!r} now; rename this {study.kind}, or remove that folder"
                 )
     return {result.point: result for result in results}
 
 
 def _from_entry(study: Study[P], entry: Mapping[str, Any]) -> StudyResult[P]:
-    names = [one.name for one in dataclasses.fields(study.point_type)]
+    names = [field.name for field in dataclasses.fields(study.point_type)]
     point = study.point_type(**{name: entry[name] for name in names})
     return StudyResult(point=point, **{key: value for key, value in entry.items() if key not in names})
 
 
 def write_results(study: Study[P], results: Mapping[P, StudyResult[P]]) -> None:
-    """Write all results, in one step."""
+    """Write all results atomically."""
     entries = [dataclasses.asdict(result) for result in results.values()]
     content = {
         "version": VERSION,
@@ -122,5 +126,5 @@ def write_results(study: Study[P], results: Mapping[P, StudyResult[P]]) -> None:
 
 
 def losses(results: Mapping[P, StudyResult[P]]) -> dict[P, float]:
-    """Loss by point, infinite where a run diverged."""
+    """Return the loss by run; infinite if the run diverged."""
     return {point: math.inf if result.loss is None else result.loss for point, result in results.items()}

@@ -1,4 +1,4 @@
-"""What every command does that makes the runs of studies: its checks, its plan, and the runs."""
+"""Steps that `moonlight scaling` and `moonlight ablate` share: check the studies, print the plan, train the runs."""
 
 import contextlib
 from collections import Counter
@@ -19,19 +19,22 @@ S = TypeVar("S", bound=Study)
 def run_and_report(
     studies: Sequence[S], conclude: Callable[[S, dict[Any, StudyResult[Any]]], T], *, run_none: bool, dry_run: bool
 ) -> dict[str, T]:
-    """Do what each study lacks, then give it with all its results to `conclude`, its folder locked meanwhile.
+    """Train the pending runs of each study, then call `conclude(study, results)`, with the study's folder locked.
 
     Args:
-        run_none: take what results there are.
-        dry_run: print what would run, and conclude nothing.
+        run_none: skip training and use existing results, without the lock.
+        dry_run: print the plan of each study only.
 
     Returns:
-        What `conclude` made of each, by its name.
+        The result of `conclude` by the study's name; empty after a dry run.
+
+    Raises:
+        UserError: two studies have one folder, results or text are invalid, a GPU is missing, or a run failed.
     """
-    check_apart(studies)
-    known = [read_results(study) for study in studies]
+    check_folders(studies)
+    stored = [read_results(study) for study in studies]
     if dry_run:
-        for study, results in zip(studies, known, strict=True):
+        for study, results in zip(studies, stored, strict=True):
             print(plan_text(study, results))
         return {}
     if not run_none:
@@ -47,35 +50,38 @@ def run_and_report(
     return concluded
 
 
-def check_apart(studies: Sequence[Study]) -> None:
-    """Raise UserError if two would write into one folder."""
-    homes = Counter(study.folder_path for study in studies)
-    if twice := [str(home) for home, count in homes.items() if count > 1]:
-        raise UserError(f"two {studies[0].kind}s have the folder {twice[0]}: give them different names")
+def check_folders(studies: Sequence[Study]) -> None:
+    """Raise UserError if two studies write to one folder."""
+    counts = Counter(study.folder_path for study in studies)
+    if duplicates := [str(folder) for folder, count in counts.items() if count > 1]:
+        raise UserError(f"two {studies[0].kind}s have the folder {duplicates[0]}: give them different names")
 
 
 def check_gpu(studies: Sequence[Study]) -> None:
-    """Raise UserError if one needs a GPU and there is none."""
-    if needing := [study for study in studies if study.needs_gpu]:
+    """Raise UserError if a study needs a GPU and this machine has none."""
+    if gpu_studies := [study for study in studies if study.needs_gpu]:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(f"{needing[0].kind} {needing[0].path} needs a GPU, and this machine has none: leave it out")
+            study = gpu_studies[0]
+            raise UserError(
+                f"{study.kind} {study.path} needs a GPU and this machine has none: remove it from the command"
+            )
 
 
 def run_all(study: Study[P]) -> dict[P, StudyResult[P]]:
-    """Do what a study still lacks, and return all its results; its folder must be locked."""
+    """Train the pending runs of a study and return all results. The caller must lock the study's folder."""
     from moonlight.studies.train import prepare_data, train_all
 
     prepare_data(study)
-    results = read_results(study)  # after the text is there, so that results of another text are refused
+    results = read_results(study)  # after the data is prepared, to reject results of different text
     print(plan_text(study, results), flush=True)
     train_all(study, results)
     return results
 
 
 def plan_text(study: Study[P], results: Mapping[P, StudyResult[P]]) -> str:
-    """Tokens and FLOPs of each group of a study, and what is still to be done."""
+    """Return a table of tokens and FLOPs of each group of a study, and the number of pending runs."""
     lines = [f"{study.name}: {len(results)} runs done", "", f"| {study.part} | parameters | activated, with head |"]
     lines[-1] += " tokens | steps | FLOPs of a run |"
     lines.append("|---|---|---|---|---|---|")
@@ -87,7 +93,7 @@ def plan_text(study: Study[P], results: Mapping[P, StudyResult[P]]) -> str:
             f"| {group} | {counts.total:,} | {counts.activated_with_head:,} | {tokens:,} | {timeline.num_steps:,} | "
             f"{train_flops(config):.3g} |"
         )
-    missing = study.pending_runs(losses(results))
-    flops = total_flops(study, missing)
-    lines += ["", f"at least {len(missing)} runs are to be done, {flops:.3g} FLOPs"] if missing else ["", "all done"]
+    pending = study.pending_runs(losses(results))
+    flops = total_flops(study, pending)
+    lines += ["", f"at least {len(pending)} runs are pending, {flops:.3g} FLOPs"] if pending else ["", "all done"]
     return "\n".join([*lines, ""])

@@ -1,4 +1,4 @@
-"""`moonlight scaling`: ladders trained, fitted, printed and drawn."""
+"""`moonlight scaling`: train scaling ladders, fit their laws, write their tables and draw their plots."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,15 +17,15 @@ from moonlight.studies.spectra import SPECTRA_FILE, measure_entropies, pair_entr
 
 
 def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path | None) -> None:
-    """Run what the ladders lack, then fit and draw each, and all on one figure.
+    """Train the pending runs of the ladders, then fit and plot each ladder, and plot all of them in one figure.
 
     Args:
-        fit_only: run nothing.
-        dry_run: say what would run, and stop.
-        out: the common figure; by default scaling.png beside the folders of several ladders.
+        fit_only: skip training and fit existing results.
+        dry_run: print the pending runs only.
+        out: path of the common figure; by default scaling.png in the parent folder, for several ladders.
 
     Raises:
-        UserError: a ladder or its results cannot be used, a run failed, or there are too few results for a fit.
+        UserError: a ladder or its results are invalid, a run failed, or there are too few results for a fit.
     """
     if out:
         check_output_file("--out", out, "scaling.png")
@@ -34,20 +34,21 @@ def scaling(paths: Sequence[Path], *, fit_only: bool, dry_run: bool, out: Path |
     if len(fitted) > 1 or (fitted and out):
         figure = out or Path(ladders[0].folder) / "scaling.png"
         draw_laws(fitted, figure)
-        print(f"{figure}: written")
+        print(f"wrote {figure}")
 
 
 def _conclude(
     ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]], *, fit_only: bool
 ) -> tuple[dict[str, dict[str, SizeLosses]], Comparison]:
-    """Table, laws and pictures of one ladder, into its folder and on the screen."""
+    """Print the tables and laws of one ladder, and write tables, laws and plots to its folder."""
     if not results:
         raise UserError(
             f"{ladder.folder_path} has no results yet: run `moonlight scaling {ladder.path}` without --fit-only"
         )
     parts = [f"# {ladder.name}", "Held-out loss, nats per token:", grid_table(ladder, results)]
     spectra = measure_entropies(ladder, results) if not fit_only else read_measured(ladder.folder_path / SPECTRA_FILE)
-    parts += ["\n".join(f"- {doubt}" for doubt in found)] if (found := ladder_caveats(ladder, results)) else []
+    caveats = ladder_caveats(ladder, results)
+    parts += ["\n".join(f"- {caveat}" for caveat in caveats)] if caveats else []
     draw_grid(
         {size: losses_at(ladder, size, losses(results)) for size in ladder.sizes}, ladder.folder_path / "rates.png"
     )
@@ -55,14 +56,14 @@ def _conclude(
         parts.append(spectra_text(pairs))
         draw_entropies(pairs, ladder.folder_path / "svd_entropy.png")
     print("\n\n".join(parts), flush=True)
-    cells = best_losses(ladder, results)
-    comparison = compare(cells)
+    size_losses = best_losses(ladder, results)
+    comparison = compare(size_losses)
     parts.append(laws_text(comparison))
-    if found:
-        parts[-1] += f"\n\nNot the last word: {len(found)} reasons for doubt stand under the table of losses."
+    if caveats:
+        parts[-1] += f"\n\nThese results are preliminary: see the {len(caveats)} caveats below the table of losses."
     print("\n" + parts[-1])
     atomic_write_text(ladder.folder_path / "results.md", "\n\n".join(parts) + "\n")
-    draw_laws({ladder.name: (cells, comparison)}, ladder.folder_path / "scaling.png")
+    draw_laws({ladder.name: (size_losses, comparison)}, ladder.folder_path / "scaling.png")
     entropies = ", svd_entropy.png" if pairs else ""
     print(f"{ladder.folder_path}: results.json, results.md, scaling.png, rates.png{entropies}")
-    return cells, comparison
+    return size_losses, comparison

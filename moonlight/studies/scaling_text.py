@@ -1,4 +1,4 @@
-"""What a ladder says: the whole grid as a table, the laws, and every reason to doubt them."""
+"""Tables of a scaling ladder: losses of the grid, fitted laws, and caveats."""
 
 import math
 from collections.abc import Mapping
@@ -10,26 +10,26 @@ from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, best_points,
 from moonlight.studies.results import StudyResult, losses
 from moonlight.studies.scaling_picture import LABELS
 
-PAPER = "Moonlight's, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052, AdamW 2.608 C^-0.054, share 0.519"
+PAPER = "Paper, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052, AdamW 2.608 C^-0.054, ratio 0.519"
 
 
 def best_losses(
     ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]
 ) -> dict[str, dict[str, SizeLosses]]:
-    """By optimizer and size, the losses at the best learning rate; without sizes where no run has ended well."""
-    cells: dict[str, dict[str, SizeLosses]] = {name: {} for name in OPTIMIZERS}
+    """Return the losses at the best learning rate by optimizer and size, without sizes whose runs all diverged."""
+    size_losses: dict[str, dict[str, SizeLosses]] = {name: {} for name in OPTIMIZERS}
     for (size, name), best in best_points(ladder, losses(results)).items():
         runs = [results.get(replace(best, seed=seed)) for seed in ladder.seeds]
-        known = tuple(run.loss for run in runs if run and run.loss is not None)
-        cells[name][size] = SizeLosses(results[best].flops, known)
-    return cells
+        seed_losses = tuple(run.loss for run in runs if run and run.loss is not None)
+        size_losses[name][size] = SizeLosses(results[best].flops, seed_losses)
+    return size_losses
 
 
 def grid_table(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> str:
-    """Loss at every size, optimizer and learning rate, as Markdown; the best in bold, with its other seeds."""
+    """Return a Markdown table of the loss by size, optimizer and learning rate, the best in bold with all its seeds."""
     rates = sorted({point.rate for point in results})
     if not rates:
-        return "No run has ended yet."
+        return "No run has finished."
     lines = ["| size | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("|---|---" + "|---" * len(rates) + "|")
     for size in ladder.sizes:
@@ -37,17 +37,17 @@ def grid_table(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun
             cells = []
             for rate in rates:
                 runs = [run for seed in ladder.seeds if (run := results.get(LadderRun(size, name, rate, seed)))]
-                words = ["diverged" if run.loss is None else f"{run.loss:.4f}" for run in runs]
-                best = values and rate == best_rate(values)
-                cells.append(" ".join([f"**{words[0]}**", *words[1:]] if best and words else words))
+                texts = ["diverged" if run.loss is None else f"{run.loss:.4f}" for run in runs]
+                is_best = values and rate == best_rate(values)
+                cells.append(" ".join([f"**{texts[0]}**", *texts[1:]] if is_best and texts else texts))
             lines.append(f"| {size} | {LABELS[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def ladder_caveats(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> list[str]:
-    """What keeps the table from being the last word: runs that diverged or are missing, bests at an edge."""
-    said = [
-        f"{point.name} diverged ({result.diverged}): it is left out of the fit."
+    """Return one line for each run that diverged, each best learning rate at an edge, and the pending runs."""
+    caveats = [
+        f"{point.name} diverged ({result.diverged}): the fit excludes it."
         for point, result in results.items()
         if result.diverged
     ]
@@ -56,48 +56,52 @@ def ladder_caveats(ladder: Ladder, results: Mapping[LadderRun, StudyResult[Ladde
             if values and (edge := on_edge(values)):
                 best = best_rate(values)
                 diverged, label = math.isinf(values[best]), LABELS[name]
-                why = f"every run of {label} diverged" if diverged else f"{label} is best at {best:g}"
-                said.append(f"{size}: {why}, the {edge} edge of the grid: not yet an optimum.")
-    if missing := ladder.pending_runs(losses(results)):
-        names = ", ".join(point.name for point in missing[:3])
-        said.append(f"At least {len(missing)} runs are still to be done: {names}{', ...' if missing[3:] else ''}.")
-    return said
+                reason = f"every run of {label} diverged" if diverged else f"{label} is best at {best:g}"
+                caveats.append(f"{size}: {reason}, the {edge} edge of the grid: not yet an optimum.")
+    if pending := ladder.pending_runs(losses(results)):
+        names = ", ".join(point.name for point in pending[:3])
+        caveats.append(f"At least {len(pending)} runs are pending: {names}{', ...' if pending[3:] else ''}.")
+    return caveats
 
 
-def _between(values: Interval, digits: int) -> str:
-    low, high = (f"{value:.{digits}f}" if math.isfinite(value) else "no end" for value in values)
+def _interval_text(values: Interval, digits: int) -> str:
+    low, high = (f"{value:.{digits}f}" if math.isfinite(value) else "unbounded" for value in values)
     return f"[{low}, {high}]"
 
 
 def laws_text(comparison: Comparison) -> str:
-    """The fitted laws and the share of FLOPs, with 95% intervals."""
+    """Return tables of the fitted laws and of the FLOPs ratios, with 95% intervals."""
     lines = ["L = a C^b, C in PFLOP/s-days; 95% intervals by bootstrap over sizes and seeds:\n"]
-    lines += ["| optimizer | a | b | farthest size from the line |", "|---|---|---|---|"]
+    lines += ["| optimizer | a | b | largest distance from the line |", "|---|---|---|---|"]
     for name, law in comparison.laws.items():
         lines.append(
-            f"| {LABELS[name]} | {law.a:.4f} {_between(law.a_interval, 4)} | "
-            f"{law.b:.4f} {_between(law.b_interval, 4)} | {law.max_deviation:.1%} of its loss |"
+            f"| {LABELS[name]} | {law.a:.4f} {_interval_text(law.a_interval, 4)} | "
+            f"{law.b:.4f} {_interval_text(law.b_interval, 4)} | {law.max_deviation:.1%} of its loss |"
         )
     lines += ["", "| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
-    for share in comparison.shares:
-        beyond = "" if share.is_measured else ", beyond the ladder"
-        said = f"{share.share:.3f} {_between(share.interval, 3)}{beyond}"
-        lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {said} |")
+    for ratio in comparison.ratios:
+        extrapolated = "" if ratio.is_measured else ", extrapolated"
+        text = f"{ratio.ratio:.3f} {_interval_text(ratio.interval, 3)}{extrapolated}"
+        lines.append(f"| {ratio.flops:.3g} | {ratio.loss:.4f} | {text} |")
     lines += [
         "",
-        "Without a law: at each size of AdamW, between the neighbouring sizes of Muon; 95% intervals of the seeds.\n",
+        "Without a law: at each size of AdamW, interpolated between Muon's sizes; 95% intervals over seeds.\n",
     ]
     lines += ["| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
-    for share in comparison.interpolated:
-        said = f"{share.share:.3f} {_between(share.interval, 3)}"
-        if share.share == 0:
-            said = f"below {share.interval[1]:.3f}: Muon's smallest size has less loss"
-        elif math.isinf(share.share):
-            said = f"above {share.interval[0]:.3f}: Muon's largest size has more loss"
-        lines.append(f"| {share.flops:.3g} | {share.loss:.4f} | {said} |")
+    for ratio in comparison.interpolated:
+        text = f"{ratio.ratio:.3f} {_interval_text(ratio.interval, 3)}"
+        if ratio.ratio == 0:
+            text = f"below {ratio.interval[1]:.3f}: Muon's smallest size has a smaller loss"
+        elif math.isinf(ratio.ratio):
+            text = f"above {ratio.interval[0]:.3f}: Muon's largest size has a larger loss"
+        lines.append(f"| {ratio.flops:.3g} | {ratio.loss:.4f} | {text} |")
     middle = comparison.middle
     low, high = middle.interval
-    verdict = "less than AdamW" if high < 1 else "more than AdamW" if low > 1 else "no proven difference"
-    lines += ["", f"Muon needs {middle.share:.3f} {_between(middle.interval, 3)} of AdamW's FLOPs: {verdict}.", ""]
-    lines.append(f"{PAPER}. FLOPs are the model's, as in the paper; those of the optimizers are not counted.")
+    verdict = "less than AdamW" if high < 1 else "more than AdamW" if low > 1 else "no significant difference"
+    lines += [
+        "",
+        f"Muon needs {middle.ratio:.3f} {_interval_text(middle.interval, 3)} of AdamW's FLOPs: {verdict}.",
+        "",
+    ]
+    lines.append(f"{PAPER}. FLOPs are the model's, as in the paper, without those of the optimizers.")
     return "\n".join(lines)

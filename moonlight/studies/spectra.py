@@ -1,6 +1,6 @@
-"""SVD entropy of every matrix of the best runs of a ladder: does Muon use more directions than AdamW?
+"""SVD entropy of every matrix of the best runs of a ladder, to test if Muon uses more directions than AdamW.
 
-Training watches means over groups; here every matrix is looked at, in the checkpoint that the run ended with.
+Training monitors means over groups. This module reads every matrix of each run's last checkpoint.
 """
 
 import math
@@ -20,7 +20,7 @@ SPECTRA_FILE = "svd_entropy.json"
 
 @dataclass(frozen=True)
 class Pair:
-    """One matrix's entropy under each optimizer."""
+    """SVD entropy of one matrix under each optimizer, between 0 and 1."""
 
     size: str
     group: str
@@ -30,56 +30,56 @@ class Pair:
 
 
 def compute_entropies(run_folder: Path) -> dict[str, float]:
-    """Entropy of each of `iter_matrices`."""
+    """Return the entropy of each matrix of `iter_matrices`, by its Hugging Face name."""
     from moonlight.optim.svd_entropy import svd_entropy
 
     return {name: svd_entropy(matrix) for name, matrix in iter_matrices(run_folder)}
 
 
 def measure_entropies(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> Measured:
-    """Entropies of the best runs, by the Hugging Face names of their matrices."""
+    """Return the entropies of the best runs, by run and Hugging Face name of the matrix."""
     return measure(ladder, best_points(ladder, losses(results)).values(), SPECTRA_FILE, compute_entropies)
 
 
 def pair_entropies(
     ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]], spectra: Measured
 ) -> list[Pair]:
-    """Every matrix that was looked at in the best runs of both optimizers at one size."""
+    """Return every matrix that has an entropy in the best runs of both optimizers at one size."""
     best = best_points(ladder, losses(results))
-    found = []
+    pairs = []
     for size in ladder.sizes:
         muon, adamw = (spectra.get(point.name, {}) if (point := best.get((size, name))) else {} for name in OPTIMIZERS)
         groups = {
-            part.name: find_monitor_group(row.key)
-            for row in hf_mapping.tensor_mappings(ladder.make_config(ladder.representative_run(size)).model)
-            for part in row.hf_tensors
-            if part.init_kind == "matrix"
+            hf_tensor.name: find_monitor_group(mapping.key)
+            for mapping in hf_mapping.tensor_mappings(ladder.make_config(ladder.representative_run(size)).model)
+            for hf_tensor in mapping.hf_tensors
+            if hf_tensor.init_kind == "matrix"
         }
         for name in muon:
             if name in adamw and name in groups and math.isfinite(muon[name] + adamw[name]):
-                found.append(Pair(size, groups[name], muon[name], adamw[name]))
-    return found
+                pairs.append(Pair(size, groups[name], muon[name], adamw[name]))
+    return pairs
 
 
 def spectra_text(pairs: Sequence[Pair]) -> str:
-    """In how many matrices Muon's entropy is the higher one, by size and by group."""
+    """Return tables of how many matrices have a higher entropy under Muon, by size and by group."""
     higher = sum(pair.muon > pair.adamw for pair in pairs)
     sizes = list(dict.fromkeys(pair.size for pair in pairs))
     groups = [name for name in MATRIX_GROUPS if any(pair.group == name for pair in pairs)]
     return "\n".join(
         [
-            "SVD entropy of every matrix, same budget, each optimizer at its best rate:\n",
+            "SVD entropy of every matrix, same FLOPs, each optimizer at its best learning rate:\n",
             *_table("size", {size: [pair for pair in pairs if pair.size == size] for size in sizes}),
             "",
             *_table("group", {name: [pair for pair in pairs if pair.group == name] for name in groups}),
             "",
-            f"Muon's is higher in {higher} of {len(pairs)} matrices, {100 * higher / len(pairs):.1f}%.",
+            f"The entropy is higher under Muon in {higher} of {len(pairs)} matrices, {100 * higher / len(pairs):.1f}%.",
         ]
     )
 
 
-def _table(head: str, parts: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
-    yield f"| {head} | matrices | Muon higher in | mean, Muon | mean, AdamW |"
+def _table(header: str, parts: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+    yield f"| {header} | matrices | Muon higher in | mean, Muon | mean, AdamW |"
     yield "|---|---|---|---|---|"
     for name, pairs in parts.items():
         higher = sum(pair.muon > pair.adamw for pair in pairs)

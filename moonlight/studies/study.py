@@ -1,4 +1,4 @@
-"""What ladders and ablations share: a recipe, settings laid over it, and runs whose results are kept in one file."""
+"""Common base of ladders and ablations: a recipe, overrides for each run, and one results file for all runs."""
 
 import dataclasses
 import math
@@ -19,22 +19,23 @@ from moonlight.errors import UserError
 from moonlight.plan.flops import train_flops_per_token
 
 STANDARD_LIBRARY = "python"
+"""Value of `corpus` that selects the sources of Python's standard library."""
 
 
 class StudyRun(ABC):
-    """One run of a study: a frozen dataclass of plain values, which stand in the file of results."""
+    """One run of a study: a frozen dataclass of plain values, whose fields are keys of the results file."""
 
     seed: int
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Of its run."""
+        """Name of the run and of its folder."""
 
     @property
     @abstractmethod
     def group(self) -> str:
-        """Whose settings it has."""
+        """Name of the group whose settings the run has."""
 
 
 P = TypeVar("P", bound=StudyRun)
@@ -42,64 +43,68 @@ P = TypeVar("P", bound=StudyRun)
 
 @dataclass(frozen=True, kw_only=True)
 class Study(ABC, Generic[P]):
-    """A YAML file that says which runs are to be made."""
+    """A study, as read from a YAML file. The fields other than `path` are the file's keys."""
 
     kind: ClassVar[str]
-    """What messages call it."""
+    """Name of the study's type in messages."""
     part: ClassVar[str]
-    """What they call one of its groups of points."""
+    """Name of a group in messages."""
     point_type: ClassVar[type]
+    """Subclass of StudyRun."""
     run_keys: ClassVar[frozenset[str]]
-    """Settings in which the points of one group differ."""
+    """Settings that vary between the runs of one group."""
 
     path: Path
     name: str
     recipe: str
-    """A recipe of `moonlight pretrain`, relative to this file."""
+    """Path of a recipe of `moonlight pretrain`, relative to this file."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings that all groups share, laid over the recipe, by their names there (model.hidden_size, ...)."""
+    """Overrides of the recipe for all groups, by dotted key (model.hidden_size, ...)."""
     seeds: tuple[int, ...] = (1, 2)
     side_by_side: int = 0
-    """Runs at a time; 0: as many as the machine has cores for."""
+    """Number of simultaneous runs; 0: as many as the machine's cores allow."""
     needs_gpu: bool = False
-    """Refuse a machine without one, on which it would not end."""
+    """Reject a machine without a GPU, on which the study takes too long."""
     corpus: str = ""
-    """Text that tokenizer and data are made of if they are missing: a path, or "python" for the standard library's
-    sources. Empty: data.path and data.tokenizer must be there."""
+    """Text for tokenizer and data if they are missing: a path, or "python" for the standard library's sources.
+
+    Empty: data.path and data.tokenizer must exist.
+    """
     validation_share: float = 0.05
+    """Fraction of the documents to hold out when preparing `corpus`."""
     folder: str
+    """Parent of the study's folder."""
 
     @property
     @abstractmethod
     def groups(self) -> dict[str, dict[str, Any]]:
-        """Settings of each group."""
+        """Overrides of each group, by the group's name."""
 
     @abstractmethod
     def representative_run(self, group: str) -> P:
-        """One that stands for its group: all others differ in `run_keys` alone."""
+        """Return one run of a group. The group's other runs differ in `run_keys` only."""
 
     @abstractmethod
     def run_settings(self, point: P) -> dict[str, Any]:
-        """Those of a point, besides its group's and its seed."""
+        """Return the overrides of one run, without those of its group and without its seed."""
 
     @abstractmethod
     def pending_runs(self, losses: Mapping[P, float]) -> list[P]:
-        """The runs that are still to be done, as far as `losses` of those that are done tell (infinite: diverged).
+        """Return the runs to train next, from the `losses` of finished runs (infinite: diverged).
 
-        It depends on `losses` alone, so that a study that was interrupted goes on with the very runs that it would have
-        done.
+        The result depends on `losses` only, so an interrupted study resumes with the same runs.
         """
 
     @abstractmethod
     def runs_to_keep(self, losses: Mapping[P, float]) -> set[P]:
-        """The points, of those in `losses`, whose checkpoints are still looked at."""
+        """Return the finished runs whose checkpoints are still needed."""
 
     def check(self) -> None:
-        """Raise UserError for values that do not go together."""
+        """Raise UserError for inconsistent values."""
 
     @property
     def folder_path(self) -> Path:
-        """Where everything of the study lies."""
+        """Folder of all runs, results and plots of the study."""
         return Path(self.folder) / self.name
 
     @property
@@ -107,17 +112,17 @@ class Study(ABC, Generic[P]):
         return self.path.parent / self.recipe
 
     def overrides(self, point: P) -> list[str]:
-        """What turns the recipe into the run of a point: arguments of `moonlight pretrain`."""
-        own = {"name": point.name, "runs_folder": str(self.folder_path / "points"), "train.seed": point.seed}
-        every = self.settings | self.groups[point.group] | self.run_settings(point) | own
-        return [f"{key}={_plain(value)}" for key, value in every.items()]
+        """Return the arguments of `moonlight pretrain` that turn the recipe into one run."""
+        fixed = {"name": point.name, "runs_folder": str(self.folder_path / "points"), "train.seed": point.seed}
+        settings = self.settings | self.groups[point.group] | self.run_settings(point) | fixed
+        return [f"{key}={_override_text(value)}" for key, value in settings.items()]
 
     def make_config(self, point: P) -> RunConfig:
-        """The recipe of a point, checked."""
+        """Return the validated configuration of one run."""
         return load_recipe(self.recipe_path, self.overrides(point))
 
-    def first_run(self) -> RunConfig:
-        """The recipe of one point: for what all have in common."""
+    def first_config(self) -> RunConfig:
+        """Return the configuration of one run, for settings that all runs share."""
         return self.make_config(self.representative_run(next(iter(self.groups))))
 
 
@@ -128,7 +133,7 @@ def load_study(cls: type[S], path: Path) -> S:
     """Read a study and check the recipe of each of its groups.
 
     Raises:
-        UserError: it is no such file, a key or value cannot be used, or two groups are the same run.
+        UserError: the file cannot be read, a key or value is invalid, or two groups are the same run.
     """
     study = cls(path=path, **_read(cls, path))
     start = f"{study.kind} {path}"
@@ -137,28 +142,30 @@ def load_study(cls: type[S], path: Path) -> S:
     if not 0 < study.validation_share < 1:
         raise UserError(f"{start}: validation_share is {study.validation_share}: it must be between 0 and 1")
     study.check()
-    runs: dict[str, RunConfig] = {}
-    own = sorted(study.run_keys | {"runs_folder"})
+    configs: dict[str, RunConfig] = {}
+    reserved = sorted(study.run_keys | {"runs_folder"})
     for group, values in study.groups.items():
-        if taken := [key for key in own if key in study.settings | values]:
-            raise UserError(f"{start}, {study.part} {group}: {taken[0]} is not free: the {study.kind} sets it itself")
+        if conflicts := [key for key in reserved if key in study.settings | values]:
+            raise UserError(
+                f"{start}, {study.part} {group}: {conflicts[0]} is not free: the {study.kind} sets it; remove it"
+            )
         config = dataclasses.replace(study.make_config(study.representative_run(group)), name=study.kind)
         if config.stages:
-            raise UserError(f"{start}: recipe {study.recipe} has stages: a {study.kind} needs one with a schedule")
+            raise UserError(f"{start}: recipe {study.recipe} has stages: a {study.kind} needs a recipe with a schedule")
         if config.model.vocab_size < 2:
             raise UserError(f"{start}, {study.part} {group}: model.vocab_size must be at least 2")
-        if same := [other for other, theirs in runs.items() if theirs == config]:
+        if same := [other for other, other_config in configs.items() if other_config == config]:
             raise UserError(f"{start}: {study.part}s {same[0]} and {group} are the same run")
-        runs[group] = config
+        configs[group] = config
     return study
 
 
 def _read(cls: type[Study], path: Path) -> dict[str, Any]:
-    """The values of a file by their keys, in their types."""
+    """Return the values of a file by key, converted to the types of the fields."""
     start, hints = f"{cls.kind} {path}", typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "path"}
-    none = dataclasses.MISSING
-    required = [key for key, field in fields.items() if field.default is none and field.default_factory is none]
+    missing = dataclasses.MISSING
+    required = [key for key, field in fields.items() if field.default is missing and field.default_factory is missing]
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -170,12 +177,12 @@ def _read(cls: type[Study], path: Path) -> dict[str, Any]:
             raise UserError(f"{start}: unknown key {key!r}; accepted are {', '.join(sorted(fields))}")
     for key in required:
         if not tree.get(key):
-            raise UserError(f"{start}: {key} is missing; there must be {', '.join(required)}")
+            raise UserError(f"{start}: {key} is missing; the required keys are {', '.join(required)}")
     return {key: _checked(f"{start}: {key} is {value!r}", hints[key], value, cls.part) for key, value in tree.items()}
 
 
 def _checked(start: str, hint: Any, value: Any, part: str) -> Any:
-    """The value of one key in its type; numbers are those of learning rates, seeds and counts."""
+    """Return the value of one key, converted to the type `hint`. Numbers are learning rates, seeds or counts."""
 
     def require(accepted: bool, expected: str) -> None:
         if not accepted:
@@ -190,28 +197,31 @@ def _checked(start: str, hint: Any, value: Any, part: str) -> Any:
     elif hint is str:
         require(isinstance(value, str), "text")
     elif typing.get_origin(hint) is tuple:
-        whole = typing.get_args(hint)[0] is int
-        what = f"a list of different {'integers of at least 0' if whole else 'numbers above 0'}"
-        require(isinstance(value, list) and bool(value) and len(set(map(str, value))) == len(value), what)
-        for one in value:
-            number = type(one) is int or (not whole and type(one) is float)
-            require(number and math.isfinite(one) and (one >= 0 if whole else one > 0), what)
+        is_integer = typing.get_args(hint)[0] is int
+        expected = f"a list of different {'integers of at least 0' if is_integer else 'numbers above 0'}"
+        require(isinstance(value, list) and bool(value) and len(set(map(str, value))) == len(value), expected)
+        for item in value:
+            is_number = type(item) is int or (not is_integer and type(item) is float)
+            require(is_number and math.isfinite(item) and (item >= 0 if is_integer else item > 0), expected)
         return tuple(value)
     else:
-        nested = typing.get_origin(typing.get_args(hint)[1]) is dict
-        what = "a mapping of settings" + f" for each {part}" * nested
-        require(isinstance(value, dict) and all(isinstance(one, dict) or not nested for one in value.values()), what)
-        return {str(name): one for name, one in value.items()}
+        is_nested = typing.get_origin(typing.get_args(hint)[1]) is dict
+        expected = "a mapping of settings" + f" for each {part}" * is_nested
+        require(
+            isinstance(value, dict) and all(isinstance(item, dict) or not is_nested for item in value.values()),
+            expected,
+        )
+        return {str(name): item for name, item in value.items()}
     return value
 
 
-def _plain(value: Any) -> str:
-    """A YAML value as an override writes it."""
+def _override_text(value: Any) -> str:
+    """Format a YAML value for an override."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def train_flops(config: RunConfig) -> float:
-    """Of the model over the whole run, without the optimizer: what the law is a law of."""
+    """Return the model's FLOPs over the entire run, without the optimizer: C in the scaling law."""
     timeline = RunSchedule(config)
     return (
         train_flops_per_token(config.model, config.data.sequence_length)
@@ -221,7 +231,7 @@ def train_flops(config: RunConfig) -> float:
 
 
 def total_flops(study: Study[P], points: Sequence[P]) -> float:
-    """Of all `points` together."""
+    """Return the sum of `train_flops` over `points`."""
     counts = Counter(point.group for point in points)
     return sum(
         count * train_flops(study.make_config(study.representative_run(group))) for group, count in counts.items()

@@ -1,7 +1,7 @@
-"""The runs of a study, each a process of `moonlight pretrain`, side by side; interrupted at any moment it goes on.
+"""Training of a study's runs, each in a process of `moonlight pretrain`. An interrupted study resumes.
 
-One thread starts, watches and ends the processes: the kernel ends a child when the thread that started it ends, so
-nothing goes on training behind a study that was killed.
+One thread starts, polls and stops the processes. The kernel kills a child process when the thread that started it ends,
+so a killed study leaves no process behind.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from moonlight.train import run_folder
 from moonlight.train.metrics import read_metrics
 from pretrain.local import die_with_parent
 
-SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_TO_SAVE = 60.0
-"""For runs that were asked to save and stop."""
+POLL_SECONDS = 0.2
+SAVE_TIMEOUT_SECONDS = 60.0
+"""Time that runs have to save and stop."""
 CURVE_POINTS = 60
-"""Of the training loss that is kept of a run; each is a mean over as many steps."""
+"""Points of the stored training loss curve; each is a mean over the same number of steps."""
 _Running = dict[P, tuple[subprocess.Popen, IO[bytes]]]
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def side_by_side(study: Study[P]) -> int:
-    """How many runs go on at a time."""
-    config = study.first_run()
-    each = config.parallel.num_processes * max(1, config.train.threads_per_process)
-    return study.side_by_side or max(1, cores() // each)
+def num_parallel_runs(study: Study[P]) -> int:
+    """Return the number of simultaneous runs."""
+    config = study.first_config()
+    cores_per_run = config.parallel.num_processes * max(1, config.train.threads_per_process)
+    return study.side_by_side or max(1, available_cores() // cores_per_run)
 
 
 def find_corpus(study: Study[P]) -> Path | None:
-    """The text that a study names, if it names one; raise UserError if there is no such text."""
+    """Return the path of the study's text, or None if it has none. Raise UserError if the path does not exist."""
     if not study.corpus:
         return None
     import sysconfig
@@ -60,67 +60,67 @@ def find_corpus(study: Study[P]) -> Path | None:
 
 
 def prepare_data(study: Study[P]) -> None:
-    """Make tokenizer and data if the study names a corpus and they are missing.
+    """Prepare tokenizer and data if they are missing and the study has a corpus.
 
     Raises:
-        UserError: the corpus does not exist, or a step failed.
+        UserError: the corpus does not exist, or a command failed.
     """
     corpus = find_corpus(study)
     if corpus is None:
         return
-    config = study.first_run()
+    config = study.first_config()
     tokenizer, data = Path(config.data.tokenizer), Path(config.data.path)
     if not tokenizer.exists():
         vocabulary = ("--vocab-size", config.model.vocab_size)
-        _step("tokenizer", "train", "--input", corpus, *vocabulary, "--out", tokenizer)
+        _run_command("tokenizer", "train", "--input", corpus, *vocabulary, "--out", tokenizer)
     if not data.exists():
-        share = ("--validation-share", study.validation_share)
-        _step("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data, *share)
+        fraction = ("--validation-share", study.validation_share)
+        _run_command("data", "prepare", "--input", corpus, "--tokenizer", tokenizer, "--out", data, *fraction)
 
 
-def _step(*arguments: object) -> None:
+def _run_command(*arguments: object) -> None:
     command = [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
     if subprocess.run(command).returncode:
-        raise UserError(f"moonlight {' '.join(map(str, arguments))} failed: it has said why")
+        raise UserError(f"moonlight {' '.join(map(str, arguments))} failed (see its output above)")
 
 
 def train_all(study: Study[P], results: dict[P, StudyResult[P]]) -> None:
-    """Do all runs that are wanted and not in `results`, which grows, and is written after each.
+    """Train all pending runs. Add each result to `results` and rewrite the results file.
 
     Raises:
-        UserError: a run failed in another way than by diverging; its log is named.
+        UserError: a run failed and did not diverge; the message names its log.
     """
     logs, points = study.folder_path / "logs", study.folder_path / "points"
     for folder in (logs, points):
         make_folder(folder)
-    _forget_checkpoints(study, results)
-    jobs, started, done_flops = side_by_side(study), time.monotonic(), 0.0
+    _delete_checkpoints(study, results)
+    max_running, started, done_flops = num_parallel_runs(study), time.monotonic(), 0.0
     running: _Running[P] = {}
     if study.pending_runs(losses(results)):
-        print(f"{jobs} side by side; how each is getting on stands in {logs}", flush=True)
-    with _ending(running):
+        print(f"up to {max_running} runs at a time; logs are in {logs}", flush=True)
+    with _stopping_at_exit(running):
         while True:
-            todo = study.pending_runs(losses(results))
-            for point in [one for one in todo if one not in running][: jobs - len(running)]:
+            pending = study.pending_runs(losses(results))
+            for point in [point for point in pending if point not in running][: max_running - len(running)]:
                 output = (logs / f"{point.name}.log").open("ab")
-                running[point] = (_start(study, point, output), output)
+                running[point] = (_start_run(study, point, output), output)
             if not running:
                 return
-            point = _next_ended(running)
+            point = _wait_for_any(running)
             process, log = running.pop(point)
             log.close()
             results[point] = read_run_result(study, point, process.returncode, logs / f"{point.name}.log")
             write_results(study, results)
-            _forget_checkpoints(study, results)
+            _delete_checkpoints(study, results)
             done_flops += total_flops(study, [point])
-            left = total_flops(study, study.pending_runs(losses(results)))
-            speed = done_flops / (time.monotonic() - started)
-            _say(results[point], len(results), left / speed)
+            pending_flops = total_flops(study, study.pending_runs(losses(results)))
+            flops_per_second = done_flops / (time.monotonic() - started)
+            _print_progress(results[point], len(results), pending_flops / flops_per_second)
 
 
-def _start(study: Study[P], point: P, log: IO[bytes]) -> subprocess.Popen:
+def _start_run(study: Study[P], point: P, log: IO[bytes]) -> subprocess.Popen:
     command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(study.recipe_path), *study.overrides(point)]
-    # A session of its own: Ctrl-C is for this command, which then lets its runs save.
+    # A new session: Ctrl-C reaches this command only, which then stops its runs with a checkpoint.
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -131,31 +131,32 @@ def _start(study: Study[P], point: P, log: IO[bytes]) -> subprocess.Popen:
     )
 
 
-def _next_ended(running: _Running[P]) -> P:
+def _wait_for_any(running: _Running[P]) -> P:
+    """Return the first run whose process has ended."""
     while True:
         for point, (process, _) in running.items():
             if process.poll() is not None:
                 return point
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
-def _ending(running: _Running[P]) -> Iterator[None]:
-    """However the block ends, let what still runs save and stop. SIGTERM ends the block."""
+def _stopping_at_exit(running: _Running[P]) -> Iterator[None]:
+    """Let running processes save and stop when the block ends, also after an exception. SIGTERM ends the block."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(signal_number: int, frame: Any) -> None:
         raise SystemExit(CODE_STOPPED)
 
-    former = signal.signal(signal.SIGTERM, stop)
+    previous_handler = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous_handler)
         if running:
-            print(f"letting {len(running)} runs save and stop", file=sys.stderr, flush=True)
+            print(f"stopping {len(running)} runs after a save", file=sys.stderr, flush=True)
         for process, _ in running.values():
             process.terminate()
-        deadline = time.monotonic() + SECONDS_TO_SAVE
+        deadline = time.monotonic() + SAVE_TIMEOUT_SECONDS
         for process, log in running.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -166,62 +167,62 @@ def _ending(running: _Running[P]) -> Iterator[None]:
 
 
 def read_run_result(study: Study[P], point: P, code: int, log: Path) -> StudyResult[P]:
-    """What a run that ended came to.
+    """Return the result of a run whose process ended with exit code `code`.
 
     Raises:
-        UserError: it failed, and not because its loss was not finite any more.
+        UserError: the run failed and did not diverge.
     """
     config = study.make_config(point)
     folder = run_folder.run_path(config)
     entries = read_metrics(folder)
-    why = divergence(entries, config)
-    if not why and (code or not entries or "loss/held_out" not in entries[-1]):
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise UserError(f"run {point.name} failed with code {code}: {lines[-1][:300]} (all of it is in {log})")
+    diverged = divergence(entries, config)
+    if not diverged and (code or not entries or "loss/held_out" not in entries[-1]):
+        lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
+        raise UserError(f"run {point.name} failed with exit code {code}: {lines[-1][:300]} (see {log})")
     tokens = entries[-1]["consumed_tokens"]
     return StudyResult(
         point=point,
-        diverged=why,
-        loss=None if why else entries[-1]["loss/held_out"],
+        diverged=diverged,
+        loss=None if diverged else entries[-1]["loss/held_out"],
         steps=entries[-1]["step"],
         tokens=tokens,
         flops=tokens * train_flops_per_token(config.model, config.data.sequence_length),
         seconds=sum(entry["time/step_seconds"] for entry in entries),
         svd_entropy=_last_by_group(entries, "optim/svd_entropy/"),
         update_rms=_last_by_group(entries, "optim/update_rms/"),
-        curve=[] if why else _curve(entries),
+        curve=[] if diverged else _curve(entries),
     )
 
 
 def _last_by_group(entries: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    """What the last step that has such keys says, by what follows the prefix; without what is not finite."""
+    """Return the finite values of the last entry that has keys with this prefix, by the rest of the key."""
     for entry in reversed(entries):
-        if found := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}:
-            return {name: value for name, value in found.items() if math.isfinite(value)}
+        if values := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}:
+            return {name: value for name, value in values.items() if math.isfinite(value)}
     return {}
 
 
 def _curve(entries: list[dict[str, Any]]) -> list[list[float]]:
-    """Tokens and the mean training loss up to there, in CURVE_POINTS parts; steps that were skipped are left out."""
+    """Return [tokens, mean training loss since the previous point] in CURVE_POINTS parts, without skipped steps."""
     points, start = [], 0
-    for number in range(1, CURVE_POINTS + 1):
-        stop = number * len(entries) // CURVE_POINTS
-        known = [loss for entry in entries[start:stop] if math.isfinite(loss := entry["loss/train"])]
-        if known:
-            points.append([entries[stop - 1]["consumed_tokens"], sum(known) / len(known)])
+    for index in range(1, CURVE_POINTS + 1):
+        stop = index * len(entries) // CURVE_POINTS
+        finite = [loss for entry in entries[start:stop] if math.isfinite(loss := entry["loss/train"])]
+        if finite:
+            points.append([entries[stop - 1]["consumed_tokens"], sum(finite) / len(finite)])
             start = stop
     return points
 
 
 def divergence(entries: list[dict[str, Any]], config: RunConfig) -> str:
-    """Why a run that ended counts as diverged; empty if it does not, or failed for another reason."""
+    """Return why a finished run counts as diverged; empty if it did not diverge or failed for another reason."""
     if not entries:
         return ""
-    last, most = entries[-1], config.train.max_skipped_steps_in_a_row
-    before = entries[-most - 1]["optim/skipped_steps"] if len(entries) > most else 0
+    last, max_skipped = entries[-1], config.train.max_skipped_steps_in_a_row
+    before = entries[-max_skipped - 1]["optim/skipped_steps"] if len(entries) > max_skipped else 0
     if last["step"] < RunSchedule(config).num_steps:
-        in_a_row = last["optim/skipped_steps"] - before
-        return f"no finite step in {most} up to step {last['step']}" if in_a_row >= most else ""
+        num_skipped = last["optim/skipped_steps"] - before
+        return f"no finite step in {max_skipped} up to step {last['step']}" if num_skipped >= max_skipped else ""
     loss = last.get("loss/held_out", 0.0)
     if not math.isfinite(loss):
         return "the loss is not finite"
@@ -230,15 +231,15 @@ def divergence(entries: list[dict[str, Any]], config: RunConfig) -> str:
     return ""
 
 
-def _forget_checkpoints(study: Study[P], results: dict[P, StudyResult[P]]) -> None:
-    """Of runs whose results are kept, but for those that are still looked at: they are what takes space."""
+def _delete_checkpoints(study: Study[P], results: dict[P, StudyResult[P]]) -> None:
+    """Delete checkpoints and data order of finished runs, to free space, except checkpoints that are still needed."""
     kept = study.runs_to_keep(losses(results))
     for point in results:
         for name in (".order", *["checkpoints"] * (point not in kept)):
             shutil.rmtree(study.folder_path / "points" / point.name / name, ignore_errors=True)
 
 
-def _say(result: StudyResult[P], count: int, seconds_left: float) -> None:
-    said = f"diverged, {result.diverged}" if result.diverged else f"held-out loss {result.loss:.4f}"
+def _print_progress(result: StudyResult[P], num_done: int, seconds_left: float) -> None:
+    outcome = f"diverged, {result.diverged}" if result.diverged else f"held-out loss {result.loss:.4f}"
     left = f"at least {seconds_left / 60:.0f} min left" if seconds_left else "none left"
-    print(f"{result.point.name}: {said} ({result.seconds:.0f} s of steps); {count} runs done, {left}", flush=True)
+    print(f"{result.point.name}: {outcome} ({result.seconds:.0f} s of steps); {num_done} runs done, {left}", flush=True)

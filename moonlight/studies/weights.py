@@ -1,4 +1,4 @@
-"""RMS of the weights that a run ended with, by kind of matrix, as the paper's tables have it."""
+"""RMS of a run's final weights by kind of matrix, as in the paper's tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,19 +9,19 @@ from moonlight.studies.results import StudyResult
 
 WEIGHTS_FILE = "weight_rms.json"
 KINDS = ("attention query", "attention key-value", "attention output", "MLP", "router")
-"""MLP: dense ones, shared and routed experts."""
+"""MLP covers dense layers, shared experts and routed experts."""
 
 
 def matrix_kind(name: str) -> str:
-    """Which of KINDS a matrix is, by its Hugging Face name."""
-    where, what = name.split(".")[-3:-1]
-    if where == "self_attn":
-        return "attention " + {"q": "query", "k": "key-value", "o": "output"}[what[0]]
-    return "router" if (where, what) == ("mlp", "gate") else "MLP"
+    """Return the entry of KINDS for a matrix with this Hugging Face name."""
+    block, module = name.split(".")[-3:-1]
+    if block == "self_attn":
+        return "attention " + {"q": "query", "k": "key-value", "o": "output"}[module[0]]
+    return "router" if (block, module) == ("mlp", "gate") else "MLP"
 
 
 def compute_weight_rms(run_folder: Path) -> dict[str, float]:
-    """RMS over all elements of each kind, from the run's newest checkpoint."""
+    """Return the RMS over all elements of each kind, from the run's newest checkpoint."""
     squares: dict[str, float] = {}
     counts: dict[str, int] = {}
     for name, matrix in iter_matrices(run_folder):
@@ -32,6 +32,6 @@ def compute_weight_rms(run_folder: Path) -> dict[str, float]:
 
 
 def measure_weight_rms(ablation: Ablation, results: Mapping[AblationRun, StudyResult[AblationRun]]) -> Measured:
-    """Of the runs that have not diverged."""
-    ended = [trial for trial, result in results.items() if not result.diverged]
-    return measure(ablation, ended, WEIGHTS_FILE, compute_weight_rms)
+    """Return the RMS by run and kind of matrix, for the runs that did not diverge."""
+    finite = [trial for trial, result in results.items() if not result.diverged]
+    return measure(ablation, finite, WEIGHTS_FILE, compute_weight_rms)

@@ -56,7 +56,7 @@ def make_micro_batches(samples: Sequence[Sample], config: RunConfig, eos_id: int
         batch = samples[start : start + size]
         tokens, labels, loss_mask = (tensor.to(device) for tensor in collate(batch))
         document_ids = None
-        if packed := [sample.documents for sample in batch if isinstance(sample, PackedSample)]:
+        if packed := [sample.document_ids for sample in batch if isinstance(sample, PackedSample)]:
             document_ids = torch.from_numpy(np.stack(packed)).to(device)
         elif needs_documents:
             document_ids = compute_document_ids(tokens, eos_id)

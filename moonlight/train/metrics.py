@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the terminal, the loss curve."""
+"""Outputs of a run: metrics.jsonl, TensorBoard, the progress line, the summary table and the loss curve."""
 
 import json
 import math
@@ -19,28 +19,32 @@ from moonlight.files import atomic_write_text, write_figure
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 UNREPEATABLE = ("speed/", "time/", "memory/")
-"""Prefixes of keys that differ between two runs of the same recipe; all others repeat bit for bit."""
+"""Prefixes of keys that differ between two runs of the same recipe; all other keys repeat bit-identically."""
 
 SECONDS_BETWEEN_LINES = 10.0
+"""Interval of the plain progress lines."""
 SMOOTHING = 0.1
-"""Weight of the newest step in the speed that the terminal shows."""
+"""Weight of the newest step in the speed that the progress line shows."""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl, without their lists by layer and expert, which may be large.
+    """Return the objects in a run's metrics.jsonl, without their lists by layer and expert, which may be large.
 
-    A last line cut off by a crash is left out, and null is NaN.
+    A last line that a crash truncated is skipped, and null becomes NaN. Without the file, the result is empty.
+
+    Raises:
+        UserError: a line is not JSON.
     """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
     return [
         {key: math.nan if value is None else value for key, value in entry.items() if not isinstance(value, list)}
-        for _, entry in _whole_lines(path)
+        for _, entry in _complete_lines(path)
     ]
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
@@ -48,67 +52,67 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             try:
                 entry = json.loads(line)
             except ValueError:
-                raise UserError(f"{path} is damaged: line {number} is not JSON; remove that line") from None
+                raise UserError(f"{path} is corrupt: line {number} is not JSON; remove that line") from None
             yield line, entry
 
 
 def to_line(entry: dict[str, Any]) -> bytes:
-    """One line of metrics.jsonl. What is not finite is null there, because JSON has no word for it."""
+    """Return one line of metrics.jsonl. Values that are not finite become null, because JSON cannot represent them."""
 
-    def finite(value: Any) -> Any:
+    def to_finite(value: Any) -> Any:
         if isinstance(value, list):
-            return [finite(one) for one in value]
+            return [to_finite(element) for element in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    clean = {key: finite(value) for key, value in entry.items()}
+    clean = {key: to_finite(value) for key, value in entry.items()}
     return json.dumps(clean, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """What of a step's object is a curve: its numbers, without lists and text."""
+    """Return the scalar metrics of a step's object, without lists, text and the step itself."""
     return {key: value for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
 class MetricsWriter:
-    """Writes one JSON object a step, and the same values to TensorBoard. Only the first rank makes one."""
+    """Write one JSON object a step, and the same scalars to TensorBoard. Only rank 0 creates one."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Go on after `step`: what a killed run wrote beyond it is dropped, because those steps are done again."""
+        """Continue after `step`: delete the later steps that a killed run wrote, because they run again."""
         self._path = folder / METRICS_FILE
-        lines = _whole_lines(self._path) if self._path.exists() else iter(())
+        lines = _complete_lines(self._path) if self._path.exists() else iter(())
         kept = b"".join(line for line, entry in lines if entry["step"] <= step)
         atomic_write_text(self._path, kept.decode())
         self._file = self._path.open("ab", buffering=0)
-        self._left = b""
-        """What the disk did not take yet."""
+        self._unwritten = b""
+        """Bytes that the disk has not accepted yet."""
         self._board = self._open_board(step + 1)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one step's object.
 
         Raises:
-            OSError: not all could be written; what is left is written by the next call that can. TensorBoard lacks it.
+            OSError: not everything was written. A later call writes the rest, except to TensorBoard.
         """
-        self._left += to_line(entry)
-        self._write_left()
+        self._unwritten += to_line(entry)
+        self._write_pending()
         try:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars(entry).items()]
             self._board.file_writer.add_summary(Summary(value=values), entry["step"])
-        except OSError:  # its thread has ended
+        except OSError:  # the writer's thread has ended
             self._board = self._open_board(entry["step"] + 1)
             raise
 
     def sync(self) -> None:
-        """Flush to the disk; called before a checkpoint that makes these steps final. Raises OSError as `write`."""
-        self._write_left()
+        """Flush to disk, before a checkpoint that makes these steps final. Raises OSError, as `write` does."""
+        self._write_pending()
         with attach_path(self._path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         try:
-            self._write_left()
+            self._write_pending()
             self._board.close()
         finally:
             self._file.close()
@@ -118,19 +122,19 @@ class MetricsWriter:
 
         return SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=step)
 
-    def _write_left(self) -> None:
+    def _write_pending(self) -> None:
         with attach_path(self._path):
-            while self._left:
-                self._left = self._left[self._file.write(self._left) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 class ProgressLine:
-    """One line on a terminal that follows the run; elsewhere a plain line every few seconds."""
+    """A live progress line on a terminal; a plain line every few seconds otherwise."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._console = Console(stderr=True)
         self._total = total_steps
-        self._said = 0.0
+        self._printed_at = 0.0
         self._speed = 0.0
         self._progress: Progress | None = None
         if self._console.is_terminal:
@@ -153,8 +157,8 @@ class ProgressLine:
         text = f"loss {entry['loss/train']:.4f}  {self._speed:,.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=entry["step"], description=text)
-        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES or entry["step"] == self._total:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed_at > SECONDS_BETWEEN_LINES or entry["step"] == self._total:
+            self._printed_at = time.monotonic()
             self._console.print(
                 f"step {entry['step']}/{self._total}  {text}  {seconds_left:.0f} s left",
                 highlight=False,
@@ -162,7 +166,7 @@ class ProgressLine:
             )
 
     def note(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
         (self._progress.console if self._progress else self._console).print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -171,7 +175,7 @@ class ProgressLine:
 
 
 def summary_table(rows: dict[str, str]) -> Table:
-    """The table at the end of a run."""
+    """Return the summary table at the end of a run."""
     table = Table(show_header=False, title="Summary", title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
@@ -179,15 +183,15 @@ def summary_table(rows: dict[str, str]) -> Table:
 
 
 def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss, learning rate and batch over tokens, as the picture `path`."""
+    """Plot training and validation loss, learning rate and batch size over tokens, to the PNG file `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     def over_tokens(axes: Any, key: str, **style: Any) -> None:
-        those = [entry for entry in entries if key in entry]
-        axes.plot([entry["consumed_tokens"] / 1e6 for entry in those], [entry[key] for entry in those], **style)
+        points = [entry for entry in entries if key in entry]
+        axes.plot([entry["consumed_tokens"] / 1e6 for entry in points], [entry[key] for entry in points], **style)
 
     figure, (loss, rate) = pyplot.subplots(
         2, 1, figsize=(8, 6), dpi=120, sharex=True, height_ratios=(3, 1), layout="constrained"
@@ -206,8 +210,8 @@ def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -
         if (stage := entry.get("stage")) != before.get("stage"):
             for axes in (loss, rate):
                 axes.axvline(before["consumed_tokens"] / 1e6, color="black", linewidth=0.8, linestyle=":")
-            place = (before["consumed_tokens"] / 1e6, 1)
-            loss.annotate(f" {stage}", place, xycoords=("data", "axes fraction"), va="top", fontsize=8)
+            position = (before["consumed_tokens"] / 1e6, 1)
+            loss.annotate(f" {stage}", position, xycoords=("data", "axes fraction"), va="top", fontsize=8)
     loss.set_ylabel("loss (nats per token)")
     loss.set_title(title)
     loss.legend(loc="lower left")

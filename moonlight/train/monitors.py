@@ -1,4 +1,4 @@
-"""What is watched beside the loss, brought together from all ranks: norms by group, logits and expert load by layer."""
+"""Monitored values, reduced over all ranks: norms by group, attention logits and expert load by layer, memory."""
 
 import math
 import resource
@@ -22,25 +22,29 @@ from moonlight.placement.param_groups import MONITOR_GROUPS
 
 @dataclass(frozen=True)
 class MonitorValues:
-    """What only steps of `monitor.every_steps` look at."""
+    """Values that are only collected in steps of `monitor.every_steps`."""
 
     loads: tuple[tuple[float, ...], ...]
-    """Of each expert of each layer with experts, in units of the even share."""
+    """Load of each expert of each layer with experts, relative to an even load (1.0)."""
     weight_rms: dict[str, float]
-    """By group, after the update."""
+    """RMS of the weights after the update, by group."""
     peak_memory_bytes: int
-    """The largest of all ranks."""
+    """Peak memory of the rank that used most."""
     svd_entropies: dict[str, float] = field(default_factory=dict)
-    """By group of matrices, in steps of `monitor.svd_entropy_every_steps`."""
+    """SVD entropy by group of matrices, only in steps of `monitor.svd_entropy_every_steps`."""
 
 
 def is_due(step: int, every_steps: int) -> bool:
-    """Whether something watched every so many steps is watched in this one; the first step always is. 0: never."""
+    """Return True in step 1 and in multiples of `every_steps`; always False if that is 0."""
     return every_steps > 0 and (step == 1 or step % every_steps == 0)
 
 
 def root_mean_squares(sums: torch.Tensor) -> dict[str, float]:
-    """By group, of `sums` [groups, 2]: this rank's sum of squares and count. Every rank of the world calls it."""
+    """Return the root mean square of each monitor group that has elements. Collective over all ranks.
+
+    Args:
+        sums: this rank's sum of squares and count of each group, [groups, 2]; overwritten with the sums of all ranks.
+    """
     dist.all_reduce(sums)
     return {
         name: math.sqrt(square / count)
@@ -52,14 +56,14 @@ def root_mean_squares(sums: torch.Tensor) -> dict[str, float]:
 def logits_by_layer(
     maxima: torch.Tensor, attentions: Sequence[CausalAttention], model_config: ModelConfig, group: dist.ProcessGroup
 ) -> tuple[float, ...]:
-    """Largest attention logit of every layer of the model.
+    """Return the largest attention logit of every layer of the model. Collective over `group`.
 
     Args:
-        maxima: of this rank's `attentions`, float32 [layers, heads].
-        group: joins the ranks that together have every layer and head (tensor- and pipeline-parallel).
+        maxima: largest logits of this rank's `attentions`, float32 [layers, heads].
+        group: ranks that together hold every layer and head (tensor- and pipeline-parallel).
     """
     largest = torch.full((model_config.num_hidden_layers,), -math.inf, device=maxima.device)
-    if attentions:  # else the stage has no layer
+    if attentions:  # otherwise the stage has no layer
         largest[[attention.layer_number - 1 for attention in attentions]] = maxima.amax(-1)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return tuple(largest.tolist())
@@ -68,11 +72,11 @@ def logits_by_layer(
 def loads_by_layer(
     counts: torch.Tensor, routers: Sequence[Router], model_config: ModelConfig, group: dist.ProcessGroup
 ) -> tuple[tuple[float, ...], ...]:
-    """Load of every expert of every layer that has some, in units of the even share.
+    """Return the load of every expert of every layer with experts, relative to an even load. Collective over `group`.
 
     Args:
         counts: tokens sent to each expert of this rank's `routers`, over all data, float32 [layers, experts].
-        group: joins the ranks that together have every layer (pipeline-parallel).
+        group: ranks that together hold every layer (pipeline-parallel).
     """
     first = model_config.first_k_dense_replace
     loads = torch.zeros(
@@ -92,7 +96,7 @@ def collect_monitors(
     counts: torch.Tensor,
     pipeline_group: dist.ProcessGroup,
 ) -> MonitorValues:
-    """What a watched step looks at; `routers` and `counts` as in `loads_by_layer`. Every rank calls it."""
+    """Collect the values of a monitored step; `routers` and `counts` as in `loads_by_layer`. Collective."""
     entropies = {}
     if is_due(step, config.monitor.svd_entropy_every_steps):
         optimizer.data_parallel.finish_param_sync()
@@ -106,12 +110,12 @@ def collect_monitors(
 
 
 def peak_memory_bytes() -> int:
-    """The most that any rank has used so far: of its GPU, or without one of the machine's memory."""
+    """Return the largest peak memory of any rank in bytes: GPU memory, or host memory without CUDA. Collective."""
     if torch.cuda.is_available():
-        here = torch.cuda.max_memory_allocated()
+        local_peak = torch.cuda.max_memory_allocated()
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    most = torch.tensor(here, dtype=torch.int64, device=torch.cuda.current_device())
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most.item())
+        local_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.tensor(local_peak, dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak.item())

@@ -1,4 +1,4 @@
-"""The folder of a run: what it may be used for, the checks before a run starts, the summary after it."""
+"""The folder of a run: paths, the checks before a run starts, and the summary after it."""
 
 import contextlib
 import dataclasses
@@ -58,41 +58,40 @@ MUTABLE_SETTINGS = frozenset(
         "train.stop_at_step",
     }
 )
-"""Settings, or whole sections, that a run may be continued with at other values than it was started with."""
+"""Settings and sections that may change when a run is resumed."""
 
 
 def run_path(config: RunConfig) -> Path:
-    """Where everything of the run lies."""
+    """Return the folder of the run."""
     return Path(config.runs_folder) / config.name
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Where this host keeps the orders of the run's epochs."""
+    """Return the folder in which this host caches the epoch orders of the run."""
     return Path(config.data.cache_folder) / config.name if config.data.cache_folder else run_path(config) / ".order"
 
 
 def check_data(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The manifest of each source, after checking that data, tokenizer and model belong together.
+    """Return the manifest of each source by name, after checking that data, tokenizer and model match.
 
     Raises:
-        UserError: something is missing, the three do not match, or the run asks for more epochs than are allowed.
+        UserError: a file is missing, the three do not match, or the run needs more epochs than a source allows.
     """
-    found = {name: load_manifest(Path(source.path)) for name, source in config.data.mixture.items()}
+    manifests = {name: load_manifest(Path(source.path)) for name, source in config.data.mixture.items()}
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     for name, source in config.data.mixture.items():
-        _check_source(config, source.path, found[name], tokenizer)
+        _check_source(config, source.path, manifests[name], tokenizer)
     if tokenizer.num_text_ids > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size is {config.model.vocab_size}: the tokenizer {config.data.tokenizer} can give text "
-            "any of "
-            f"{tokenizer.num_text_ids} ids, which need at least as many rows"
+            f"model.vocab_size is {config.model.vocab_size}: the tokenizer {config.data.tokenizer} can give text any "
+            f"of {tokenizer.num_text_ids} ids, which need at least as many rows"
         )
-    _check_epochs(config, found)
-    return found
+    _check_epochs(config, manifests)
+    return manifests
 
 
 def _check_source(config: RunConfig, folder: str, manifest: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raise UserError unless one data folder can be used."""
+    """Raise UserError unless one data folder fits the config."""
     if is_chat(manifest) != config.data.conversations:
         kind, command = ("conversations", "sft") if is_chat(manifest) else ("text", "pretrain")
         raise UserError(
@@ -100,7 +99,7 @@ def _check_source(config: RunConfig, folder: str, manifest: dict[str, Any], toke
             f"for `moonlight {command}`"
         )
     check_tokenizer(Path(folder), manifest, tokenizer)
-    # Special ids past the rows do no harm where they do not occur: some tokenizers reserve more than a model has rows.
+    # Special ids beyond the rows are harmless if they do not occur: some tokenizers reserve more ids than a model has.
     largest = max(split["largest_id"] for split in manifest["splits"].values())
     if largest >= config.model.vocab_size:
         raise UserError(
@@ -108,7 +107,7 @@ def _check_source(config: RunConfig, folder: str, manifest: dict[str, Any], toke
             f"at least {largest + 1} rows"
         )
     if "validation" not in manifest["splits"]:
-        raise UserError(f"data {folder} has no held-out documents: prepare it with a validation share above 0")
+        raise UserError(f"data {folder} has no held-out documents: prepare it with --validation-share above 0")
     length = config.data.sequence_length
     if config.data.conversations and manifest["chat"]["sequence_length"] != length:
         raise UserError(
@@ -124,9 +123,9 @@ def _check_source(config: RunConfig, folder: str, manifest: dict[str, Any], toke
 
 
 def _check_epochs(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> None:
-    """Raise UserError if the run would see the documents of a source more often than is allowed."""
-    timeline = RunSchedule(config)
-    counts = build_mixture(config).counts(timeline.first_sequence + timeline.num_sequences)
+    """Raise UserError if the run would repeat a source more often than its `max_epochs`."""
+    run_schedule = RunSchedule(config)
+    counts = build_mixture(config).counts(run_schedule.first_sequence + run_schedule.num_sequences)
     for name, source in config.data.mixture.items():
         epochs = counts[name] / samples_in_an_epoch(manifests[name], config.data.sequence_length)
         if 0 < source.max_epochs < epochs:
@@ -137,16 +136,16 @@ def _check_epochs(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) ->
 
 
 def samples_in_an_epoch(manifest: dict[str, Any], sequence_length: int) -> int:
-    """Sequences in which all training documents of a data folder are seen once."""
+    """Return the number of sequences in one epoch of a data folder."""
     split = manifest["splits"]["train"]
     return split["windows"] if is_chat(manifest) else samples_per_epoch(split["tokens"], sequence_length)
 
 
 def resolve_train_steps(config: RunConfig) -> RunConfig:
-    """The run with train.train_steps where it has train.epochs, after looking at its data.
+    """Return the config with train.train_steps computed from train.epochs and the data; unchanged if epochs is 0.
 
     Raises:
-        UserError: there is no such data, or it has another number of steps than the run says.
+        UserError: the data does not exist, train.train_steps contradicts train.epochs, or the warmup is longer.
     """
     train_config = config.train
     if train_config.epochs == 0:
@@ -157,34 +156,31 @@ def resolve_train_steps(config: RunConfig) -> RunConfig:
     if train_config.train_steps not in (0, steps):
         raise UserError(
             f"train.train_steps is {train_config.train_steps}: train.epochs {train_config.epochs:g} are {steps} "
-            "steps of "
-            f"{config.data.path}; set one of them to 0"
+            f"steps of {config.data.path}; set one of them to 0"
         )
     if config.schedule and steps < config.schedule.warmup_steps:
         raise UserError(
             f"train.epochs {train_config.epochs:g} are {steps} steps of {config.data.path}, fewer than "
-            "schedule.warmup_steps "
-            f"({config.schedule.warmup_steps}): raise the one or lower the other"
+            f"schedule.warmup_steps ({config.schedule.warmup_steps}): raise the one or lower the other"
         )
     return dataclasses.replace(config, train=dataclasses.replace(train_config, train_steps=steps))
 
 
 def check_initial_checkpoint(config: RunConfig) -> Path | None:
-    """Check that the run, if it is a new one, can start from the weights that it names; its files are not read.
+    """Check that a new run can start from `train.initial_checkpoint`, without reading the checkpoint's tensors.
 
     Returns:
-        The checkpoint to start from; None if there is none, or the run has been started before.
+        The checkpoint to start from; None if the recipe names none, or the run already has a checkpoint.
 
     Raises:
-        UserError: there are none, they are of another model, or were trained with another tokenizer than the data was
-            made with.
+        UserError: the checkpoint does not exist, was saved from a different model, or was trained with a tokenizer
+            other than that of the data.
     """
     train_config = config.train
     if train_config.only_stage not in ("", *list(config.stages)[:1]) and not train_config.initial_checkpoint:
         raise UserError(
-            f"train.only_stage is {train_config.only_stage!r}, which is not the first stage: give the weights to "
-            "begin with "
-            "as train.initial_checkpoint"
+            f"train.only_stage is {train_config.only_stage!r}, which is not the first stage: set "
+            "train.initial_checkpoint to the weights to start from"
         )
     if not train_config.initial_checkpoint or complete_checkpoints(run_path(config)):
         return None
@@ -194,37 +190,37 @@ def check_initial_checkpoint(config: RunConfig) -> Path | None:
         raise UserError(f"train.initial_checkpoint: {error}") from None
     content = read_state(folder, check_files=False)
     check_model(folder, content, config)
-    known, own = content["tokenizer_sha256"], Tokenizer.load(Path(config.data.tokenizer)).sha256
-    if known and known != own:
+    stored, current = content["tokenizer_sha256"], Tokenizer.load(Path(config.data.tokenizer)).sha256
+    if stored and stored != current:
         raise UserError(
-            f"train.initial_checkpoint {folder} was trained with the tokenizer of checksum {known[:12]}, "
-            f"data.tokenizer {config.data.tokenizer} has {own[:12]}: prepare the data with the tokenizer of the "
+            f"train.initial_checkpoint {folder} was trained with the tokenizer of checksum {stored[:12]}, "
+            f"data.tokenizer {config.data.tokenizer} has {current[:12]}: prepare the data with the tokenizer of the "
             "checkpoint"
         )
     return folder
 
 
 def check_resumable(folder: Path, config: RunConfig, *, force: bool = False) -> list[str]:
-    """Check that `folder` is new, or holds the run that `run` would continue; nothing is written.
+    """Check that `folder` is new, or holds a run that `config` can resume; write nothing.
 
     Args:
-        force: accept a run of other settings.
+        force: accept a run whose settings differ.
 
     Returns:
-        What differs from the settings of the run in the folder, beyond what is free to change.
+        The settings that differ from those of the run in the folder, except `MUTABLE_SETTINGS`, as text.
 
     Raises:
-        UserError: the folder holds a run of other settings, or something that is no run.
+        UserError: the folder holds a run with other settings, or other files.
     """
     config_path = folder / CONFIG_FILE
     if config_path.exists():
         try:
-            there = load_recipe(config_path)
+            stored = load_recipe(config_path)
         except UserError as error:
             raise UserError(
-                f"{folder} cannot be continued, its {CONFIG_FILE} is damaged: {error}; choose another name"
+                f"{folder} cannot be resumed, its {CONFIG_FILE} is corrupt: {error}; choose another name"
             ) from None
-        before, now = flatten(dataclasses.asdict(there)), flatten(dataclasses.asdict(config))
+        before, now = flatten(dataclasses.asdict(stored)), flatten(dataclasses.asdict(config))
         changed = [
             f"{key} ({before.get(key)!r} there, {now.get(key)!r} now)"
             for key in before | now
@@ -233,23 +229,23 @@ def check_resumable(folder: Path, config: RunConfig, *, force: bool = False) -> 
         if changed and not force:
             raise UserError(
                 f"{folder} holds a run with other settings: {'; '.join(changed)}; give this one another name with "
-                "name=..., go on with the new settings by --force, or remove that folder"
+                "name=..., resume with the new settings by --force, or remove that folder"
             )
         _, newest = read_latest(folder / "checkpoints")
         if changed and newest is not None:
-            with contextlib.suppress(CorruptCheckpointError):  # training will say so, and go on from another
+            with contextlib.suppress(CorruptCheckpointError):  # training warns and resumes from another one
                 content = read_state(newest, check_files=False)
                 check_model(newest, content, config)
                 check_optimizer(newest, content, config)
         return changed
     elif folder.is_dir():
-        # Tokenizer and data may have been made inside the folder before the run.
+        # Tokenizer and data of the run may be inside the folder.
         data = [source.path for source in config.data.mixture.values()]
-        own = [Path(place).resolve() for place in (*data, config.data.tokenizer)]
+        inputs = [Path(path).resolve() for path in (*data, config.data.tokenizer)]
         for entry in sorted(folder.iterdir()):
-            if not entry.name.startswith(".") and not any(place.is_relative_to(entry.resolve()) for place in own):
+            if not entry.name.startswith(".") and not any(path.is_relative_to(entry.resolve()) for path in inputs):
                 raise UserError(
-                    f"{folder} exists with something else in it ({entry.name}) and no {CONFIG_FILE}: "
+                    f"{folder} already exists with different content ({entry.name}) and no {CONFIG_FILE}: "
                     "give this one another name with name=..., or remove it"
                 )
     elif folder.exists():
@@ -258,32 +254,32 @@ def check_resumable(folder: Path, config: RunConfig, *, force: bool = False) -> 
 
 
 def write_config(folder: Path, config: RunConfig, *, force: bool = False) -> list[str]:
-    """Write the resolved recipe into the folder, after `check_folder`, and return what that returned."""
+    """Write the resolved recipe into the folder, after `check_resumable`; return the changes that it returns."""
     changed = check_resumable(folder, config, force=force)
     atomic_write_text(folder / CONFIG_FILE, to_yaml(config))
     return changed
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one mapping, by dotted names."""
-    found: dict[str, Any] = {}
+    """Return nested settings as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run's newest checkpoint is its last and its summary was made; cheap, and imports no torch."""
+    """Return True if the newest checkpoint is after the last step and the loss curve exists. Imports no torch."""
     _, newest = read_latest(run_path(config) / "checkpoints")
     if newest is None or not (run_path(config) / CURVE_FILE).exists():
         return False
     try:
         return read_state(newest, check_files=False)["state"]["step"] >= RunSchedule(config).num_steps
     except CorruptCheckpointError:
-        return False  # training will say so, and go on from another
+        return False  # training warns and resumes from another one
 
 
 def summarize(folder: Path, config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> None:
@@ -296,20 +292,20 @@ def summarize(folder: Path, config: RunConfig, manifests: Mapping[str, dict[str,
         "tokens": f"{entries[-1]['consumed_tokens']:,}",
         "training loss": f"{entries[-1]['loss/train']:.4f} nats per token",
     }
-    several = list(manifests) if len(manifests) > 1 else []
-    for name in several:
+    sources = list(manifests) if len(manifests) > 1 else []
+    for name in sources:
         rows[f"tokens of {name}"] = f"{entries[-1][f'data/tokens/{name}']:,}"
     if validated := [entry for entry in entries if "loss/validation" in entry]:
-        which = (
+        subset = (
             f", first {config.train.validation_sequences} held-out sequences"
             if config.train.validation_sequences
             else ""
         )
-        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{which}"
-        for name in several:
+        rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{subset}"
+        for name in sources:
             rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
     if config.data.conversations and "loss/held_out" in entries[-1]:
-        rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per token that the assistant says"
+        rows["held-out loss"] = f"{entries[-1]['loss/held_out']:.4f} nats per assistant token"
     if "bits_per_byte/held_out" in entries[-1]:
         split = held_out_counts(manifests.values())
         rows["held-out text"] = f"{split['bytes']:,} bytes in {split['documents']} documents, every byte predicted"

@@ -1,6 +1,6 @@
-"""Saves on demand: SIGTERM saves and stops, SIGUSR1 saves and goes on, and so does a clock.
+"""Save on demand: SIGTERM saves and stops; SIGUSR1 and a timer save and continue.
 
-A signal may reach any of the processes, so all agree on it after every step, by one small all-reduce.
+A signal may reach any one of the processes. So all ranks agree on it after every step, with one small all-reduce.
 """
 
 import os
@@ -24,30 +24,30 @@ HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What the world was asked for during a step. Equal on every rank."""
+    """Stop and save requests from all ranks in one step. Equal on every rank."""
 
     stop: bool
     save_requested: bool
-    """SIGUSR1 came."""
+    """A rank received SIGUSR1."""
     timer_expired: bool
     """`save_every_minutes` have passed since the last save."""
 
     @property
     def reason(self) -> str:
-        """Of the save; empty when nothing was asked for."""
+        """Reason for the save; empty if none was requested."""
         return "SIGTERM" if self.stop else "SIGUSR1" if self.save_requested else "clock" if self.timer_expired else ""
 
 
 class SignalHandler:
-    """Takes the signals while it is entered, which only the main thread may do.
+    """Context manager that handles the signals; only the main thread may enter it.
 
-    A thread hears of them, so that the grace time runs while the main thread waits in a collective.
+    A separate thread reads the signals, so that the grace period also runs while the main thread waits in a collective.
     """
 
     def __init__(self, train_config: TrainConfig) -> None:
         self._grace_seconds, self._minutes = train_config.grace_seconds, train_config.save_every_minutes
         self._stop = False
-        self._saves_asked = self._saves_agreed = 0
+        self._saves_requested = self._saves_agreed = 0
         self._saved_at = time.monotonic()
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
 
@@ -55,18 +55,18 @@ class SignalHandler:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._former_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # The handler has nothing to do: with one, the interpreter writes the number of the signal into the pipe.
+        # The handler does nothing, but with a handler the interpreter writes the signal number to the pipe.
         self._former_handlers = {number: signal.signal(number, lambda *_: None) for number in HANDLED}
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_descriptor)
-        os.write(self._writer, b"\0")  # no signal has this number
+        os.write(self._writer, b"\0")  # ends the thread: no signal has this number
         self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
@@ -74,9 +74,9 @@ class SignalHandler:
     def _listen(self) -> None:
         deadline = None
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._reader], [], [], left)[0]:
-                self._leave()
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._reader], [], [], remaining)[0]:
+                self._exit_without_save()
             for number in os.read(self._reader, 256):
                 if number == 0:
                     return
@@ -84,27 +84,27 @@ class SignalHandler:
                     self._stop = True
                     deadline = deadline or time.monotonic() + self._grace_seconds
                 elif number == signal.SIGUSR1:
-                    self._saves_asked += 1
+                    self._saves_requested += 1
 
-    def _leave(self) -> None:
+    def _exit_without_save(self) -> None:
         print(
             f"error: rank {dist.get_rank()} could not save within train.grace_seconds ({self._grace_seconds}) after "
-            "SIGTERM, and ends; the last checkpoint stands",
+            "SIGTERM, exiting; the last checkpoint is valid",
             file=sys.stderr,
             flush=True,
         )
         os._exit(CODE_KILLED)
 
     def reset_timer(self) -> None:
-        """A checkpoint was written, for whatever reason: the clock begins again."""
+        """Restart the timer of `save_every_minutes`; called after every save, whatever its reason."""
         self._saved_at = time.monotonic()
 
     def poll_all_ranks(self) -> SaveRequest:
-        """What any rank was asked for since the last call; all ranks must call it."""
-        asked = self._saves_asked
+        """Return the requests that any rank received since the last call. Collective."""
+        num_requested = self._saves_requested
         is_due = 0 < self._minutes * 60 <= time.monotonic() - self._saved_at
-        flags = [self._stop, asked > self._saves_agreed, is_due]
-        self._saves_agreed = asked
+        flags = [self._stop, num_requested > self._saves_agreed, is_due]
+        self._saves_agreed = num_requested
         agreed = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         stop, save, is_due = (bool(flag) for flag in agreed.tolist())

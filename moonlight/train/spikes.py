@@ -1,4 +1,4 @@
-"""Loss spikes: how far a step's loss stands above the losses before it, and how far back a run goes because of one."""
+"""Loss spikes: score a step's loss against the losses before it, and roll the run back to a checkpoint."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ from moonlight.errors import UserError
 from moonlight.optim.distributed_muon import DistributedMuon
 
 FLOOR = 0.01
-"""Nats. Added to the spread, so that a loss which hardly moves does not make every ripple a spike."""
+"""Added to the spread, in nats, so that small changes of a nearly constant loss are not spikes."""
 MAD_TO_SIGMA = 1.4826
-"""Times the median absolute deviation, the standard deviation of normally distributed values."""
+"""The standard deviation of normally distributed values is 1.4826 times their median absolute deviation."""
 
 
 def _center_and_spread(recent: Sequence[float], window: int) -> tuple[float, float] | None:
-    """Of the last `window` losses; None until there are so many."""
+    """Return center and spread of the last `window` losses; None if there are fewer."""
     if len(recent) < window:
         return None
     last = recent[-window:]
@@ -31,42 +31,42 @@ def _center_and_spread(recent: Sequence[float], window: int) -> tuple[float, flo
 
 
 def spike_score(loss: float, recent: Sequence[float], window: int) -> float | None:
-    """Robust standard score of `loss` among the last `window` losses: (loss - median) / (1.4826 MAD + 0.01).
+    """Return the robust standard score of `loss` over the last `window` losses: (loss - median) / (1.4826 MAD + 0.01).
 
-    None until there are so many, and for a loss that is not finite.
+    The score is None while there are fewer losses, and if `loss` is not finite.
     """
-    found = _center_and_spread(recent, window)
-    return (loss - found[0]) / found[1] if found and math.isfinite(loss) else None
+    statistic = _center_and_spread(recent, window)
+    return (loss - statistic[0]) / statistic[1] if statistic and math.isfinite(loss) else None
 
 
 def spike_limit(recent: Sequence[float], train_config: TrainConfig) -> float:
-    """The loss above which a step is a spike; infinite until the window is full."""
-    found = _center_and_spread(recent, train_config.spike_window)
-    return found[0] + train_config.spike_threshold * found[1] if found else math.inf
+    """Return the loss above which a step is a spike; infinity until the window is full."""
+    statistic = _center_and_spread(recent, train_config.spike_window)
+    return statistic[0] + train_config.spike_threshold * statistic[1] if statistic else math.inf
 
 
 def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, ...]:
-    """The window after one more loss."""
+    """Return the window of losses after one more loss."""
     return (*recent, loss)[-window:]
 
 
 def roll_back(
     checkpoints: Path,
     config: RunConfig,
-    timeline: RunSchedule,
+    run_schedule: RunSchedule,
     optimizer: DistributedMuon,
     state: TrainState,
     spike: StepSchedule,
 ) -> TrainState | None:
-    """Load the newest sound checkpoint at least `rollback_steps` before a spike, and pass over the data from there on.
+    """Load the newest valid checkpoint at least `rollback_steps` before a spike, and skip the data up to the spike.
 
-    Later checkpoints are removed: their steps will be done again with other data. All ranks must call it.
+    Later checkpoints are deleted, because their steps run again with other data. Collective.
 
     Returns:
-        The state to go on from; None if there is no such checkpoint, and nothing was changed.
+        The state to resume from; None if no such checkpoint exists, and nothing was changed.
 
     Raises:
-        UserError: the run has gone back too often without getting past a spike.
+        UserError: `train.max_rollbacks_in_a_row` rollbacks did not pass the spike.
     """
     folder = newest_valid_up_to(checkpoints, spike.step - config.train.rollback_steps)
     if folder is None:
@@ -74,16 +74,16 @@ def roll_back(
     if state.rollbacks_in_a_row >= config.train.max_rollbacks_in_a_row:
         raise UserError(
             f"{checkpoints.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
-            "rollbacks in a row (train.max_rollbacks_in_a_row), so training stops; see loss/train and "
+            "rollbacks in a row (train.max_rollbacks_in_a_row), training stops; see loss/train and "
             "loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
             "under another name"
         )
     lifecycle.delete_later(folder)
-    back = lifecycle.load_checkpoint(folder, config, optimizer)
-    # By the timeline: a run forced to other batches counted the steps before in another way.
-    first_sequence = timeline.at(back.step + 1).first_sequence
+    loaded = lifecycle.load_checkpoint(folder, config, optimizer)
+    # From the schedule, not the state: with --force, earlier steps may have had another batch size.
+    first_sequence = run_schedule.at(loaded.step + 1).first_sequence
     return dataclasses.replace(
-        back,
+        loaded,
         passed_over_sequences=spike.end + state.passed_over_sequences - first_sequence,
         rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
         last_spike_step=max(spike.step, state.last_spike_step),

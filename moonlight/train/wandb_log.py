@@ -1,4 +1,4 @@
-"""Weights & Biases, for whoever asks for it: a thread hands it the metrics, so that a dead network stops nothing."""
+"""Optional logging to Weights & Biases, from a thread, so that a network failure does not stop training."""
 
 import dataclasses
 import importlib.util
@@ -16,62 +16,62 @@ from moonlight.files import atomic_write_text, make_folder
 
 INIT_TIMEOUT_SECONDS = 30.0
 FINISH_TIMEOUT_SECONDS = 60.0
-"""How long the end of a run waits for what is still on its way."""
+"""How long the end of a run waits for metrics that are still being sent."""
 LEAVE_TIMEOUT_SECONDS = 5.0
-"""The same where a run is stopped, whose grace time is short, or fails."""
+"""The same for a run that fails, or that is stopped and has a short grace period."""
 
 
 def check_installed(config: RunConfig) -> None:
-    """Raise UserError if the recipe asks for Weights & Biases and its package is not there."""
+    """Raise UserError if the recipe sets `monitor.wandb_project` and the package wandb is not installed."""
     if config.monitor.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"monitor.wandb_project is {config.monitor.wandb_project!r}, and the package wandb is not installed: "
-            "pip install wandb, or leave the setting out"
+            f"monitor.wandb_project is {config.monitor.wandb_project!r}, but the package wandb is not installed: "
+            "run pip install wandb, or remove the setting"
         )
 
 
 class WandbLogger:
-    """Sends metrics to one run there. Whatever fails is said once, by `warn`, and nothing is sent from then on."""
+    """Send metrics to one Weights & Biases run. A failure is logged once, with `warn`, and ends the sending."""
 
     def __init__(self, folder: Path, config: RunConfig, warn: Callable[[str], None]) -> None:
-        """`folder` of the run; what is not sent yet lies in its subfolder wandb/."""
+        """Start the thread. `folder` is the folder of the run; unsent metrics are stored in its subfolder wandb/."""
         self._folder, self._config, self._warn = folder, config, warn
         self._entries: queue.SimpleQueue[dict[str, Any] | int] = queue.SimpleQueue()
-        """At the end the exit code."""
+        """Metrics of steps; last, the exit code."""
         self._failure = ""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, scalars: dict[str, Any], step: int) -> None:
-        """Hand over one step's numbers."""
-        self._say_failure("training goes on without it, and its metrics are in metrics.jsonl")
+        """Queue the scalar metrics of one step."""
+        self._warn_failure("training continues without it, and all metrics are in metrics.jsonl")
         if self._thread.is_alive():
             self._entries.put(scalars | {"step": step})
 
     def close(self, *, finished: bool) -> None:
-        """Wait, not for ever, until all is sent; a short time only if the run is stopped or fails."""
+        """Wait until all metrics are sent, at most 90 s, or 5 s if the run was stopped or failed."""
         self._entries.put(0 if finished else 1)
         self._thread.join(INIT_TIMEOUT_SECONDS + FINISH_TIMEOUT_SECONDS if finished else LEAVE_TIMEOUT_SECONDS)
         if self._thread.is_alive():
-            self._failure = "Weights & Biases has not taken everything in time"
-        self._say_failure("all metrics are in metrics.jsonl")
+            self._failure = "Weights & Biases did not receive all metrics in time"
+        self._warn_failure("all metrics are in metrics.jsonl")
 
-    def _say_failure(self, but: str) -> None:
+    def _warn_failure(self, consequence: str) -> None:
         if self._failure:
             text, self._failure = self._failure, ""
-            self._warn(f"{text}; {but}")
+            self._warn(f"{text}; {consequence}")
 
     def _work(self) -> None:
         try:
             import wandb
 
-            # It must not ask for a key: nobody may be there to answer.
+            # Do not prompt for a key: the run may be unattended.
             if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
                 raise ValueError("no API key is configured (WANDB_API_KEY, or wandb login)")
             settings = wandb.Settings(
                 init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS, console="off", silent=True
             )
-            there = wandb.init(
+            wandb_run = wandb.init(
                 project=self._config.monitor.wandb_project,
                 name=self._config.name,
                 id=self._identifier(),
@@ -80,18 +80,18 @@ class WandbLogger:
                 config=dataclasses.asdict(self._config),
                 settings=settings,
             )
-            # After a restart steps come again, which its own counter would refuse.
-            there.define_metric("step", hidden=True)
-            there.define_metric("*", step_metric="step")
+            # After a restart, steps repeat, which the step counter of Weights & Biases would reject.
+            wandb_run.define_metric("step", hidden=True)
+            wandb_run.define_metric("*", step_metric="step")
             while isinstance(entry := self._entries.get(), dict):
-                there.log(entry)
-            there.finish(exit_code=entry)
+                wandb_run.log(entry)
+            wandb_run.finish(exit_code=entry)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._failure = f"Weights & Biases cannot be used: {reason}"
 
     def _identifier(self) -> str:
-        """The same for every start of this run, and of no other."""
+        """Return an identifier that is unique to this run and the same for every start of it."""
         path = self._folder / "wandb" / "identifier"
         if not path.exists():
             make_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, as one does that waits in a collective for a rank which never comes."""
+"""Exit a process that makes no progress, for example one that waits in a collective for a dead rank."""
 
 import faulthandler
 import os
@@ -14,20 +14,23 @@ import torch.distributed as dist
 from moonlight.errors import CODE_HUNG
 
 FIRST_STEP = 2
-"""Until the first step has ended, when data and checkpoint are read and kernels chosen, so many timeouts may pass."""
+"""Timeouts allowed until the first step ends: the run reads data and a checkpoint, and selects kernels."""
 GROUP_TIMEOUT_FACTOR = 3
-"""After so many timeouts the process groups themselves give up, should a watchdog not have ended its process."""
+"""Timeouts after which the process groups themselves time out, in case a watchdog did not exit its process."""
 
 
 class Watchdog:
-    """Watches from a thread while it is entered.
+    """Context manager that runs the watchdog thread.
 
-    Time counts only while this process runs: one that was stopped and continued has not been hanging.
+    Time counts only while this process runs, so a process that was stopped (SIGSTOP) and continued does not time out.
     """
 
     def __init__(self, folder: Path, timeout_seconds: float) -> None:
-        """Args:
-        folder: of the run; stacks go to its folder `stacks`.
+        """Prepare the watchdog; the thread starts on entry.
+
+        Args:
+            folder: folder of the run. Stacks are written to its subfolder `stacks`.
+            timeout_seconds: longest time without progress, in seconds.
         """
         self._rank = dist.get_rank()
         self._path = folder / "stacks" / f"rank-{self._rank:05d}.txt"
@@ -41,17 +44,17 @@ class Watchdog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._ended.set()
         self._thread.join()
 
     def heartbeat(self) -> None:
-        """Something was done that is less than a step."""
+        """Report progress within a step."""
         self._idle = 0.0
 
     def step_done(self, step: int) -> None:
-        """A step has ended."""
+        """Report that a step has ended."""
         self._step, self._allowed, self._idle = step, self._timeout, 0.0
 
     def _watch(self) -> None:
@@ -59,13 +62,13 @@ class Watchdog:
         while not self._ended.wait(tick):
             self._idle += tick
             if self._idle > self._allowed:
-                self._end()
+                self._exit()
 
-    def _end(self) -> None:
+    def _exit(self) -> None:
         line = (
             f"error: rank {self._rank} on {socket.gethostname()} made no progress for {self._allowed:g} s after step "
-            f"{self._step} (train.hang_timeout_seconds={self._timeout:g}): a rank is gone or far too slow; what every "
-            f"thread does stands in {self._path}"
+            f"{self._step} (train.hang_timeout_seconds={self._timeout:g}): a rank died or stalled; the stacks of all "
+            f"threads are in {self._path}"
         )
         print(line, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)

@@ -3,8 +3,9 @@
 #
 #   sbatch pretrain/launch/slurm.sh configs/moonlight_16b_a3b/pretrain.yaml runs_folder=/shared/runs
 #
-# One task a node runs torchrun.sh, whose settings are taken from the environment. Before the time limit the processes
-# save and the job goes back into the queue, as it does when a node dies; it goes on from the newest checkpoint.
+# One task per node runs torchrun.sh, which reads its settings from the environment. Before the time limit, the
+# processes save and the job is requeued. It is also requeued when a node fails. The job resumes from the newest
+# checkpoint.
 #SBATCH --job-name=moonlight
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -18,27 +19,27 @@
 set -euo pipefail
 
 PORT=${PORT:-29500}
-SHORTEST_SECONDS=${SHORTEST_SECONDS:-900}  # a job that failed sooner is not put back into the queue: it would again
+SHORTEST_SECONDS=${SHORTEST_SECONDS:-900}  # a job that failed sooner is not requeued: it would fail again
 
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NODES=$SLURM_JOB_NUM_NODES HEAD=$first_node:$PORT RUN_ID=$SLURM_JOB_ID
 
 time_is_up=no
-# To all processes of all nodes, which save and stop; srun itself would answer SIGTERM by killing them.
+# SIGTERM to all processes of all nodes, which save and stop. If srun got SIGTERM, it would kill them.
 trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 pretrain/launch/torchrun.sh "$@" &
 step=$!
 code=0
 wait "$step" || code=$?
-while kill -0 "$step" 2> /dev/null; do # a trapped signal ends wait, not srun
+while kill -0 "$step" 2> /dev/null; do # a trapped signal interrupts wait, not srun
     code=0
     wait "$step" || code=$?
 done
 
 if [ "$time_is_up" = yes ] || { [ "$code" != 0 ] && ((SECONDS >= SHORTEST_SECONDS)); }; then
-    echo "the run ended with code $code after $SECONDS seconds and goes back into the queue"
+    echo "the run exited with code $code after $SECONDS seconds; requeuing the job"
     scontrol requeue "$SLURM_JOB_ID"
 else
-    echo "the run ended with code $code after $SECONDS seconds"
+    echo "the run exited with code $code after $SECONDS seconds"
     exit "$code"
 fi

@@ -27,7 +27,7 @@ def test_peers_configured_alike_move_the_weights_alike():
 
 
 def test_a_gpu_would_time_optimizers_that_move_the_weights_alike():
-    figures = optimizer_gpu.step_figures(2, "cpu", True, stacks=3, count=4, rows=40, columns=24)
+    figures = optimizer_gpu.step_results(2, "cpu", True, stacks=3, count=4, rows=40, columns=24)
     assert [figure.case.split(", ")[1] for figure in figures] == list(optimizer_gpu.STEP_BARS)
     cublas, *peers = (figure.weights_apart for figure in figures)
     assert cublas == 0  # on a CPU both are one thing
@@ -35,12 +35,12 @@ def test_a_gpu_would_time_optimizers_that_move_the_weights_alike():
 
 
 def test_the_symmetric_product_is_compared_before_its_rate_counts(monkeypatch):
-    figure, *_ = optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0]
+    figure, *_ = optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0]
     assert figure.unit == "TFLOP/s" and not figure.passed  # an interpreter is no GPU
     monkeypatch.setattr(optimizer_gpu, "PRODUCT_BAR", 0)
-    assert optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0][0].passed
+    assert optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0][0].passed
     monkeypatch.setattr("moonlight.kernels.symmetric.symmetric_product", lambda x, y, out, **tiling: out.fill_(1))
-    assert not optimizer_gpu.product_figures(1, "cpu", (1, 40, 24))[0][0].passed
+    assert not optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0][0].passed
 
 
 def test_a_failed_gate_fails_the_figure():
@@ -96,7 +96,7 @@ def test_the_picture_is_made_of_the_newest_files(tmp_path):
     after = image.imread(out)
     assert after.shape != before.shape or (after != before).any()
     (tmp_path / "odd-2026-01-10.json").write_text("[]")
-    with pytest.raises(UserError, match=r"odd-2026-01-10\.json is not what"):
+    with pytest.raises(UserError, match=r"odd-2026-01-10\.json is not a results file"):
         picture.plot_results(tmp_path, out)
 
 
@@ -113,6 +113,7 @@ def test_what_the_picture_shows():
     assert (share.ratio, share.low, share.high, share.bar) == (200.0, 125.0, 250.0, 100.0)
 
 
+@pytest.mark.slow
 def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
     data, tokenizer = startup.make_data(tmp_path, 4096)
     arguments = [f"runs_folder={tmp_path}", f"data.path={data}", f"data.tokenizer={tokenizer}", "train.stop_at_step=1"]
@@ -120,7 +121,7 @@ def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
     entries = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1] and entries[0]["loss/train"] == loss
     assert seconds > entries[0]["time/step_seconds"]
-    with pytest.raises(RuntimeError, match=r"ended with 2.*schedule.lr"):
+    with pytest.raises(RuntimeError, match=r"exit code 2.*schedule.lr"):
         startup._first_step(tmp_path / "two", ["configs/quickstart.yaml", "name=two", *arguments, "schedule.lr=fast"])
 
 
@@ -144,7 +145,7 @@ def test_a_run_imports_nothing_slow_that_it_does_not_need(modules, without):
 def test_both_loaders_read_the_same_documents(tmp_path):
     folder = tmp_path / "web"
     loader._make_source(folder, 40 * loader.LENGTH, 0)
-    assert loader._is_right(folder)
+    assert loader._is_correct(folder)
     peer, samples = loader._open_peer(folder), loader._open(folder)
     assert [tensor.shape for tensor in loader._read_peer(peer, 0, 1)] == [(loader.BATCH, loader.LENGTH)] * 3
     # An epoch of each, but for the last window, has the same tokens in another order.
@@ -192,10 +193,11 @@ def test_monitors_that_change_a_step_would_fail_the_gate(pool):
 
 
 def test_the_cost_of_monitors_follows_from_their_cadence():
-    times = {"step": 1.0, "told": 1e-3, "told watched": 3e-3, "logits": 1e-2, "watched": 2e-2, "entropies": 0.12}
-    figure = monitors._figure("case", {part: [seconds] for part, seconds in times.items()}, True)
+    names = ("step", "metrics", "all metrics", "logits", "monitors", "entropies")
+    times = dict(zip(names, (1.0, 1e-3, 3e-3, 1e-2, 2e-2, 0.12), strict=True))
+    figure = monitors._result("case", {part: [seconds] for part, seconds in times.items()}, True)
     assert figure.ours == pytest.approx(1.0 + 3.2 + 1.0) and figure.ratio == pytest.approx(0.52) and figure.passed
-    assert not monitors._figure("case", {part: [1.0] for part in times}, True).passed
+    assert not monitors._result("case", {part: [1.0] for part in times}, True).passed
 
 
 @pytest.mark.parametrize(

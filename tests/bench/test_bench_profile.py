@@ -35,7 +35,7 @@ def test_products_are_counted_where_they_belong(tmp_path):
     rest = 3 * HIDDEN * (512 + 96) + HIDDEN * 8  # dense layer and shared expert, router
     linear = 3 * 2 * TOKENS * (LAYERS * attention + rest)
     assert parts[profile.LINEAR]["gflop"] == pytest.approx(linear / 1e9, rel=1e-6)
-    assert parts[profile.ELSE]["gflop"] == 0
+    assert parts[profile.OTHER]["gflop"] == 0
     for name in (profile.ATTENTION, profile.EXPERTS, profile.NEWTON_SCHULZ):
         assert parts[name]["gflop"] > 0 and parts[name]["products_ms"] > 0
     assert parts[profile.REST_OF_UPDATE]["other_ms"] > 0 == parts[profile.REST_OF_UPDATE]["products_ms"]

@@ -19,6 +19,7 @@ TINY = Workload(
 OURS = Setting("ours", "bfloat16", processes=2, expert_parallel_size=2, optimizer="muon")
 
 
+@pytest.mark.slow
 def test_both_sides_begin_with_the_same_weights_and_learn(monkeypatch):
     tried = [OURS, replace(OURS, processes=1, expert_parallel_size=1, dtype="float32"), Setting("peer", "bfloat16")]
     monkeypatch.setattr(train_step, "WORKLOADS", {"tiny": TINY})

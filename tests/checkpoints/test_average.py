@@ -25,7 +25,7 @@ def averaged(tiny_run, tmp_path_factory):
 
 
 def weights(checkpoint):
-    rows = hf_mapping.tensor_mappings(checkpoint.model)
+    rows = hf_mapping.tensor_mappings(checkpoint.model_config)
     return {part.name: checkpoint.read_hf_tensor(row, part).numpy() for row in rows for part in row.hf_tensors}
 
 

@@ -35,7 +35,7 @@ def change_index(folder, change):
 def test_a_missing_shard(sharded, import_refused):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    import_refused(sharded, f"{sharded} lacks {shard.name}, which {INDEX} names: download or make the folder again")
+    import_refused(sharded, f"{sharded} lacks {shard.name}, which {INDEX} names: download or export the folder again")
 
 
 def test_an_index_that_names_an_absent_file(sharded, import_refused):
@@ -63,7 +63,7 @@ def test_an_index_that_leaves_a_tensor_out(sharded, import_refused):
 def test_a_tensor_in_two_files(sharded, import_refused):
     first, *_, last = sorted(sharded.glob("*.safetensors"))
     save_file(load_file(last) | {"lm_head.weight": load_file(first)["lm_head.weight"]}, last)
-    import_refused(sharded, f"lm_head.weight is in {first} and again in {last}: it must be in one")
+    import_refused(sharded, f"lm_head.weight is in {first} and in {last}: it must be in one file")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_tensor_in_two_files(sharded, import_refused):
 )
 def test_an_index_that_leads_elsewhere(sharded, import_refused, name):
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": name}))
-    import_refused(sharded, f"{sharded / INDEX} names {name!r}: it must be a safetensors file of the folder itself")
+    import_refused(sharded, f"{sharded / INDEX} names {name!r}: it must be a safetensors file in the folder")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000])
@@ -87,12 +87,12 @@ def test_an_index_with_a_name_too_long(sharded, import_refused, name):
 @pytest.mark.parametrize(
     "content, words",
     [
-        ("", f"{INDEX} is damaged: it is not a JSON object"),
-        ("{}", f"{INDEX} is damaged: it has no weight_map from tensors to files"),
-        ('{"weight_map": {}}', f"{INDEX} is damaged: it has no weight_map from tensors to files"),
-        ('{"weight_map": []}', f"{INDEX} is damaged: it has no weight_map from tensors to files"),
-        ('{"weight_map": {"a": 1}}', f"{INDEX} is damaged: it has no weight_map from tensors to files"),
-        ('{"weight_map": {"a": "b", "a": "c"}}', f"{INDEX} is damaged: it has the key 'a' twice"),
+        ("", f"{INDEX} is corrupt: it is not a JSON object"),
+        ("{}", f"{INDEX} is corrupt: it has no weight_map from tensors to files"),
+        ('{"weight_map": {}}', f"{INDEX} is corrupt: it has no weight_map from tensors to files"),
+        ('{"weight_map": []}', f"{INDEX} is corrupt: it has no weight_map from tensors to files"),
+        ('{"weight_map": {"a": 1}}', f"{INDEX} is corrupt: it has no weight_map from tensors to files"),
+        ('{"weight_map": {"a": "b", "a": "c"}}', f"{INDEX} is corrupt: it has the key 'a' twice"),
     ],
 )
 def test_a_damaged_index(sharded, import_refused, content, words):
@@ -137,29 +137,29 @@ def flip_in_header(file):
 @pytest.mark.parametrize(
     "edit, words",
     [
-        (lambda file: file.write_bytes(file.read_bytes()[:-10]), f"{SINGLE} is damaged"),
-        (lambda file: file.write_bytes(file.read_bytes()[:100]), f"{SINGLE} is damaged"),
-        (lambda file: file.write_bytes(b""), f"{SINGLE} is damaged"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"more"), f"{SINGLE} is damaged"),
-        (lambda file: file.write_bytes((2**60).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is damaged"),
-        (lambda file: file.write_bytes((2**63).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is damaged"),
-        (lambda file: with_header(file, "[" * 9000, b""), f"{SINGLE} is damaged"),
-        (lambda file: with_header(file, "[]", b""), f"{SINGLE} is damaged"),
-        (lambda file: with_header(file, "{}", b""), "has 0 tensors in all"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), f"{SINGLE} is corrupt"),
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), f"{SINGLE} is corrupt"),
+        (lambda file: file.write_bytes(b""), f"{SINGLE} is corrupt"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), f"{SINGLE} is corrupt"),
+        (lambda file: file.write_bytes((2**60).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is corrupt"),
+        (lambda file: file.write_bytes((2**63).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is corrupt"),
+        (lambda file: with_header(file, "[" * 9000, b""), f"{SINGLE} is corrupt"),
+        (lambda file: with_header(file, "[]", b""), f"{SINGLE} is corrupt"),
+        (lambda file: with_header(file, "{}", b""), "has 0 tensors in total"),
         (flip_in_header, "lacks the tensor lm_head.weight, which"),
-        (doubled, f"{SINGLE} is damaged: its header has the key 'lm_head.weight' twice"),
-        (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[0, 2**60])), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[5, 1])), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].update(shape=[2**40, 2**40])), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].update(shape=[-96, -32])), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].update(shape="96x32")), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].update(dtype="F31")), f"{SINGLE} is damaged"),
-        (in_header(lambda t: t["lm_head.weight"].pop("dtype")), f"{SINGLE} is damaged"),
+        (doubled, f"{SINGLE} is corrupt: its header has the key 'lm_head.weight' twice"),
+        (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[0, 2**60])), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[5, 1])), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].update(shape=[2**40, 2**40])), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].update(shape=[-96, -32])), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].update(shape="96x32")), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].update(dtype="F31")), f"{SINGLE} is corrupt"),
+        (in_header(lambda t: t["lm_head.weight"].pop("dtype")), f"{SINGLE} is corrupt"),
         (
             in_header(
                 lambda t: t["lm_head.weight"].update(data_offsets=t["model.embed_tokens.weight"]["data_offsets"])
             ),
-            f"{SINGLE} is damaged",
+            f"{SINGLE} is corrupt",
         ),
         (in_header(lambda t: t["lm_head.weight"].update(shape=[32, 96])), "lm_head.weight has shape (32, 96)"),
     ],
@@ -175,7 +175,7 @@ def test_a_flipped_bit_under_checksums(single_file, import_refused):
     raw[-5] ^= 1
     (single_file / SINGLE).write_bytes(raw)
     import_refused(
-        single_file, f"{single_file / SINGLE} does not match its checksum in SHA256SUMS: it is damaged or was changed"
+        single_file, f"{single_file / SINGLE} does not match its checksum in SHA256SUMS: it is corrupt or was changed"
     )
 
 
@@ -187,12 +187,15 @@ def test_damaged_checksums(single_file, import_refused):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t: t.update({"model.layers.1.extra.weight": torch.zeros(3)}), "extra.weight has no place in the model"),
-        (lambda t: t.update({"\x1b[2J\nevil\0": torch.zeros(3)}), r"\x1b[2J evil\x00 has no place in the model that"),
+        (
+            lambda t: t.update({"model.layers.1.extra.weight": torch.zeros(3)}),
+            "extra.weight is not a tensor of the model",
+        ),
+        (lambda t: t.update({"\x1b[2J\nevil\0": torch.zeros(3)}), r"\x1b[2J evil\x00 is not a tensor of the model in"),
         (lambda t: t.pop("model.layers.1.mlp.gate.weight"), "lacks the tensor model.layers.1.mlp.gate.weight, which "),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(31)}),
-            "model.norm.weight has shape (31,), {config} asks for (32,)",
+            "model.norm.weight has shape (31,), {config} requires (32,)",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(32).to(torch.float8_e4m3fn)}),
@@ -204,8 +207,8 @@ def test_damaged_checksums(single_file, import_refused):
         ),
         (
             lambda t: t.update({"model.layers.2.eh_proj.weight": torch.zeros(32, 64)}),
-            "model.layers.2.eh_proj.weight is of a layer beyond num_hidden_layers 2 of {config}: layers that predict "
-            "further tokens (num_nextn_predict_layers) are not supported",
+            "model.layers.2.eh_proj.weight is in a layer beyond num_hidden_layers 2 of {config}: multi-token "
+            "prediction layers (num_nextn_predict_layers) are not supported",
         ),
     ],
 )
@@ -218,7 +221,7 @@ def test_tensors_that_are_not_those_of_the_config(single_file, import_refused, c
 
 
 def test_no_folder(single_file, import_refused, tmp_path):
-    words = "is no Hugging Face folder: give one with config.json and safetensors files"
+    words = "is not a Hugging Face folder: give one with config.json and safetensors files"
     import_refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} {words}")
     import_refused(single_file / "config.json", f"{single_file / 'config.json'} {words}")
     (single_file / SINGLE).unlink()
@@ -241,7 +244,7 @@ def test_a_pickle_is_not_opened(single_file, import_refused, tmp_path):
     "name, words",
     [
         ("", "' is not readable; see moonlight import --help"),
-        (SINGLE, ": Permission denied; it may not be read or written by this user"),
+        (SINGLE, ": Permission denied; this user may not read or write it"),
     ],
 )
 def test_without_permission(single_file, tmp_path, name, words):
@@ -285,7 +288,7 @@ def with_tokenizer(single_file, tokenizer_folder):
 
 
 def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, import_refused):
-    words = "makes 1024 ids from text, vocab_size of its config.json is 96: the embedding needs a row for each"
+    words = "has 1024 ids for text, vocab_size of its config.json is 96: the embedding needs a row for each id"
     import_refused(with_tokenizer, f"tokenizer {with_tokenizer} {words}")
 
 
@@ -294,10 +297,10 @@ def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, import_refused):
     [
         ("tokenizer.model", b"", "tokenizer.model is not a SentencePiece model"),
         ("tokenizer.model", b"\xff" * 99, "tokenizer.model is not a SentencePiece model"),
-        ("tokenizer.json", b"{", "tokenizer.json is damaged: a JSON object is expected"),
+        ("tokenizer.json", b"{", "tokenizer.json is corrupt: a JSON object is expected"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', "tokenizer.json is not a Hugging Face fast tokenizer"),
-        ("tokenizer_config.json", b"[]", "tokenizer_config.json is damaged: a JSON object is expected"),
-        ("generation_config.json", b"\xff", "generation_config.json is damaged: it is not a JSON object"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json is corrupt: a JSON object is expected"),
+        ("generation_config.json", b"\xff", "generation_config.json is corrupt: it is not a JSON object"),
     ],
 )
 def test_a_damaged_tokenizer(with_tokenizer, import_refused, name, content, words):

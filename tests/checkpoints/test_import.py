@@ -214,7 +214,7 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
 
     export(tmp_path / "runs" / layout, tmp_path / "further", license="mit")
     card = (tmp_path / "further" / "README.md").read_text()
-    assert "trained further for 2 steps" in card and "beginning with the weights of `hf`" in card
+    assert "trained further for 2 steps" in card and "starting from the weights of `hf`" in card
 
 
 def test_its_recipe_is_a_base(tmp_path, tokenizer_folder):

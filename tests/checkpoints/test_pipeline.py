@@ -88,7 +88,7 @@ def test_an_answer_ends_with_the_message(folders):
 
 def test_exporting_for_chat_is_another_export(tiny_run, folders):
     assert not export(tiny_run.folder, folders / "chat", chat=True)
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="different content"):
         export(tiny_run.folder, folders / "chat")
 
 
@@ -96,6 +96,6 @@ def test_a_tokenizer_without_an_end_of_message_is_refused(fast_folder, tmp_path)
     import_folder(make_folder(tmp_path / "source"), tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"has no <\|im_end\|>"):
         export(tmp_path / "checkpoint", tmp_path / "hf", tokenizer=fast_folder, chat=True)
-    with pytest.raises(UserError, match="has no tokenizer, which a chat needs"):
+    with pytest.raises(UserError, match="has no tokenizer, which --chat needs"):
         export(tmp_path / "checkpoint", tmp_path / "hf", chat=True)
     assert not (tmp_path / "hf").exists()

@@ -204,7 +204,7 @@ def test_the_namespace_of_somebody_else(hub, folder, refuses):
         ("POST", "/commit/", 500, ["told to fail", "the same command again"]),
         ("POST", "/commit/", 403, ["write access to moon"]),
         ("POST", "/commit/", 409, ["wait and try again"]),
-        ("POST", "/preupload/", 404, ["check its name"]),
+        ("POST", "/preupload/", 404, ["check the repository name"]),
         ("PUT", "/storage/", 403, ["write access to moon"]),
         ("GET", "/tree/", 418, ["does not accept"]),
     ],
@@ -238,7 +238,7 @@ def test_offline_mode(hub, folder, refuses, monkeypatch):
 
 def test_content_that_arrived_changed_is_noticed(hub, folder, refuses):
     hub.corrupt = True
-    refuses(["release", folder, "--repo", REPO], "is not on the Hub as it is in", str(folder))
+    refuses(["release", folder, "--repo", REPO], "on the Hub differs from the file in", str(folder))
 
 
 def test_private_is_refused_where_everybody_reads(hub, folder, release, refuses):

@@ -32,12 +32,12 @@ CORPORA = {
     "bad.jsonl.gz": (
         lambda path: path.write_bytes(gzip.compress(b"x" * 9999)[:-9]),
         ("1 records", "JSONL"),
-        ("1 of 1", "damaged gzip"),
+        ("1 of 1", "corrupt gzip"),
     ),
     "bad.parquet": (
         lambda path: path.write_bytes(b"PAR1 and no more"),
         ("1 records", "Parquet"),
-        ("1 of 1", "damaged Parquet"),
+        ("1 of 1", "corrupt Parquet"),
     ),
 }
 
@@ -68,7 +68,7 @@ def test_corpus_without_permission(tmp_path):
 @pytest.mark.parametrize(
     "size, words",
     [
-        (1_000_000, "vocab_size is 1000000: these inputs can teach at most "),
+        (1_000_000, "vocab_size is 1000000: these inputs support at most "),
         (100, "vocab_size is 100: these inputs need at least "),
         (0, "vocab_size is 0: it must be from 1"),
         (-5, "vocab_size is -5: it must be from 1"),
@@ -233,18 +233,18 @@ def in_manifest(change):
         (cut("manifest.json"), "manifest.json is not JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[1]"), "is not a data manifest of version 2"),
         (in_manifest(lambda content: content.update(version=9)), "is not a data manifest of version 2"),
-        (in_manifest(lambda content: content.update(splits=None)), "manifest.json is damaged"),
-        (in_manifest(lambda content: content.update(splits={})), "manifest.json is damaged"),
-        (in_manifest(lambda content: content["splits"].pop("train")), "manifest.json is damaged"),
-        (in_manifest(lambda content: content["splits"]["train"].update(tokens="9")), "manifest.json is damaged"),
-        (in_manifest(lambda content: content["splits"]["train"].update(dtype="text")), "manifest.json is damaged"),
-        (in_manifest(lambda content: content["splits"]["validation"].pop("bytes")), "manifest.json is damaged"),
-        (in_manifest(lambda content: content.pop("tokenizer")), "manifest.json is damaged"),
-        (in_manifest(lambda content: content["tokenizer"].update(sha256=7)), "manifest.json is damaged"),
+        (in_manifest(lambda content: content.update(splits=None)), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content.update(splits={})), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content["splits"].pop("train")), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content["splits"]["train"].update(tokens="9")), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content["splits"]["train"].update(dtype="text")), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content["splits"]["validation"].pop("bytes")), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content.pop("tokenizer")), "manifest.json is corrupt"),
+        (in_manifest(lambda content: content["tokenizer"].update(sha256=7)), "manifest.json is corrupt"),
         (in_manifest(lambda content: content["splits"].pop("validation")), "has no held-out documents"),
         (lambda folder: (folder / "train.bin").unlink(), "has no train.bin"),
-        (cut("train.bin"), "train.bin is damaged: it has"),
-        (cut("validation.idx"), "validation.idx is damaged: it has"),
+        (cut("train.bin"), "train.bin is corrupt: it has"),
+        (cut("validation.idx"), "validation.idx is corrupt: it has"),
     ],
 )
 def test_damaged_data(refuses, tiny_run, tmp_path, edit, words):
@@ -270,7 +270,7 @@ def test_data_index_of_nonsense(refuses, as_worker, tiny_run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny_run.recipe.read_text().replace(str(tiny_run.data), str(folder)))
     shutil.copy(recipe, tmp_path / "runs" / "tiny" / "config.yaml")
-    refuses(["pretrain", recipe, f"runs_folder={tmp_path / 'runs'}"], f"data {index} is damaged")
+    refuses(["pretrain", recipe, f"runs_folder={tmp_path / 'runs'}"], f"data {index} is corrupt")
 
 
 # The command line

@@ -1,4 +1,4 @@
-"""The whole road as a user walks it: once without a stop, once interrupted again and again, to the same bytes."""
+"""`moonlight quickstart`: interrupted and started again, it finishes with the bytes of an uninterrupted one."""
 
 import hashlib
 import os
@@ -17,6 +17,7 @@ from tests.support.layouts import make_run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
+NEEDED = {"hf/model-00001-of-00001.safetensors", "data/train.bin", "tokenizer/tokenizer.model", "completion.txt"}
 
 
 def start(folder, corpus):
@@ -51,6 +52,18 @@ def finish(folder, corpus):
     return output
 
 
+def check_again(output):
+    """The output of a start after everything has been done."""
+    for done in (
+        "this tokenizer has been trained already",
+        "this data has been prepared already",
+        "this run is already finished",
+        "this checkpoint has been exported already",
+        "verification, completion: done already",
+    ):
+        assert done in output
+
+
 def hashes(folder):
     """SHA-256 of everything that must not depend on interruptions, by name within the run folder."""
     patterns = ("tokenizer/*", "data/*.bin", "data/*.idx", "data/manifest.json", "hf/*", "completion.txt")
@@ -71,13 +84,12 @@ def folders(tmp_path, data_folder, tokenizer_folder):
     return made
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_moment_ends_the_same(folders, small_corpus):
-    """Eight interruptions, kill -9 of the whole group and Ctrl-C in turn, each a little later in the road."""
+    """Eight interruptions, kill -9 of the whole group and Ctrl-C in turn, each at a random moment."""
     whole, broken = folders
     finish(whole, small_corpus)
-    assert {"hf/model-00001-of-00001.safetensors", "data/train.bin", "tokenizer/tokenizer.model"} <= hashes(
-        whole
-    ).keys()
+    assert hashes(whole).keys() >= NEEDED
     generator = random.Random(7)
     finished = False
     for number in range(8):
@@ -92,19 +104,11 @@ def test_interrupted_at_any_moment_ends_the_same(folders, small_corpus):
     finish(broken, small_corpus)
     assert hashes(broken) == hashes(whole)
 
-    again = finish(whole, small_corpus)
-    for done in (
-        "this tokenizer has been trained already",
-        "this data has been prepared already",
-        "this run has finished already",
-        "this checkpoint has been exported already",
-        "verification, completion: done already",
-    ):
-        assert done in again
+    check_again(finish(whole, small_corpus))
     assert not list(broken.rglob("*.part"))
 
 
-def test_ctrl_c_while_training_is_quiet(folders, small_corpus):
+def test_ctrl_c_while_training_is_quiet_and_the_next_start_finishes(folders, small_corpus):
     folder, _ = folders
     process = start(folder, small_corpus)
     deadline = time.monotonic() + PATIENCE_S
@@ -116,3 +120,10 @@ def test_ctrl_c_while_training_is_quiet(folders, small_corpus):
     assert process.returncode == 130
     assert output.count("interrupted: the same command goes on") == 1
     assert "Traceback" not in output, output
+
+    finish(folder, small_corpus)
+    done = hashes(folder)
+    assert done.keys() >= NEEDED
+    check_again(finish(folder, small_corpus))
+    assert hashes(folder) == done
+    assert not list(folder.rglob("*.part"))

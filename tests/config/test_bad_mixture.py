@@ -49,7 +49,7 @@ def test_a_source_of_another_tokenizer(refuses, mixed, tiny_run, fast_folder, tm
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda splits: splits.pop("validation"), "{b} has no held-out documents: prepare it with a validation share"),
+        (lambda splits: splits.pop("validation"), "{b} has no held-out documents: prepare it with --validation-share"),
         (
             lambda splits: splits["train"].update(largest_id=5000),
             "model.vocab_size is 1024: id 5000 occurs in the data {b}, which needs at least 5001 rows",
@@ -120,7 +120,7 @@ def test_a_later_stage_needs_weights_to_begin_with(refuses, tiny_run, tmp_path):
         "  second: {from_tokens: 1000, to_tokens: 2000, lr: 1.0e-3, decay: linear}\n"
         "train: {train_steps: 0}\n"
     )
-    words = "train.only_stage is 'second', which is not the first stage: give the weights to begin with"
+    words = "train.only_stage is 'second', which is not the first stage: set train.initial_checkpoint"
     refuses(["pretrain", recipe, "train.only_stage=second"], words)
 
 

@@ -22,9 +22,9 @@ def test_the_page_is_what_the_classes_say():
 def test_every_key_has_a_meaning():
     """Sections are described by their class; every other key has a text below it."""
     missing = [
-        f"{section.name}.{setting.key}"
+        f"{section.name}.{setting.name}"
         for section in list_sections()
-        for setting in section.settings
+        for setting in section.keys
         if not setting.meaning
     ]
     assert not missing
@@ -32,7 +32,7 @@ def test_every_key_has_a_meaning():
 
 
 def test_a_row_has_type_default_unit_and_meaning():
-    rows = {f"{section.name}.{row.key}": row for section in list_sections() for row in section.settings}
+    rows = {f"{section.name}.{row.name}": row for section in list_sections() for row in section.keys}
     assert rows["optimizer.name"].type == "`muon`, `adamw`" and rows["optimizer.name"].default == "muon"
     assert rows["train.grace_seconds"].unit == "s" and rows["train.grace_seconds"].type == "float, greater than 0"
     assert rows["train.global_batch_size"].default == "" and rows["train.global_batch_size"].unit == "sequences"

@@ -154,18 +154,18 @@ def unigram(folder):
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a Hugging Face fast tokenizer"),
         (
             lambda folder: (folder / "tokenizer.json").write_text("[" * 99_999),
-            "tokenizer.json is damaged: a JSON object",
+            "tokenizer.json is corrupt: a JSON object",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\x00"),
-            "tokenizer.json is damaged: a JSON object",
+            "tokenizer.json is corrupt: a JSON object",
         ),
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
             "has no tokenizer.model, tiktoken.model or tokenizer.json",
         ),
-        (lambda folder: change_config(folder, eos_token=None), "has no end-of-document id: an eos_token in its"),
-        (lambda folder: change_config(folder, eos_token="nothing"), "has eos_token 'nothing': one of its own tokens"),
+        (lambda folder: change_config(folder, eos_token=None), "has no end-of-document id: set eos_token in its"),
+        (lambda folder: change_config(folder, eos_token="nothing"), "has eos_token 'nothing': it must be one of"),
         (lambda folder: change_config(folder, eos_token=[5]), "has no end-of-document id"),
         (unigram, "gives the control id 1 to text that spells '</s>'"),
     ],
@@ -178,19 +178,19 @@ def test_damaged(refuses, broken, small_corpus, tmp_path, damage, words):
 def test_an_end_of_text_id_that_is_none(broken):
     change_config(broken, eos_token=None)
     (broken / "config.json").write_text('{"eos_token_id": 1503}')
-    with pytest.raises(UserError, match=r"config\.json has eos_token_id 1503: an id of the tokenizer beside it"):
+    with pytest.raises(UserError, match=r"config\.json has eos_token_id 1503: it must be an id of the tokenizer"):
         Tokenizer.load(broken)
 
 
 def test_sentencepiece_of_another_style_alone(llama_folder, tmp_path):
     shutil.copy(llama_folder / "tokenizer.model", tmp_path)
-    with pytest.raises(UserError, match=r"adds spaces to it: a tokenizer\.json beside it is needed"):
+    with pytest.raises(UserError, match=r"adds spaces to it: add a tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
 def test_sentencepiece_without_its_twin_is_not_copied(tokenizer_folder, tmp_path):
     shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
-    with pytest.raises(UserError, match=r"has no tokenizer\.json: transformers needs one beside tokenizer\.model"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json: transformers needs one next to tokenizer\.model"):
         copy_tokenizer(tmp_path, tmp_path / "out")
 
 

@@ -117,7 +117,7 @@ def test_damage_is_noticed_and_mended(tmp_path, capfd, damage):
     damage(cache.folder / "epoch-00000000")
     found = IndexCache(tmp_path, FACTS).order(0, lambda: order_of(0))
     assert [(a == b).all() for a, b in zip(found, order_of(0), strict=True)] == [True] * 3
-    assert "epoch-00000000 is damaged and made again" in capfd.readouterr().err
+    assert "epoch-00000000 is corrupt; rebuilding" in capfd.readouterr().err
     IndexCache(tmp_path, FACTS).order(0, lambda: pytest.fail("built though it is there"))
 
 

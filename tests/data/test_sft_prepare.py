@@ -87,7 +87,7 @@ def test_again_and_any_number_of_workers_and_gzip(prepared, tokenizer_folder, tm
     capsys.readouterr()
     prepare_chat([prepared / "chats.jsonl"], tokenizer_folder, prepared / "data", **arguments)
     assert "have been prepared already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="exists with something else in it"):
+    with pytest.raises(UserError, match="already exists with different content"):
         prepare_chat([prepared / "chats.jsonl"], tokenizer_folder, prepared / "data", sequence_length=129)
 
 
@@ -124,7 +124,7 @@ def test_a_cut_file_is_noticed(prepared, tmp_path, name):
     shutil.copytree(prepared / "data", tmp_path / "data")
     path = tmp_path / "data" / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"{name} is damaged"):
+    with pytest.raises(UserError, match=f"{name} is corrupt"):
         load_manifest(tmp_path / "data")
 
 

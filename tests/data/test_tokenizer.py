@@ -189,7 +189,7 @@ def test_training_twice_into_one_folder(small_corpus, tmp_path, capsys):
     train_tokenizer([small_corpus], 512, folder)
     assert "already" in capsys.readouterr().out
     assert (folder / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="different content"):
         train_tokenizer([small_corpus], 600, folder)
 
 

@@ -19,11 +19,13 @@ from moonlight.dist_checkpoint.state import resolve_checkpoint
 from moonlight.errors import UserError
 from tests.support.bad_input import in_state, sign
 from tests.support.layouts import make_run, train_run
+from tests.support.suites import slow
 
 BEFORE, NEWEST = "step-00000004", "step-00000006"
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "state.json")
 KEY = "embedding.word_embeddings.weight"
-QUICK, ALL = 22, 200
+ALL = 200
+"""Damages in `make test-faults`; `make test` has one of each kind, `make test-slow` a few more."""
 
 
 class Evil:
@@ -116,7 +118,7 @@ def malicious_index(folder, chance, mark):
 def signed_malicious_index(folder, chance, mark):
     malicious_index(folder, chance, mark)
     sign(folder)
-    return [".metadata is refused: posix.mkdir has no place in it"]
+    return [".metadata is invalid: posix.mkdir is not allowed in an index"]
 
 
 def signed_malicious_tensor(folder, chance, mark):
@@ -127,7 +129,7 @@ def signed_malicious_tensor(folder, chance, mark):
     index.storage_data[MetadataIndex(KEY, (0, 0))] = _StorageInfo(trap.name, 0, trap.stat().st_size)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     sign(folder)
-    return [f"{trap.name} is refused: {KEY} in it is no tensor"]
+    return [f"{trap.name} is invalid: {KEY} in it is not a tensor"]
 
 
 KINDS = (
@@ -178,14 +180,19 @@ def check_passed_by(checkpoints, outcome, named):
     chosen, warnings = outcome
     assert chosen == checkpoints / BEFORE, warnings
     assert any(NEWEST in text and name in text for text in warnings for name in named), (warnings, named)
-    assert f"going on from {checkpoints / BEFORE}" in warnings[-1]
+    assert f"resuming from {checkpoints / BEFORE}" in warnings[-1]
     assert (checkpoints / "latest").read_text() == BEFORE + "\n"
     assert not (checkpoints / NEWEST).exists() and (checkpoints / f"damaged-{NEWEST}").is_dir()
     assert resolve_checkpoint(checkpoints) == checkpoints / BEFORE
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(number, marks=[pytest.mark.faults] * (number >= QUICK)) for number in range(ALL)]
+    "number",
+    [
+        *range(len(KINDS)),
+        *map(slow, range(len(KINDS), 22)),
+        *(pytest.param(number, marks=pytest.mark.faults) for number in range(22, ALL)),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_by(alone, stopped, tmp_path, number):
     kind, chance = KINDS[number % len(KINDS)], random.Random(number)
@@ -244,7 +251,8 @@ def test_latest_that_somebody_set_back_is_followed(alone, stopped, tmp_path):
     assert chosen == checkpoints / "step-00000002"
     for name, warning in zip((NEWEST, BEFORE), warnings, strict=False):
         words = (
-            f"{checkpoints / name} is newer than what latest names; it was moved to {checkpoints / 'later-'}{name}: "
+            f"{checkpoints / name} is newer than the checkpoint that latest names; "
+            f"it was moved to {checkpoints / 'later-'}{name}: "
         )
         assert words in warning
     there = sorted(path.name for path in checkpoints.iterdir())
@@ -275,7 +283,7 @@ def test_nothing_sound_is_left(alone, stopped, tmp_path):
     for folder in checkpoints.glob("step-*"):
         truncate(folder, random.Random(1), None)
     before = sorted(checkpoints.rglob("*"))
-    with pytest.raises(UserError, match=r"holds no sound checkpoint \(3 damaged: .*step-00000006.*step-00000002"):
+    with pytest.raises(UserError, match=r"holds no valid checkpoint \(3 corrupt: .*step-00000006.*step-00000002"):
         recover(checkpoints)
     assert sorted(checkpoints.rglob("*")) == before
     assert recover(tmp_path / "never") == (None, [])
@@ -289,6 +297,6 @@ def test_a_later_format_is_not_passed_by(alone, stopped, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(state, "FORMAT", 3)
         in_state(lambda content: content.update(more=1))(checkpoints / NEWEST)
-    with pytest.raises(UserError, match="has format 3, this version of the software reads formats up to 2"):
+    with pytest.raises(UserError, match="has format 3: this version of the software reads formats up to 2"):
         recover(checkpoints)
     assert (checkpoints / NEWEST).is_dir()

@@ -97,11 +97,11 @@ def test_rows_of_every_part_are_rows_of_the_whole(tiny_run):
 def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises():
     part = hf_mapping.HFTensor(name="x", shape=(10,))
     entry = ShardEntry(hf_mapping.TensorMapping(key="x", shape=(10,), hf_tensors=(part,)), part, torch.float32)
-    runs = [replace(entry, part=hf_mapping.slice_rows(part, row, row + 1)) for row in range(10)]
+    runs = [replace(entry, hf_tensor=hf_mapping.slice_rows(part, row, row + 1)) for row in range(10)]
     values = torch.arange(10.0)
 
     def read(run):
-        where = run.part.index[0]
+        where = run.hf_tensor.index[0]
         if where.start == 7:
             raise OSError("gone")
         return values[where]
@@ -109,6 +109,6 @@ def test_reading_ahead_keeps_the_order_and_raises_what_a_read_raises():
     seen = []
     with pytest.raises(OSError, match="gone"):
         for run, found in _read_ahead(runs, read):
-            assert found.equal(values[run.part.index[0]])
-            seen.append(run.part.index[0].start)
+            assert found.equal(values[run.hf_tensor.index[0]])
+            seen.append(run.hf_tensor.index[0].start)
     assert seen == list(range(7))

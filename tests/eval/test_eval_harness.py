@@ -9,7 +9,7 @@ import torch
 
 from checkpoints.export import export
 from checkpoints.reader import open_checkpoint
-from checkpoints.verify import _megatron
+from checkpoints.verify import run_megatron
 from eval.evaluate import EvalOptions, evaluate
 from eval.harness import load_harness_model
 from moonlight.errors import UserError
@@ -63,7 +63,7 @@ def test_loglikelihoods_equal_our_own_forward_pass(exported, tiny_run):
         count = len(new)
         whole = [*(before or [eos_id]), *new]
         whole = whole[-(checkpoint.model_config.max_position_embeddings + 1) :]
-        logits, _ = _megatron(checkpoint, torch.tensor([whole[:-1]]), torch.float32)
+        logits, _ = run_megatron(checkpoint, torch.tensor([whole[:-1]]), torch.float32)
         logprobs = logits[0, -count:].double().log_softmax(-1)
         labels = torch.tensor(whole[-count:])
         assert loglikelihood == pytest.approx(logprobs.gather(1, labels[:, None]).sum().item(), abs=1e-4)
@@ -86,7 +86,7 @@ def test_a_text_is_read_whole_in_windows(exported, tiny_run):
         # The harness lets the last window reach back, so that it is full.
         new = min(length, len(ids) - 1 - done)
         window = ids[max(0, done + new - length) : done + new + 1]
-        logits, _ = _megatron(checkpoint, torch.tensor([window[:-1]]), torch.float32)
+        logits, _ = run_megatron(checkpoint, torch.tensor([window[:-1]]), torch.float32)
         logprobs = logits[0, -new:].double().log_softmax(-1)
         total += logprobs.gather(1, torch.tensor(window[-new:])[:, None]).sum().item()
         done += new
@@ -116,7 +116,7 @@ def test_the_offline_suite_end_to_end(offline, exported):
             assert item["score"] == (item["answer"].lower() == item["target"].lower())
         assert found["recall"]["truncated"] > 0, "three examples and a question are longer than 64 tokens"
         assert 3 < found["text"]["score"] < 11, "bits per byte of a model that has hardly learned anything"
-    assert "± " in offline.table and "lm-evaluation-harness 0.4.13 through transformers in float32" in offline.table
+    assert "± " in offline.table and "lm-evaluation-harness 0.4.13 with transformers in float32" in offline.table
     assert (offline.out / "table.md").read_text() == offline.table
     assert "Prompts longer than the context" in offline.table
 
@@ -133,7 +133,7 @@ def test_what_is_finished_is_not_done_again(offline, exported, capsys):
     place = offline.out / "tiny"
     before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
     evaluate([exported / "step-2", exported / "tiny" / "hf"], OFFLINE, offline.out)
-    assert "tiny: evaluated already" in capsys.readouterr().out
+    assert "tiny: already evaluated" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in place.iterdir()} == before
 
 
@@ -164,7 +164,7 @@ def test_benchmarks_measured_one_by_one_come_together(offline, exported, tmp_pat
 
 
 def test_results_of_another_evaluation_are_not_mixed_in(offline, exported):
-    with pytest.raises(UserError, match="another limit: choose another --out"):
+    with pytest.raises(UserError, match="has a different limit: choose another --out"):
         evaluate([exported / "tiny" / "hf"], EvalOptions(suite="offline", limit=2), offline.out)
 
 
@@ -180,8 +180,8 @@ def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
 
 def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
     found = evaluate([exported / "tiny" / "hf"], EvalOptions(suite="offline", limit=2), tmp_path / "out")
-    assert "code: not run" in capsys.readouterr().out
-    assert "| code | 0 | not run |" in found.table and "no result to compare" in found.table
+    assert "code: skipped" in capsys.readouterr().out
+    assert "| code | 0 | not run |" in found.table and "do not compare the scores" in found.table
     assert not (tmp_path / "out" / "tiny" / "code.json").exists()
     assert found.curve is None
 
@@ -211,7 +211,7 @@ def test_code_of_a_folder_is_never_run(family, tmp_path, tokenizer_folder):
     if family == "llama":
         assert evaluate([folder], options, tmp_path / "out").table
     else:
-        with pytest.raises(UserError, match="llama is no usable Hugging Face folder, transformers says: "):
+        with pytest.raises(UserError, match="llama cannot be loaded with transformers: "):
             evaluate([folder], options, tmp_path / "out")
     assert not ran.exists()
 
@@ -224,7 +224,7 @@ def test_a_benchmark_of_the_paper_from_a_local_folder(tmp_path, tokenizer_folder
     found = evaluate([folder], options, tmp_path / "out")
     answers = items(tmp_path / "out" / "llama", "gsm8k")
     assert [item["target"] for item in answers] == [row["answer"] for row in GSM8K[:3]]
-    with pytest.raises(UserError, match=r"gsm8k\.json was made with another data_dir"):
+    with pytest.raises(UserError, match=r"gsm8k\.json has a different data_dir"):
         evaluate([folder], dataclasses.replace(options, data_dir=write_gsm8k(tmp_path / "other")), tmp_path / "out")
     row = next(line for line in found.table.splitlines() if line.startswith("| GSM8K"))
     assert row == "| GSM8K | 4 | 0.0 ± 0.0 | 34.0 | 79.1 | 41.1 | 77.4 |"

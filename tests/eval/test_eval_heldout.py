@@ -111,7 +111,7 @@ def test_a_proof_that_was_not_valid_stays_so(folder):
 def test_a_card_that_someone_changed_is_left_alone(folder):
     with (folder / "README.md").open("a") as card:
         card.write("My own words.\n")
-    with pytest.raises(UserError, match=re.escape("was changed since its line in SHA256SUMS")):
+    with pytest.raises(UserError, match=re.escape("does not match its checksum in SHA256SUMS")):
         fill_card(folder, "paper", TABLE, None)
 
 
@@ -137,8 +137,8 @@ def test_the_command_does_all_of_it(folder, tiny_run, tmp_path, monkeypatch, cap
             main()
         assert not ended.value.code
         out = capfd.readouterr().out
-        assert "| held-out text | bytes | runs | step-2 |" in out and out.count("README.md: the table was put in") == 2
-        assert out.count("evaluated already") == (2 if again else 0)
+        assert "| held-out text | bytes | runs | step-2 |" in out and out.count("README.md: table added") == 2
+        assert out.count("already evaluated") == (2 if again else 0)
     place = tmp_path / "runs" / "evaluation" / "heldout"
     assert (place / "results.json").is_file()
     for one in (folder, earlier):

@@ -178,7 +178,7 @@ def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir,
         text = (data_dir / "openai" / "gsm8k" / "main" / f"{split}.jsonl").read_text()
         (folder / f"{split}.jsonl").write_text(text.replace('"question"', '"problem"'))
     (folder.parent / "README.md").write_text((data_dir / "openai" / "gsm8k" / "README.md").read_text())
-    with pytest.raises(UserError, match=r"GSM8K: .*gsm8k does not hold the data set openai/gsm8k .*question"):
+    with pytest.raises(UserError, match=r"GSM8K: .*gsm8k is not the data set openai/gsm8k .*question"):
         load_tasks([benchmark], tmp_path)
 
 

@@ -41,7 +41,7 @@ WRONG = {
     "an assertion": ("assert sum(range(5)) == 11", "AssertionError"),
     "no Python": ("def f(:", "SyntaxError"),
     "leaves early": ("raise SystemExit(0)", "SystemExit"),
-    "leaves at once": ("import os\nos._exit(0)", "ended by itself with 0"),
+    "leaves at once": ("import os\nos._exit(0)", "ended early with exit code 0"),
     "recursion": ("def f():\n    return f()\nf()", "RecursionError"),
     "waits for input": ("input()", "EOFError"),
     "a package": ("import numpy", "ModuleNotFoundError"),
@@ -116,12 +116,12 @@ HOSTILE = {
     "forges a pass": (
         "import os\nfor descriptor in range(3, 64):\n    try:\n        os.write(descriptor, b'ended ')\n"
         "    except OSError:\n        pass\nos._exit(0)",
-        "ended by itself",
+        "ended early with exit code",
     ),
     "says that nothing is confined": (
         "import os\nfor descriptor in range(3, 64):\n    try:\n        os.write(descriptor, b'unconfined x')\n"
         "    except OSError:\n        pass\nos._exit(0)",
-        "ended by itself",
+        "ended early with exit code",
     ),
 }
 
@@ -272,7 +272,7 @@ def test_a_machine_that_cannot_confine_runs_nothing(tmp_path, monkeypatch):
     changed = tmp_path / "confine.py"
     changed.write_text(source.replace("platform.machine()", "'riscv64'"))
     monkeypatch.setattr(sandbox, "_CONFINE", changed)
-    with pytest.raises(ValueError, match="does not let code be confined"):
+    with pytest.raises(ValueError, match="cannot confine code"):
         run_code("pass", SHORT)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ValueError, match="Linux only"):

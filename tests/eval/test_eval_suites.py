@@ -108,7 +108,7 @@ BAD_WORDS = {
     "a length for another suite": (["--sequence-length", "9"], "--sequence-length is for --suite heldout"),
     "a limit of held-out text": (["--suite", "heldout", "--data", "x", "--limit", "9"], "reads all of its text"),
     "code that is not allowed": (["--tasks", "choice,code"], "code executes code that the model writes"),
-    "held-out text by vLLM": (["--suite", "heldout", "--data", "x", "--backend", "vllm"], "runs by transformers"),
+    "held-out text by vLLM": (["--suite", "heldout", "--data", "x", "--backend", "vllm"], "runs with transformers"),
     "a long answer": (
         ["--suite", "paper", "--tasks", "gsm8k"],
         "has a context of 64 tokens, GSM8K lets it generate 256",
@@ -125,7 +125,7 @@ def test_bad_options(ready, refuses, tmp_path, options, words, tmp_path_factory)
 
 def test_a_file_in_the_way(ready, refuses, tmp_path):
     (tmp_path / "out").touch()
-    refuses(["eval", ready, "--out", tmp_path / "out"], "out: a file stands there")
+    refuses(["eval", ready, "--out", tmp_path / "out"], "out: it is a file")
 
 
 def test_folders_that_are_no_models(ready, refuses, tmp_path):
@@ -135,11 +135,11 @@ def test_folders_that_are_no_models(ready, refuses, tmp_path):
     refuses(["eval", tmp_path / "bare"], "no tokenizer_config.json")
     refuses(["eval", ready, ready], "given twice")
     (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
-    refuses(["eval", tmp_path / "bare", "--card"], "no export of `moonlight export`")
+    refuses(["eval", tmp_path / "bare", "--card"], "was not written by `moonlight export`")
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
-    refuses(["eval", tmp_path / "bare"], "bare is no usable Hugging Face folder, transformers says: ")
+    refuses(["eval", tmp_path / "bare"], "bare cannot be loaded with transformers: ")
     (tmp_path / "bare" / "config.json").write_text("[]")
-    refuses(["eval", tmp_path / "bare"], "config.json", "damaged")
+    refuses(["eval", tmp_path / "bare"], "config.json", "corrupt")
 
 
 def test_data_sets_missing_in_a_folder(ready, refuses, tmp_path):
@@ -151,7 +151,7 @@ def test_data_sets_missing_in_a_folder(ready, refuses, tmp_path):
     refuses(command, "MMLU needs the data set cais/mmlu", f"put it into {data / 'cais/mmlu'}", how, "weitianwen/cmath")
     (data / "cais" / "mmlu").mkdir(parents=True)
     (data / "weitianwen" / "cmath").mkdir(parents=True)
-    refuses(command, "MMLU", f"{data / 'cais/mmlu'} does not hold the data set cais/mmlu", how)
+    refuses(command, "MMLU", f"{data / 'cais/mmlu'} is not the data set cais/mmlu", how)
 
 
 def test_data_sets_missing_without_a_network(ready, tmp_path):
@@ -159,7 +159,7 @@ def test_data_sets_missing_without_a_network(ready, tmp_path):
     arguments = ["eval", ready, "--suite", "paper", "--tasks", "gsm8k,math,cmath", "--out", tmp_path / "out"]
     code, _, err = run_command(*arguments, env=env)
     words = ["GSM8K needs the data set openai/gsm8k", "hf download openai/gsm8k", "--data-dir DIR"]
-    words += ["needed too, and not tried: EleutherAI/hendrycks_math, weitianwen/cmath"]
+    words += ["also needed, and not tried: EleutherAI/hendrycks_math, weitianwen/cmath"]
     check_line(code, err, words)
     assert not (tmp_path / "out").exists()
 

@@ -28,7 +28,7 @@ def test_batched_answers_are_those_of_one_at_a_time(chat_export):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chats = [messages[-3:] for messages in CHATS[:10]]
-    together = generate_answers(chat_export, chats, max_new_tokens=8, batch=4)
+    together = generate_answers(chat_export, chats, max_new_tokens=8, batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(chat_export)
     model = AutoModelForCausalLM.from_pretrained(chat_export, dtype=torch.float32).eval()
     ends = {tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "[EOS]")}
@@ -101,7 +101,7 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     assert "held-out task" in first and "exact after" in first
     assert "moonlight generate" in first and "--chat --prompt" in first
     card = (folder / "hf" / "README.md").read_text()
-    assert "on what the assistant says" in card and "padding included" in card
+    assert "on the tokens of the assistant" in card and "including padding" in card
     generation = json.loads((folder / "hf" / "generation_config.json").read_text())
     assert generation["eos_token_id"][0] == 4  # <|im_end|>
     assert (folder / "hf" / "chat_template.jinja").read_text() == (
@@ -115,12 +115,12 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     assert "exact match, before: done already" in resumed and "exact match, after: greedy answers" in resumed
     quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
     again = capfd.readouterr().out
-    for done in ("have been prepared already", "this run has finished already", "exact match, after: done already"):
+    for done in ("have been prepared already", "this run is already finished", "exact match, after: done already"):
         assert done in again
     assert again.count("this checkpoint has been exported already") == 2
     with pytest.raises(UserError, match="has no checkpoint: `make quickstart`"):
         quickstart_chat.quickstart_chat(tmp_path, tmp_path / "recipe.yaml", [])
     (folder / "data").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="chat template of the model lies with the conversations that it was tuned on"):
+    with pytest.raises(UserError, match="chat template of the model is in its tuning data"):
         export(folder, tmp_path / "again", chat=True)
     export(folder, tmp_path / "again", chat=True, tokenizer=base / "tokenizer")

@@ -12,7 +12,7 @@ import torch
 
 from examples import classifier, gpt
 from examples.images import RECORD_BYTES, load_images, read_parquet
-from examples.sweep import Outcome, Task, key_of, positive_rates, sweep
+from examples.sweep import Outcome, Task, point_key, positive_rates, sweep
 from examples.text import MAGIC, VERSION, draw, in_order, load_text, read_shard
 from moonlight.errors import UserError
 from tests.support.bad_input import check_line
@@ -159,7 +159,7 @@ def test_a_sweep_widens_its_grid_and_goes_on_without_repeating(task, tmp_path, c
     assert calls == 2 * 5
     # One result is lost, and a second seed wanted: only these are run, or `pretend` would fail.
     content = json.loads((out / "results.json").read_text())
-    del content["points"][key_of(("muon", 0.08, 1))]
+    del content["points"][point_key(("muon", 0.08, 1))]
     (out / "results.json").write_text(json.dumps(content))
     (tmp_path / "calls" / "muon-0.08-1").unlink()
     sweep(task, out, [0.005, 0.01, 0.02], [1, 2], jobs=1)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from moonlight.bench.optimizer import SPECTRA, plain_loop
 from moonlight.bench.peers import random_matrix
 from moonlight.kernels.jit import jit, tl
-from moonlight.kernels.symmetric import Tiling, _upper_tile, symmetric_product, torch_symmetric_product
+from moonlight.kernels.symmetric import Tiling, _upper_tile, symmetric_product
 from moonlight.optim import gram_newton_schulz
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
-from tests.support.kernels import DEVICE, needs_triton, random
+from tests.support.kernels import DEVICE, needs_triton, random, torch_symmetric_product
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
 TILING = Tiling(side=16, depth=16, group=2)
@@ -124,7 +124,7 @@ def test_every_tile_of_the_triangle_has_one_index(tiles, group):
 
 def test_wrong_operands_are_named():
     x, out = random(2, 8, 6).half(), random(2, 8, 8).half()
-    with pytest.raises(ValueError, match=r"right has shape \[2, 8, 6\]: beside left \[2, 8, 6\] it is \[2, 6, 8\]"):
+    with pytest.raises(ValueError, match=r"right has shape \[2, 8, 6\]: with left \[2, 8, 6\] it must be \[2, 6, 8\]"):
         symmetric_product(x, x, out)
     with pytest.raises(ValueError, match=r"out has shape \[1, 8, 8\]"):
         symmetric_product(x, x.mT, out[:1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moonlight.placement.param_groups import PARAM_GROUP_RULES, ParamGroupRule, match_rules
-from tests.support.layouts import assemble, build, collect, flatten, local_batches, recipe
+from tests.support.layouts import assemble, build, collect, flatten_gradients, local_batches, recipe
 from tests.support.reference import slow_newton_schulz
 
 
@@ -41,7 +41,7 @@ def two_updates(run):
         optimizer.data_parallel.zero_grad_buffer()
         forward_backward(models, run, local_batches(run, step))
         norm = math.hypot(*optimizer.gradient_norms().values())
-        gradients = flatten(optimizer.gradient_state())
+        gradients = flatten_gradients(optimizer)
         optimizer.step(learning_rate=1e-2, weight_decay=0.1, step=step, gradient_norm=norm)
         optimizer.data_parallel.finish_param_sync()
         history.append((collect(models), gradients, norm))

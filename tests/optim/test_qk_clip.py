@@ -13,6 +13,7 @@ from moonlight.model.attention import CausalAttention, max_logits
 from moonlight.optim.qk_clip import logit_factors
 from moonlight.train.metrics import read_metrics
 from tests.support.layouts import LAYOUTS, assemble, build, flatten, make_run, one_step, recipe, train_run
+from tests.support.suites import quick
 
 
 def wide_recipe(layout="1", qk_clip=0.0, q_lora_rank=None, optimizer=None, **train):
@@ -151,7 +152,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick(VARIANTS, "q_lora", "split", "adamw"))
 def test_clipped_step_is_the_plain_step_and_then_the_twin(pool, variant):
     options = VARIANTS[variant]
     off = one_process(pool, wide_recipe(**options))
@@ -212,7 +213,16 @@ def references(pool):
 LAYOUT_CASES = [(layout, "direct") for layout in ("DP2", "TP2", "PP2", "PP2-interleaved", "EP2xTP2", "EP2xTP2-4")]
 
 
-@pytest.mark.parametrize(("layout", "variant"), [*LAYOUT_CASES, ("DP2", "per_head"), ("DP2", "adamw")])
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    quick(
+        [*LAYOUT_CASES, ("DP2", "per_head"), ("DP2", "adamw")],
+        ("DP2", "per_head"),
+        ("TP2", "direct"),
+        ("PP2-interleaved", "direct"),
+        ("EP2xTP2-4", "direct"),
+    ),
+)
 def test_layouts_clip_as_one_process(pool, references, layout, variant):
     threshold, reference = references[variant]
     run = wide_recipe(layout, qk_clip=threshold, **VARIANTS[variant])
@@ -235,7 +245,7 @@ def test_off_the_first_micro_batch_is_recorded_and_nothing_changes(pool):
         assert value.tobytes() == blind["masters"][key].tobytes(), key
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2", "PP2", "EP2xTP2"])
+@pytest.mark.parametrize("layout", quick(["DP2", "TP2", "PP2", "EP2xTP2"], "PP2", "EP2xTP2"))
 def test_off_every_layout_records_the_same(pool, layout):
     """With one micro-batch a rank: what is recorded is then the whole batch."""
     processes, parallel = LAYOUTS[layout]

@@ -15,6 +15,7 @@ from moonlight.plan.build import make_plan
 from moonlight.plan.comm_counter import CommCounter
 from moonlight.plan.dry_run import fake_rank
 from tests.support.layouts import LAYOUTS, build, one_step, recipe
+from tests.support.suites import quick
 
 BIG = Path(__file__).parents[2] / "configs/moonlight_16b_a3b/pretrain.yaml"
 WORLDS = {"DP8-EDP8": (8, 1), "DP64-EDP16": (64, 4), "DP512-EDP64": (512, 8)}
@@ -58,7 +59,7 @@ class LaneOfRank:
 def largest(bucket):
     """Elements of the owner with most of a bucket."""
     owned = [0] * bucket.group.size()
-    for fragment in bucket.fragments:
+    for fragment in bucket.shards:
         owned[fragment.owner_rank] += fragment.numel
     return max(owned)
 
@@ -73,7 +74,7 @@ def count(run, world_size, rank):
         lanes = []
         for lane in optimizer.data_parallel.bucket_groups:
             group = lane.buckets[0].group
-            fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
+            fragments = [fragment for bucket in lane.buckets for fragment in bucket.shards]
             adamw = zero1_cost(sum(fragment.numel for fragment in fragments), group.size(), run)
             found = muon_costs(fragments, group.size(), run)
             mean = sum(fragment.numel for fragment in fragments) / group.size()
@@ -107,7 +108,7 @@ def check_ranks(world, ranks):
         assert sum(share.sent for share in lane.shares) == sum(share.received for share in lane.shares)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", quick(WORLDS, "DP64-EDP16"))
 def test_every_rank_sends_and_receives_little_more_than_under_adamw(world):
     """Sums over owners give all ranks; those that exchange most and least are counted on the wire as well."""
     check_ranks(world, [])
@@ -172,7 +173,7 @@ def counted_exchange(run):
     return alone, step
 
 
-@pytest.mark.parametrize("layout", ["DP4", "EP2xDP2", "EP2xTP2-ETP2-4"])
+@pytest.mark.parametrize("layout", quick(["DP4", "EP2xDP2", "EP2xTP2-ETP2-4"], "DP4", "EP2xTP2-ETP2-4"))
 def test_real_processes_exchange_what_fake_ones_do(pool, layout):
     world_size, parallel = LAYOUTS.get(layout) or (4, LAYOUTS["1"][1])
     # Small buckets, so that there are several, and three matrices so large that four ranks must cut them.
@@ -187,7 +188,7 @@ def test_real_processes_exchange_what_fake_ones_do(pool, layout):
                 assert counter.stats(group) == real[name], (rank, name)
             for lane in optimizer.data_parallel.bucket_groups:
                 group = lane.buckets[0].group
-                fragments = [fragment for bucket in lane.buckets for fragment in bucket.fragments]
+                fragments = [fragment for bucket in lane.buckets for fragment in bucket.shards]
                 if group.size() == 4 and lane is optimizer.data_parallel.bucket_groups[0]:
                     assert any(fragment.is_split for fragment in fragments)
                 assert both(counter.stats(group)) == both(muon_costs(fragments, group.size(), run)[group.rank()])
@@ -273,7 +274,7 @@ def test_every_collective_is_counted(pool):
 def functional_collective():
     from torch.distributed._functional_collectives import all_reduce
 
-    with CommCounter(), pytest.raises(AssertionError, match="not a collective that is counted"):
+    with CommCounter(), pytest.raises(AssertionError, match="is an unsupported collective"):
         all_reduce(torch.ones(2), "sum", dist.group.WORLD)
 
 

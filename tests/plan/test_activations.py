@@ -1,5 +1,6 @@
 """The planned activations against what autograd keeps of a real forward pass."""
 
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from moonlight.plan.activations import (
     token_counts,
 )
 from tests.support.layouts import LAYOUTS, build, local_batches, recipe
+from tests.support.suites import quick
 
 CASES = {
     "float32": {},
@@ -100,8 +102,18 @@ def kept(run):
     return found, pairs
 
 
-@pytest.mark.parametrize("layout", ["1", "TP2", "TP2-ETP2", "EP2", "EP2xTP2-4", "EP2xTP2-ETP2-4"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    quick(
+        itertools.product(CASES, ("1", "TP2", "TP2-ETP2", "EP2", "EP2xTP2-4", "EP2xTP2-ETP2-4")),
+        *((case, "1") for case in CASES),
+        ("bfloat16, q_lora", "TP2"),
+        ("float32", "EP2"),
+        ("float32, made again", "EP2xTP2-ETP2-4"),
+        ("layer, bfloat16, float32 residual", "EP2xTP2-ETP2-4"),
+        ("mask of documents", "EP2xTP2-ETP2-4"),
+    ),
+)
 def test_what_autograd_keeps(pool, layout, case):
     world_size, parallel = LAYOUTS[layout]
     run = run_of(parallel, case)
@@ -193,8 +205,16 @@ def peak_kept(run):
     return peak
 
 
-@pytest.mark.parametrize("layout", ["1", "PP2", "PP4", "PP2-interleaved", "EP2xPP2"])
-@pytest.mark.parametrize("modules", [(), ("layer",)])
+@pytest.mark.parametrize(
+    ("modules", "layout"),
+    quick(
+        itertools.product(((), ("layer",)), ("1", "PP2", "PP4", "PP2-interleaved", "EP2xPP2")),
+        ((), "1"),
+        ((), "PP2-interleaved"),
+        (("layer",), "PP4"),
+        (("layer",), "EP2xPP2"),
+    ),
+)
 def test_what_a_whole_pass_keeps(pool, layout, modules):
     """All experts are chosen, so every micro-batch keeps the same; the schedule decides how many are there."""
     world_size, parallel = LAYOUTS.get(layout) or (4, ParallelConfig(pipeline_parallel_size=4))

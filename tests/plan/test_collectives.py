@@ -105,14 +105,26 @@ LAYOUT_NAMES = (
     "TP2xPP2",
     "EP2xPP2",
 )
-QUICK = ("TP2", "EP2xTP2-ETP2-4", "PP2")
-"""Layouts that every recipe is tried in; the others with the two plain ones."""
+EVERY_RECIPE = ("TP2", "EP2xTP2-ETP2-4", "PP2")
+"""Layouts that `make test-slow` tries with every recipe; the others with the two plain ones."""
+QUICK = {
+    ("TP4", "bfloat16"),
+    ("EP4", "float32"),
+    ("PP2", "float32"),
+    ("PP2-interleaved", "bfloat16"),
+    ("TP2xPP2", "float32"),
+    ("EP2xPP2", "bfloat16"),
+    *(("EP2xTP2-ETP2-4", name) for name in RECIPES),
+}
 
-CASES = [
-    pytest.param(layout, name, marks=[] if name in ("float32", "bfloat16") or layout in QUICK else pytest.mark.full)
-    for layout in LAYOUT_NAMES
-    for name in RECIPES
-]
+
+def marks_of(layout, name):
+    if (layout, name) in QUICK:
+        return []
+    return pytest.mark.slow if name in ("float32", "bfloat16") or layout in EVERY_RECIPE else pytest.mark.full
+
+
+CASES = [pytest.param(layout, name, marks=marks_of(layout, name)) for layout in LAYOUT_NAMES for name in RECIPES]
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)

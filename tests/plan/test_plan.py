@@ -113,10 +113,10 @@ def test_every_rank_gets_the_share_of_its_groups(rank):
     )
     with fake_rank(config, 24, rank):
         place = stage_ranks(config, 24, dense, expert)[rank % 8]
-        assert place.dense.share.masters == parallel_state.get_data_parallel_rank()
-        assert place.expert.share.masters == parallel_state.get_expert_data_parallel_rank()
-        assert place.dense.share.momenta == parallel_state.get_tensor_model_parallel_rank()
-        assert place.expert.share.momenta == parallel_state.get_expert_tensor_parallel_rank()
+        assert place.dense.optimizer_cost.masters == parallel_state.get_data_parallel_rank()
+        assert place.expert.optimizer_cost.masters == parallel_state.get_expert_data_parallel_rank()
+        assert place.dense.optimizer_cost.momenta == parallel_state.get_tensor_model_parallel_rank()
+        assert place.expert.optimizer_cost.momenta == parallel_state.get_expert_tensor_parallel_rank()
 
 
 def test_ranges():
@@ -168,7 +168,7 @@ def test_the_command_prints_a_line_for_each_parameter():
 def test_without_parameters_only_the_tables():
     done = run_plan(QUICKSTART)
     assert done.returncode == 0 and "decoder.layers" not in done.stdout
-    for heading in ("memory of a rank", "wire, rank and step", "seconds of a step"):
+    for heading in ("memory of a rank", "network bytes", "seconds of a step"):
         assert heading in done.stdout
 
 
@@ -218,9 +218,10 @@ def test_every_recipe_can_be_planned(recipe, settings, gpus):
 def test_a_layout_that_does_not_fit_is_planned_and_says_so():
     done = run_plan(BIG, "--gpus", "8", "--gpu", "a100", "train.micro_batch_size=2")
     assert done.returncode == 0
-    assert "DOES NOT FIT: the fullest rank needs " in done.stdout and "more than the 84.93 GB of a GPU" in done.stdout
+    assert "DOES NOT FIT: the most loaded rank needs " in done.stdout
+    assert "more than the 84.93 GB of a GPU" in done.stdout
     done = run_plan(BIG, "--gpus", "8", "--gpu-memory", "2000")
-    assert "\nfits: the fullest rank needs " in done.stdout and " of 2,000.00 GB" in done.stdout
+    assert "\nfits: the most loaded rank needs " in done.stdout and " of 2,000.00 GB" in done.stdout
 
 
 def test_what_is_made_again_takes_time():

@@ -1,5 +1,6 @@
 """The parameters that a plan cuts from the recipe against those of the model that is built."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from moonlight.placement.param_groups import param_group_rules
 from moonlight.plan.cut import stage_parameters
 from moonlight.plan.dry_run import fake_rank
 from tests.support.layouts import recipe
+from tests.support.suites import quick
 
 LAYOUTS = {
     "1": (1, ParallelConfig()),
@@ -35,8 +37,18 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    quick(
+        itertools.product(LAYOUTS, MODELS),
+        ("DP4", "plain"),
+        ("TP2", "per head"),
+        ("PP4", "q_lora, tied"),
+        ("TP2-ETP2-EP4", "adamw, tied"),
+        ("PP2-VPP2-TP2", "q_lora, tied"),
+        ("EP8-PP2", "plain"),
+    ),
+)
 def test_parameters_are_the_models(layout, name):
     world_size, parallel = LAYOUTS[layout]
     model, optimizer = MODELS[name]

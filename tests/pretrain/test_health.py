@@ -75,10 +75,10 @@ def test_what_is_odd_is_told_with_its_host_and_the_run_does_not_start(tiny_run, 
     said, host = outcomes[0][0], socket.gethostname()
     wrong = sorted(line.removeprefix(f"wrong: {host}: ") for line in said.splitlines() if line.startswith("wrong: "))
     assert len(wrong) == 4, said
-    assert re.fullmatch(r"code is \w{12}, but \w{12} on most", wrong[0])
+    assert re.fullmatch(r"code is \w{12}, but \w{12} on most hosts", wrong[0])
     assert wrong[1].startswith("data /nowhere")
     assert wrong[2] == "it has 0 GPUs, not 8"
-    offset = re.fullmatch(rf"its clock is \+(\d\.\d+) s beside that of {host}", wrong[3])
+    offset = re.fullmatch(rf"its clock is \+(\d\.\d+) s relative to that of {host}", wrong[3])
     assert float(offset[1]) == pytest.approx(5, abs=1)
     assert not list((tmp_path / "runs").iterdir())
 
@@ -114,16 +114,16 @@ LIMITS = {
         ({"network_speed": 4e9}, {}, "slow, 4.000 GB/s between processes by rank 5; median 10.000 GB/s"),
         ({"network_speed": 6e9}, {}, None),
         ({"network_speed": 6e9}, {"slow_below": 0.7}, "slow, 6.000 GB/s between processes by rank 5; median 10.000"),
-        ({"network_speed": 6e9}, {"min_network_gb_per_second": 7}, "6.000 GB/s between processes, fewer than 7"),
+        ({"network_speed": 6e9}, {"min_network_gb_per_second": 7}, "6.000 GB/s between processes, less than 7"),
         ({"disk_speed": 1e8}, {}, "slow, 0.100 GB/s written to disk by rank 5; median 1.000 GB/s"),
-        ({"free_disk": 5e8}, {}, "0.500 GB free on the disk of the run folder, fewer than 1.0"),
-        ({"free_memory": 5e8}, {}, "0.500 GB of memory free, fewer than 1.0"),
-        ({"free_gpu_memory": 5e8}, {}, "0.500 GB of GPU memory free, fewer than 1.0"),
+        ({"free_disk": 5e8}, {}, "0.500 GB free on the disk of the run folder, less than 1.0"),
+        ({"free_memory": 5e8}, {}, "0.500 GB of memory free, less than 1.0"),
+        ({"free_gpu_memory": 5e8}, {}, "0.500 GB of GPU memory free, less than 1.0"),
         ({"gpus": 7}, {}, "it has 7 GPUs, not 8"),
         ({"latency": 0.06}, {}, "60.00 ms for 8 bytes, more than 50.0"),
-        ({"clock_offset": -1.5}, {}, "its clock is -1.500 s beside that of host-0"),
-        ({"versions": {"torch": "2.12.0"}}, {}, "torch is 2.12.0, but 2.13.0 on most"),
-        ({"versions": {}}, {}, "torch is missing, but 2.13.0 on most"),
+        ({"clock_offset": -1.5}, {}, "its clock is -1.500 s relative to that of host-0"),
+        ({"versions": {"torch": "2.12.0"}}, {}, "torch is 2.12.0, but 2.13.0 on most hosts"),
+        ({"versions": {}}, {}, "torch is missing, but 2.13.0 on most hosts"),
         ({"problems": ["data is missing"]}, {}, "data is missing"),
     ],
 )

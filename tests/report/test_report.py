@@ -99,7 +99,7 @@ def test_maps_are_those_of_a_slow_twin(rows, most, largest):
     sound = {step: value for step, value in rows.items() if len(value[0]) == 3}
     its = Heatmap(min(rows), max(rows), most, 10**6, largest=largest)
     its.add(np.array(list(rows), dtype=np.int64), list(rows.values()))
-    assert its.strange == len(rows) - len(sound)
+    assert its.num_mismatched == len(rows) - len(sound)
     if not sound:
         assert its.for_page() is None
         return
@@ -188,7 +188,7 @@ def test_restart_damage_and_a_cut_line_are_said(tmp_path, capsys):
     report([folder], None)
     said = capsys.readouterr().err
     assert said.count("\n") == 3
-    for words in ("line 12 damaged", "10 lines are of steps that come again", "last line is not complete", "step 59"):
+    for words in ("corrupt line 12", "10 lines are of steps repeated later", "last line is incomplete", "step 59"):
         assert words in said and words in (folder / "report.html").read_text()
     (run,) = data_in((folder / "report.html").read_text())
     loss = floats(run["series"]["loss/train"]["mean"])
@@ -295,8 +295,8 @@ def test_runs_compared_differ_by_name_and_recipe(tmp_path, capsys):
     assert report([*folders, tmp_path / "empty", folders[0]], out) == out
     page, said = out.read_text(), capsys.readouterr().err
     assert [run["name"] for run in data_in(page)] == [str(folder) for folder in folders]
-    assert "schedule.lr" in page and "0.002" in page and "train.seed" not in page.split("What happened")[0]
-    assert "given twice" in said and "empty: no step was finished yet" in said
+    assert "schedule.lr" in page and "0.002" in page and "train.seed" not in page.split("Events")[0]
+    assert "given twice" in said and "empty: no step finished yet" in said
 
 
 @pytest.mark.parametrize("num_runs", [1, 8])
@@ -320,14 +320,14 @@ def test_refusals(tmp_path, refuses):
         write_lines(tmp_path / f"run{number}", ['{"step": 1}\n'])
     refuses(["report", tmp_path / "none"], f"{tmp_path}/none", "does not exist", "runs/")
     refuses(["report", tmp_path / "file"], "is a file", "runs/")
-    refuses(["report", tmp_path / "folder"], "no run", "config.yaml", "metrics.jsonl", "runs/")
-    refuses(["report", tmp_path / "empty"], f"{tmp_path}/empty", "no step was finished yet")
+    refuses(["report", tmp_path / "folder"], "not a run", "config.yaml", "metrics.jsonl", "runs/")
+    refuses(["report", tmp_path / "empty"], f"{tmp_path}/empty", "no step finished yet")
     refuses(["report", tmp_path / "run", "--out", tmp_path / "folder"], "a folder", "report.html")
     refuses(["report", tmp_path / "run", "--out", tmp_path / "file" / "page.html"], f"{tmp_path}/file is a file")
-    refuses(["report", tmp_path / "run", *(tmp_path / f"run{n}" for n in range(8))], "9 runs", "at most 8")
+    refuses(["report", tmp_path / "run", *(tmp_path / f"run{n}" for n in range(8))], "9 folders", "at most 8")
     refuses(["report"], "'runs'", "--help")
     write_lines(tmp_path / "empty", ['{"step": 1'])
-    refuses(["report", tmp_path / "empty"], "no step was finished yet")
+    refuses(["report", tmp_path / "empty"], "no step finished yet")
 
 
 @pytest.mark.parametrize(
@@ -338,4 +338,4 @@ def test_a_damaged_recipe_is_a_warning_at_most(text, tmp_path, capsys):
     (folder / "config.yaml").write_text(text)
     report([folder], tmp_path / "page.html")
     said = capsys.readouterr().err
-    assert said.count("\n") == ("model" not in text) and ("model" in text or "config.yaml is damaged" in said)
+    assert said.count("\n") == ("model" not in text) and ("model" in text or "config.yaml is corrupt" in said)

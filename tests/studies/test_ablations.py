@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_shipped_ablations_change_what_they_name(path):
     ablation = load_ablation(path)
     assert ablation.name == path.stem and len(ablation.seeds) >= 2 and len(ablation.rates) == 1
     assert all(key.startswith("optimizer.") for settings in ablation.variants.values() for key in settings)
-    config = ablation.first_run()
+    config = ablation.first_config()
     assert config.schedule.decay == "cosine" and config.schedule.min_lr == 0
     trials = ablation.pending_runs({})
     assert len(trials) == len(ablation.variants) * len(ablation.seeds)
@@ -85,22 +86,42 @@ def test_shipped_ablations_are_those_of_the_paper():
     assert all(run.model.intermediate_size == 4 * run.model.hidden_size for run in runs)
 
 
-def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
-    """Two variants, two seeds, 40 steps: enough to be better than guessing, else a run has diverged."""
+def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
+    """Two variants, one seed, killed after the first result."""
+    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, seeds=[1])
+    ablation = load_ablation(path)
+    process = call_interrupted(ablation, "ablate", path, ends=(signal.SIGKILL,))
+    assert process.returncode == 0, process.stderr
+    check_trained(ablation, 2)
+    text = (ablation.folder_path / "results.md").read_text()
+    assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
+
+
+def write_short(write, small_corpus, tokenizer_folder, tmp_path, **keys):
+    """An ablation of two variants and 40 steps: enough to be better than guessing, else a run has diverged."""
     data = tmp_path / "data"  # what is held out is like what is learnt, unlike that of `data_folder`
     prepare([small_corpus], tokenizer_folder, data, validation_share=0.5)
     two = {name: VARIANTS[name] for name in ("large", "small")}
     settings = {"data.path": str(data), "train.train_steps": 40, "monitor.every_steps": 1, "schedule.min_lr": 0.0}
-    path = write(variants=two, varied="optimizer.rms_match", side_by_side=2, settings=settings)
+    return write(variants=two, varied="optimizer.rms_match", settings=settings, **keys)
+
+
+def check_trained(ablation, count):
+    """All runs have a result, and each trained every step once."""
+    names = ended(ablation)
+    assert sorted(names) == sorted(trial.name for trial in ablation.pending_runs({})) and len(names) == count
+    for name in names:
+        assert steps_of(ablation, name) == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
+    """Two variants, two seeds."""
+    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, side_by_side=2)
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path)
     assert process.returncode == 0, process.stderr
-    assert (
-        sorted(ended(ablation)) == sorted(trial.name for trial in ablation.pending_runs({}))
-        and len(ended(ablation)) == 4
-    )
-    for name in ended(ablation):
-        assert steps_of(ablation, name) == list(range(1, 41))
+    check_trained(ablation, 4)
     results = read_results(ablation)
     weights = json.loads((ablation.folder_path / "weight_rms.json").read_text())
     for trial, run in results.items():
@@ -135,7 +156,7 @@ def test_differences_pair_the_seeds(write):
     assert "| large | 0.5000 |" in matrices_text(outcomes, {})
     tokens, less = curve_differences(outcomes["adamw"].runs, outcomes["small"].runs)[1]
     assert tokens == [256.0 * number for number in range(1, 21)] and less == pytest.approx([0.3] * 20)
-    assert "least at 0.4, the upper end: not yet an optimum" in verdict(ablation, outcomes)
+    assert "smallest at 0.4, the upper end: not yet an optimum" in verdict(ablation, outcomes)
     assert ablation_caveats(ablation, outcomes) == []
 
 
@@ -159,7 +180,7 @@ def test_an_optimum_has_two_ends_that_are_worse(write):
     assert list(ablation.numbers) == ["0.05", "0.2", "0.8"]
     outcomes = variant_results(ablation, results_of(ablation, {"0.05": 4.3, "0.2": 4.0, "0.8": 4.1}))
     assert verdict(ablation, outcomes).endswith(
-        "least at 0.2; both ends are worse, at 0.05 by 0.3000 and at 0.8 by 0.1000."
+        "smallest at 0.2; both ends are worse, at 0.05 by 0.3000 and at 0.8 by 0.1000."
     )
 
 
@@ -176,7 +197,7 @@ def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
     said = ablation_caveats(ablation, outcomes)
     assert sum("diverged" in line for line in said) == 3 * 3  # AdamW's eight, and one
     assert "small is best at 0.004, the lower edge of its learning rates." in said
-    assert said[-1] == "1 runs are still to be done: adamw-lr0.016-seed3."
+    assert said[-1] == "1 runs are pending: adamw-lr0.016-seed3."
     table = loss_table(ablation, outcomes)
     assert "| large | 0.016 | diverged | 4.0160 | diverged | 4.0160 |" in table and "| **4.0040** |" in table
     write_results(ablation, results)
@@ -193,8 +214,8 @@ def test_results_of_another_recipe_or_ablation_are_refused(write):
     assert read_results(load_ablation(write(variants=more, seeds=[1, 2, 3], rates=[0.008, 0.016]))) == results
     changed = VARIANTS | {"large": {"optimizer.rms_match": 0.8}}
     for keys, words in (
-        ({"settings": {"train.train_steps": 8}}, "train.train_steps is 4 there and 8 now"),
-        ({"variants": changed}, "at variant large, optimizer.rms_match is 0.4 there and 0.8 now"),
+        ({"settings": {"train.train_steps": 8}}, "train.train_steps is 4 in the file and 8 now"),
+        ({"variants": changed}, "at variant large, optimizer.rms_match is 0.4 in the file and 0.8 now"),
         ({"variants": {name: VARIANTS[name] for name in ("large", "small")}}, "another ablation: it has the variant"),
     ):
         with pytest.raises(UserError, match=words):

@@ -55,15 +55,15 @@ def test_a_law_without_noise_is_found_exactly(a, b, share):
     found = compare(cells({"muon": (a * share**-b, b), "adamw": (a, b)}), draws=200)
     assert found.laws["adamw"].a == pytest.approx(a, rel=1e-6)
     assert found.laws["adamw"].b == pytest.approx(b, rel=1e-6)
-    for at in found.shares:
+    for at in found.ratios:
         # Muon's loss is a (share^-1 C)^b: it has AdamW's loss of C at share C.
-        assert at.share == pytest.approx(share, rel=1e-6)
+        assert at.ratio == pytest.approx(share, rel=1e-6)
         assert at.interval == pytest.approx((share, share), rel=1e-6)
 
 
 def test_the_papers_laws_give_its_share():
     found = compare(cells(PAPER, flops=(1e19, 3e19, 1e20, 3e20, 1e21)), draws=100)
-    assert 0.45 < found.middle.share < 0.60
+    assert 0.45 < found.middle.ratio < 0.60
     assert found.laws["muon"].a == pytest.approx(2.506)
 
 
@@ -103,7 +103,7 @@ def test_a_size_of_one_optimizer_alone_is_used_for_it():
 
 def test_what_lies_beyond_the_ladder_is_said():
     found = compare(cells({"muon": (2.5 * 0.5**0.06, -0.06), "adamw": (2.5, -0.06)}), draws=10)
-    assert [share.is_measured for share in found.shares] == [False, True, True]
+    assert [ratio.is_measured for ratio in found.ratios] == [False, True, True]
 
 
 def test_shares_are_read_off_between_sizes():
@@ -111,13 +111,13 @@ def test_shares_are_read_off_between_sizes():
     share = 0.8
     made = cells({"muon": (2.5 * share**0.06, -0.06), "adamw": (2.5, -0.06)}, flops=(1e12, 2e12, 4e12))
     below, *others = compare(made, draws=50).interpolated
-    assert below.share == 0 and below.interval == (0, pytest.approx(1)) and not below.is_measured
+    assert below.ratio == 0 and below.interval == (0, pytest.approx(1)) and not below.is_measured
     for at in others:
-        assert at.share == pytest.approx(share, rel=1e-6) and at.is_measured
+        assert at.ratio == pytest.approx(share, rel=1e-6) and at.is_measured
         assert at.interval == pytest.approx((share, share), rel=1e-6)
     worse = cells({"muon": (2.5, -0.06), "adamw": (2.5 * share**0.06, -0.06)}, flops=(1e12, 2e12, 4e12))
     above = compare(worse, draws=50).interpolated[-1]
-    assert above.share == math.inf and above.interval == (pytest.approx(1), math.inf)
+    assert above.ratio == math.inf and above.interval == (pytest.approx(1), math.inf)
 
 
 def test_a_law_that_bends_shows_in_the_distance_from_the_line():

@@ -121,8 +121,8 @@ def test_results_are_kept_and_those_of_other_settings_refused(write):
     more = load_ladder(write(rates=[0.002, 0.004], seeds=[1, 2, 3], sizes=SIZES | {"more": {"train.train_steps": 9}}))
     assert read_results(more) == results
     for keys, words in (
-        ({"sizes": SIZES | {"large": {"model.hidden_size": 40}}}, "model.hidden_size is 48 there and 40 now"),
-        ({"settings": {"train.train_steps": 8}}, "train.train_steps is 4 there and 8 now"),
+        ({"sizes": SIZES | {"large": {"model.hidden_size": 40}}}, "model.hidden_size is 48 in the file and 40 now"),
+        ({"settings": {"train.train_steps": 8}}, "train.train_steps is 4 in the file and 8 now"),
         ({"sizes": {"small": SIZES["small"]}}, "another ladder"),
     ):
         with pytest.raises(UserError, match=words):
@@ -136,7 +136,7 @@ def test_results_of_other_text_are_refused(write):
     content = json.loads(path.read_text())
     ((name, digest),) = content["data"].items()
     path.write_text(json.dumps(content | {"data": {name: digest[::-1]}}))
-    with pytest.raises(UserError, match=f"other text: that of {name}"):
+    with pytest.raises(UserError, match=f"different text: the checksum of {name}"):
         read_results(ladder)
 
 
@@ -213,6 +213,7 @@ def test_what_counts_as_diverged(write):
     assert divergence([], config) == ""
 
 
+@pytest.mark.slow
 def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
     """Killed after its first result, then asked to stop after its second; what had ended stays as it was."""
     small = SIZES["small"] | {"train.train_steps": 40}  # enough to be better than guessing, else a run has diverged

@@ -44,7 +44,7 @@ def test_matrices_are_paired_by_size_and_group(tmp_path):
         "| shared_experts | 3 | 3 | 0.9000 | 0.6000 |",
         "| router | 1 | 0 | 0.5000 | 0.6000 |",
         "| dense | 3 | 3 | 0.9000 | 0.6000 |",
-        "Muon's is higher in 61 of 62 matrices, 98.4%.",
+        "The entropy is higher under Muon in 61 of 62 matrices, 98.4%.",
     ):
         assert line in text.splitlines(), line
     draw_entropies(pairs, tmp_path / "entropies.png")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.layouts import Recipe, build, collect, flatten, recipe
+from tests.support.layouts import Recipe, build, collect, flatten_gradients, recipe
 
 CHATS = [
     [
@@ -69,5 +69,5 @@ def whole_set_gradients(run: Recipe, change: str = "") -> dict[str, Any]:
         "count": count.item(),
         "windows": samples.num_windows,
         "weights": weights,
-        "gradients": flatten(optimizer.gradient_state()),
+        "gradients": flatten_gradients(optimizer),
     }

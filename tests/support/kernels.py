@@ -31,3 +31,21 @@ def assert_near(result, expected, function, size=None):
     size = expected.abs() if size is None else torch.maximum(size, expected.abs())
     error = (result.double() - expected).abs()
     assert (error <= rounding * expected.abs() + 3e-6 * size + 1e-7).all(), (function.__name__, error.max())
+
+
+def torch_symmetric_product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    alpha: float = 1,
+    added: torch.Tensor | None = None,
+    beta: float = 0,
+    gamma: float = 0,
+) -> None:
+    """Reference of `symmetric_product`: float32, rounded once, with the upper triangle mirrored."""
+    result = alpha * (left.float() @ right.float())
+    if added is not None:
+        result += beta * added.float()
+    result.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    out.copy_(result.triu() + result.triu(1).mT)

@@ -130,6 +130,13 @@ def flatten(state: dict[str, Any]) -> list[Piece]:
     ]
 
 
+def flatten_gradients(optimizer: Any) -> list[Piece]:
+    """Return this rank's rows of the gradients summed over all ranks, as arrays."""
+    from moonlight.optim.distributed_muon import owned_chunks
+
+    return flatten(owned_chunks((owned.param.key, owned, owned.grad) for owned in optimizer.owned))
+
+
 def assemble(answers: list[list[Piece]]) -> dict[str, np.ndarray]:
     """Whole tensors from the pieces of all ranks: every element given, and replicas agreeing to the last bits."""
     whole: dict[str, np.ndarray] = {}
@@ -156,7 +163,7 @@ def first_gradients(run: Recipe, masked: float = 0.0) -> dict[str, Any]:
     return {
         "loss": loss.item(),
         "weights": weights,
-        "gradients": flatten(optimizer.gradient_state()),
+        "gradients": flatten_gradients(optimizer),
         "aux": [router.aux_loss.item() for router in find_routers(models)],
     }
 

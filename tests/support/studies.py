@@ -48,7 +48,7 @@ def ended(study):
     return [study.point_type(**{key: entry[key] for key in keys}).name for entry in entries]
 
 
-def call_interrupted(study, *arguments):
+def call_interrupted(study, *arguments, ends=(signal.SIGKILL, signal.SIGTERM)):
     """Kill the command after its first result, ask it to stop after its second, then run it to its end.
 
     What had ended before must stay as it was, and no run may be done twice.
@@ -59,7 +59,7 @@ def call_interrupted(study, *arguments):
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done: dict[str, bytes] = {}
-    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
+    for number, end in enumerate(ends, start=1):
         process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE)
         deadline = time.monotonic() + PATIENCE_S
         while len(ended(study)) < number and process.poll() is None and time.monotonic() < deadline:

@@ -16,11 +16,12 @@ from moonlight.train.metrics import read_metrics
 from moonlight.train.run_log import read_events
 from tests.support.faults import end, start, wait_until, workers
 from tests.support.layouts import make_run, train_run
+from tests.support.suites import quick
 from tests.train.test_resume import check_same
 
 STEPS, MAX_KILLS = 60, 2
-QUICK = (0, 1, 2)
-"""These are in every test run: under our launcher, under torchrun, and with the launcher killed too."""
+FIRST = (0, 1, 2)
+"""Under our launcher, under torchrun, and with the launcher killed too."""
 
 
 def make(runs, data_folder, tokenizer_folder):
@@ -138,7 +139,7 @@ def check_run(number, uninterrupted, data_folder, tokenizer_folder, place: Path)
     return kills
 
 
-@pytest.mark.parametrize("number", QUICK)
+@pytest.mark.parametrize("number", quick(FIRST, 2))
 def test_killed_and_restarted(uninterrupted, data_folder, tokenizer_folder, tmp_path, number):
     assert check_run(number, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(number)) > 0
 

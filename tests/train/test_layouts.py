@@ -1,12 +1,16 @@
 """Every layout against one process: initial weights, gradients tensor by tensor, losses."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.layouts import LAYOUTS, assemble, first_gradients, recipe, train_losses
+from tests.support.suites import quick, slow
+
+OTHERS = [name for name in LAYOUTS if name != "1"]
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
@@ -39,7 +43,7 @@ def masked_reference(pool):
     return one_process(pool, 0.8)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+@pytest.mark.parametrize("layout", quick(OTHERS, "DP4", "TP2-ETP2", "PP2-interleaved", "EP2xTP2-ETP2-4", "EP2xPP2"))
 def test_first_step_gradients_equal_one_process(pool, reference, layout):
     world_size, parallel = LAYOUTS[layout]
     answers = pool.run(world_size, first_gradients, recipe(parallel))
@@ -50,9 +54,16 @@ def test_first_step_gradients_equal_one_process(pool, reference, layout):
     check_gradients(answers, reference)
 
 
-@pytest.mark.parametrize("masked", [0.0, 0.8])
-@pytest.mark.parametrize("layout", ["1", "TP2", "DP2"])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "layout", "masked"),
+    quick(
+        itertools.product((1, 2, 4), ("1", "TP2", "DP2"), (0.0, 0.8)),
+        (4, "1", 0.0),
+        (1, "DP2", 0.0),
+        (1, "TP2", 0.8),
+        (4, "DP2", 0.8),
+    ),
+)
 def test_loss_is_the_same_however_the_batch_is_cut(pool, reference, masked_reference, layout, micro_batch_size, masked):
     world_size, parallel = LAYOUTS[layout]
     run = recipe(parallel, micro_batch_size=micro_batch_size)
@@ -67,11 +78,17 @@ def reference_losses(pool):
     return losses
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
-def test_losses_of_twenty_steps_equal_one_process(pool, reference_losses, layout):
+@pytest.mark.parametrize(
+    ("layout", "steps"),
+    [
+        *((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")),
+        *(slow(name, 20) for name in OTHERS),
+    ],
+)
+def test_losses_equal_one_process(pool, reference_losses, layout, steps):
     world_size, parallel = LAYOUTS[layout]
-    for losses in pool.run(world_size, train_losses, recipe(parallel), 20):
-        assert losses == pytest.approx(reference_losses, rel=1e-5)
+    for losses in pool.run(world_size, train_losses, recipe(parallel), steps):
+        assert losses == pytest.approx(reference_losses[:steps], rel=1e-5)
 
 
 def test_initial_weights_follow_from_seed_and_hugging_face_name(reference):

@@ -16,6 +16,7 @@ from moonlight.data.prepare import prepare
 from moonlight.train.metrics import UNREPEATABLE, read_metrics
 from moonlight.train.run_folder import cache_folder, check_data
 from tests.support.layouts import LAYOUTS, make_run, train_run
+from tests.support.suites import slow
 
 LENGTH = 32
 
@@ -78,17 +79,20 @@ def train_in_parts(pool, run_of, layouts, stops):
         pool.run(LAYOUTS[layout][0], train_run, replace(run, train=replace(run.train, stop_at_step=stop)))
 
 
-def test_stopped_and_continued_reads_the_same(pool, recipe_in, tmp_path):
+def train_whole(pool, recipe_in, tmp_path):
+    """The recipe of a run by one process that never stopped, and its metrics."""
     whole = recipe_in("whole", "1")
     pool.run(1, train_run, whole)
     expected = repeatable(whole, tmp_path / "whole")
     assert [entry["optim/global_batch_size"] for entry in expected] == [4] * 6 + [8] * 4
     assert expected[-1]["step"] == 10
+    return whole, expected
 
-    train_in_parts(pool, lambda layout: recipe_in("parts", layout), ("1", "1", "1"), (3, 7, 0))
-    assert repeatable(whole, tmp_path / "parts") == expected
 
-    train_in_parts(pool, lambda layout: recipe_in("layouts", layout), ("DP2", "EP2xDP2", "TP2"), (3, 7, 0))
+@pytest.mark.parametrize(("layouts", "stops"), [(("DP2", "TP2"), (5, 0)), slow(("DP2", "EP2xDP2", "TP2"), (3, 7, 0))])
+def test_continued_under_another_layout_reads_the_same(pool, recipe_in, tmp_path, layouts, stops):
+    whole, expected = train_whole(pool, recipe_in, tmp_path)
+    train_in_parts(pool, lambda layout: recipe_in("layouts", layout), layouts, stops)
     found = repeatable(whole, tmp_path / "layouts")
     for entry, reference in zip(found, expected, strict=True):
         for key in reference:
@@ -96,6 +100,12 @@ def test_stopped_and_continued_reads_the_same(pool, recipe_in, tmp_path):
                 assert entry[key] == reference[key]
             elif key.startswith("loss/"):
                 assert entry[key] == pytest.approx(reference[key], rel=1e-5)
+
+
+def test_stopped_and_continued_reads_the_same(pool, recipe_in, tmp_path):
+    whole, expected = train_whole(pool, recipe_in, tmp_path)
+    train_in_parts(pool, lambda layout: recipe_in("parts", layout), ("1", "1", "1"), (3, 7, 0))
+    assert repeatable(whole, tmp_path / "parts") == expected
 
     samples = build_train_dataset(whole, check_data(whole), cache_folder(whole))
     for entry in expected:
@@ -128,7 +138,7 @@ def check_card(run, folder, out, last):
         seen = last[f"data/tokens/{name}"]
         share, passes = seen / last["consumed_tokens"], seen / manifest["splits"]["train"]["tokens"]
         assert f"| {name} | {seen:,} | {share:.1%} | {passes:.3g} |" in text
-    assert re.search(r"documents of a sequence \| attention within each, positions counted in each", text)
+    assert re.search(r"documents in a sequence \| no attention between them, positions restart in each", text)
 
 
 def test_a_lone_stage_reads_what_it_reads_in_the_whole_run(recipe_in, tmp_path):

@@ -13,6 +13,7 @@ from moonlight.config.load import to_yaml
 from moonlight.train.metrics import UNREPEATABLE, read_metrics
 from tests.support.faults import kill_after
 from tests.support.layouts import LAYOUTS, make_run, train_run
+from tests.support.suites import slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +47,8 @@ SMALL_STATE = {"momentum_dtype": "bfloat16", "master_weights": "split"}
 @pytest.mark.parametrize(
     ("layout", "dtype", "optimizer"),
     [
-        ("1", "float32", {}),
-        ("EP2", "bfloat16", {}),
+        slow("1", "float32", {}),
+        slow("EP2", "bfloat16", {}),
         ("DP2", "bfloat16", SMALL_STATE),
         ("EP2xTP2-4", "float32", {"momentum_dtype": "bfloat16"}),
     ],
@@ -92,6 +93,7 @@ def pretrain(recipe_file):
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path):
     """kill -9 of the command, twice, at moments a run of 40 steps may be in; its workers must end with it."""
     runs = {}

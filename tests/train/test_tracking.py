@@ -42,6 +42,7 @@ def test_offline(tiny_run, tmp_path):
     assert identifier in record.name
 
 
+@pytest.mark.slow
 def test_without_a_key_training_goes_on(tiny_run, tmp_path):
     done = pretrain(tiny_run, tmp_path, {})
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from moonlight.config.parallel import ParallelConfig
 from moonlight.config.pipeline import stage_layers
 from moonlight.errors import UserError
 from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
+from tests.support.suites import quick
 from tests.train.test_layouts import check_gradients
 
 CUTS = {
@@ -44,14 +45,17 @@ def reference(pool):
     return of
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", quick(CUTS, "7 on PP4", "3 on PP2 with EP2", "7 on PP2 with TP2"))
 def test_gradients_equal_one_process(pool, reference, cut):
     num_layers, parallel = CUTS[cut]
     answers = pool.run(num_processes(parallel), first_gradients, run_of(num_layers, parallel))
     check_gradients(answers, reference(num_layers))
 
 
-@pytest.mark.parametrize(("writer", "reader"), [("7 on PP4", None), (None, "7 on PP4"), ("7 on PP4", "7 on PP2")])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    quick([("7 on PP4", None), (None, "7 on PP4"), ("7 on PP4", "7 on PP2")], ("7 on PP4", "7 on PP2")),
+)
 def test_checkpoints_load_across(pool, tmp_path, writer, reader):
     one = (7, ParallelConfig())
     (expected,) = pool.run(1, train_losses, run_of(7), 4)

@@ -11,9 +11,10 @@ from moonlight.errors import CODE_HUNG
 from moonlight.train.run_log import read_events
 from tests.support.faults import end, reached, start, wait_until, workers
 from tests.support.layouts import make_run
+from tests.support.suites import quick
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize("restarts", quick([0, 1], 1))
 def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_path, restarts):
     """With a restart, the frozen process is removed too, and the run ends as if nothing had been."""
     run = make_run(
@@ -22,9 +23,9 @@ def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_pat
         tokenizer_folder,
         "DP2",
         threads_per_process=1,
-        train_steps=60,
+        train_steps=30,
         save_every_steps=10,
-        validate_every_steps=60,
+        validate_every_steps=30,
         hang_timeout_seconds=15.0,
         max_restarts=restarts,
     )
@@ -43,7 +44,7 @@ def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_pat
     if restarts:
         assert process.returncode == 0, errors
         assert "process 0 of 2 ended with code 134" in errors and "restart 1 of 1" in errors
-        assert resolve_checkpoint(folder).name == "step-00000060"
+        assert resolve_checkpoint(folder).name == "step-00000030"
         resumed = [event for event in read_events(folder) if event["event"] == "resumed"]
         assert [(event["step"] >= 10, event["restart"]) for event in resumed] == [(True, 1)]
     else:
