@@ -287,8 +287,8 @@ def test_data_index_of_nonsense(refuses, as_worker, tiny_run, tmp_path):
         (["export", "runs", "--out", "x", "--max-shard-size", "big"], "--max-shard-size"),
         (["export", "nowhere", "--out", "x"], "nowhere does not exist: give a run folder"),
         (["export", "{run}", "--out", "x", "--dtype", "int8"], "dtype is 'int8': accepted are float32, bfloat16"),
-        (["verify", "{run}", "nowhere"], "nowhere is no Hugging Face folder"),
-        (["generate", "nowhere", "--prompt", "a"], "nowhere is no Hugging Face folder"),
+        (["verify", "{run}", "nowhere"], "nowhere is not a Hugging Face folder"),
+        (["generate", "nowhere", "--prompt", "a"], "nowhere is not a Hugging Face folder"),
         (["quickstart", "--corpus", "nowhere"], "corpus nowhere does not exist"),
     ],
 )

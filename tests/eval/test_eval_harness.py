@@ -181,7 +181,7 @@ def test_trying_things_out_has_a_folder_of_its_own(tmp_path, tokenizer_folder):
 def test_without_leave_code_is_not_run(exported, tmp_path, capsys):
     found = evaluate([exported / "tiny" / "hf"], EvalOptions(suite="offline", limit=2), tmp_path / "out")
     assert "code: skipped" in capsys.readouterr().out
-    assert "| code | 0 | not run |" in found.table and "do not compare the scores" in found.table
+    assert "| code | 0 | not run |" in found.table and "do not compare these scores" in found.table
     assert not (tmp_path / "out" / "tiny" / "code.json").exists()
     assert found.curve is None
 

@@ -113,8 +113,11 @@ QUICK = {
     ("PP2", "float32"),
     ("PP2-interleaved", "bfloat16"),
     ("TP2xPP2", "float32"),
-    ("EP2xPP2", "bfloat16"),
-    *(("EP2xTP2-ETP2-4", name) for name in RECIPES),
+    ("EP2xTP2-ETP2-4", "float32"),
+    ("EP2xTP2-ETP2-4", "float32 residual"),
+    ("EP2xTP2-ETP2-4", "layer again"),
+    ("TP2", "q_lora"),
+    ("TP2", "mla_up_proj again"),
 }
 
 

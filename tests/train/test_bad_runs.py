@@ -247,7 +247,7 @@ def test_a_run_forced_to_other_settings(tiny_run, runs):
 # Memory
 
 
-@pytest.mark.parametrize("processes", quick([1, 2], 2))
+@pytest.mark.parametrize("processes", quick([1, 2], 1))
 def test_out_of_memory_names_what_helps(tiny_run, tmp_path, processes):
     """A head of 40 million rows does not fit into 8 GB of address space."""
     arguments = ["pretrain", tiny_run.recipe, f"runs_folder={tmp_path}", "model.vocab_size=40000000"]

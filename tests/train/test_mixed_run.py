@@ -79,9 +79,9 @@ def train_in_parts(pool, run_of, layouts, stops):
         pool.run(LAYOUTS[layout][0], train_run, replace(run, train=replace(run.train, stop_at_step=stop)))
 
 
-def train_whole(pool, recipe_in, tmp_path):
+def train_whole(pool, recipe_in, tmp_path, **train):
     """The recipe of a run by one process that never stopped, and its metrics."""
-    whole = recipe_in("whole", "1")
+    whole = recipe_in("whole", "1", **train)
     pool.run(1, train_run, whole)
     expected = repeatable(whole, tmp_path / "whole")
     assert [entry["optim/global_batch_size"] for entry in expected] == [4] * 6 + [8] * 4
@@ -89,10 +89,15 @@ def train_whole(pool, recipe_in, tmp_path):
     return whole, expected
 
 
-@pytest.mark.parametrize(("layouts", "stops"), [(("DP2", "TP2"), (5, 0)), slow(("DP2", "EP2xDP2", "TP2"), (3, 7, 0))])
-def test_continued_under_another_layout_reads_the_same(pool, recipe_in, tmp_path, layouts, stops):
-    whole, expected = train_whole(pool, recipe_in, tmp_path)
-    train_in_parts(pool, lambda layout: recipe_in("layouts", layout), layouts, stops)
+@pytest.mark.parametrize(
+    ("layouts", "stops", "validation_sequences"),
+    [(("DP2", "TP2"), (5, 0), 16), slow(("DP2", "EP2xDP2", "TP2"), (3, 7, 0), 0)],
+)
+def test_continued_under_another_layout_reads_the_same(pool, recipe_in, tmp_path, layouts, stops, validation_sequences):
+    """With 16 sequences of validation, and with all."""
+    train = {"validation_sequences": validation_sequences}
+    whole, expected = train_whole(pool, recipe_in, tmp_path, **train)
+    train_in_parts(pool, lambda layout: recipe_in("layouts", layout, **train), layouts, stops)
     found = repeatable(whole, tmp_path / "layouts")
     for entry, reference in zip(found, expected, strict=True):
         for key in reference:
