@@ -47,10 +47,7 @@ def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, s
     yield "intermediate size of a dense layer", f"{model_config.intermediate_size:,}"
     tied = hf_config(model_config)["tie_word_embeddings"]
     yield "vocabulary size", f"{model_config.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
-    yield (
-        "context length",
-        f"{model_config.max_position_embeddings:,} (RoPE, base {model_config.rope_theta:,.0f})",
-    )
+    yield ("context length", f"{model_config.max_position_embeddings:,} (RoPE, base {model_config.rope_theta:,.0f})")
     yield "dtype of the weights", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
 
 
@@ -178,12 +175,7 @@ def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | N
 
 
 def results(
-    entries: Sequence[dict[str, Any]],
-    step: int,
-    manifests: Manifests | None,
-    curve: bool,
-    averaged: bool,
-    dtype: str,
+    entries: Sequence[dict[str, Any]], step: int, manifests: Manifests | None, curve: bool, averaged: bool, dtype: str
 ) -> list[str]:
     """Return losses of the step or of the last validation, and bits per byte of compressors for comparison."""
     rows: dict[str, str] = {}

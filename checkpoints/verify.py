@@ -52,10 +52,7 @@ class VerificationReport:
 def print_report(report: VerificationReport) -> None:
     """Print a table, then the first differences."""
     table = Table(show_header=False, title="Verification", title_justify="left")
-    table.add_row(
-        "tensors",
-        f"{report.tensors}, all compared" if not report.problems else f"{report.tensors}",
-    )
+    table.add_row("tensors", f"{report.tensors}, all compared" if not report.problems else f"{report.tensors}")
     table.add_row("different tensors", str(len(report.problems)))
     if report.tokens:
         table.add_row(

@@ -175,10 +175,7 @@ def _install_in_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     # See _gather_uneven and _reduce_scatter_uneven for when to delete these two.
-    even_gather, even_reduce_scatter = (
-        mappings._gather_along_first_dim,
-        mappings._reduce_scatter_along_first_dim,
-    )
+    even_gather, even_reduce_scatter = (mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim)
 
     def gather(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         if output_split_sizes is None or group.size() == 1:

@@ -18,14 +18,7 @@ from moonlight.errors import UserError, user_message
 from moonlight.files import make_folder
 from moonlight.train import run_folder
 from moonlight.train.shared_folder import check_shared
-from pretrain.measure import (
-    Health,
-    measure_clock,
-    measure_collectives,
-    measure_disk,
-    measure_network,
-    measure_process,
-)
+from pretrain.measure import Health, measure_clock, measure_collectives, measure_disk, measure_network, measure_process
 
 TABLE_WIDTH = 160
 """Columns of the table if the output is not a terminal."""

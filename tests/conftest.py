@@ -40,19 +40,7 @@ def small_corpus(tmp_path_factory):
     """About 400 kB in 13 text files: library sources, tab-indented text, other scripts than Latin."""
     folder = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_path("stdlib"))
-    names = (
-        "argparse",
-        "ast",
-        "bisect",
-        "csv",
-        "dis",
-        "doctest",
-        "enum",
-        "heapq",
-        "locale",
-        "queue",
-        "tarfile",
-    )
+    names = ("argparse", "ast", "bisect", "csv", "dis", "doctest", "enum", "heapq", "locale", "queue", "tarfile")
     for name in names:
         shutil.copy(library / f"{name}.py", folder)
     (folder / "tabs.txt").write_text("func main() {\n\tfor i := range 9 {\n\t\tprint(i)\n\t}\n}\n" * 300)

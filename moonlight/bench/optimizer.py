@@ -112,10 +112,7 @@ def _newton_schulz(rounds: int, rows: int, columns: int, device: str, is_accurat
     ours, peer = interleaved(
         rounds,
         device,
-        [
-            lambda: orthogonalize(matrix, 5, "moonlight", torch.bfloat16),
-            lambda: plain_loop(matrix, torch.bfloat16),
-        ],
+        [lambda: orthogonalize(matrix, 5, "moonlight", torch.bfloat16), lambda: plain_loop(matrix, torch.bfloat16)],
     )
     return time_ratio(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, is_accurate)
 

@@ -81,13 +81,7 @@ class BenchMachine:
 
 
 def time_ratio(
-    case: str,
-    ours: list[float],
-    peer: list[float],
-    bar: float,
-    gate: bool,
-    unit: str = "ms",
-    aim: float | None = None,
+    case: str, ours: list[float], peer: list[float], bar: float, gate: bool, unit: str = "ms", aim: float | None = None
 ) -> BenchResult:
     """Return the result of the times of all rounds: the ratio of medians, the peer's over ours; larger is better.
 

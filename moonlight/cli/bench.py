@@ -65,9 +65,7 @@ def bench_profile(
 
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
 def bench_optimizer(
-    rounds: Rounds = 7,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Json = None,
+    rounds: Rounds = 7, device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu", json: Json = None
 ) -> None:
     """Compare Muon's accuracy and speed with other Muon implementations. Exits 1 if a result misses its gate or bar."""
     from moonlight.bench import optimizer
@@ -108,10 +106,7 @@ def bench_loader(
 
 
 @bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
-def bench_monitors(
-    rounds: Rounds = 5,
-    json: Json = None,
-) -> None:
+def bench_monitors(rounds: Rounds = 5, json: Json = None) -> None:
     """Measure the cost of monitors at their default interval, as a fraction of a step. Exits 1 if it misses its bar."""
     from moonlight.bench import monitors
 

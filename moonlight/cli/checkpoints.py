@@ -21,8 +21,7 @@ def export(
     max_shard_size: Annotated[int, typer.Option(help="Maximum size of a safetensors file, in MB.")] = 5000,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder; default: the checkpoint's.")] = None,
     revision_step: Annotated[
-        int | None,
-        typer.Option(help="Export the checkpoint after this step, to be released as the revision step-N."),
+        int | None, typer.Option(help="Export the checkpoint after this step, to be released as the revision step-N.")
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="For an instruction-tuned model: generation ends at <|im_end|>.")

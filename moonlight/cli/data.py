@@ -12,8 +12,7 @@ tokenizer_app = command_group("Train tokenizers.")
 data_app = command_group("Prepare training data.")
 
 Inputs = Annotated[
-    list[Path],
-    typer.Option("--input", help="A text, .jsonl, .jsonl.gz or .parquet file, or a folder. Repeatable."),
+    list[Path], typer.Option("--input", help="A text, .jsonl, .jsonl.gz or .parquet file, or a folder. Repeatable.")
 ]
 TextField = Annotated[str, typer.Option(help="JSONL key or Parquet column that holds the text.")]
 ValidationShare = Annotated[float, typer.Option(help="Fraction of documents held out, chosen by a hash of their text.")]

@@ -17,8 +17,7 @@ Force = Annotated[bool, typer.Option("--force", help="Resume a run whose setting
 @app.command(epilog="Example: moonlight quickstart --corpus ~/texts")
 def quickstart(
     corpus: Annotated[
-        Path | None,
-        typer.Option(help="Folder or file of text; default: the sources of Python's standard library."),
+        Path | None, typer.Option(help="Folder or file of text; default: the sources of Python's standard library.")
     ] = None,
     recipe: Annotated[Path, typer.Option(help="Recipe to train.")] = Path("configs/quickstart.yaml"),
     overrides: Overrides = None,

@@ -61,10 +61,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields("model", self)
-        require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even",
-        )
+        require(self.qk_rope_head_dim % 2 == 0, f"model.qk_rope_head_dim is {self.qk_rope_head_dim}: it must be even")
         require(
             1 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"model.first_k_dense_replace is {self.first_k_dense_replace}: it must be from 1 to "

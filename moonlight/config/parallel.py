@@ -51,10 +51,7 @@ class ParallelConfig:
             UserError: the layout does not divide the processes.
         """
         for name, model_size in (
-            (
-                "tensor_parallel_size x pipeline_parallel_size",
-                self.tensor_parallel_size * self.pipeline_parallel_size,
-            ),
+            ("tensor_parallel_size x pipeline_parallel_size", self.tensor_parallel_size * self.pipeline_parallel_size),
             (
                 "expert_tensor_parallel_size x expert_parallel_size x pipeline_parallel_size",
                 self.expert_tensor_parallel_size * self.expert_parallel_size * self.pipeline_parallel_size,

@@ -103,10 +103,7 @@ class RunConfig:
                 parallel.expert_parallel_size,
             ),
         ):
-            require(
-                value % divisor == 0,
-                f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})",
-            )
+            require(value % divisor == 0, f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})")
 
     def _check_schedule(self) -> None:
         schedule, train_config = self.schedule, self.train

@@ -74,10 +74,7 @@ def check_stages(stages: dict[str, StageConfig]) -> None:
         stage.check(f"stages.{name}")
         fault = "overlaps" if stage.from_tokens < end else "leaves a gap"
         where = f"stages.{before} ends at {end} tokens" if before else "the first stage begins at 0 tokens"
-        require(
-            stage.from_tokens == end,
-            f"stages.{name}.from_tokens is {stage.from_tokens}, which {fault}: {where}",
-        )
+        require(stage.from_tokens == end, f"stages.{name}.from_tokens is {stage.from_tokens}, which {fault}: {where}")
         before, end = name, stage.to_tokens
 
 

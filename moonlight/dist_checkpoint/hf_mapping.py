@@ -91,12 +91,7 @@ def _moe(model_config: ModelConfig, key: str, name: str) -> list[TensorMapping]:
         _experts(f"{key}.experts", f"{name}.experts", "up_proj", count, width, hidden),
         _experts(f"{key}.experts", f"{name}.experts", "down_proj", count, hidden, width),
         _gate_up(f"{key}.shared_experts.linear_fc1.weight", f"{name}.shared_experts", shared, hidden),
-        _same(
-            f"{key}.shared_experts.linear_fc2.weight",
-            f"{name}.shared_experts.down_proj.weight",
-            hidden,
-            shared,
-        ),
+        _same(f"{key}.shared_experts.linear_fc2.weight", f"{name}.shared_experts.down_proj.weight", hidden, shared),
     ]
 
 
@@ -109,12 +104,7 @@ def tensor_mappings(model_config: ModelConfig) -> list[TensorMapping]:
         mappings += [
             _same(f"{key}.input_layernorm.weight", f"{name}.input_layernorm.weight", hidden, kind="norm"),
             *_attention(model_config, f"{key}.self_attention", f"{name}.self_attn"),
-            _same(
-                f"{key}.pre_mlp_layernorm.weight",
-                f"{name}.post_attention_layernorm.weight",
-                hidden,
-                kind="norm",
-            ),
+            _same(f"{key}.pre_mlp_layernorm.weight", f"{name}.post_attention_layernorm.weight", hidden, kind="norm"),
         ]
         if layer < model_config.first_k_dense_replace:
             width = model_config.intermediate_size

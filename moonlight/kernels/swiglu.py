@@ -154,16 +154,7 @@ def swiglu_backward_triton(
 
 @jit
 def _forward(
-    gate,
-    up,
-    probabilities,
-    inner,
-    tokens,
-    width,
-    gate_stride,
-    up_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    gate, up, probabilities, inner, tokens, width, gate_stride, up_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]

@@ -70,12 +70,7 @@ class CausalAttention(torch.nn.Module):
         self._passes_to_record = passes
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **_: Any,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: Any
     ) -> torch.Tensor:
         """Return the attention output; see the class for shapes.
 

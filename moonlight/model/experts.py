@@ -73,11 +73,7 @@ class Experts(torch.nn.Module):
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__()
-        self.ep_group, self.tp_group, self.edp_group = (
-            pg_collection.ep,
-            pg_collection.expt_tp,
-            pg_collection.expt_dp,
-        )
+        self.ep_group, self.tp_group, self.edp_group = (pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp)
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self.tp_group.size()
 
         def weight(*shape: int) -> torch.nn.Parameter:

@@ -62,13 +62,7 @@ def update_momentum(grads: Tensors, momenta: Tensors, *, momentum: float, nester
 
 @torch.no_grad()
 def update_momentum_norms(
-    grads: Tensors,
-    momenta: Tensors,
-    matrix_elements: Sequence[int],
-    *,
-    momentum: float,
-    nesterov: bool,
-    scale: float,
+    grads: Tensors, momenta: Tensors, matrix_elements: Sequence[int], *, momentum: float, nesterov: bool, scale: float
 ) -> tuple[Tensors, Tensors | None]:
     """Return `update_momentum`'s directions, and the Frobenius norm of each matrix in them.
 

@@ -44,10 +44,7 @@ class HardwareModel:
 
 
 def hardware_model(
-    name: str = "h100",
-    memory_gb: float | None = None,
-    efficiency: float = 0.35,
-    storage_gb_per_second: float = 2.0,
+    name: str = "h100", memory_gb: float | None = None, efficiency: float = 0.35, storage_gb_per_second: float = 2.0
 ) -> HardwareModel:
     """Build the hardware model from the command's options. A gigabyte is 10^9 bytes.
 

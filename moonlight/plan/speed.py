@@ -63,11 +63,7 @@ def step_seconds(
         newton_schulz_flops: FLOPs of Newton-Schulz on the most loaded rank.
     """
     parallel = config.parallel
-    tp, etp, ep = (
-        parallel.tensor_parallel_size,
-        parallel.expert_tensor_parallel_size,
-        parallel.expert_parallel_size,
-    )
+    tp, etp, ep = (parallel.tensor_parallel_size, parallel.expert_tensor_parallel_size, parallel.expert_parallel_size)
     stage_size = world_size // parallel.pipeline_parallel_size
     arithmetic = max(machine.arithmetic_seconds(stage.flops + stage.recomputed_flops) for stage in stages)
     slices = max(

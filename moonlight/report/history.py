@@ -12,8 +12,8 @@ from moonlight.config.run import RunConfig
 from moonlight.config.timeline import RunSchedule
 from moonlight.errors import UserError, attach_path, user_message
 from moonlight.report.metrics import RunMetrics, load_run_metrics
+from moonlight.train.events import EVENTS_FILE, read_events
 from moonlight.train.metrics import METRICS_FILE
-from moonlight.train.run_log import EVENTS_FILE, read_events
 
 CONFIG_FILE = "config.yaml"
 EVALUATION_FILE = "evaluation.json"

@@ -120,11 +120,7 @@ class RunMetrics:
         if key in _MAPS:
             targets = self.maps
             new: Any = Heatmap(
-                self.scan.first_step,
-                self.scan.last_step,
-                self._max_columns,
-                self._max_cells,
-                largest=_MAPS[key],
+                self.scan.first_step, self.scan.last_step, self._max_columns, self._max_cells, largest=_MAPS[key]
             )
         elif key in _POINTS or key.startswith(_POINTS_PREFIXES):
             targets, new = self.points, SparseSeries(self.grid)

@@ -213,10 +213,7 @@ def test_the_cost_of_monitors_follows_from_their_cadence():
 )
 def test_bad_arguments_are_refused_before_anything_is_measured(command, message):
     ended = subprocess.run(
-        [sys.executable, "-m", "moonlight.cli", "bench", *command.split()],
-        capture_output=True,
-        text=True,
-        timeout=100,
+        [sys.executable, "-m", "moonlight.cli", "bench", *command.split()], capture_output=True, text=True, timeout=100
     )
     assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
 

@@ -36,10 +36,7 @@ from tests.support.hugging_face import change_config
         ({"n_group": 3}, "n_routed_experts is 8: it must be a multiple of n_group (3)"),
         ({"topk_group": 2}, "topk_group is 2: it must be at most n_group (1)"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3: it must be even"),
-        (
-            {"num_key_value_heads": 2},
-            "{config}: num_key_value_heads is 2: it must equal num_attention_heads",
-        ),
+        ({"num_key_value_heads": 2}, "{config}: num_key_value_heads is 2: it must equal num_attention_heads"),
         ({"architectures": ["LlamaForCausalLM"]}, "with architectures ['LlamaForCausalLM']: accepted is 'deepseek_v3'"),
         ({"model_type": "llama"}, "{config} declares model_type 'llama' with architectures"),
         ({"model_type": ...}, "{config} declares model_type None with architectures"),

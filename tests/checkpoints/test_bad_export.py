@@ -166,11 +166,7 @@ def test_an_output_that_is_something_else(refuses, imported, tiny_run, tmp_path)
     (tmp_path / "folder" / "diary.txt").write_text("my own")
     (tmp_path / "file").write_text("my own")
     (tmp_path / "link").symlink_to("nowhere")
-    commands = (
-        ["import", imported / "hf"],
-        ["average", tiny_run.folder, "--last", 2],
-        ["export", tiny_run.folder],
-    )
+    commands = (["import", imported / "hf"], ["average", tiny_run.folder, "--last", 2], ["export", tiny_run.folder])
     for arguments in commands:
         for name in ("folder", "file", "link"):
             words = f"{tmp_path / name} already exists with different content: choose another folder, or remove it"
@@ -250,7 +246,7 @@ def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
     code, err, there = interrupt(arguments, out, signal.SIGINT)
     assert code == CODE_INTERRUPTED, err
     assert 1_000_000 <= there < 150e6
-    assert err == "\ninterrupted: nothing unfinished is left behind; the same command begins again\n"
+    assert err == "\ninterrupted: partial output was removed; rerun the command to start again\n"
     assert not list(tmp_path.iterdir())
 
     code, err, there = interrupt(arguments, out, signal.SIGKILL)
@@ -270,10 +266,7 @@ def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["export", "{run}", "--out", "{out}", "--license", "apache2.0"],
-            "did you mean apache-2.0?",
-        ),
+        (["export", "{run}", "--out", "{out}", "--license", "apache2.0"], "did you mean apache-2.0?"),
         (["export", "nowhere", "--out", "{out}"], "nowhere does not exist: give a run folder"),
         (["average", "nowhere", "--last", "2", "--out", "{out}"], "nowhere does not exist: give a run folder"),
         (["verify", "{hf}", "{run}"], "{hf} is a Hugging Face folder: give a run folder or a checkpoint"),

@@ -39,12 +39,7 @@ def release(monkeypatch, capfd):
 
 
 def environment(hub, home):
-    return os.environ | {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(home),
-        "HF_TOKEN": TOKEN,
-    }
+    return os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_TOKEN": TOKEN}
 
 
 def contents(folder):
@@ -57,7 +52,7 @@ def test_every_byte_arrives_and_the_token_stays_out_of_sight(hub, folder, tmp_pa
     assert (code, err) == (0, "")
     count = len(before)
     assert out.splitlines() == [
-        f"{count} of {count} files sent, all {count} compared with the Hub's",
+        f"{count} of {count} files uploaded, all {count} compared with the Hub's",
         f"{hub.url}/{REPO}",
     ]
     repository = hub.repositories[REPO]
@@ -83,7 +78,7 @@ def test_a_token_of_the_login_file_serves_as_well(hub, folder, release, monkeypa
 def test_a_second_run_sends_nothing(hub, folder, release):
     release(folder)
     hub.requests.clear()
-    assert release(folder) == f"everything is there already\n{hub.url}/{REPO}\n"
+    assert release(folder) == f"all files are uploaded already\n{hub.url}/{REPO}\n"
     assert {method for method, _ in hub.requests} == {"GET", "POST"}
     assert not hub.count("POST", "commit") and not hub.count("POST", "lfs") and not hub.count("POST", "preupload")
     assert len(hub.repositories[REPO].commits) == 1
@@ -110,7 +105,7 @@ def test_a_checkpoint_on_the_way_goes_to_a_branch_of_its_own(hub, folder, releas
     seal(other)
     assert release(other).endswith(f"{hub.url}/{REPO}/tree/step-2\n")
     assert hub.repositories[REPO].branches == {"main": main_branch, "step-2": contents(other) | JUST_MADE}
-    assert release(other).startswith("everything is there already")
+    assert release(other).startswith("all files are uploaded already")
 
 
 def test_a_first_release_may_be_one_on_the_way(hub, folder, release):
@@ -156,7 +151,7 @@ def test_weight_files_of_an_earlier_release_go(hub, folder, release):
     branch = hub.repositories[REPO].branches["main"]
     branch["model-00009-of-00009.safetensors"] = b"old"
     branch["notes.md"] = b"somebody's own"
-    assert "model-00009-of-00009.safetensors: removed there" in release(folder)
+    assert "model-00009-of-00009.safetensors: removed from the Hub" in release(folder)
     assert hub.repositories[REPO].branches["main"] == contents(folder) | JUST_MADE | {"notes.md": b"somebody's own"}
 
 
@@ -170,7 +165,7 @@ def test_a_dry_run_lists_everything_and_asks_nobody(hub, folder, release, monkey
     assert all(name in out for name in contents(folder))
     assert f"{len(contents(folder))} files" in out and f"repository {REPO}" in out and "revision step-2" in out
     assert out.count("LFS") == len(shards(folder)) + 2, "tokenizer.model and loss.png besides"
-    assert out.endswith("dry run: nothing was sent\n")
+    assert out.endswith("dry run: nothing was uploaded\n")
 
 
 # What the Hub refuses

@@ -22,16 +22,7 @@ NEEDED = {"hf/model-00001-of-00001.safetensors", "data/train.bin", "tokenizer/to
 
 def start(folder, corpus):
     """`moonlight quickstart` in a process group of its own, as a terminal would start it."""
-    command = [
-        sys.executable,
-        "-m",
-        "moonlight.cli",
-        "quickstart",
-        "--corpus",
-        str(corpus),
-        "--recipe",
-        "recipe.yaml",
-    ]
+    command = [sys.executable, "-m", "moonlight.cli", "quickstart", "--corpus", str(corpus), "--recipe", "recipe.yaml"]
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -58,7 +49,7 @@ def check_again(output):
         "this tokenizer has been trained already",
         "this data has been prepared already",
         "this run is already finished",
-        "this checkpoint has been exported already",
+        "this checkpoint is exported already",
         "verification, completion: done already",
     ):
         assert done in output
@@ -118,7 +109,7 @@ def test_ctrl_c_while_training_is_quiet_and_the_next_start_finishes(folders, sma
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert output.count("interrupted: the same command goes on") == 1
+    assert output.count("interrupted: rerun the command to resume") == 1
     assert "Traceback" not in output, output
 
     finish(folder, small_corpus)

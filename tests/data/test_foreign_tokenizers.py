@@ -17,8 +17,8 @@ from moonlight.data.tokenizer_files import copy_tokenizer, tokenizer_files
 from moonlight.errors import UserError
 from moonlight.files import sha256_checksum
 from moonlight.train.run_folder import check_data
-from tests.data.test_tokenizer import TEXTS
 from tests.support.layouts import recipe
+from tests.support.texts import TEXTS
 
 KINDS = {
     "tokenizer_folder": "tokenizer.model",

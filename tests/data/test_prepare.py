@@ -144,16 +144,7 @@ def test_bad_records_are_set_aside(tokenizer_folder, tmp_path):
     assert [name for name, _ in found[8:]] == ["latin.txt", "rows.parquet", "broken.parquet", "cut.jsonl.gz"]
     assert found[9] == ("rows.parquet", 2)
     reasons = [entry["reason"] for entry in quarantine]
-    wanted = [
-        "not JSON",
-        "not UTF-8",
-        "no field 'text'",
-        "holds int",
-        "not list",
-        "surrogate",
-        "int",
-        "not JSON",
-    ]
+    wanted = ["not JSON", "not UTF-8", "no field 'text'", "holds int", "not list", "surrogate", "int", "not JSON"]
     assert all(word in reason for word, reason in zip(wanted, reasons, strict=False)), reasons
     assert manifest["bad_records"] == len(quarantine) == 12
     assert manifest["empty_documents"] == 3
@@ -204,11 +195,7 @@ def test_errors_name_what_is_wrong(jsonl, tokenizer_folder, tmp_path):
         ([tmp_path / "nowhere"], {}, "nowhere does not exist"),
         ([empty], {}, "has no files of text"),
         ([], {}, "no documents"),
-        (
-            [one],
-            {"validation_share": 1e-9},
-            r"validation_share is 1e-09: no document of .* falls into validation",
-        ),
+        ([one], {"validation_share": 1e-9}, r"validation_share is 1e-09: no document of .* falls into validation"),
         ([one], {"validation_share": 1 - 1e-9}, "falls into train"),
         ([jsonl], {"validation_share": 1.0}, r"validation_share is 1\.0"),
         ([jsonl], {"max_bad_share": 2}, "max_bad_share is 2"),

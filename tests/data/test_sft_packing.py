@@ -10,8 +10,8 @@ from moonlight.data.packing import pack
 from moonlight.data.prepare_chat import prepare_chat
 from moonlight.data.tokenizer import Tokenizer
 from tests.support.chats import tuning_recipe, whole_set_gradients, write_chats
+from tests.support.comparisons import check_gradients
 from tests.support.layouts import LAYOUTS, assemble
-from tests.train.test_layouts import check_gradients
 
 
 @given(st.integers(1, 60).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room)))))

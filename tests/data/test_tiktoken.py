@@ -13,8 +13,8 @@ from moonlight.data.tiktoken_bpe import convert_tiktoken, fast_tokenizer
 from moonlight.data.tokenizer import Tokenizer
 from moonlight.errors import UserError
 from moonlight.files import sha256_checksum
-from tests.data.test_tokenizer import MESSAGES, RENDERED, TEXTS
 from tests.support.foreign_tokenizers import SPECIAL_OFFSETS, reference, write_ranks, write_tiktoken
+from tests.support.texts import MESSAGES, RENDERED, TEXTS
 
 FRAGMENTS = st.sampled_from(
     [

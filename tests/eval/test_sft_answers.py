@@ -117,7 +117,7 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     again = capfd.readouterr().out
     for done in ("have been prepared already", "this run is already finished", "exact match, after: done already"):
         assert done in again
-    assert again.count("this checkpoint has been exported already") == 2
+    assert again.count("this checkpoint is exported already") == 2
     with pytest.raises(UserError, match="has no checkpoint: `make quickstart`"):
         quickstart_chat.quickstart_chat(tmp_path, tmp_path / "recipe.yaml", [])
     (folder / "data").rename(tmp_path / "elsewhere")

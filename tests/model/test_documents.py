@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moonlight.model.attention import max_logits
-from tests.model.test_parity import fuse_experts
+from tests.support.comparisons import check_gradients
+from tests.support.hugging_face import fuse_experts
 from tests.support.layouts import LAYOUTS, assemble, build, collect, first_gradients, recipe
-from tests.train.test_layouts import check_gradients
 
 EOS = 0
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.layouts import assemble, build, collect, recipe
+from tests.support.hugging_face import forward, fuse_experts
+from tests.support.layouts import assemble, recipe
 
 SHAPES = {
     "moonlight": {},
@@ -14,12 +15,7 @@ SHAPES = {
     "groups": {"num_experts": 16, "num_expert_groups": 4, "topk_group": 2, "num_experts_per_tok": 4},
     "three-dense": {"first_k_dense_replace": 3, "num_experts": 64, "num_experts_per_tok": 6},
     "all-dense": {"first_k_dense_replace": 4},
-    "wide-heads": {
-        "qk_nope_head_dim": 12,
-        "v_head_dim": 20,
-        "num_attention_heads": 2,
-        "num_shared_experts": 1,
-    },
+    "wide-heads": {"qk_nope_head_dim": 12, "v_head_dim": 20, "num_attention_heads": 2, "num_shared_experts": 1},
     "groups-q_lora": {
         "q_lora_rank": 16,
         "num_experts": 32,
@@ -29,28 +25,6 @@ SHAPES = {
         "first_k_dense_replace": 2,
     },
 }
-
-
-def forward(run, tokens):
-    """Logits [batch, sequence, vocabulary] and the experts chosen by each router, with biases that matter."""
-    from moonlight.train.forward_backward import find_routers
-
-    (model,), _ = build(run)
-    for router in find_routers([model]):
-        generator = torch.Generator().manual_seed(router.layer_number)
-        router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=generator))
-    choices = []
-    hooks = [
-        router.register_forward_hook(lambda module, args, out: choices.append(out[1].numpy()))
-        for router in find_routers([model])
-    ]
-    model.eval()
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        logits = model(tokens, positions, None)
-    for hook in hooks:
-        hook.remove()
-    return logits.numpy(), choices, collect([model])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,17 +64,3 @@ def test_logits_and_routes_equal_transformers(pool, shape):
         # Megatron's tokens run sequence-first, transformers' batch-first.
         reordered = ours.reshape(48, 3, -1).swapaxes(0, 1).reshape(48 * 3, -1)
         assert (np.sort(reordered) == np.sort(indices.numpy())).all()
-
-
-def fuse_experts(state, model):
-    """transformers' in-memory form: the experts of a layer stacked, gate over up."""
-    fused = {name: value for name, value in state.items() if ".mlp.experts." not in name}
-    for layer in range(model.first_k_dense_replace, model.num_hidden_layers):
-        prefix = f"model.layers.{layer}.mlp.experts."
-        stack = {
-            kind: torch.stack([state[f"{prefix}{expert}.{kind}_proj.weight"] for expert in range(model.num_experts)])
-            for kind in ("gate", "up", "down")
-        }
-        fused[f"{prefix}gate_up_proj"] = torch.cat([stack["gate"], stack["up"]], dim=1)
-        fused[f"{prefix}down_proj"] = stack["down"]
-    return fused

@@ -64,9 +64,7 @@ def test_the_same_bits_in_bfloat16(pool, modules):
     """With low-rank queries and documents kept apart."""
     run = recipe(dtype="bfloat16")
     run = replace(
-        run,
-        model=replace(run.model, q_lora_rank=24),
-        data=replace(run.data, mask_documents=True, reset_positions=True),
+        run, model=replace(run.model, q_lora_rank=24), data=replace(run.data, mask_documents=True, reset_positions=True)
     )
     same(pool, "1", run, MODULES[modules])
 

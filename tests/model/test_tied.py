@@ -28,8 +28,8 @@ from moonlight.optim.parameters import data_parallel_group, embedding_group
 from moonlight.plan.build import make_plan
 from moonlight.plan.comm_counter import CommCounter
 from moonlight.plan.dry_run import fake_rank
-from tests.model.test_parity import forward, fuse_experts
-from tests.placement.test_traffic import both, exchange
+from tests.support.comparisons import check_gradients, relative
+from tests.support.hugging_face import forward, fuse_experts
 from tests.support.layouts import (
     LAYOUTS,
     ParallelConfig,
@@ -46,7 +46,7 @@ from tests.support.layouts import (
     train_run,
 )
 from tests.support.suites import quick
-from tests.train.test_layouts import check_gradients, relative
+from tests.support.traffic import both, exchange
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart.yaml"

@@ -56,8 +56,7 @@ def test_owners_hold_float32(pool):
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"),
-    quick(itertools.product(("1", "DP2"), ("muon", "adamw")), ("DP2", "muon"), ("DP2", "adamw")),
+    ("layout", "name"), quick(itertools.product(("1", "DP2"), ("muon", "adamw")), ("DP2", "muon"), ("DP2", "adamw"))
 )
 def test_training_goes_the_same_way(pool, layout, name):
     world_size, parallel = LAYOUTS[layout]

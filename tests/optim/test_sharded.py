@@ -220,8 +220,7 @@ def plain_errors(reference):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    quick(["1", "DP4", "TP2", "EP2xTP2-ETP2-4", "PP2", "EP2xDP2"], "DP4", "TP2", "PP2", "EP2xTP2-ETP2-4"),
+    "layout", quick(["1", "DP4", "TP2", "EP2xTP2-ETP2-4", "PP2", "EP2xDP2"], "DP4", "TP2", "PP2", "EP2xTP2-ETP2-4")
 )
 def test_bfloat16_is_no_worse_than_the_plain_loop(pool, reference, plain_errors, layout):
     world_size, parallel = LAYOUTS[layout]

@@ -16,6 +16,7 @@ from moonlight.plan.comm_counter import CommCounter
 from moonlight.plan.dry_run import fake_rank
 from tests.support.layouts import LAYOUTS, build, one_step, recipe
 from tests.support.suites import quick
+from tests.support.traffic import both, exchange
 
 BIG = Path(__file__).parents[2] / "configs/moonlight_16b_a3b/pretrain.yaml"
 WORLDS = {"DP8-EDP8": (8, 1), "DP64-EDP16": (64, 4), "DP512-EDP64": (512, 8)}
@@ -26,18 +27,6 @@ EXPERT_BOUND = 1.03
 
 def big(*overrides):
     return load_recipe(BIG, overrides)
-
-
-def exchange(optimizer):
-    """Gradients to their owners, the update, and weights back, of every bucket."""
-    optimizer.data_parallel.zero_grad_buffer()
-    optimizer.data_parallel.finish_grad_sync()
-    optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
-    optimizer.data_parallel.finish_param_sync()
-
-
-def both(traffic):
-    return traffic.sent, traffic.received
 
 
 @dataclass

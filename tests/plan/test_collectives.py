@@ -6,12 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from moonlight.config.parallel import ParallelConfig
-from moonlight.plan.collectives import (
-    DispatchedPairs,
-    dispatch_comm_bytes,
-    expert_slices_comm_bytes,
-    stage_comm_bytes,
-)
+from moonlight.plan.collectives import DispatchedPairs, dispatch_comm_bytes, expert_slices_comm_bytes, stage_comm_bytes
 from tests.support.layouts import LAYOUTS, build, local_batches, recipe
 
 MORE = {

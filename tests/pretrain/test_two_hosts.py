@@ -13,9 +13,10 @@ import pytest
 
 from moonlight.config.load import to_yaml
 from moonlight.train.metrics import read_metrics
+from tests.support.comparisons import check_same
+from tests.support.faults import ROOT
 from tests.support.hosts import Hosts
 from tests.support.layouts import make_run
-from tests.train.test_resume import ROOT, check_same
 
 pytestmark = pytest.mark.faults
 NAMES = ("host-a", "host-b")

@@ -115,11 +115,7 @@ def main(folder: Path) -> None:
     train_tokenizer(tokenizer)
     base = recipe()
     run = replace(
-        base,
-        name="run",
-        runs_folder=str(folder),
-        model=MODEL,
-        data=replace(base.data, tokenizer=str(tokenizer)),
+        base, name="run", runs_folder=str(folder), model=MODEL, data=replace(base.data, tokenizer=str(tokenizer))
     )
     control_ids = {token["content"]: token["id"] for token in _added_tokens(tokenizer)}
     silent = {row: torch.zeros(MODEL.hidden_size) for row in control_ids.values()}

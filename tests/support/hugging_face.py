@@ -8,6 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.support.layouts import build, collect
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -77,3 +79,39 @@ def change_tensors(folder: Path, change: Any) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def forward(run, tokens):
+    """Logits [batch, sequence, vocabulary] and the experts chosen by each router, with biases that matter."""
+    from moonlight.train.forward_backward import find_routers
+
+    (model,), _ = build(run)
+    for router in find_routers([model]):
+        generator = torch.Generator().manual_seed(router.layer_number)
+        router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=generator))
+    choices = []
+    hooks = [
+        router.register_forward_hook(lambda module, args, out: choices.append(out[1].numpy()))
+        for router in find_routers([model])
+    ]
+    model.eval()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        logits = model(tokens, positions, None)
+    for hook in hooks:
+        hook.remove()
+    return logits.numpy(), choices, collect([model])
+
+
+def fuse_experts(state, model):
+    """transformers' in-memory form: the experts of a layer stacked, gate over up."""
+    fused = {name: value for name, value in state.items() if ".mlp.experts." not in name}
+    for layer in range(model.first_k_dense_replace, model.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        stack = {
+            kind: torch.stack([state[f"{prefix}{expert}.{kind}_proj.weight"] for expert in range(model.num_experts)])
+            for kind in ("gate", "up", "down")
+        }
+        fused[f"{prefix}gate_up_proj"] = torch.cat([stack["gate"], stack["up"]], dim=1)
+        fused[f"{prefix}down_proj"] = stack["down"]
+    return fused

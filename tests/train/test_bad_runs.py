@@ -15,7 +15,7 @@ from checkpoints.reader import open_checkpoint
 from moonlight.dist_checkpoint import state as checkpoint_files
 from moonlight.errors import report_errors
 from moonlight.files import atomic_write_text
-from moonlight.train.run_log import EventLog, read_events
+from moonlight.train.events import EventLog, read_events
 from tests.support.bad_input import NEWEST, check_line, command, cut, flip, in_state, run_command, sign
 from tests.support.suites import quick
 
@@ -236,10 +236,7 @@ def test_a_run_forced_to_other_settings(tiny_run, runs):
     assert code == 0, err
     events = {event["event"]: event for event in read_events(runs / "tiny")}
     assert events["resumed"]["step"] == events["forced"]["step"] == 4 and events["finished"]["step"] == 6
-    assert events["forced"]["changed"] == [
-        "schedule.lr (0.002 there, 0.001 now)",
-        "train.train_steps (4 there, 6 now)",
-    ]
+    assert events["forced"]["changed"] == ["schedule.lr (0.002 there, 0.001 now)", "train.train_steps (4 there, 6 now)"]
     code, _, err = run_command(*arguments, *changes, "model.moe_intermediate_size=48", "train.train_steps=8")
     check_line(code, err, ("was saved from a different model: moe_intermediate_size 24 there, 48 here",))
 

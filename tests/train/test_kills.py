@@ -12,12 +12,12 @@ import pytest
 
 from moonlight.config.load import to_yaml
 from moonlight.dist_checkpoint.state import complete_checkpoints
+from moonlight.train.events import read_events
 from moonlight.train.metrics import read_metrics
-from moonlight.train.run_log import read_events
+from tests.support.comparisons import check_same
 from tests.support.faults import end, start, wait_until, workers
 from tests.support.layouts import make_run, train_run
 from tests.support.suites import quick
-from tests.train.test_resume import check_same
 
 STEPS, MAX_KILLS = 60, 2
 FIRST = (0, 1, 2)

@@ -7,25 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.comparisons import check_gradients
 from tests.support.layouts import LAYOUTS, assemble, first_gradients, recipe, train_losses
 from tests.support.suites import quick, slow
 
 OTHERS = [name for name in LAYOUTS if name != "1"]
-
-
-def relative(value: np.ndarray, reference: np.ndarray) -> float:
-    """Relative Frobenius error."""
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def check_gradients(answers: list[dict], reference: dict) -> None:
-    """Loss on every rank and every tensor's gradient against one process, to 1e-5."""
-    for answer in answers:
-        assert answer["loss"] == pytest.approx(reference["loss"], rel=1e-5)
-    gradients = assemble([answer["gradients"] for answer in answers])
-    assert gradients.keys() == reference["gradients"].keys()
-    errors = {key: relative(value, reference["gradients"][key]) for key, value in gradients.items()}
-    assert not {key: error for key, error in errors.items() if not error <= 1e-5}
 
 
 def one_process(pool, masked: float = 0.0) -> dict:
@@ -80,10 +66,7 @@ def reference_losses(pool):
 
 @pytest.mark.parametrize(
     ("layout", "steps"),
-    [
-        *((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")),
-        *(slow(name, 20) for name in OTHERS),
-    ],
+    [*((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")), *(slow(name, 20) for name in OTHERS)],
 )
 def test_losses_equal_one_process(pool, reference_losses, layout, steps):
     world_size, parallel = LAYOUTS[layout]

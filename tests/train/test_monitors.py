@@ -150,8 +150,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case",
-    quick(CASES, "EP2xTP2-ETP2-4", "adamw", "per_head", "stage without layers, clipped", "split"),
+    "case", quick(CASES, "EP2xTP2-ETP2-4", "adamw", "per_head", "stage without layers, clipped", "split")
 )
 def test_monitors_equal_numpy(pool, case):
     settings = CASES[case]

@@ -6,39 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from checkpoints.reader import open_checkpoint
 from moonlight.config.load import to_yaml
-from moonlight.train.metrics import UNREPEATABLE, read_metrics
+from moonlight.train.metrics import read_metrics
+from tests.support.comparisons import check_same, outcome
 from tests.support.faults import kill_after
 from tests.support.layouts import LAYOUTS, make_run, train_run
 from tests.support.suites import slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def outcome(run):
-    """Every tensor of the last checkpoint, and the metrics that must repeat."""
-    folder = Path(run.runs_folder) / run.name
-    checkpoint = open_checkpoint(folder)
-    tensors = {key: checkpoint.read(key) for key in checkpoint.stored.shapes}
-    metrics = [
-        {key: value for key, value in entry.items() if not key.startswith(UNREPEATABLE)}
-        for entry in read_metrics(folder)
-    ]
-    return checkpoint.state.step, tensors, metrics
-
-
-def check_same(run, other):
-    (step, tensors, metrics), (other_step, other_tensors, other_metrics) = outcome(run), outcome(other)
-    assert step == other_step == run.train.train_steps
-    assert metrics == other_metrics
-    assert [entry["step"] for entry in metrics] == list(range(1, step + 1))
-    assert tensors.keys() == other_tensors.keys()
-    for key, tensor in tensors.items():
-        assert torch.equal(tensor, other_tensors[key]), key
-    assert any("momentum" in key for key in tensors)
 
 
 SMALL_STATE = {"momentum_dtype": "bfloat16", "master_weights": "split"}

@@ -16,9 +16,9 @@ from moonlight.errors import UserError
 from moonlight.train import run_folder
 from moonlight.train.metrics import read_metrics
 from tests.support.chats import tuning_recipe, write_chats
+from tests.support.comparisons import check_same
 from tests.support.faults import kill_after
 from tests.support.layouts import LAYOUTS, make_run
-from tests.train.test_resume import check_same
 
 ROOT = Path(__file__).parents[2]
 

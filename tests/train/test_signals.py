@@ -8,10 +8,10 @@ from pathlib import Path
 from moonlight.config.load import to_yaml
 from moonlight.dist_checkpoint.state import latest_checkpoint, resolve_checkpoint
 from moonlight.errors import CODE_KILLED, CODE_STOPPED
-from moonlight.train.run_log import read_events
+from moonlight.train.events import read_events
+from tests.support.comparisons import outcome
 from tests.support.faults import end, reached, start, wait_until, workers
 from tests.support.layouts import make_run, train_run
-from tests.train.test_resume import outcome
 
 FOREVER = {"train_steps": 100_000, "save_every_steps": 100_000, "validate_every_steps": 100_000}
 

@@ -10,11 +10,11 @@ import pytest
 from checkpoints.reader import open_checkpoint
 from moonlight.data.prepare import prepare
 from moonlight.dist_checkpoint.state import read_state, resolve_checkpoint
+from moonlight.train.events import read_events
 from moonlight.train.metrics import read_metrics
-from moonlight.train.run_log import read_events
 from tests.support.bad_input import in_state
+from tests.support.comparisons import outcome
 from tests.support.layouts import make_run, train_run
-from tests.train.test_resume import outcome
 
 WINDOW, THRESHOLD, STEPS = 8, 8.0, 40
 

@@ -14,8 +14,8 @@ import pytest
 from moonlight.config.monitor import MonitorConfig
 from moonlight.errors import UserError
 from moonlight.train import wandb_log
+from moonlight.train.events import read_events
 from moonlight.train.metrics import read_metrics
-from moonlight.train.run_log import read_events
 from tests.support.layouts import recipe
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import pytest
 from moonlight.config.parallel import ParallelConfig
 from moonlight.config.pipeline import stage_layers
 from moonlight.errors import UserError
+from tests.support.comparisons import check_gradients
 from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
 from tests.support.suites import quick
-from tests.train.test_layouts import check_gradients
 
 CUTS = {
     "7 on PP2": (7, ParallelConfig(pipeline_parallel_size=2)),

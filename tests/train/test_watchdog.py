@@ -8,7 +8,7 @@ import pytest
 from moonlight.config.load import to_yaml
 from moonlight.dist_checkpoint.state import resolve_checkpoint
 from moonlight.errors import CODE_HUNG
-from moonlight.train.run_log import read_events
+from moonlight.train.events import read_events
 from tests.support.faults import end, reached, start, wait_until, workers
 from tests.support.layouts import make_run
 from tests.support.suites import quick
