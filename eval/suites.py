@@ -7,14 +7,14 @@ CMath; the standard numbers are used there.
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
+
+import yaml
 
 from moonlight.errors import UserError
 
 LOCAL_TASKS = "own"
 """Stands for `eval/tasks/`: tasks that the harness lacks, or runs without a sandbox."""
-
-COLUMNS = ("Llama3.2-3B", "Qwen2.5-3B", "DeepSeek-V2-Lite", "Moonlight")
-"""Models with scores in the paper."""
 
 HELD_OUT = "heldout"
 """The suite without tasks: bits per byte of prepared data."""
@@ -42,157 +42,21 @@ class Benchmark:
     """Published score by model, in percent."""
 
 
-def _paper(*scores: float | None) -> dict[str, float]:
-    """Return published scores by model, in the order of COLUMNS; None means not published."""
-    return {name: score for name, score in zip(COLUMNS, scores, strict=True) if score is not None}
+def _load_suites() -> tuple[tuple[str, ...], dict[str, tuple[Benchmark, ...]]]:
+    """Return the models with scores in the paper, and the suites, both from suites.yaml."""
+    content = yaml.safe_load(files("eval").joinpath("suites.yaml").read_text(encoding="utf-8"))
+    suites: dict[str, tuple[Benchmark, ...]] = {}
+    for suite, rows in content["suites"].items():
+        for row in rows:
+            row["task_folders"] = tuple(row["task_folders"])
+            scores = zip(content["columns"], row.pop("published", ()), strict=False)
+            row["published"] = {model: score for model, score in scores if score is not None}
+        suites[suite] = tuple(Benchmark(**row) for row in rows)
+    return tuple(content["columns"]), suites | {HELD_OUT: ()}
 
 
-PAPER = (
-    Benchmark(
-        name="mmlu",
-        title="MMLU",
-        task="mmlu",
-        task_folders=("mmlu/default",),
-        shots=5,
-        metric="acc,none",
-        published=_paper(54.7, 65.6, 58.3, 70.0),
-    ),
-    Benchmark(
-        name="mmlu-pro",
-        title="MMLU-pro",
-        task="mmlu_pro",
-        task_folders=("mmlu_pro",),
-        shots=5,
-        metric="exact_match,custom-extract",
-        published=_paper(25.0, 34.6, 25.5, 42.4),
-    ),
-    Benchmark(
-        name="bbh",
-        title="BBH",
-        task="bbh",
-        task_folders=("bbh/cot_fewshot",),
-        shots=3,
-        metric="exact_match,get-answer",
-        published=_paper(46.8, 56.3, 44.1, 65.2),
-    ),
-    Benchmark(
-        name="triviaqa",
-        title="TriviaQA",
-        task="triviaqa",
-        task_folders=("triviaqa",),
-        shots=5,
-        metric="exact_match,remove_whitespace",
-        published=_paper(59.6, 51.1, 65.1, 66.3),
-    ),
-    Benchmark(
-        name="humaneval",
-        title="HumanEval",
-        task="sandboxed_humaneval",
-        task_folders=(LOCAL_TASKS,),
-        shots=0,
-        metric="pass@1,none",
-        runs_code=True,
-        stated=False,
-        published=_paper(28.0, 42.1, 29.9, 48.1),
-    ),
-    Benchmark(
-        name="mbpp",
-        title="MBPP",
-        task="sandboxed_mbpp",
-        task_folders=(LOCAL_TASKS,),
-        shots=3,
-        metric="pass@1,none",
-        runs_code=True,
-        stated=False,
-        published=_paper(48.7, 57.1, 43.2, 63.8),
-    ),
-    Benchmark(
-        name="gsm8k",
-        title="GSM8K",
-        task="gsm8k",
-        task_folders=("gsm8k",),
-        shots=4,
-        metric="exact_match,strict-match",
-        published=_paper(34.0, 79.1, 41.1, 77.4),
-    ),
-    Benchmark(
-        name="math",
-        title="MATH",
-        task="minerva_math",
-        task_folders=("minerva_math", "benchmarks"),
-        shots=4,
-        metric="math_verify,none",
-        stated=False,
-        published=_paper(8.5, 42.6, 17.1, 45.3),
-    ),
-    Benchmark(
-        name="cmath",
-        title="CMath",
-        task="cmath",
-        task_folders=(LOCAL_TASKS,),
-        shots=3,
-        metric="exact_match,none",
-        stated=False,
-        published=_paper(None, 80.0, 58.4, 81.1),
-    ),
-    Benchmark(
-        name="ceval",
-        title="C-Eval",
-        task="ceval-valid",
-        task_folders=("ceval",),
-        shots=5,
-        metric="acc,none",
-        published=_paper(None, 75.0, 60.3, 77.2),
-    ),
-    Benchmark(
-        name="cmmlu",
-        title="CMMLU",
-        task="cmmlu",
-        task_folders=("cmmlu",),
-        shots=5,
-        metric="acc,none",
-        published=_paper(None, 75.0, 64.3, 78.2),
-    ),
-)
-
-OFFLINE = (
-    Benchmark(
-        name="choice",
-        title="multiple choice",
-        task="offline_choice",
-        task_folders=(LOCAL_TASKS,),
-        shots=0,
-        metric="acc,none",
-    ),
-    Benchmark(
-        name="recall",
-        title="exact match",
-        task="offline_recall",
-        task_folders=(LOCAL_TASKS,),
-        shots=3,
-        metric="exact_match,none",
-    ),
-    Benchmark(
-        name="code",
-        title="code",
-        task="offline_code",
-        task_folders=(LOCAL_TASKS,),
-        shots=0,
-        metric="pass@1,none",
-        runs_code=True,
-    ),
-    Benchmark(
-        name="text",
-        title="text, bits per byte",
-        task="offline_text",
-        task_folders=(LOCAL_TASKS,),
-        shots=0,
-        metric="bits_per_byte,none",
-        higher_is_better=False,
-    ),
-)
-
-SUITES: dict[str, tuple[Benchmark, ...]] = {"paper": PAPER, "offline": OFFLINE, HELD_OUT: ()}
+COLUMNS, SUITES = _load_suites()
+"""Models with scores in the paper; benchmarks by suite."""
 
 
 def select_benchmarks(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]:

@@ -15,7 +15,7 @@ from lm_eval.api.model import LM
 from eval.data_sets import leaves
 from eval.harness import load_tasks, run_benchmark, task_manager
 from eval.items import sample_items
-from eval.suites import PAPER, select_benchmarks
+from eval.suites import SUITES, select_benchmarks
 from moonlight.errors import UserError
 from tests.support.bad_input import ROOT
 from tests.support.paper_sets import LETTERS, ROWS, write_set
@@ -87,9 +87,9 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """All eleven data sets."""
-    index = task_manager(PAPER).task_index
+    index = task_manager(SUITES["paper"]).task_index
     folder = tmp_path_factory.mktemp("paper")
-    for benchmark in PAPER:
+    for benchmark in SUITES["paper"]:
         write_set(folder, benchmark.name, list(leaves(index, benchmark.task)))
     return folder
 

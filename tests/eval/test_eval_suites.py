@@ -4,7 +4,7 @@ import pytest
 
 from eval.data_sets import hub_names, leaves
 from eval.harness import task_manager
-from eval.suites import OFFLINE, PAPER, SUITES, select_benchmarks
+from eval.suites import SUITES, select_benchmarks
 from tests.support.bad_input import ROOT, check_line, run_command
 from tests.support.evaluations import write_gsm8k
 from tests.support.exports import make_ready
@@ -30,24 +30,24 @@ SHOTS = {"MMLU": 5, "MMLU-pro": 5, "BBH": 3, "TriviaQA": 5, "GSM8K": 4, "C-Eval"
 
 @pytest.fixture(scope="module")
 def manager():
-    return task_manager([*PAPER, *OFFLINE])
+    return task_manager([*SUITES["paper"], *SUITES["offline"]])
 
 
 def test_scores_and_shots_are_the_papers():
     rows = [
-        [benchmark.title, *(f"{benchmark.published.get(name, 0):.1f}" for name in PAPER[0].published)]
-        for benchmark in PAPER
+        [benchmark.title, *(f"{benchmark.published.get(name, 0):.1f}" for name in SUITES["paper"][0].published)]
+        for benchmark in SUITES["paper"]
     ]
     wanted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PUBLISHED.strip().splitlines()]
     assert rows == [[cell.replace("–", "0.0") for cell in row] for row in wanted]
-    assert {benchmark.title: benchmark.shots for benchmark in PAPER if benchmark.stated} == SHOTS
+    assert {benchmark.title: benchmark.shots for benchmark in SUITES["paper"] if benchmark.stated} == SHOTS
 
 
-@pytest.mark.parametrize("benchmark", [*PAPER, *OFFLINE], ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [*SUITES["paper"], *SUITES["offline"]], ids=lambda benchmark: benchmark.name)
 def test_every_benchmark_is_a_task_of_the_harness(manager, benchmark):
     configs = list(leaves(manager.task_index, benchmark.task))
     assert configs
-    assert len(hub_names(manager.task_index, benchmark.task)) == (0 if benchmark in OFFLINE else 1)
+    assert len(hub_names(manager.task_index, benchmark.task)) == (0 if benchmark in SUITES["offline"] else 1)
     metric, _, name = benchmark.metric.partition(",")
     for config in configs:
         assert metric in [entry["metric"] for entry in config["metric_list"]]
@@ -62,22 +62,22 @@ def test_every_benchmark_is_a_task_of_the_harness(manager, benchmark):
 
 
 def test_groups_have_all_their_tasks(manager):
-    counts = {benchmark.name: len(list(leaves(manager.task_index, benchmark.task))) for benchmark in PAPER}
+    counts = {benchmark.name: len(list(leaves(manager.task_index, benchmark.task))) for benchmark in SUITES["paper"]}
     wanted = {"mmlu": 57, "mmlu-pro": 14, "bbh": 27, "math": 7, "ceval": 52, "cmmlu": 67}
-    assert counts == {benchmark.name: 1 for benchmark in PAPER} | wanted
+    assert counts == {benchmark.name: 1 for benchmark in SUITES["paper"]} | wanted
 
 
 def test_the_document_has_every_benchmark(manager):
     """Its row: title, task, shots, metric, data set."""
     text = (ROOT / "docs" / "evaluation.md").read_text()
-    for benchmark in PAPER:
+    for benchmark in SUITES["paper"]:
         (name,) = hub_names(manager.task_index, benchmark.task)
         shots = f"{benchmark.shots}{'' if benchmark.stated else '*'}"
         assert f"| {benchmark.title} | `{benchmark.task}` | {shots} | {benchmark.metric} | {name} |" in text
 
 
 def test_benchmarks_are_chosen_by_name():
-    assert select_benchmarks("paper", []) == PAPER
+    assert select_benchmarks("paper", []) == SUITES["paper"]
     assert [benchmark.name for benchmark in select_benchmarks("paper", ["gsm8k", "mmlu"])] == ["mmlu", "gsm8k"]
     assert select_benchmarks("heldout", []) == ()
 
