@@ -255,7 +255,7 @@ def test_damaged_data(refuses, tiny_run, tmp_path, edit, words):
         ["pretrain", tiny_run.recipe, "name=other", f"runs_folder={tmp_path}", f"data.path={folder}"],
         str(folder),
         words,
-        "`moonlight data prepare`" if "held-out" not in words else "validation share above 0",
+        "`moonlight data prepare`" if "held-out" not in words else "--validation-share above 0",
     )
 
 
