@@ -88,7 +88,7 @@ def test_shipped_ablations_are_those_of_the_paper():
 
 def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
     """Two variants, one seed, killed after the first result."""
-    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, seeds=[1])
+    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"train.validation_sequences": 64}, seeds=[1])
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path, ends=(signal.SIGKILL,))
     assert process.returncode == 0, process.stderr
@@ -97,12 +97,12 @@ def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_fold
     assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
 
 
-def write_short(write, small_corpus, tokenizer_folder, tmp_path, **keys):
+def write_short(write, small_corpus, tokenizer_folder, tmp_path, settings=None, **keys):
     """An ablation of two variants and 40 steps: enough to be better than guessing, else a run has diverged."""
     data = tmp_path / "data"  # what is held out is like what is learnt, unlike that of `data_folder`
     prepare([small_corpus], tokenizer_folder, data, validation_share=0.5)
     two = {name: VARIANTS[name] for name in ("large", "small")}
-    settings = {"data.path": str(data), "train.train_steps": 40, "monitor.every_steps": 1, "schedule.min_lr": 0.0}
+    settings = {"data.path": str(data), "train.train_steps": 40, "schedule.min_lr": 0.0} | (settings or {})
     return write(variants=two, varied="optimizer.rms_match", settings=settings, **keys)
 
 
@@ -117,7 +117,7 @@ def check_trained(ablation, count):
 @pytest.mark.slow
 def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
     """Two variants, two seeds."""
-    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, side_by_side=2)
+    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"monitor.every_steps": 1}, side_by_side=2)
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path)
     assert process.returncode == 0, process.stderr

@@ -139,7 +139,7 @@ def check_run(number, uninterrupted, data_folder, tokenizer_folder, place: Path)
     return kills
 
 
-@pytest.mark.parametrize("number", quick(FIRST, 2))
+@pytest.mark.parametrize("number", quick(FIRST, 0))
 def test_killed_and_restarted(uninterrupted, data_folder, tokenizer_folder, tmp_path, number):
     assert check_run(number, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(number)) > 0
 

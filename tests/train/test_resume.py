@@ -35,7 +35,7 @@ def test_stopped_and_continued_is_bit_identical(
     world_size, _ = LAYOUTS[layout]
 
     def run_in(folder):
-        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype)
+        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype, validation_sequences=4)
         return replace(run, optimizer=replace(run.optimizer, **optimizer))
 
     whole, parts = run_in("whole"), run_in("parts")
