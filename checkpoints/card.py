@@ -11,7 +11,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from checkpoints.card_tables import (
     Manifests,
     architecture,
-    format_steps,
+    format_count,
     last_component,
     markdown_table,
     results,
@@ -125,17 +125,16 @@ def model_card(
         sections.append("## Results")
     if evaluation:
         sections += ["### Evaluation", re.sub(r"(?m)^(#{1,3} )", r"###\1", evaluation.strip())]
+    untuned = " The model was trained to continue text, not to follow instructions." * (config is not None and not chat)
     sections += [
         "## Limitations",
-        _limitations(chat, config is not None),
+        f"This card reports no evaluation of safety, bias or truthfulness.{untuned} The model can produce false "
+        "statements, and it can repeat its training data.",
         "## How it was made",
-        _method(config, __version__),
+        _method(config),
     ]
-    return (
-        f"---\n{_front_matter(license, chat, model_config, config, imported_from)}\n---\n\n"
-        + "\n\n".join(sections)
-        + "\n"
-    )
+    front_matter = _front_matter(license, chat, model_config, config, imported_from)
+    return "\n\n".join([f"---\n{front_matter}\n---", *sections]) + "\n"
 
 
 def missing_card_parts(text: str) -> list[str]:
@@ -167,28 +166,17 @@ def _front_matter(
     slug = license_slug(license) if license else None
     is_id = slug in HUB_LICENSES
     muon = config is not None and config.optimizer.name == "muon"
+    tags = {"deepseek_v3": True, "moe": model_config.has_experts, "muon": muon}
+    tags |= {"moonlight-stack": True, "conversational": chat}
     data = ModelCardData(
         license=slug if is_id else "other" if license else None,
         license_name=None if is_id else slug,
         base_model=imported_from if imported_from and _HUB_NAME.fullmatch(imported_from) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[
-            "deepseek_v3",
-            *["moe"] * model_config.has_experts,
-            *["muon"] * muon,
-            "moonlight-stack",
-            *["conversational"] * chat,
-        ],
+        tags=[tag for tag, applies in tags.items() if applies],
     )
     return data.to_yaml()
-
-
-def _limitations(chat: bool, trained: bool) -> str:
-    text = "This card reports no evaluation of safety, bias or truthfulness."
-    if trained and not chat:
-        text += " The model was trained to continue text, not to follow instructions."
-    return f"{text} The model can produce false statements, and it can repeat its training data."
 
 
 def _summary(
@@ -214,7 +202,7 @@ def _summary(
     if config is None:
         return f"{text} Its weights were imported from {source or 'another model'} and were not trained further."
     kind = "trained further" if source else "trained from random initialization"
-    text += f" It was {kind} for {format_steps(step)} on {tokens:,} tokens"
+    text += f" It was {kind} for {format_count(step, 'step')} on {tokens:,} tokens"
     text += f", starting from the weights of {source}." if source else "."
     if chat:
         text += " It is a chat model: use its chat template; generation stops at the end of a message."
@@ -229,7 +217,8 @@ def _summary(
 def _usage(model_config: ModelConfig, name: str, *, chat: bool, trained: bool) -> str:
     """Return examples for transformers, vLLM and SGLang; `trained` is False for an imported model."""
     snippet = _CHAT if chat else _COMPLETE if trained else _COMPLETE_IMPORTED
-    is_native = model_config.kv_lora_rank + model_config.qk_rope_head_dim == _NATIVE_MLA_WIDTH
+    width = model_config.kv_lora_rank + model_config.qk_rope_head_dim
+    is_native = width == _NATIVE_MLA_WIDTH
     hint = "" if _HUB_NAME.fullmatch(name) else f" Replace `{name}` with the path of this folder."
     text = [
         f"With transformers; no remote code is needed.{hint}",
@@ -240,27 +229,23 @@ def _usage(model_config: ModelConfig, name: str, *, chat: bool, trained: bool) -
     if not is_native:
         text.append(
             "`VLLM_MLA_DISABLE=1` turns off the latent attention kernels of vLLM. They require kv_lora_rank + "
-            f"qk_rope_head_dim = {_NATIVE_MLA_WIDTH}; this model has "
-            f"{model_config.kv_lora_rank + model_config.qk_rope_head_dim}."
+            f"qk_rope_head_dim = {_NATIVE_MLA_WIDTH}; this model has {width}."
         )
     return "\n\n".join(text)
 
 
-def _method(config: RunConfig | None, version: str) -> str:
+def _method(config: RunConfig | None) -> str:
     """Return the tools that made the model, and the papers it follows."""
-    papers = ["The architecture follows [DeepSeek-V3](https://arxiv.org/abs/2412.19437)"]
+    papers = "The architecture follows [DeepSeek-V3](https://arxiv.org/abs/2412.19437)"
     if config is None:
-        made = "Moonlight stack {version} exported the model and wrote this card from its configuration."
-    else:
-        made = (
-            "The model was trained with Moonlight stack. Version {version} exported it and wrote this card from the "
-            "records of the run."
-        )
-        if config.optimizer.name == "muon":
-            papers.append("the optimizer follows [Moonlight](https://arxiv.org/abs/2502.16982)")
-        if config.optimizer.qk_clip:
-            papers.append("MuonClip follows [Kimi K2](https://arxiv.org/abs/2507.20534)")
-    return f"{made.format(version=version)} {', '.join(papers)}."
+        made = f"Moonlight stack {__version__} exported the model and wrote this card from its configuration."
+        return f"{made} {papers}."
+    muon = ", the optimizer follows [Moonlight](https://arxiv.org/abs/2502.16982)" * (config.optimizer.name == "muon")
+    qk_clip = ", MuonClip follows [Kimi K2](https://arxiv.org/abs/2507.20534)" * bool(config.optimizer.qk_clip)
+    return (
+        f"The model was trained with Moonlight stack. Version {__version__} exported it and wrote this card from the "
+        f"records of the run. {papers}{muon}{qk_clip}."
+    )
 
 
 def _short(count: int) -> str:

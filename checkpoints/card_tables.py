@@ -34,10 +34,8 @@ def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, s
         f"{model_config.qk_nope_head_dim} + {model_config.qk_rope_head_dim} rotary, value {model_config.v_head_dim})",
     )
     yield "key-value LoRA rank", f"{model_config.kv_lora_rank:,}"
-    yield (
-        "query LoRA rank",
-        "none (one full projection)" if model_config.q_lora_rank is None else f"{model_config.q_lora_rank:,}",
-    )
+    q_lora_rank = model_config.q_lora_rank
+    yield "query LoRA rank", "none (one full projection)" if q_lora_rank is None else f"{q_lora_rank:,}"
     if model_config.has_experts:
         per_token, num_shared = model_config.num_experts_per_tok, model_config.num_shared_experts
         yield "experts", f"{model_config.num_experts} routed ({per_token} per token), {num_shared} shared"
@@ -47,7 +45,7 @@ def architecture(model_config: ModelConfig, dtype: str) -> Iterable[tuple[str, s
     yield "intermediate size of a dense layer", f"{model_config.intermediate_size:,}"
     tied = hf_config(model_config)["tie_word_embeddings"]
     yield "vocabulary size", f"{model_config.vocab_size:,}; embedding and head are {'tied' if tied else 'not tied'}"
-    yield ("context length", f"{model_config.max_position_embeddings:,} (RoPE, base {model_config.rope_theta:,.0f})")
+    yield "context length", f"{model_config.max_position_embeddings:,} (RoPE, base {model_config.rope_theta:,.0f})"
     yield "dtype of the weights", "float32" if dtype == "float32" else f"{dtype}, router biases float32"
 
 
@@ -67,9 +65,10 @@ def training_data(config: RunConfig, tokens: int, manifests: Manifests | None) -
             counts = " | ".join(f"{source[key]:,}" for key in ("documents", "bytes", "tokens"))
             rows.append(f"| {_cell(label)} | {_cell(source['license'])} | {counts} |")
     train = _sums(manifests, "train", ("tokens", "documents"))
-    text = f"The training split has {train['tokens']:,} tokens in {_documents(train['documents'])}"
+    text = f"The training split has {train['tokens']:,} tokens in {format_count(train['documents'], 'document')}"
     if held_out := _sums(manifests, "validation", ("tokens", "documents")):
-        text += f"; the held-out split has {held_out['tokens']:,} tokens in {_documents(held_out['documents'])}"
+        documents = format_count(held_out["documents"], "document")
+        text += f"; the held-out split has {held_out['tokens']:,} tokens in {documents}"
     text += f". The tokenizer has {next(iter(manifests.values()))['tokenizer']['num_ids']:,} ids."
     sections = ["\n".join(rows), text]
     if is_mixture:
@@ -129,17 +128,14 @@ def training(config: RunConfig, step: int, tokens: int, manifests: Manifests | N
         yield (
             "optimizer",
             f"Muon on matrices (momentum {optimizer_config.momentum:g}{nesterov}, "
-            f"{optimizer_config.num_newton_schulz_steps} "
-            f"Newton-Schulz steps with the {optimizer_config.coefficients} coefficients, update scaled "
-            f"{_update_scale(config)}{by_head}); {adamw} on embedding, head and norms",
+            f"{optimizer_config.num_newton_schulz_steps} Newton-Schulz steps with the {optimizer_config.coefficients} "
+            f"coefficients, update scaled {_update_scale(config)}{by_head}); {adamw} on embedding, head and norms",
         )
     else:
         yield "optimizer", f"{adamw} on every parameter"
     yield "weight decay", f"{optimizer_config.weight_decay:g}"
-    yield (
-        "gradient clipping",
-        f"at norm {optimizer_config.clip_grad_norm:g}" if optimizer_config.clip_grad_norm else "none",
-    )
+    clip_grad_norm = optimizer_config.clip_grad_norm
+    yield "gradient clipping", f"at norm {clip_grad_norm:g}" if clip_grad_norm else "none"
     if optimizer_config.qk_clip:
         yield "MuonClip", f"attention logits above {optimizer_config.qk_clip:g}"
     bias_update_rate = "the rate of each stage"
@@ -217,13 +213,9 @@ def last_component(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "unnamed"
 
 
-def format_steps(count: int) -> str:
-    """Return a number of steps with its noun."""
-    return f"{count:,} step" if count == 1 else f"{count:,} steps"
-
-
-def _documents(count: int) -> str:
-    return f"{count:,} document" if count == 1 else f"{count:,} documents"
+def format_count(count: int, noun: str) -> str:
+    """Return a number of things with their noun, which is given in the singular."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _update_scale(config: RunConfig) -> str:
@@ -238,7 +230,7 @@ def _update_scale(config: RunConfig) -> str:
 
 def _learning_rate(schedule: ScheduleConfig) -> str:
     """Describe the learning rate over a run or a stage."""
-    warmup = f"warm-up over {format_steps(schedule.warmup_steps)} to " if schedule.warmup_steps else ""
+    warmup = f"warm-up over {format_count(schedule.warmup_steps, 'step')} to " if schedule.warmup_steps else ""
     if schedule.decay == "constant":
         return f"{warmup}{schedule.lr:g}, constant"
     return f"{warmup}{schedule.lr:g}, {schedule.decay} decay to {schedule.min_lr:g} at the last step"

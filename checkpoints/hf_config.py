@@ -89,29 +89,12 @@ SUPPORTED_VALUES = {
 }
 """The only supported value of each DeepSeek-V3 setting that the model cannot vary; each key may be absent."""
 
-HF_NAMES = {
-    **{
-        name: name
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "q_lora_rank",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "intermediate_size",
-            "moe_intermediate_size",
-            "num_experts_per_tok",
-            "first_k_dense_replace",
-            "topk_group",
-            "routed_scaling_factor",
-            "rms_norm_eps",
-            "max_position_embeddings",
-        )
-    },
+_SAME_NAMES = """
+    vocab_size hidden_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim
+    qk_rope_head_dim v_head_dim intermediate_size moe_intermediate_size num_experts_per_tok first_k_dense_replace
+    topk_group routed_scaling_factor rms_norm_eps max_position_embeddings
+"""
+HF_NAMES = {name: name for name in _SAME_NAMES.split()} | {
     "num_experts": "n_routed_experts",
     "num_shared_experts": "n_shared_experts",
     "num_expert_groups": "n_group",

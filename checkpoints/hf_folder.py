@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SINGLE_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 STALE_SUFFIX = ".rotary_emb.inv_freq"
 """Suffix of tensors that old versions of transformers saved; the configuration determines them."""
+_MAKE_AGAIN = "download or export the folder again"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -67,7 +69,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     names = sorted(set(owners.values())) if owners is not None else [SINGLE_FILE]
     for name in names:
         if not (path / name).is_file():
-            raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: download or export the folder again")
+            raise UserError(f"{path} lacks {name}, which {INDEX_FILE} names: {_MAKE_AGAIN}")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         for key, tensor in _read_tensors(path / name).items():
@@ -96,11 +98,11 @@ def read_json_strict(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a Hugging Face folder: it has no {path.name}") from None
     except _DuplicateKeyError as error:
-        raise UserError(f"{path} is corrupt: it has the key {error} twice") from None
+        raise UserError(f"{path} is corrupt: it has the key {error} twice; {_MAKE_AGAIN}") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is corrupt: it is not a JSON object")
+        raise UserError(f"{path} is corrupt: it is not a JSON object; {_MAKE_AGAIN}")
     return content
 
 
@@ -153,11 +155,8 @@ def _read_tensors(file: Path) -> dict[str, StoredTensor]:
         tensors = {}
         for key in handle.keys():  # noqa: SIM118  (a safetensors handle is not a mapping)
             view = handle.get_slice(key)
-
-            def read(key: str = key) -> torch.Tensor:
-                return handle.get_tensor(key)
-
-            tensors[key] = StoredTensor(file, view.get_dtype(), tuple(view.get_shape()), read)
+            shape = tuple(view.get_shape())
+            tensors[key] = StoredTensor(file, view.get_dtype(), shape, partial(handle.get_tensor, key))
     except _DuplicateKeyError as error:
         raise UserError(f"{file} is corrupt: its header has the key {error} twice") from None
     except (SafetensorError, ValueError, RecursionError) as error:

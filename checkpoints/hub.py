@@ -51,7 +51,11 @@ def upload(release: Release, *, private: bool) -> Upload:
         raise UserError("no Hugging Face token found: run `hf auth login`, or set HF_TOKEN, with write access")
     api = HfApi(token=token, library_name="moonlight-stack")
     with _hub_errors(api.endpoint, release.repo, token):
-        _prepare(api, release, private=private)
+        api.create_repo(release.repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(release.repo).private:
+            raise UserError(f"repository {release.repo} is public: make it private on the Hub, or leave out --private")
+        if release.revision != MAIN:
+            api.create_branch(release.repo, branch=release.revision, exist_ok=True)
         remote_files = _list_files(api, release)
         if CONFIG_FILE in remote_files and EXPORT_FILE not in remote_files:
             raise UserError(
@@ -77,15 +81,6 @@ def upload(release: Release, *, private: bool) -> Upload:
     return Upload(
         url=page if release.revision == MAIN else f"{page}/tree/{release.revision}", sent=sent, removed=removed
     )
-
-
-def _prepare(api: HfApi, release: Release, *, private: bool) -> None:
-    """Create the repository and the branch if they are missing."""
-    api.create_repo(release.repo, private=private or None, exist_ok=True)
-    if private and not api.model_info(release.repo).private:
-        raise UserError(f"repository {release.repo} is public: make it private on the Hub, or leave out --private")
-    if release.revision != MAIN:
-        api.create_branch(release.repo, branch=release.revision, exist_ok=True)
 
 
 def _list_files(api: HfApi, release: Release) -> dict[str, RepoFile]:

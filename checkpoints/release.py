@@ -1,9 +1,7 @@
 """Checks of an exported folder before its release, and the list of files to upload."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -14,7 +12,7 @@ from rich.table import Table
 from checkpoints.card import missing_card_parts
 from checkpoints.export import CARD_FILE, EXPORT_FILE
 from checkpoints.hf_config import CONFIG_FILE
-from checkpoints.hf_folder import GENERATION_FILE
+from checkpoints.hf_folder import GENERATION_FILE, read_json_strict
 from moonlight.errors import UserError
 from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_checksum
 
@@ -45,11 +43,6 @@ class Release:
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
         return (self.folder / name).stat().st_size
-
-    @property
-    def total_size(self) -> int:
-        """Size of all files in bytes."""
-        return sum(map(self.size, self.files))
 
 
 def check_release(folder: Path, repo: str) -> Release:
@@ -82,7 +75,7 @@ def print_release(release: Release, *, private: bool) -> None:
         lfs = name.endswith(_LFS_SUFFIXES) or size > _LFS_BYTES
         table.add_row(name, decimal(size), "LFS" if lfs else "regular")
     table.add_section()
-    table.add_row(f"{len(release.files)} files", decimal(release.total_size), "")
+    table.add_row(f"{len(release.files)} files", decimal(sum(map(release.size, release.files))), "")
     console = Console(highlight=False)
     console.print(table)
     visibility = " (private)" if private else ""
@@ -98,21 +91,11 @@ def _check_repo(repo: str) -> None:
         raise UserError(f"--repo is {repo!r}: it must be owner/name, such as my-name/{repo}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: create the folder with `moonlight export`") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): export it again with `moonlight export`") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: export it again with `moonlight export`")
-    return content
-
-
 def _origin(folder: Path) -> tuple[int, str]:
     """Return the step of the exported checkpoint, and the branch of the release."""
-    made_from = _read_json(folder / EXPORT_FILE).get("made_from")
+    if not (folder / EXPORT_FILE).is_file():
+        raise UserError(f"{folder} has no {EXPORT_FILE}: create the folder with `moonlight export`")
+    made_from = read_json_strict(folder / EXPORT_FILE).get("made_from")
     if not isinstance(made_from, dict) or not {"step", "revision_step"} <= made_from.keys():
         raise UserError(
             f"{folder / EXPORT_FILE} does not record which step was exported: export it again with `moonlight export`"
@@ -143,7 +126,7 @@ def _check_verified(folder: Path) -> None:
     hint = f"run: moonlight verify CHECKPOINT {folder}"
     if not (folder / VERIFICATION_FILE).exists():
         raise UserError(f"{folder} has no {VERIFICATION_FILE}: it was not verified; {hint}")
-    report = _read_json(folder / VERIFICATION_FILE)
+    report = read_json_strict(folder / VERIFICATION_FILE)
     if report.get("passed") is not True:
         raise UserError(f"{folder / VERIFICATION_FILE} records no pass: the export differs from its source; {hint}")
     sums = folder / SUMS_FILE
@@ -168,7 +151,7 @@ def _check_card(path: Path) -> None:
 def _check_loads(folder: Path) -> None:
     """Load configurations and tokenizer with transformers, from these files alone."""
     for name in (CONFIG_FILE, GENERATION_FILE):
-        _read_json(folder / name)
+        read_json_strict(folder / name)
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:

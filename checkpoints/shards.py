@@ -39,8 +39,7 @@ class ShardEntry:
         num_rows = self.hf_tensor.shape[0]
         step = max(1, READ_BYTES // (self.nbytes // num_rows))
         for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            yield replace(self, hf_tensor=slice_rows(self.hf_tensor, start, stop))
+            yield replace(self, hf_tensor=slice_rows(self.hf_tensor, start, min(start + step, num_rows)))
 
     @property
     def nbytes(self) -> int:
@@ -106,8 +105,9 @@ def write_shard(
         for row_slice, values in _read_ahead(slices, read):
             hf_tensor = row_slice.hf_tensor
             assert tuple(values.shape) == hf_tensor.shape, (hf_tensor.name, values.shape)
-            for rows in _convert_rows(values, row_slice.dtype):
-                values_raw = rows.flatten().view(torch.uint8).numpy().data
+            for rows in values.split(max(1, CHUNK_BYTES // (values[0].numel() * row_slice.dtype.itemsize))):
+                contiguous = rows.to(row_slice.dtype).contiguous()
+                values_raw = contiguous.flatten().view(torch.uint8).numpy().data
                 digest.update(values_raw)
                 file.write(values_raw)
             report_written(row_slice.nbytes)
@@ -138,10 +138,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _convert_rows(values: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Yield consecutive rows of about CHUNK_BYTES, converted to `dtype` and contiguous."""
-    step = max(1, CHUNK_BYTES // (values[0].numel() * dtype.itemsize))
-    for start in range(0, len(values), step):
-        yield values[start : start + step].to(dtype).contiguous()

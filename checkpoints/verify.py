@@ -1,9 +1,7 @@
 """Check that a checkpoint and a Hugging Face folder hold the same model: every tensor, then the logits."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -176,9 +174,9 @@ def _count_different(actual: torch.Tensor, expected: torch.Tensor) -> int:
     return sum(int((left != right.to(left.dtype)).sum()) for left, right in pairs)
 
 
-def _record_routes(module: torch.nn.Module, routes: list[torch.Tensor], get: Callable[[Any], torch.Tensor]) -> None:
-    """Append `get(output)` to `routes` in each forward pass of `module`."""
-    module.register_forward_hook(lambda _module, _args, output: routes.append(get(output)))
+def _record_routes(module: torch.nn.Module, routes: list[torch.Tensor], index: int) -> None:
+    """Append the expert ids, which are `index` of its output, to `routes` in each forward pass of `module`."""
+    module.register_forward_hook(lambda _module, _args, output: routes.append(output[index].sort(-1).values.cpu()))
 
 
 @torch.no_grad()
@@ -214,7 +212,7 @@ def run_megatron(
         (model,) = models
         routes: list[torch.Tensor] = []
         for router in find_routers(models):
-            _record_routes(router, routes, lambda output: output[1].sort(-1).values.cpu())
+            _record_routes(router, routes, 1)
         tokens = prompts.to(torch.cuda.current_device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits = model.eval()(tokens, positions, None).cpu()
@@ -236,5 +234,5 @@ def run_transformers(folder: Path, prompts: torch.Tensor) -> tuple[torch.Tensor,
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     routes: list[torch.Tensor] = []
     for layer in model.model.layers[model.config.first_k_dense_replace :]:
-        _record_routes(layer.mlp.gate, routes, lambda output: output[2].sort(-1).values)
+        _record_routes(layer.mlp.gate, routes, 2)
     return model(prompts).logits, routes

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,22 @@ def write_checkpoint(
     done = 0
     with atomic_folder(out) as part, byte_progress(name, total) as advance:
 
-        def make_loader(
+        def load(
             mapping: hf_mapping.TensorMapping, hf_tensor: hf_mapping.HFTensor, sizes: tuple[int, ...]
-        ) -> Callable[[], torch.Tensor]:
-            def load() -> torch.Tensor:
-                nonlocal done
-                value = read(mapping, hf_tensor)
-                assert tuple(value.shape) == hf_tensor.shape, (hf_tensor.name, value.shape)
-                done += value.nbytes
-                advance(done)
-                return value.view(sizes)
-
-            return load
+        ) -> torch.Tensor:
+            nonlocal done
+            value = read(mapping, hf_tensor)
+            assert tuple(value.shape) == hf_tensor.shape, (hf_tensor.name, value.shape)
+            done += value.nbytes
+            advance(done)
+            return value.view(sizes)
 
         tensors = {}
         for mapping in mappings:
             chunks = {}
             for hf_tensor in mapping.hf_tensors:
                 offset, sizes = hf_mapping.offset_and_sizes(hf_tensor, mapping)
-                chunks[offset] = (sizes, make_loader(mapping, hf_tensor, sizes))
+                chunks[offset] = (sizes, partial(load, mapping, hf_tensor, sizes))
             tensors[mapping.key] = LazyTensor(mapping.shape, dtypes[mapping.key], chunks)
         files = save_tensors(part, tensors)
         tensor_files = {part / name for name in files}

@@ -29,108 +29,45 @@ _ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OPEN_FILES = 64
 
-# Numbers of system calls: {name: (x86-64, aarch64)}.
-_REFUSED: dict[str, tuple[int, int]] = {
+
+def _parse_calls(table: str) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of each call in a table of entries `name number ...`, which commas separate."""
+    rows = [entry.split() for line in table.splitlines() if "#" not in line for entry in line.split(",")]
+    return {row[0]: tuple(map(int, row[1:])) for row in rows if row}
+
+
+_REFUSED = _parse_calls("""
     # network
-    "socket": (41, 198),
-    "socketpair": (53, 199),
+    socket 41 198, socketpair 53 199,
     # processes, threads and programs
-    "clone": (56, 220),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "setpgid": (109, 154),
-    "setsid": (112, 157),
-    "setns": (308, 268),
-    "unshare": (272, 97),
-    "chroot": (161, 51),
-    "pivot_root": (155, 41),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "keyctl": (250, 219),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
+    clone 56 220, execve 59 221, execveat 322 281, ptrace 101 117, process_vm_readv 310 270,
+    process_vm_writev 311 271, setpgid 109 154, setsid 112 157, setns 308 268, unshare 272 97, chroot 161 51,
+    pivot_root 155 41, mount 165 40, umount2 166 39, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282,
+    keyctl 250 219, add_key 248 217, request_key 249 218,
     # signals
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
+    kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
     # limits, and resources of the user's other processes
-    "setrlimit": (160, 164),
-    "prlimit64": (302, 261),
-    "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
-    "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119),
-    "sched_setaffinity": (203, 122),
-    "sched_setattr": (314, 274),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "sync": (162, 81),
-    "syncfs": (306, 267),
+    setrlimit 160 164, prlimit64 302 261, setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118,
+    sched_setscheduler 144 119, sched_setaffinity 203 122, sched_setattr 314 274, migrate_pages 256 238,
+    move_pages 279 239, sync 162 81, syncfs 306 267,
     # memory outside the address space limit, or shared with other processes
-    "memfd_create": (319, 279),
-    "shmget": (29, 194),
-    "shmat": (30, 196),
-    "shmctl": (31, 195),
-    "msgget": (68, 186),
-    "msgsnd": (69, 189),
-    "msgrcv": (70, 188),
-    "msgctl": (71, 187),
-    "semget": (64, 190),
-    "semop": (65, 193),
-    "semtimedop": (220, 192),
-    "semctl": (66, 191),
-    "mq_open": (240, 180),
-    "mq_unlink": (241, 181),
+    memfd_create 319 279, shmget 29 194, shmat 30 196, shmctl 31 195, msgget 68 186, msgsnd 69 189, msgrcv 70 188,
+    msgctl 71 187, semget 64 190, semop 65 193, semtimedop 220 192, semctl 66 191, mq_open 240 180,
+    mq_unlink 241 181,
     # files and their metadata
-    "open_by_handle_at": (304, 265),
-    "flock": (73, 32),
-    "truncate": (76, 45),
-    "ftruncate": (77, 46),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
-    "unlinkat": (263, 35),
-    "mkdirat": (258, 34),
-    "mknodat": (259, 33),
-    "linkat": (265, 37),
-    "symlinkat": (266, 36),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "fchown": (93, 55),
-    "fchownat": (260, 54),
-    "utimensat": (280, 88),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16),
-}
-_REFUSED_X86 = {
-    "fork": 57,
-    "vfork": 58,
-    "creat": 85,
-    "rename": 82,
-    "mkdir": 83,
-    "rmdir": 84,
-    "link": 86,
-    "unlink": 87,
-    "symlink": 88,
-    "chmod": 90,
-    "chown": 92,
-    "lchown": 94,
-    "mknod": 133,
-    "utime": 132,
-    "utimes": 235,
-    "futimesat": 261,
-}
+    open_by_handle_at 304 265, flock 73 32, truncate 76 45, ftruncate 77 46, renameat 264 38, renameat2 316 276,
+    unlinkat 263 35, mkdirat 258 34, mknodat 259 33, linkat 265 37, symlinkat 266 36, fchmod 91 52, fchmodat 268 53,
+    fchown 93 55, fchownat 260 54, utimensat 280 88, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,
+    removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16,
+""")
+"""System calls by name: number on x86-64, number on aarch64."""
+
+_REFUSED_X86 = _parse_calls("""
+    fork 57, vfork 58, creat 85, rename 82, mkdir 83, rmdir 84, link 86, unlink 87, symlink 88, chmod 90, chown 92,
+    lchown 94, mknod 133, utime 132, utimes 235, futimesat 261,
+""")
+"""System calls that only x86-64 has."""
+
 _MISSING_FROM = 424
 """First system call that is missing: calls since Linux 5.1, such as io_uring, clone3 and openat2. Their numbers are the
 same on all architectures. A filter cannot read the arguments of many of them, and future calls are unknown. With
@@ -190,7 +127,7 @@ def _filter(machine: str) -> bytes:
         return_(refuse)
     code.append((0x35, 0, 1, _MISSING_FROM))
     return_(missing)
-    for number in (*(row[column] for row in _REFUSED.values()), *(_REFUSED_X86.values() if column == 0 else ())):
+    for number in [row[column] for row in (_REFUSED | (_REFUSED_X86 if column == 0 else {})).values()]:
         if_equal(number)
         return_(refuse)
     for numbers, allowed in _ONLY.items():

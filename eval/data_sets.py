@@ -56,8 +56,7 @@ def check_local(names_by_title: Mapping[str, Sequence[str]], data_dir: Path) -> 
     ]
     if missing:
         title, name = missing[0]
-        rest = [name for _, name in missing[1:]]
-        others = f"; also missing: {', '.join(rest)}" if rest else ""
+        others = f"; also missing: {', '.join(name for _, name in missing[1:])}" if missing[1:] else ""
         raise UserError(
             f"{title} needs the data set {name}: put it into {data_dir / name} ({how_to_get(name, data_dir)}){others}"
         )

@@ -1,6 +1,7 @@
 """`moonlight eval`: evaluate Hugging Face folders with a suite. Write JSON, a table and a plot; skip finished parts."""
 
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Sequence
@@ -185,7 +186,8 @@ def _evaluate_suite(
                 lm, benchmark, tasks, limit=options.limit, backend=options.backend, allow_code=options.allow_code
             )
             answers = items.sample_items(benchmark, outcome.samples)
-            atomic_write_text(out / model.label / f"{benchmark.name}.items.jsonl", items.to_lines(answers))
+            lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            atomic_write_text(out / model.label / f"{benchmark.name}.items.jsonl", lines)
             entry = {
                 "title": benchmark.title,
                 "metric": benchmark.metric,
@@ -211,7 +213,7 @@ def _evaluate_held_out(models: Sequence[EvaluatedModel], options: EvalOptions, o
     opened = {folder.resolve().name: heldout.open_held_out(folder) for folder in options.data}
     if len(opened) < len(options.data):
         raise UserError("--data has two folders of the same name: rename one of them")
-    plans, lengths = {}, {}
+    plans = {}
     for model in models:
         context = context_length(model.folder)
         length = options.sequence_length
@@ -221,12 +223,11 @@ def _evaluate_held_out(models: Sequence[EvaluatedModel], options: EvalOptions, o
             raise UserError(f"{model.folder / CONFIG_FILE} has no max_position_embeddings: give --sequence-length")
         if not 1 <= length <= (context or length):
             raise UserError(f"--sequence-length is {length}: it must be from 1 to the {context} of {model.label}")
-        lengths[model.label] = length
         for data in opened.values():
             heldout.check_same_tokenizer(data, model.folder)
         plans[model.label] = {
             name: _made_with(model, options)
-            | {"data_sha256": sha256_checksum(data.folder / "manifest.json"), "sequence_length": lengths[model.label]}
+            | {"data_sha256": sha256_checksum(data.folder / "manifest.json"), "sequence_length": length}
             for name, data in opened.items()
         }
     finished = {label: _read_finished(out / label, plan, set(plan)) for label, plan in plans.items()}
@@ -237,25 +238,25 @@ def _evaluate_held_out(models: Sequence[EvaluatedModel], options: EvalOptions, o
                 print(f"{model.label}, {name}: already evaluated", flush=True)
                 continue
             start = time.monotonic()
+            made_with, split = plans[model.label][name], data.split
             measured = heldout.measure_bits_per_byte(
                 model.folder,
                 data,
-                dtype=harness.resolved_dtype(model.folder, options.dtype),
+                dtype=made_with["dtype"],
                 batch_size=options.batch_size,
-                sequence_length=lengths[model.label],
+                sequence_length=made_with["sequence_length"],
             )
+            compressed = {kind: 8 * split[f"{kind}_bytes"] / split["compressed_text_bytes"] for kind in ("gzip", "xz")}
             entry = {
                 "title": name,
                 "metric": "bits_per_byte",
                 "score": measured["bits_per_byte"],
                 "loss": measured["loss"],
-                "documents": data.documents,
-                "tokens": data.tokens,
-                "bytes": data.bytes,
-                "compressed": data.compressed,
-                "sequence_length": lengths[model.label],
+                **{key: split[key] for key in ("documents", "tokens", "bytes")},
+                "compressed": compressed,
+                "sequence_length": made_with["sequence_length"],
                 "seconds": round(time.monotonic() - start, 1),
-                "made_with": plans[model.label][name],
+                "made_with": made_with,
             }
             write_json(out / model.label / f"{name}.json", entry)
             finished[model.label][name] = entry
@@ -272,7 +273,7 @@ def _made_with(model: EvaluatedModel, options: EvalOptions) -> dict[str, Any]:
         "backend": options.backend,
         "dtype": harness.resolved_dtype(model.folder, options.dtype),
         "limit": options.limit,
-        "harness": harness.version(),
+        "harness": importlib.metadata.version("lm-eval"),
         "model": _weights_sum(sums) if sums.is_file() else json.loads(json.dumps(weights)),
     }
 

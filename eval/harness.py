@@ -39,16 +39,17 @@ class BenchmarkResult:
     """Version of the task in the harness; empty for a group without one."""
 
 
-def version() -> str:
-    """Return the version of the harness."""
-    from importlib.metadata import version as installed
-
-    return installed("lm-eval")
-
-
 def task_manager(benchmarks: Sequence[Benchmark]) -> Any:
     """Return the harness's index of the tasks of these benchmarks only: an index of all tasks takes long."""
-    _import_quietly()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    # Log errors only.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
@@ -294,8 +295,7 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def resolved_dtype(folder: Path, dtype: str) -> str:
@@ -307,15 +307,3 @@ def resolved_dtype(folder: Path, dtype: str) -> str:
     config = read_hf_config(folder)
     folder_dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return folder_dtype if torch.cuda.is_available() else "float32"
-
-
-def _import_quietly() -> None:
-    """Import the harness and its libraries with logs of errors only."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()

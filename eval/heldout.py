@@ -11,17 +11,17 @@ from moonlight.errors import UserError
 from moonlight.progress import track_progress
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HeldOutText:
     """The held-out split of a prepared data folder."""
 
     folder: Path
-    documents: int
-    tokens: int
-    bytes: int
-    compressed: dict[str, float]
-    """Bits per byte of gzip -9 and xz -9, by program."""
     manifest: dict[str, Any]
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """The split's entry of the manifest."""
+        return self.manifest["splits"]["validation"]
 
 
 def open_held_out(folder: Path) -> HeldOutText:
@@ -33,18 +33,9 @@ def open_held_out(folder: Path) -> HeldOutText:
     manifest = load_manifest(folder)
     if is_chat(manifest):
         raise UserError(f"data {folder} holds conversations: give a folder of text from `moonlight data prepare`")
-    split = manifest["splits"].get("validation")
-    if split is None:
+    if "validation" not in manifest["splits"]:
         raise UserError(f"data {folder} has no held-out documents: prepare it with --validation-share above 0")
-    compressed = {name: 8 * split[f"{name}_bytes"] / split["compressed_text_bytes"] for name in ("gzip", "xz")}
-    return HeldOutText(
-        folder=folder,
-        documents=split["documents"],
-        tokens=split["tokens"],
-        bytes=split["bytes"],
-        compressed=compressed,
-        manifest=manifest,
-    )
+    return HeldOutText(folder, manifest)
 
 
 def check_same_tokenizer(data: HeldOutText, model: Path) -> int:
@@ -85,6 +76,6 @@ def measure_bits_per_byte(
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
             nats += (losses.double() * mask.flatten()).sum().item()
             tokens += mask.sum().item()
-    assert tokens == data.tokens, (tokens, data.tokens)
+    assert tokens == data.split["tokens"], (tokens, data.split)
     loss = nats / tokens
-    return {"loss": loss, "bits_per_byte": bits_per_byte(loss, data.tokens, data.bytes)}
+    return {"loss": loss, "bits_per_byte": bits_per_byte(loss, data.split["tokens"], data.split["bytes"])}

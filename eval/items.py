@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from eval.suites import Benchmark
@@ -14,11 +14,11 @@ def sample_items(benchmark: Benchmark, samples: Sequence[dict[str, Any]]) -> lis
     The question is the prompt without its examples. The answer is the scored text. For multiple choice, it is the index
     of the most likely choice, with the log-likelihoods in nats. A text has only its log-likelihood.
     """
-    return [_item(benchmark, sample) for sample in samples]
-
-
-def _item(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
     metric = benchmark.metric.partition(",")[0]
+    return [_item(metric, sample) for sample in samples]
+
+
+def _item(metric: str, sample: dict[str, Any]) -> dict[str, Any]:
     prompt = json.dumps([[word for word in words if isinstance(word, str)] for words in sample["arguments"]])
     item: dict[str, Any] = {
         "task": sample["task"],
@@ -36,8 +36,3 @@ def _item(benchmark: Benchmark, sample: dict[str, Any]) -> dict[str, Any]:
         answer = max(range(len(loglikelihoods)), key=loglikelihoods.__getitem__)
         return item | {"answer": answer, "loglikelihoods": loglikelihoods, "score": sample[metric]}
     return item | {"loglikelihoods": [float(responses[0])]}
-
-
-def to_lines(items: Iterable[dict[str, Any]]) -> str:
-    """Return the items as JSON lines."""
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)

@@ -30,13 +30,8 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def table(benchmarks: Sequence[Benchmark], models: Sequence[EvaluatedModel], results: Results) -> str:
     """Return the results of a suite as Markdown. Scores are in percent, except bits per byte; code may lack one."""
     published_names = [name for name in COLUMNS if any(name in benchmark.published for benchmark in benchmarks)]
-    heads = [
-        "benchmark",
-        "shots",
-        *(model.label for model in models),
-        *(f"{name} (published)" for name in published_names),
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * (len(heads) - 2)]
+    heads = ["benchmark", "shots", *(model.label for model in models)]
+    rows = [[*heads, *(f"{name} (published)" for name in published_names)]]
     for benchmark in benchmarks:
         entries = [results[model.label].get(benchmark.name) for model in models]
         scores = [_score(benchmark, entry) if entry else "not run" for entry in entries]
@@ -44,22 +39,27 @@ def table(benchmarks: Sequence[Benchmark], models: Sequence[EvaluatedModel], res
             f"{benchmark.published[name]:.1f}" if name in benchmark.published else "–" for name in published_names
         ]
         shots = f"{benchmark.shots}{'' if benchmark.stated else '*'}"
-        lines.append("| " + " | ".join([benchmark.title, shots, *scores, *published]) + " |")
-    return "\n".join(lines) + "\n\n" + "\n".join(_notes(benchmarks, results)) + "\n"
+        rows.append([benchmark.title, shots, *scores, *published])
+    return _markdown(rows, _notes(benchmarks, results))
 
 
 def held_out_table(models: Sequence[EvaluatedModel], results: Results) -> str:
     """Return bits per byte of each data folder for each model and for compressors, as Markdown."""
-    heads = ["held-out text", "bytes", *(model.label for model in models), "gzip -9", "xz -9"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    rows = [["held-out text", "bytes", *(model.label for model in models), "gzip -9", "xz -9"]]
     first = results[models[0].label]
     for name, entry in first.items():
         scores = [f"{results[model.label][name]['score']:.3f}" for model in models]
         compressors = [f"{entry['compressed'][program]:.3f}" for program in ("gzip", "xz")]
-        lines.append("| " + " | ".join([name, f"{entry['bytes']:,}", *scores, *compressors]) + " |")
+        rows.append([name, f"{entry['bytes']:,}", *scores, *compressors])
     length = next(iter(first.values()))["sequence_length"]
     note = f"Bits per byte; lower is better. All tokens of the text are scored, in windows of {length:,} tokens."
-    return "\n".join(lines) + f"\n\n{note}\n"
+    return _markdown(rows, [note])
+
+
+def _markdown(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Return a table with notes below it; the first row is the header; all columns but the first are right-aligned."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:], "", *notes, ""])
 
 
 def _score(benchmark: Benchmark, results: Mapping[str, Any]) -> str:

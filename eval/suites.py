@@ -5,7 +5,7 @@ CMath; the standard numbers are used there.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -80,9 +80,8 @@ def select_benchmarks(suite: str, names: Sequence[str]) -> tuple[Benchmark, ...]
     return tuple(benchmark for name, benchmark in by_name.items() if not names or name in names)
 
 
-def _accepted(name: str, names: Iterable[str]) -> str:
+def _accepted(name: str, names: Collection[str]) -> str:
     """Return the accepted names as text, with the nearest name as a hint."""
-    names = list(names)
     plain_names = {other.replace("-", "").replace("_", ""): other for other in names}
     plain = name.lower().replace("-", "").replace("_", "")
     near = difflib.get_close_matches(plain, plain_names, n=1, cutoff=0.5)

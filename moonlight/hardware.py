@@ -1,6 +1,6 @@
 """Data sheet numbers of GPUs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -20,28 +20,16 @@ class GpuSpec:
 
 
 # NVLink totals count both directions.
+# H100 SXM data sheet: 80 GB, 989 TFLOP/s, NVLink 900 GB/s in total; DGX H100: ConnectX-7, 400 Gb/s per GPU.
+_H100 = GpuSpec(
+    memory_bytes=79.1 * GIB, peak_flops_per_second=989e12, node_bytes_per_second=450e9, network_bytes_per_second=50e9
+)
 GPUS = {
-    # H100 SXM data sheet: 80 GB, 989 TFLOP/s, NVLink 900 GB/s in total; DGX H100: ConnectX-7, 400 Gb/s per GPU.
-    "h100": GpuSpec(
-        memory_bytes=79.1 * GIB,
-        peak_flops_per_second=989e12,
-        node_bytes_per_second=450e9,
-        network_bytes_per_second=50e9,
-    ),
+    "h100": _H100,
     # H800: an H100 whose NVLink has 400 GB/s in total (DeepSeek-V3, arXiv 2412.19437, 3.1).
-    "h800": GpuSpec(
-        memory_bytes=79.1 * GIB,
-        peak_flops_per_second=989e12,
-        node_bytes_per_second=200e9,
-        network_bytes_per_second=50e9,
-    ),
+    "h800": replace(_H100, node_bytes_per_second=200e9),
     # H200 SXM data sheet: an H100 with 141 GB.
-    "h200": GpuSpec(
-        memory_bytes=139.8 * GIB,
-        peak_flops_per_second=989e12,
-        node_bytes_per_second=450e9,
-        network_bytes_per_second=50e9,
-    ),
+    "h200": replace(_H100, memory_bytes=139.8 * GIB),
     # A100 SXM data sheet: 80 GB, 312 TFLOP/s, NVLink 600 GB/s in total; DGX A100: ConnectX-6, 200 Gb/s per GPU.
     "a100": GpuSpec(
         memory_bytes=79.1 * GIB,

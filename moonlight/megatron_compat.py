@@ -23,18 +23,12 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
     def record_event(self, event: Any = None) -> "_Stream":
         return self
 
-    def synchronize(self) -> None: ...
+    def synchronize(self, stream: Any = None) -> None: ...
+
+    wait = wait_event = wait_stream = record = synchronize
 
 
 _ONLY_STREAM = _Stream()
@@ -71,18 +65,24 @@ def _install_device_functions() -> None:
 
 
 @contextlib.contextmanager
+def _replace(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextlib.contextmanager
 def override_current_device(device: torch.device) -> Iterator[None]:
     """Make `torch.cuda.current_device` return `device`, so that Megatron builds on it; with CUDA too.
 
     Megatron 0.16.1 allocates parameters on `torch.cuda.current_device()`, so it ignores `torch.device` contexts. Delete
     when its layers and buffers follow the default device of torch.
     """
-    before = torch.cuda.current_device
-    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
-    try:
+    with _replace(torch.cuda, "current_device", lambda: device):
         yield
-    finally:
-        torch.cuda.current_device = before
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -130,44 +130,28 @@ def _uncompiled(function: Any = None, **options: Any) -> Any:
     return _uncompiled if function is None else function
 
 
-@contextlib.contextmanager
-def _compile_disabled() -> Iterator[None]:
-    """Replace torch.compile by a decorator that does nothing; modules that copy it keep that decorator."""
-    before = torch.compile
-    torch.compile = _uncompiled  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = before
-
-
 def _install_in_megatron() -> None:
     """Patch the Megatron modules themselves; only `torch.compile` is restored afterwards."""
     # Megatron 0.16.1 sets jit_fuser = torch.compile and decorates functions during `import megatron.core`, for example
     # in fusions/fused_bias_geglu.py. The first decoration imports Inductor, which takes longer than importing Megatron,
     # and compiling takes minutes on a CPU for no gain. Delete when `import megatron.core` does not call torch.compile.
-    with contextlib.nullcontext() if _HAS_CUDA else _compile_disabled():
-        import megatron.core.jit
-    import megatron.core.tensor_parallel.random
+    # Modules that copy torch.compile keep `_uncompiled`.
+    with contextlib.nullcontext() if _HAS_CUDA else _replace(torch, "compile", _uncompiled):
+        import megatron.core.jit  # noqa: F401
     from megatron.core.pipeline_parallel import schedules
-    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if _HAS_CUDA:
         return
     # pipeline_parallel/schedules.py of 0.16.1 allocates its token count with torch.zeros(..., device="cuda"). Delete
     # when the file contains no literal device="cuda".
-    cpu_torch = _TorchOnCpu("torch")
-    schedules.torch = cpu_torch
+    schedules.torch = _TorchOnCpu("torch")
     # tensor_parallel/random.py of 0.16.1 sets the state of torch.cuda.default_generators in a lazy call, which never
     # runs without CUDA; with graph_safe, its getter initializes CUDA. Delete when both functions use the CPU generator
     # on a machine without CUDA.
-    megatron.core.tensor_parallel.random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
-        torch.set_rng_state(new_state)
-    )
-    megatron.core.tensor_parallel.random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
-    )
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
 
     # Gloo's all-to-all needs its split sizes as numbers. maybe_move_tensor_to_cpu of 0.16.1 ignores as_numpy for a
     # tensor that is already on the CPU. Delete when it returns a NumPy array for such a tensor.
@@ -175,7 +159,7 @@ def _install_in_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     # See _gather_uneven and _reduce_scatter_uneven for when to delete these two.
-    even_gather, even_reduce_scatter = (mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim)
+    even_gather, even_reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather(tensor: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
         if output_split_sizes is None or group.size() == 1:

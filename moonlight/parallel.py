@@ -5,7 +5,7 @@ import os
 import sys
 from datetime import timedelta
 
-import moonlight.megatron_compat  # noqa: F401  (fixes, before Megatron)
+import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
 import torch
 import torch.distributed as dist

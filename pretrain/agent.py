@@ -1,6 +1,6 @@
 """torchrun's agent with fixes for many nodes: `python -m pretrain.agent SECONDS --nnodes 4 ... -m pretrain RECIPE`.
 
-What torchrun of torch 2.13.0 does without the fixes, and when each fix can be deleted:
+Problems of torchrun in torch 2.13.0 that this agent fixes, and when each fix can be deleted:
 
 - One key-value store for all restarts. Restarted processes find addresses of dead processes in it and fail with
   `Gloo connectFullMesh failed`. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every restart its own store.
@@ -37,7 +37,8 @@ def main() -> None:
         seconds = 0.0
     if not seconds > 0:
         usage = "python -m pretrain.agent SECONDS --nnodes 4 --nproc-per-node 8 ... -m pretrain RECIPE"
-        sys.exit(_exit_code(f"error: SECONDS, the idle time after which the agent exits, must be above 0: {usage}", 2))
+        print(f"error: SECONDS, the idle time after which the agent exits, must be above 0: {usage}", file=sys.stderr)
+        sys.exit(2)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     threading.Thread(target=_exit_when_idle, args=(seconds,), daemon=True).start()
     signal.signal(signal.SIGUSR1, lambda *_: _forward(signal.SIGUSR1))
@@ -49,17 +50,10 @@ def main() -> None:
     try:
         torchrun()
     except SignalException as error:
-        sys.exit(_exit_code(f"{socket.gethostname()}: stopped by {error.sigval.name}", 1))
+        sys.exit(f"{socket.gethostname()}: stopped by {error.sigval.name}")
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        text = f"error: {socket.gethostname()}: process {rank} exited with code {failure.exitcode}, see above"
-        sys.exit(_exit_code(text, 1))
-
-
-def _exit_code(text: str, code: int) -> int:
-    """Print a message and return the exit code."""
-    print(text, file=sys.stderr, flush=True)
-    return code
+        sys.exit(f"error: {socket.gethostname()}: process {rank} exited with code {failure.exitcode}, see above")
 
 
 def _exit_when_idle(seconds: float) -> None:

@@ -53,7 +53,7 @@ def run_health_check(config: RunConfig, limits: argparse.Namespace) -> list[str]
     hosts = [host for host, _ in processes]
     nbytes = limits.megabytes << 20
     try:
-        measure_clock(health, [rank for rank, (_, local_rank) in enumerate(processes) if local_rank == 0])
+        measure_clock(health, [rank for rank, (_, local_rank) in enumerate(processes) if rank and local_rank == 0])
         measure_network(health, hosts, nbytes)
         seconds = measure_collectives(nbytes)
         healths: list[Health] = [health] * len(hosts)
@@ -105,7 +105,7 @@ def find_problems(healths: list[Health], limits: argparse.Namespace) -> list[str
         for health in healths:
             if (version := health.versions.get(name, "missing")) != common:
                 add(health, f"{name} is {version}, but {common} on most hosts")
-    gpus = limits.gpus_per_node if limits.gpus_per_node is not None else _most_common(health.gpus for health in healths)
+    gpus = getattr(limits, "gpus_per_node", _most_common(health.gpus for health in healths))
     for health in healths:
         if health.gpus != gpus:
             add(health, f"it has {health.gpus} GPUs, not {gpus}")

@@ -44,7 +44,8 @@ def main() -> int:
     parser.add_argument("--min-free-disk-gb", type=float, default=1.0, help="minimum on the disk of the run folder")
     parser.add_argument("--min-free-memory-gb", type=float, default=1.0, help="minimum on every host")
     parser.add_argument("--min-free-gpu-memory-gb", type=float, default=1.0, help="minimum on every GPU")
-    parser.add_argument("--gpus-per-node", type=int, help="exact number of GPUs a node; default: the most common count")
+    help_text = "exact number of GPUs a node (default: the most common count)"
+    parser.add_argument("--gpus-per-node", type=int, default=argparse.SUPPRESS, help=help_text)
     parser.add_argument("--timeout-seconds", type=float, default=120.0, help="timeout of one exchange, in seconds")
     parser.add_argument("--debug", action="store_true", help="print the full traceback of an error")
     with report_errors(debug="--debug" in sys.argv):

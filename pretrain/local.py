@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moonlight.errors import CODE_HUNG, CODE_KILLED, CODE_STOPPED, DEBUG, ERROR_FILE, UserError
@@ -44,24 +43,16 @@ def launch(num_processes: int, arguments: Sequence[str], threads_per_process: in
     try:
         restart = 0
         while (failure := workers.run(restart)) is not None:
-            if failure.code != CODE_STOPPED:
-                print(failure.line, file=sys.stderr)
+            line, code = failure
+            if code != CODE_STOPPED:
+                print(line, file=sys.stderr)
             if workers.is_stopping or restart == max_restarts:
-                raise SystemExit(failure.code)
+                raise SystemExit(code)
             restart += 1
             print(f"restarting all processes, restart {restart} of {max_restarts}", file=sys.stderr)
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """How a group of processes failed."""
-
-    line: str
-    code: int
-    """Exit code for this process."""
 
 
 class _WorkerGroup:
@@ -79,8 +70,8 @@ class _WorkerGroup:
         for worker in self._workers:
             worker.send_signal(number)
 
-    def run(self, restart: int) -> _Failure | None:
-        """Start the processes and wait for them; return None if all succeeded."""
+    def run(self, restart: int) -> tuple[str, int] | None:
+        """Start the processes and wait for them; return None if all succeeded, otherwise a message and an exit code."""
         with tempfile.TemporaryDirectory(prefix="moonlight-") as folder:
             try:
                 for rank in range(self._size):
@@ -88,19 +79,23 @@ class _WorkerGroup:
                 if self.is_stopping:  # a signal came before all processes were started
                     return _stopped_early()
                 failed = _wait(self._workers)
-                exited = [rank for rank, worker in enumerate(self._workers) if worker.poll() is not None]
+                exited = [rank for rank, code in enumerate(_exit_codes(self._workers)) if code is not None]
                 deadline = time.monotonic() + SECONDS_TO_REPORT
-                while failed is not None and time.monotonic() < deadline and _any_runs(self._workers):
+                while failed is not None and time.monotonic() < deadline and None in _exit_codes(self._workers):
                     time.sleep(0.1)
             finally:
+                # After a failure of one process, or Ctrl-C, the others cannot save.
                 workers, self._workers = self._workers, []
-                _kill(workers)
+                for worker in workers:
+                    worker.kill()
+                for worker in workers:
+                    worker.wait()
             files = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
             reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
         if failed is None:
             if any(worker.returncode == CODE_STOPPED for worker in workers):
                 self.is_stopping = True
-                return _Failure("", CODE_STOPPED)
+                return "", CODE_STOPPED
             return None
         code = workers[failed].returncode
         # After a UserError in one process, the others fail in their next collective with it, so its report comes first.
@@ -118,7 +113,7 @@ class _WorkerGroup:
         reason = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
         if self.is_stopping and code == -signal.SIGTERM:  # it had no handler yet
             return _stopped_early()
-        return _Failure(f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1)
+        return f"process {failed} of {self._size} ended with {reason}", code if code > 0 else 1
 
     def _start(self, rank: int, folder: Path, restart: int) -> None:
         environment = os.environ | {
@@ -135,9 +130,9 @@ class _WorkerGroup:
         )
 
 
-def _stopped_early() -> _Failure:
+def _stopped_early() -> tuple[str, int]:
     print("stopped before the first step; nothing to save", file=sys.stderr)
-    return _Failure("", CODE_STOPPED)
+    return "", CODE_STOPPED
 
 
 def die_with_parent() -> None:
@@ -153,7 +148,7 @@ def die_with_parent() -> None:
 def _wait(workers: list[subprocess.Popen]) -> int | None:
     """Wait for the processes; return the rank of one that failed, or None if all succeeded or saved and stopped."""
     while True:
-        codes = [worker.poll() for worker in workers]
+        codes = _exit_codes(workers)
         for rank, code in enumerate(codes):
             if code not in (None, 0, CODE_STOPPED):
                 return rank
@@ -162,13 +157,5 @@ def _wait(workers: list[subprocess.Popen]) -> int | None:
         time.sleep(0.1)
 
 
-def _any_runs(workers: list[subprocess.Popen]) -> bool:
-    return any(worker.poll() is None for worker in workers)
-
-
-def _kill(workers: list[subprocess.Popen]) -> None:
-    """Kill the running processes: after a failure of one process, or Ctrl-C, the others cannot save."""
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.wait()
+def _exit_codes(workers: list[subprocess.Popen]) -> list[int | None]:
+    return [worker.poll() for worker in workers]

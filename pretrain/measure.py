@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -116,8 +115,8 @@ def measure_network(health: Health, hosts: list[str], nbytes: int) -> None:
     distance = 1
     while distance < len(ring):
         to, source = ring[(position + distance) % len(ring)], ring[(position - distance) % len(ring)]
-        speeds.append(nbytes / _median(partial(_exchange, *_buffers(nbytes), to, source)))
-        latencies.append(_median(partial(_exchange, *_buffers(8), to, source), PINGS))
+        speeds.append(nbytes / _exchange_seconds(nbytes, to, source, REPEATS))
+        latencies.append(_exchange_seconds(8, to, source, PINGS))
         distance *= 2
     health.network_speed, health.latency = max(speeds), min(latencies)
 
@@ -138,12 +137,10 @@ def measure_clock(health: Health, firsts: list[int]) -> None:
     """Measure this clock minus that of rank 0, from the exchange that took least time. Collective.
 
     Args:
-        firsts: the first rank of every host; they take turns.
+        firsts: the first rank of every host but that of rank 0; they take turns.
     """
     stamp = torch.zeros(1, dtype=torch.float64, device=_device())
     for rank in firsts:
-        if rank == 0:
-            continue
         best = (float("inf"), 0.0)
         for _ in range(PINGS):
             if health.rank == rank:
@@ -160,15 +157,16 @@ def measure_clock(health: Health, firsts: list[int]) -> None:
             health.clock_offset = best[1]
 
 
-def _buffers(nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _exchange_seconds(nbytes: int, to: int, source: int, repeats: int) -> float:
     sent = torch.zeros(nbytes, dtype=torch.uint8, device=_device())
-    return sent, torch.zeros_like(sent)
+    received = torch.zeros_like(sent)
 
+    def exchange() -> None:
+        transfers = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
 
-def _exchange(sent: torch.Tensor, received: torch.Tensor, to: int, source: int) -> None:
-    transfers = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
-    for work in dist.batch_isend_irecv(transfers):
-        work.wait()
+    return _median(exchange, repeats)
 
 
 def _median(action: Callable[[], object], repeats: int = REPEATS) -> float:

@@ -1,5 +1,5 @@
-"""The tests, in folders named as those they test."""
+"""Tests, in folders named after the packages they test."""
 
 import pytest
 
-pytest.register_assert_rewrite("tests.support")  # so that a failed assertion there shows its values
+pytest.register_assert_rewrite("tests.support")  # so a failed assertion in a helper shows its values

@@ -8,7 +8,7 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (early: after the tests of endless nesting CPython 3.11 may fail to compile it)
+import hypothesis  # noqa: F401  (imported early: after the deep-nesting tests CPython 3.11 may fail to compile it)
 import pytest
 import torch
 
@@ -16,20 +16,31 @@ from tests.support.bad_input import check_line
 from tests.support.pool import Pool
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads this on import, and then runs its kernels on a CPU
 
 
 @pytest.fixture
 def one_thread():
-    """Tiny products on several threads of a busy machine take most of their time to wait for each other."""
+    """Run torch on one thread: on a busy machine, threads that share tiny products mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def single_process():
+    """Process groups of a single process."""
+    from moonlight import parallel
+
+    parallel.init_single_process()
+    yield
+    parallel.destroy_distributed()
+
+
 @pytest.fixture(scope="session")
 def pool():
+    """Worker processes that all tests share."""
     workers = Pool()
     yield workers
     workers.close()
@@ -60,7 +71,7 @@ def tokenizer_folder(small_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiktoken_folder(small_corpus, tmp_path_factory):
-    """A tokenizer as Moonlight's is published, with 2,048 ids for text."""
+    """A tokenizer in Moonlight's published format, with 2,048 text ids."""
     from tests.support.foreign_tokenizers import write_tiktoken
 
     return write_tiktoken(tmp_path_factory.mktemp("tiktoken") / "small", small_corpus)
@@ -68,7 +79,7 @@ def tiktoken_folder(small_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fast_folder(small_corpus, tmp_path_factory):
-    """A Hugging Face fast tokenizer of another family, with a template, truncation and code of its own."""
+    """A Hugging Face fast tokenizer of another model family, with its own template, truncation and code."""
     from tests.support.foreign_tokenizers import write_fast
 
     return write_fast(tmp_path_factory.mktemp("fast") / "small", small_corpus)
@@ -76,7 +87,7 @@ def fast_folder(small_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_folder(small_corpus, tokenizer_folder, tmp_path_factory):
-    """`small_corpus` prepared, its tab-indented file held out."""
+    """`small_corpus` prepared, with a tenth of it held out."""
     from moonlight.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data") / "small"
@@ -86,7 +97,7 @@ def data_folder(small_corpus, tokenizer_folder, tmp_path_factory):
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A finished run of four steps by one process; not to be changed: copy `folder` instead."""
+    """A finished run of four steps on one process. It is read-only: tests that change it copy `folder`."""
 
     recipe: Path
     folder: Path
@@ -97,41 +108,40 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def tiny_run(small_corpus, tokenizer_folder, tmp_path_factory):
-    """A run that `moonlight pretrain` finished in a process of its own."""
+    """A run that `moonlight pretrain` finished in a separate process."""
     from moonlight.config.load import to_yaml
     from moonlight.data.prepare import prepare
     from tests.support.layouts import recipe
 
-    place = tmp_path_factory.mktemp("tiny")
-    prepare([small_corpus], tokenizer_folder, place / "data", validation_share=0.1)
-    run = recipe(train_steps=4, save_every_steps=2, validate_every_steps=4, threads_per_process=1)
-    run = replace(
-        run,
+    folder = tmp_path_factory.mktemp("tiny")
+    prepare([small_corpus], tokenizer_folder, folder / "data", validation_share=0.1)
+    config = recipe(train_steps=4, save_every_steps=2, validate_every_steps=4, threads_per_process=1)
+    config = replace(
+        config,
         name="tiny",
-        runs_folder=str(place / "runs"),
-        model=replace(run.model, vocab_size=1024),
-        data=replace(run.data, path=str(place / "data"), tokenizer=str(tokenizer_folder)),
+        runs_folder=str(folder / "runs"),
+        model=replace(config.model, vocab_size=1024),
+        data=replace(config.data, path=str(folder / "data"), tokenizer=str(tokenizer_folder)),
     )
-    path = place / "tiny.yaml"
-    path.write_text(to_yaml(run))
+    path = folder / "tiny.yaml"
+    path.write_text(to_yaml(config))
     command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(path)]
     subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parent.parent)
-    return TinyRun(path, place / "runs" / "tiny", place / "data", tokenizer_folder)
+    return TinyRun(path, folder / "runs" / "tiny", folder / "data", tokenizer_folder)
 
 
 @pytest.fixture
 def refuses(tmp_path, monkeypatch, capfd):
-    """Calls the command in this process, and checks the line and that nothing came or went in `tmp_path`."""
-
+    """Call the command in this process, and check its error line and that `tmp_path` has the same files as before."""
     from moonlight.cli.main import main
 
     def call(arguments, *words):
         before = sorted(tmp_path.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["moonlight", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        check_line(ended.value.code, capfd.readouterr().err, words)
+        check_line(exit_info.value.code, capfd.readouterr().err, words)
         assert sorted(tmp_path.rglob("*")) == before
 
     return call
@@ -139,21 +149,21 @@ def refuses(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def as_worker(monkeypatch):
-    """Makes `moonlight pretrain` train in this process, as under torchrun."""
+    """Make `moonlight pretrain` train in this process, as under torchrun."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
 
 
 @pytest.fixture
 def runs(tiny_run, tmp_path):
-    """A copy of the tiny run that may be damaged; its folder is runs/tiny."""
+    """A copy of the tiny run that tests may corrupt, in runs/tiny."""
     shutil.copytree(tiny_run.folder, tmp_path / "runs" / "tiny")
     return tmp_path / "runs"
 
 
 @pytest.fixture(scope="session")
 def ready_export(tiny_run, tmp_path_factory):
-    """The tiny run exported, with all that a release needs; not to be changed."""
+    """The tiny run exported, with all files that a release needs. It is read-only."""
     from tests.support.exports import make_ready
 
     out = tmp_path_factory.mktemp("ready") / "hf"
@@ -163,30 +173,30 @@ def ready_export(tiny_run, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory):
-    """A model in one file and the same in shards, both without a tokenizer; to be copied."""
+    """A model in one file and the same model in shards, both without a tokenizer. Tests copy them."""
     from tests.support.hugging_face import make_folder
 
-    place = tmp_path_factory.mktemp("models")
-    make_folder(place / "single", num_hidden_layers=2)
-    make_folder(place / "sharded", max_shard_size="100KB", num_hidden_layers=2)
-    return place
+    folder = tmp_path_factory.mktemp("models")
+    make_folder(folder / "single", num_hidden_layers=2)
+    make_folder(folder / "sharded", max_shard_size="100KB", num_hidden_layers=2)
+    return folder
 
 
 @pytest.fixture
 def single_file(small_models, tmp_path):
-    """A copy of the model in one file, hf, that may be damaged."""
+    """A copy of the one-file model that tests may corrupt, in hf."""
     return Path(shutil.copytree(small_models / "single", tmp_path / "hf"))
 
 
 @pytest.fixture
 def import_refused(refuses, tmp_path):
-    """Calls `moonlight import` for a folder."""
+    """Call `moonlight import` on a folder, and check its error as `refuses` does."""
     return lambda folder, *words: refuses(["import", folder, "--out", tmp_path / "checkpoint"], *words)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
-    """A Hub without repositories, which the client in this process takes for the real one."""
+    """An empty Hub that the client in this process uses instead of the real one."""
     import huggingface_hub.constants as constants
 
     from tests.support.exports import OWNER, TOKEN

@@ -1,4 +1,4 @@
-"""The shape of the tree. `make lint` holds the imports, by the contracts in pyproject.toml."""
+"""Layout of the repository. `make lint` checks the imports against the contracts in pyproject.toml."""
 
 import ast
 import re
@@ -47,8 +47,8 @@ def test_the_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 12_000
 
 
-def test_links_outside_the_site_lead_to_files():
-    """mkdocs checks the links of docs/."""
+def test_links_outside_the_site_point_to_files():
+    """Links in top-level pages point to existing files. mkdocs checks the links in docs/."""
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8"))
         assert not [link for link in links if "://" not in link and not (ROOT / link).exists()], page

@@ -37,7 +37,8 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
-from moonlight.bench.report import hardware, iter_rounds, print_results, time_ratio
+from moonlight.bench.monitors import build_initialized
+from moonlight.bench.report import BenchResult, hardware, iter_rounds, print_results, time_ratio
 from moonlight.config.load import load_recipe
 from moonlight.config.parallel import ParallelConfig
 from moonlight.config.run import RunConfig
@@ -46,9 +47,7 @@ from moonlight.dist_checkpoint.async_save import PAUSE, AsyncCheckpointer
 from moonlight.dist_checkpoint.direct_io import DirectFile
 from moonlight.dist_checkpoint.state import TrainState, step_folder
 from moonlight.files import check_space
-from moonlight.model.build import build_model
-from moonlight.model.shards import init_weights
-from moonlight.optim.distributed_muon import DistributedMuon, build_optimizer
+from moonlight.optim.distributed_muon import DistributedMuon
 from moonlight.train.forward_backward import MicroBatch
 from moonlight.train.step import train_step
 
@@ -81,16 +80,12 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
     async_config = replace(sync_config, train=replace(sync_config.train, async_save=True))
     parallel.init_single_process()
     try:
-        parallel.init_model_parallel(config.parallel, config.train.seed)
-        model_chunks = build_model(config)
-        optimizer = build_optimizer(model_chunks, config)
+        model_chunks, optimizer = build_initialized(config)
         tensors = {
             f"{key} {offset}": values
             for key, local_chunks in (optimizer.master_state_dict() | optimizer.optimizer_state_dict()).items()
             for offset, values in local_chunks.chunks
         }
-        with optimizer.loading_masters() as masters:
-            init_weights(masters, config.model, config.train.seed)
         for local_chunks in optimizer.optimizer_state_dict().values():
             for _, values in local_chunks.chunks:
                 values.uniform_(to=1e-3)  # non-negative, as a mean of squares
@@ -103,55 +98,30 @@ def bench_checkpoint(rounds: int, layers: int, recipe: Path, json_path: Path | N
                 for name, save_config in (("async", async_config), ("sync", sync_config))
             }
             times: dict[str, list[float]] = defaultdict(list)
-            content = torch.cat(
-                [values.contiguous().flatten().view(torch.uint8) for values in tensors.values()]
-            ).numpy()
-            for step in (round_index + 1 for round_index in iter_rounds(rounds)):
-                round_times = _round(
-                    folder, checkpointers, partial(_train_step, model_chunks, optimizer, config), step, content, tensors
-                )
-                if step > 1:  # the first warms up
+            all_bytes = [values.contiguous().flatten().view(torch.uint8) for values in tensors.values()]
+            content = torch.cat(all_bytes).numpy()
+            train = partial(_train_step, model_chunks, optimizer, config)
+            for round_index in iter_rounds(rounds):
+                round_times = _round(folder, checkpointers, train, round_index + 1, content, tensors)
+                if round_index:  # the first warms up
                     for name, seconds in round_times.items():
                         times[name].append(seconds)
             is_equal = all(_is_equal(step_folder(folder / name, rounds + 1), optimizer) for name in checkpointers)
     finally:
         parallel.destroy_distributed()
-    wall_times = {peer: (times["sync"], times[peer]) for peer in PEERS}
-    cpu_times = {peer: (times["sync" + CPU], times[peer + CPU]) for peer in wall_times}
+
+    def compare(case: str, ours: str, peer: str, bar: float = 0.0, aim: float | None = None) -> BenchResult:
+        return time_ratio(case, times[ours], times[peer], bar, is_equal, "s", aim)
+
     results = [
-        replace(
-            time_ratio("asynchronous pause, synchronous save", times["pause"], times["sync"], PAUSE_BAR, is_equal, "s"),
-            own_limit=True,
-        ),
-        time_ratio(
-            "training step beside a save, without one", times["step during save"], times["step"], 0.0, is_equal, "s"
-        ),
-        time_ratio(
-            "asynchronous save, write + fsync",
-            times["async"],
-            times["raw"],
-            THROUGHPUT_BAR,
-            is_equal,
-            "s",
-            THROUGHPUT_AIM,
-        ),
-        time_ratio("synchronous save, the disk alone (O_DIRECT)", *wall_times["direct"], 0.0, is_equal, "s"),
-        time_ratio(
-            "synchronous save, write + fsync", *wall_times["raw"], THROUGHPUT_BAR, is_equal, "s", THROUGHPUT_AIM
-        ),
-        time_ratio(
-            "synchronous save, torch.save + fsync",
-            *wall_times["torch.save"],
-            TORCH_SAVE_BAR,
-            is_equal,
-            "s",
-            TORCH_SAVE_AIM,
-        ),
-        time_ratio("synchronous save, torch's DCP", *wall_times["DCP"], 0.0, is_equal, "s"),
-        *(
-            time_ratio(f"synchronous save, CPU time, {PEERS[peer]}", *pair, 0.0, is_equal, "s")
-            for peer, pair in cpu_times.items()
-        ),
+        replace(compare("asynchronous pause, synchronous save", "pause", "sync", PAUSE_BAR), own_limit=True),
+        compare("training step beside a save, without one", "step during save", "step"),
+        compare("asynchronous save, write + fsync", "async", "raw", THROUGHPUT_BAR, THROUGHPUT_AIM),
+        compare("synchronous save, the disk alone (O_DIRECT)", "sync", "direct"),
+        compare("synchronous save, write + fsync", "sync", "raw", THROUGHPUT_BAR, THROUGHPUT_AIM),
+        compare("synchronous save, torch.save + fsync", "sync", "torch.save", TORCH_SAVE_BAR, TORCH_SAVE_AIM),
+        compare("synchronous save, torch's DCP", "sync", "DCP"),
+        *(compare(f"synchronous save, CPU time, {name}", "sync" + CPU, peer + CPU) for peer, name in PEERS.items()),
     ]
     notes = [
         f"{nbytes / 1e9:.2f} GB of state in {len(tensors)} tensors, {rounds} rounds after one warm-up round",

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from moonlight.bench.report import BenchResult, hardware, iter_rounds, print_results, time_ratio
+from moonlight.bench.report import BenchResult, cpu_seconds, hardware, iter_rounds, print_results, time_ratio
 from moonlight.config.load import load_recipe
 from moonlight.files import check_space, write_sums
 from moonlight.hardware import GIB
@@ -41,49 +41,33 @@ def bench_export(rounds: int, layers: int, recipe: Path, json_path: Path | None 
         source, checkpoint = folder / "hf", folder / "checkpoint"
         make_source(config.model, source)
         largest_shard = max(file.stat().st_size for file in source.glob("*.safetensors"))
-        imports, exports, peers, checksums = [], [], [], []
-        peaks = {"import": 0, "export": 0}
+        cases = (
+            ("import", source, checkpoint),
+            ("save_pretrained", source, folder / "peer"),
+            ("export", checkpoint, folder / "ours"),
+        )
+        seconds: dict[str, list[list[float]]] = {case: [] for case, _, _ in cases}
+        peaks = dict.fromkeys(seconds, 0)
         same = True
         for _ in iter_rounds(rounds, warms_up=False):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            seconds, peak = _measure("import", source, checkpoint)
-            imports.append(seconds[0])
-            peaks["import"] = max(peaks["import"], peak)
-            seconds, _ = _measure("save_pretrained", source, folder / "peer")
-            peers.append(seconds[0])
-            checksums.append(seconds[1])
-            seconds, peak = _measure("export", checkpoint, folder / "ours")
-            exports.append(seconds[0])
-            peaks["export"] = max(peaks["export"], peak)
+            for case, case_source, out in cases:
+                shutil.rmtree(out, ignore_errors=True)
+                case_seconds, peak = _measure(case, case_source, out)
+                seconds[case].append(case_seconds)
+                peaks[case] = max(peaks[case], peak)
             same = same and _same_tensors(folder / "ours", folder / "peer")
-            shutil.rmtree(folder / "ours")
-            shutil.rmtree(folder / "peer")
+    imports, exports = ([values[0] for values in seconds[case]] for case in ("import", "export"))
+    peers, checksums = map(list, zip(*seconds["save_pretrained"], strict=True))
     limit = largest_shard + MEMORY_ABOVE_SHARD_BYTES
+    with_sums = [peer + checksum for peer, checksum in zip(peers, checksums, strict=True)]
     results = [
-        time_ratio(
-            "export, CPU time, save_pretrained and sums",
-            exports,
-            [peer + checksum for peer, checksum in zip(peers, checksums, strict=True)],
-            CPU_TIME_BAR,
-            same,
-            "s",
-        ),
+        time_ratio("export, CPU time, save_pretrained and sums", exports, with_sums, CPU_TIME_BAR, same, "s"),
         time_ratio("export, CPU time, save_pretrained alone", exports, peers, ALONE_BAR, same, "s", ALONE_AIM),
-        *(
-            BenchResult(
-                f"{case}, peak memory",
-                "GiB",
-                peak / GIB,
-                limit / GIB,
-                limit / peak,
-                "",
-                ">= 1",
-                peak <= limit,
-                own_limit=True,
-            )
-            for case, peak in peaks.items()
-        ),
     ]
+    for case in ("import", "export"):
+        ours, bar, fits = peaks[case] / GIB, limit / GIB, peaks[case] <= limit
+        result = BenchResult(f"{case}, peak memory", "GiB", ours, bar, limit / peaks[case], "", ">= 1", fits)
+        results.append(replace(result, own_limit=True))
     notes = [
         f"peer of export: save_pretrained of a loaded model ({statistics.median(peers):.2f} s) and, because an export "
         f"has them, SHA-256 checksums of its files ({statistics.median(checksums):.2f} s)",
@@ -145,23 +129,17 @@ def _call(case: str, source: Path, out: Path) -> list[float]:
     if case == "import":
         from checkpoints.hf_import import import_folder
 
-        return [_cpu_seconds(lambda: import_folder(source, out))]
+        return [cpu_seconds(lambda: import_folder(source, out))]
     if case == "export":
         from checkpoints.export import export
 
-        return [_cpu_seconds(lambda: export(source, out, dtype="bfloat16"))]
+        return [cpu_seconds(lambda: export(source, out, dtype="bfloat16"))]
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    save_seconds = _cpu_seconds(lambda: model.save_pretrained(out, max_shard_size="5GB"))
-    return [save_seconds, _cpu_seconds(lambda: write_sums(out))]
-
-
-def _cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    save_seconds = cpu_seconds(lambda: model.save_pretrained(out, max_shard_size="5GB"))
+    return [save_seconds, cpu_seconds(lambda: write_sums(out))]
 
 
 if __name__ == "__main__":

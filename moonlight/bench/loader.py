@@ -10,9 +10,9 @@ import importlib.util
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from moonlight.bench.report import BenchResult, hardware, iter_rounds, print_results, time_ratio
+from moonlight.bench.report import BenchResult, cpu_seconds, hardware, iter_rounds, print_results, time_ratio
 from moonlight.data.index_cache import IndexCache
 from moonlight.data.loader import MixtureDataset, TrainDataset, collate
 from moonlight.data.mixture import SourceMixture
@@ -69,7 +69,7 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
             "windows": (lambda start: _read(ours, start), lambda start: _read_peer(peer, start)),
             "resume": (
                 lambda start: _read(_open(folder / "web"), start, RESUME_BATCHES),
-                lambda start: _resume_peer(folder / "web", start),
+                lambda start: _read_peer(_open_peer(folder / "web"), start, RESUME_BATCHES),
             ),
             "mix": (lambda start: _read(mixed, start), lambda start: _read_peer(blended, start)),
         }
@@ -81,16 +81,17 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         for start in (BATCH * BATCHES * round_index for round_index in iter_rounds(rounds)):
             for case, pair in calls.items():
                 for times, call in zip(cases[case], pair, strict=True):
-                    times.append(_cpu_seconds(call, start % len(peer)))
+                    times.append(cpu_seconds(partial(call, start % len(peer))))
     # The first round warms the page cache.
-    seconds = {case: (our_times[1:], peer_times[1:]) for case, (our_times, peer_times) in cases.items()}
+    seconds = {case: [times[1:] for times in pair] for case, pair in cases.items()}
+    milliseconds = {case: [[1e3 * second for second in times] for times in pair] for case, pair in seconds.items()}
     rates = [BATCH * BATCHES * LENGTH / second for second in seconds["windows"][0]]
     peer_rate = BATCH * BATCHES * LENGTH / statistics.median(seconds["windows"][1])
     results = [
         _rate_result(rates, is_correct),
-        time_ratio(f"{BATCHES} batches, GPTDataset", *_milliseconds(seconds["windows"]), 1.0, is_correct),
-        time_ratio(f"resume, {RESUME_BATCHES} batches, GPTDataset", *_milliseconds(seconds["resume"]), 1.0, is_correct),
-        time_ratio(f"mixture, {BATCHES} batches, BlendedDataset", *_milliseconds(seconds["mix"]), 1.0, is_correct),
+        time_ratio(f"{BATCHES} batches, GPTDataset", *milliseconds["windows"], 1.0, is_correct),
+        time_ratio(f"resume, {RESUME_BATCHES} batches, GPTDataset", *milliseconds["resume"], 1.0, is_correct),
+        time_ratio(f"mixture, {BATCHES} batches, BlendedDataset", *milliseconds["mix"], 1.0, is_correct),
     ]
     notes = [
         f"one core; batches of {BATCH} windows of {LENGTH:,} tokens; CPU time; {tokens / 1e6:.0f}M tokens per source",
@@ -99,7 +100,7 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         f"windows compared with documents joined one by one: {'the same tokens' if is_correct else 'DIFFERENT'}",
     ]
     if "datasets" in seconds:
-        results.append(time_ratio(f"{BATCHES} batches, datasets", *_milliseconds(seconds["datasets"]), 1.0, is_correct))
+        results.append(time_ratio(f"{BATCHES} batches, datasets", *milliseconds["datasets"], 1.0, is_correct))
     else:
         notes.append("datasets: skipped (python -m pip install datasets)")
     return print_results("Loader", results, hardware("cpu"), notes, json_path)
@@ -190,8 +191,7 @@ def _open_datasets(folder: Path, ours: TrainDataset) -> tuple[Any, np.ndarray]:
 def _read_datasets(dataset: Any, row_indices: np.ndarray, first: int, batches: int = BATCHES) -> Tensors:
     for start in range(first, first + BATCH * batches, BATCH):
         rows = dataset[row_indices[np.arange(start, start + BATCH) % len(row_indices)]]["input_ids"]
-        mask = torch.ones(BATCH, LENGTH)
-        batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask
+        batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.ones(BATCH, LENGTH)
     return batch
 
 
@@ -208,11 +208,6 @@ def _read_peer(dataset: Any, first: int, batches: int = BATCHES) -> Tensors:
     return batch
 
 
-def _resume_peer(folder: Path, first: int) -> Tensors:
-    """Open the peer's dataset with the index on disk, and read the first batches."""
-    return _read_peer(_open_peer(folder), first, RESUME_BATCHES)
-
-
 def _is_correct(folder: Path) -> bool:
     """Return whether the windows of an epoch equal the tokens of its documents, joined one by one."""
     samples = _open(folder)
@@ -222,14 +217,3 @@ def _is_correct(folder: Path) -> bool:
         np.array_equal(samples[index][0], joined[LENGTH * windows[index] :][: LENGTH + 1])
         for index in range(0, samples.samples_per_epoch, 7)
     )
-
-
-def _milliseconds(seconds: tuple[list[float], list[float]]) -> tuple[list[float], list[float]]:
-    ours, peer = ([1e3 * second for second in times] for times in seconds)
-    return ours, peer
-
-
-def _cpu_seconds(call: Callable[[int], object], first: int) -> float:
-    start = time.process_time()
-    call(first)
-    return time.process_time() - start

@@ -95,25 +95,14 @@ def _accuracy(rows: int, columns: int, spectrum: str, device: str) -> BenchResul
     for result in (orthogonalize(matrix, 5, "moonlight", torch.bfloat16), plain_loop(matrix, torch.bfloat16)):
         errors.append(((result.float() - reference).norm() / reference.norm()).item())
     ours, peer = errors
-    return BenchResult(
-        f"error {rows}x{columns}, {spectrum}",
-        "",
-        ours,
-        peer,
-        peer / ours,
-        "",
-        f">= {ACCURACY_BAR}",
-        peer >= ACCURACY_BAR * ours,
-    )
+    case, passed = f"error {rows}x{columns}, {spectrum}", peer >= ACCURACY_BAR * ours
+    return BenchResult(case, "", ours, peer, peer / ours, "", f">= {ACCURACY_BAR}", passed)
 
 
 def _newton_schulz(rounds: int, rows: int, columns: int, device: str, is_accurate: bool) -> BenchResult:
     matrix = random_matrix("gauss", rows, columns, device)
-    ours, peer = interleaved(
-        rounds,
-        device,
-        [lambda: orthogonalize(matrix, 5, "moonlight", torch.bfloat16), lambda: plain_loop(matrix, torch.bfloat16)],
-    )
+    cases = [lambda: orthogonalize(matrix, 5, "moonlight", torch.bfloat16), lambda: plain_loop(matrix, torch.bfloat16)]
+    ours, peer = interleaved(rounds, device, cases)
     return time_ratio(f"Newton-Schulz {rows}x{columns}, plain loop", ours, peer, NEWTON_SCHULZ_BAR, is_accurate)
 
 
@@ -128,9 +117,8 @@ def _steps(
         for _, parameters in optimizers.values():
             set_gradients(parameters, gradients)
 
-    times = interleaved(
-        rounds, device, [optimizer.step for optimizer, _ in optimizers.values()], before=reset_gradients
-    )
+    steps = [optimizer.step for optimizer, _ in optimizers.values()]
+    times = interleaved(rounds, device, steps, before=reset_gradients)
     our_weights = stack_weights(optimizers["ours"][1])
     movement = distance(weights, our_weights)
     results = []

@@ -41,10 +41,9 @@ def newest_files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.glob("*.json")):  # dates sort as text
         if match := NAME.fullmatch(path.name):
             files[match["benchmark"]] = path
-    files = dict(sorted(files.items()))
     if not files:
         raise UserError(f"{folder} holds no <name>-<date>.json: write some with `moonlight bench NAME --json PATH`")
-    return files
+    return dict(sorted(files.items()))
 
 
 def chart_bars(benchmark: str, content: dict[str, Any]) -> list[ChartBar]:
@@ -130,8 +129,7 @@ def _draw(bars: list[ChartBar], out: Path) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.grid(axis="x", color="#eeeeee", zorder=0)
     axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     legend = {
         "times better than the peer (left of 1×: worse)": Patch(color=PEER_COLOR),
         "times better than a limit or another implementation of ours": Patch(color=LIMIT_COLOR),

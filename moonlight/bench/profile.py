@@ -20,15 +20,12 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moonlight import parallel
-from moonlight.bench.monitors import NO_MONITORS, random_batches
+from moonlight.bench.monitors import NO_MONITORS, build_initialized, random_batches
 from moonlight.bench.report import hardware
 from moonlight.config.load import load_recipe
 from moonlight.config.parallel import ParallelConfig
 from moonlight.config.timeline import RunSchedule
 from moonlight.files import make_folder, write_json
-from moonlight.model.build import build_model
-from moonlight.model.shards import init_weights
-from moonlight.optim.distributed_muon import build_optimizer
 from moonlight.train.step import train_step
 
 WARM_UP_STEPS = 3
@@ -77,11 +74,7 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(threads)
-        parallel.init_model_parallel(config.parallel, config.train.seed)
-        model_chunks = build_model(config)
-        optimizer = build_optimizer(model_chunks, config)
-        with optimizer.loading_masters() as masters:
-            init_weights(masters, config.model, config.train.seed)
+        model_chunks, optimizer = build_initialized(config)
         step_schedule, batches = RunSchedule(config).at(2), random_batches(config)
 
         def mark_update() -> None:
@@ -113,13 +106,9 @@ def bench_profile(recipe: Path, overrides: list[str], steps: int, threads: int, 
     title = f"{config.name}, {config.train.dtype}, a step of {tokens:,} tokens"
     _print(title, str(machine), parts)
     if json_path:
-        content = {
-            "title": title,
-            "machine": str(machine),
-            "parts": {name: asdict(part) for name, part in parts.items()},
-        }
         make_folder(json_path.parent)
-        write_json(json_path, content)
+        json_parts = {name: asdict(part) for name, part in parts.items()}
+        write_json(json_path, {"title": title, "machine": str(machine), "parts": json_parts})
 
 
 def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, ProfilePart]:
@@ -135,14 +124,12 @@ def profile_parts(events: Sequence[Any], steps: int, on_gpu: bool) -> dict[str, 
     assert len(updates) == steps
     parts = {name: ProfilePart() for name in PARTS}
     for event in events:
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         name = event.name.removesuffix("_")
         is_product = name in PRODUCTS
-        if any(start <= event.time_range.start <= stop for start, stop in updates):
-            part = parts[NEWTON_SCHULZ if is_product else REST_OF_UPDATE]
-        else:
-            part = parts[_find_part(event)]
-        milliseconds = microseconds / 1e3 / steps
+        in_update = any(start <= event.time_range.start <= stop for start, stop in updates)
+        update_part = NEWTON_SCHULZ if is_product else REST_OF_UPDATE
+        part = parts[update_part if in_update else _find_part(event)]
+        milliseconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / steps
         if is_product:
             part.products_ms += milliseconds
             if event.input_shapes and not _is_within_product(event):
@@ -185,7 +172,6 @@ def _print(title: str, caption: str, parts: dict[str, ProfilePart]) -> None:
     total = ProfilePart(*(sum(getattr(part, name) for part in parts.values()) for name in asdict(ProfilePart())))
     for name, part in [*parts.items(), ("all", total)]:
         rate = f"{1e3 * part.gflop / part.products_ms:.0f}" if part.products_ms else ""
-        values = (part.products_ms, part.copies_ms, part.other_ms)
-        fraction = f"{part.ms / total.ms:.0%}"
-        table.add_row(name, f"{part.ms:.1f}", fraction, *(f"{value:.1f}" for value in values), rate)
+        times = (f"{value:.1f}" for value in (part.products_ms, part.copies_ms, part.other_ms))
+        table.add_row(name, f"{part.ms:.1f}", f"{part.ms / total.ms:.0%}", *times, rate)
     Console(width=110).print(table)

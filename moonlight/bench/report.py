@@ -6,7 +6,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,8 +77,8 @@ class BenchMachine:
     torch: str
 
     def __str__(self) -> str:
-        hardware_text = f"{self.hardware}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{hardware_text}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.hardware}, {threads}, torch {self.torch}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def time_ratio(
@@ -115,6 +116,13 @@ def iter_rounds(rounds: int, warms_up: bool = True) -> Iterator[int]:
     for round_index in range(0 if warms_up else 1, rounds + 1):
         print(f"round {round_index} of {rounds}" if round_index else "warming up", file=sys.stderr, flush=True)
         yield round_index
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Return the CPU seconds of one call, of all threads of this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def hardware(device: str) -> BenchMachine:

@@ -31,7 +31,7 @@ Ids = list[Any]
 
 def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) -> bool:
     """Run the benchmark on `megabytes` of text, print its table, and return whether every result passed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = hardware("cpu").cores
     with tempfile.TemporaryDirectory(prefix="moonlight-bench-") as temporary_folder:
         _, folder = make_data(Path(temporary_folder), VOCAB_SIZE)
         batches = _batches(10**6 * megabytes)
@@ -50,23 +50,13 @@ def bench_tokenizer(rounds: int, megabytes: int, json_path: Path | None = None) 
                     seconds[name].append(cpu if name.endswith("one core") else wall)
     tokens = sum(map(len, expected or []))
     size = sum(len(text) for batch in batches for text in batch.raw)
+    bars = {"sentencepiece": SENTENCEPIECE_BAR}
+    bars |= dict.fromkeys(("transformers", "transformers, one by one"), TRANSFORMERS_BAR)
     results = [
-        time_ratio(
-            f"{cores_text}, {peer}",
-            seconds[f"ours, {cores_text}"],
-            seconds[f"{peer}, {cores_text}"],
-            bar,
-            same,
-            "s",
-            AIM,
-        )
-        for cores_text in ("one core", "all cores")
-        for peer, bar in (
-            ("sentencepiece", SENTENCEPIECE_BAR),
-            ("transformers", TRANSFORMERS_BAR),
-            ("transformers, one by one", TRANSFORMERS_BAR),
-        )
-        if f"{peer}, {cores_text}" in seconds
+        time_ratio(f"{where}, {peer}", seconds[f"ours, {where}"], seconds[f"{peer}, {where}"], bar, same, "s", AIM)
+        for where in ("one core", "all cores")
+        for peer, bar in bars.items()
+        if f"{peer}, {where}" in seconds
     ]
     rates = {name: statistics.median(times) for name, times in seconds.items()}
     notes = [f"{size / 1e6:.0f} MB in {tokens / 1e6:.1f} million tokens; {cores} cores"]

@@ -213,7 +213,7 @@ def _call(setting: Setting, workload: Workload, config: RunConfig, folder: Path)
     rendezvous, answer = folder / "rendezvous", folder / "answer.json"
     for file in (rendezvous, answer):
         file.unlink(missing_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = hardware("cpu").cores
     processes = []
     for rank in range(setting.processes):
         environment = os.environ | {

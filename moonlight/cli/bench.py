@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
+from moonlight.cli.options import command_group
 from moonlight.errors import CODE_STOPPED
 from moonlight.files import check_output_file
 
-bench_app = typer.Typer(
-    help="Run benchmarks against other implementations.", no_args_is_help=True, rich_markup_mode=None
-)
+bench_app = command_group("Run benchmarks against other implementations.")
 
 
 def _check_writable(path: Path | None) -> Path | None:
@@ -25,13 +24,20 @@ def _exit_stopped(*_: object) -> None:
     raise SystemExit(CODE_STOPPED)
 
 
+def _exit_unless(passed: bool | None) -> None:
+    """Exit 1 if a command returned False."""
+    if passed is False:
+        raise typer.Exit(1)
+
+
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; each round runs every case.")]
+Layers = Annotated[int, typer.Option(min=2, help="Number of layers (overrides the recipe).")]
+Recipe = Annotated[Path, typer.Option(help="Recipe of the model.")]
 Json = Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.", callback=_check_writable)]
 
 
-@bench_app.callback()
+@bench_app.callback(result_callback=_exit_unless)
 def bench() -> None:
-    """Run benchmarks against other implementations."""
     signal.signal(signal.SIGTERM, _exit_stopped)  # raise an exception, so that temporary folders are removed
 
 
@@ -41,12 +47,11 @@ def bench_train_step(
     model: Annotated[list[str], typer.Option(help="quickstart or 0.1b. Repeatable.")] = ["quickstart"],  # noqa: B006
     optimizer: Annotated[str, typer.Option(help="Our optimizer: muon or adamw. The peer uses AdamW.")] = "muon",
     json: Json = None,
-) -> None:
+) -> bool:
     """Compare a training step with transformers' DeepseekV3. Exits 1 if a result misses its gate or bar."""
     from moonlight.bench import train_step
 
-    if not train_step.bench_train_step(rounds, model, optimizer, json):
-        raise typer.Exit(1)
+    return train_step.bench_train_step(rounds, model, optimizer, json)
 
 
 @bench_app.command("profile", epilog="Example: moonlight bench profile configs/quickstart.yaml train.dtype=bfloat16")
@@ -66,28 +71,24 @@ def bench_profile(
 @bench_app.command("optimizer", epilog="Example: moonlight bench optimizer --rounds 9 --json optimizer.json")
 def bench_optimizer(
     rounds: Rounds = 7, device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu", json: Json = None
-) -> None:
+) -> bool:
     """Compare Muon's accuracy and speed with other Muon implementations. Exits 1 if a result misses its gate or bar."""
     from moonlight.bench import optimizer
 
-    if not optimizer.bench_optimizer(rounds, device, json):
-        raise typer.Exit(1)
+    return optimizer.bench_optimizer(rounds, device, json)
 
 
 @bench_app.command("export", epilog="Example: moonlight bench export --rounds 3 --json export.json")
 def bench_export(
     rounds: Rounds = 3,
-    layers: Annotated[int, typer.Option(min=2, help="Number of layers (overrides the recipe).")] = 4,
-    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path(
-        "configs/moonlight_16b_a3b/pretrain.yaml"
-    ),
+    layers: Layers = 4,
+    recipe: Recipe = Path("configs/moonlight_16b_a3b/pretrain.yaml"),
     json: Json = None,
-) -> None:
+) -> bool:
     """Compare CPU time and memory of export and import with save_pretrained. Exits 1 if a result misses its bar."""
     from moonlight.bench import export
 
-    if not export.bench_export(rounds, layers, recipe, json):
-        raise typer.Exit(1)
+    return export.bench_export(rounds, layers, recipe, json)
 
 
 @bench_app.command("loader", epilog="Example: moonlight bench loader --rounds 7 --json loader.json")
@@ -97,35 +98,32 @@ def bench_loader(
         int, typer.Option(min=1_000_000, help="Tokens in each of three sources; 4 bytes per token on disk.")
     ] = 50_000_000,
     json: Json = None,
-) -> None:
+) -> bool:
     """Compare tokens per second on one core with Megatron's GPTDataset. Exits 1 if a result misses its gate or bar."""
     from moonlight.bench import loader
 
-    if not loader.bench_loader(rounds, tokens, json):
-        raise typer.Exit(1)
+    return loader.bench_loader(rounds, tokens, json)
 
 
 @bench_app.command("monitors", epilog="Example: moonlight bench monitors --rounds 5 --json monitors.json")
-def bench_monitors(rounds: Rounds = 5, json: Json = None) -> None:
+def bench_monitors(rounds: Rounds = 5, json: Json = None) -> bool:
     """Measure the cost of monitors at their default interval, as a fraction of a step. Exits 1 if it misses its bar."""
     from moonlight.bench import monitors
 
-    if not monitors.bench_monitors(rounds, json):
-        raise typer.Exit(1)
+    return monitors.bench_monitors(rounds, json)
 
 
 @bench_app.command("checkpoint", epilog="Example: moonlight bench checkpoint --rounds 5 --json checkpoint.json")
 def bench_checkpoint(
     rounds: Rounds = 5,
-    layers: Annotated[int, typer.Option(min=2, help="Number of layers (overrides the recipe).")] = 3,
-    recipe: Annotated[Path, typer.Option(help="Recipe of the model.")] = Path("configs/moonlight_family/a0.1b.yaml"),
+    layers: Layers = 3,
+    recipe: Recipe = Path("configs/moonlight_family/a0.1b.yaml"),
     json: Json = None,
-) -> None:
+) -> bool:
     """Measure how long a save blocks training, and its write speed. Exits 1 if a result misses its bar."""
     from moonlight.bench import checkpoint
 
-    if not checkpoint.bench_checkpoint(rounds, layers, recipe, json):
-        raise typer.Exit(1)
+    return checkpoint.bench_checkpoint(rounds, layers, recipe, json)
 
 
 @bench_app.command("startup", epilog="Example: moonlight bench startup --rounds 5 --json startup.json")
@@ -133,12 +131,11 @@ def bench_startup(
     rounds: Rounds = 5,
     recipe: Annotated[Path, typer.Option(help="Recipe of the run.")] = Path("configs/quickstart.yaml"),
     json: Json = None,
-) -> None:
+) -> bool:
     """Measure the time until --help prints, and until the first step of a run. Exits 1 if a result misses its bar."""
     from moonlight.bench import startup
 
-    if not startup.bench_startup(rounds, recipe, json):
-        raise typer.Exit(1)
+    return startup.bench_startup(rounds, recipe, json)
 
 
 @bench_app.command("picture", epilog="Example: moonlight bench picture --figures docs/benchmarks --out benchmarks.png")
@@ -161,9 +158,8 @@ def bench_tokenizer(
     rounds: Rounds = 3,
     megabytes: Annotated[int, typer.Option(min=1, help="Megabytes of text to encode.")] = 20,
     json: Json = None,
-) -> None:
+) -> bool:
     """Compare encoding speed with sentencepiece and transformers. Exits 1 if a result misses its gate or bar."""
     from moonlight.bench import tokenizer
 
-    if not tokenizer.bench_tokenizer(rounds, megabytes, json):
-        raise typer.Exit(1)
+    return tokenizer.bench_tokenizer(rounds, megabytes, json)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -96,9 +96,9 @@ def prepare_chat(
     Roles are system, user, assistant and tool (which the model reads as a user's turn). Text that spells a special
     token stays text.
     """
-    from moonlight.data import prepare_chat as chat
+    from moonlight.data.prepare_chat import prepare_chat
 
-    manifest = chat.prepare_chat(
+    manifest = prepare_chat(
         input,
         tokenizer,
         out,
@@ -112,16 +112,12 @@ def prepare_chat(
         workers=workers or os.cpu_count() or 1,
     )
     for name, split in manifest["splits"].items():
-        print(f"{name}: {_describe_split(split, sequence_length)}")
+        filled = split["tokens"] / (split["windows"] * sequence_length)
+        print(
+            f"{name}: {split['documents']:,} conversations, {split['tokens']:,} tokens, {split['counted_tokens']:,} of "
+            f"them trained on, in {split['windows']:,} sequences ({filled:.1%} filled)"
+        )
     if manifest["bad_records"]:
         print(f"{manifest['bad_records']:,} unusable conversations are listed in {out / 'quarantine.jsonl'}:")
         for kind, count in manifest["bad_by_reason"].items():
             print(f"  {count:,} {kind}; the first is {manifest['first_bad'][kind].replace(f': {kind}: ', ': ')}")
-
-
-def _describe_split(split: dict[str, Any], sequence_length: int) -> str:
-    filled = split["tokens"] / (split["windows"] * sequence_length)
-    return (
-        f"{split['documents']:,} conversations, {split['tokens']:,} tokens, {split['counted_tokens']:,} of them "
-        f"trained on, in {split['windows']:,} sequences ({filled:.1%} filled)"
-    )

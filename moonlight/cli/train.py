@@ -23,9 +23,9 @@ def quickstart(
     overrides: Overrides = None,
 ) -> None:
     """Run the whole pipeline, from text to a completion. Finished steps are skipped."""
-    from moonlight.cli import quickstart as pipeline
+    from moonlight.cli.quickstart import quickstart
 
-    pipeline.quickstart(corpus, recipe, overrides or [])
+    quickstart(corpus, recipe, overrides or [])
 
 
 @app.command("quickstart-chat", epilog="Example: moonlight quickstart-chat name=adamw optimizer.name=adamw")
@@ -37,9 +37,9 @@ def quickstart_chat(
     """Tune the quickstart's model on simple tasks, and measure exact match before and after."""
     if not base.is_dir():
         raise UserError(f"{base} does not exist: run `make quickstart`, which trains the model to tune")
-    from moonlight.cli import quickstart_chat as pipeline
+    from moonlight.cli.quickstart_chat import quickstart_chat
 
-    pipeline.quickstart_chat(base, recipe, overrides or [])
+    quickstart_chat(base, recipe, overrides or [])
 
 
 @app.command(epilog="Example: moonlight pretrain configs/quickstart.yaml train.seed=7 name=seed7")

@@ -1,7 +1,7 @@
 """Checks of recipe values. Each error names the key, its value and what is accepted; all are `UserError`.
 
 A field states its own range as its type: `Positive[int]`, `NonNegative[float]`, `Fraction`, or a `Literal` of choices.
-`check_fields` holds every field of a section to its type; the loader and the settings page read the same types.
+`check_fields` compares every field of a section with its type; the loader and the settings page read the same types.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Fraction = Annotated[float, Range("at least 0 and less than 1", lambda value: 0 
 
 @dataclass(frozen=True)
 class FieldType:
-    """What a field accepts, read from its annotation."""
+    """Values that a field accepts, read from its annotation."""
 
     kind: Any
     """The plain type: int, float, str, bool, a section's class, dict[str, X] or tuple[X, ...]."""

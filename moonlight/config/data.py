@@ -21,7 +21,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from: folders that `moonlight tokenizer train` and `moonlight data prepare` made."""
+    """Prepared data: folders that `moonlight tokenizer train` and `moonlight data prepare` made."""
 
     path: str = ""
     """Folder with train.bin/.idx, validation.bin/.idx and manifest.json. Give this or `sources`."""

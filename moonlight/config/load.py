@@ -45,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def parse_run_config(tree: Any) -> RunConfig:
-    """Build a Run from nested plain values, with every key and type checked."""
+    """Build a RunConfig from nested plain values, with every key and type checked."""
     return _build(RunConfig, tree, "")
 
 
@@ -55,15 +55,15 @@ def parse_model_config(tree: Any) -> ModelConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved recipe, every default written out."""
+    """Return the resolved recipe as YAML, with every default."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
-    """The YAML tree of `path` merged over the one its `base:` names (relative to the file itself)."""
+    """Return the YAML tree of `path`, merged over that of its `base:`, which is relative to `path`."""
     path = path.resolve()
     if path in seen:
-        raise UserError(f"{path}: its base: leads back to itself")
+        raise UserError(f"{path}: its base: includes itself")
     try:
         tree = OmegaConf.load(path)
     except OSError as error:  # also when the file holds one value instead of a mapping
@@ -79,7 +79,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> Any:
 
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
-    """One dataclass from one mapping."""
+    """Build a dataclass from a mapping."""
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix.rstrip('.') or 'recipe'} is {tree!r}: a mapping of keys is expected here")
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -7,7 +7,7 @@ from moonlight.config.checks import NonNegative, check_fields, require
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What the run measures besides the loss. Every step's metrics have norms of gradients and updates by group."""
+    """Measurements in addition to the loss. Every step's metrics have norms of gradients and updates by group."""
 
     every_steps: NonNegative[int] = 10
     """Steps between measurements of weight RMS by group, attention logits and expert load by layer, and memory. The

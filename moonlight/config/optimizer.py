@@ -32,7 +32,7 @@ class OptimizerConfig:
     newton_schulz_dtype: FloatType = "bfloat16"
     """Dtype of the Newton-Schulz products."""
     matrices: Literal["per_matrix", "per_head"] = "per_matrix"
-    """What is orthogonalized as one matrix. per_matrix: each matrix of the Hugging Face model. per_head: query and
+    """Matrices that are orthogonalized. per_matrix: each matrix of the Hugging Face model. per_head: query and
     key-value up-projections are also split by head, and each head into its nope, rope or value rows."""
     momentum_dtype: FloatType = "float32"
     """Dtype of Muon's momentum; bfloat16 halves its memory."""

@@ -1,5 +1,6 @@
 """The parallel section of a recipe."""
 
+import math
 from dataclasses import dataclass
 
 from moonlight.config.checks import NonNegative, Positive, check_fields, require, require_one_of
@@ -19,7 +20,7 @@ class ParallelConfig:
     virtual_pipeline_parallel_size: Positive[int] = 1
     """Model chunks per pipeline rank; more than 1 interleaves them."""
     expert_parallel_size: Positive[int] = 1
-    """Ranks that share the experts of a layer, whole experts each."""
+    """Ranks among which the experts of a layer are divided."""
     expert_tensor_parallel_size: Positive[int] = 1
     """Ranks that share each expert's matrices: 1, or tensor_parallel_size."""
     context_parallel_size: int = 1
@@ -50,15 +51,10 @@ class ParallelConfig:
         Raises:
             UserError: the layout does not divide the processes.
         """
-        for name, model_size in (
-            ("tensor_parallel_size x pipeline_parallel_size", self.tensor_parallel_size * self.pipeline_parallel_size),
-            (
-                "expert_tensor_parallel_size x expert_parallel_size x pipeline_parallel_size",
-                self.expert_tensor_parallel_size * self.expert_parallel_size * self.pipeline_parallel_size,
-            ),
+        for name in (
+            "tensor_parallel_size x pipeline_parallel_size",
+            "expert_tensor_parallel_size x expert_parallel_size x pipeline_parallel_size",
         ):
-            require(
-                world_size % model_size == 0,
-                f"the world has {world_size} processes: {name} = {model_size} does not divide it",
-            )
+            size = math.prod(getattr(self, key) for key in name.split(" x "))
+            require(world_size % size == 0, f"the world has {world_size} processes: {name} = {size} does not divide it")
         return world_size // (self.tensor_parallel_size * self.pipeline_parallel_size)

@@ -1,10 +1,12 @@
 """The recipe: every setting of a run, as frozen dataclasses with units in their names.
 
-`RunConfig` is a whole recipe file; each section has its class in the file of its name. A section's own checks are in
+`RunConfig` is a recipe file; each section has its class in the file of its name. A section's own checks are in
 its `__post_init__`, checks across sections in that of `RunConfig`. All raise `UserError`.
 """
 
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from moonlight.config.checks import require
 from moonlight.config.data import DataConfig
@@ -22,10 +24,10 @@ MAX_STEPS = 99_999_999
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole recipe."""
+    """A recipe."""
 
     name: str
-    """Name of the run's folder, runs_folder/name, which everything it writes goes to."""
+    """Name of the run's folder, runs_folder/name, which holds all its output."""
     runs_folder: str = "runs"
     """Folder of all runs."""
     model: ModelConfig
@@ -77,33 +79,18 @@ class RunConfig:
 
     def _check_divisible(self) -> None:
         """Check that tensor and expert parallelism divide every size that they split."""
-        model_config, parallel = self.model, self.parallel
-        tp = parallel.tensor_parallel_size
-        for label, value, divisor_label, divisor in (
-            ("model.num_attention_heads", model_config.num_attention_heads, "parallel.tensor_parallel_size", tp),
-            ("model.intermediate_size", model_config.intermediate_size, "parallel.tensor_parallel_size", tp),
-            ("model.vocab_size", model_config.vocab_size, "parallel.tensor_parallel_size", tp),
-            (
-                "model.moe_intermediate_size x model.num_shared_experts",
-                model_config.moe_intermediate_size * model_config.num_shared_experts,
-                "parallel.tensor_parallel_size",
-                tp,
-            ),
-            ("data.sequence_length", self.data.sequence_length, "parallel.tensor_parallel_size", tp),
-            (
-                "model.moe_intermediate_size",
-                model_config.moe_intermediate_size,
-                "parallel.expert_tensor_parallel_size",
-                parallel.expert_tensor_parallel_size,
-            ),
-            (
-                "model.num_experts",
-                model_config.num_experts,
-                "parallel.expert_parallel_size",
-                parallel.expert_parallel_size,
-            ),
+        for product, divisor_key in (
+            ("model.num_attention_heads", "parallel.tensor_parallel_size"),
+            ("model.intermediate_size", "parallel.tensor_parallel_size"),
+            ("model.vocab_size", "parallel.tensor_parallel_size"),
+            ("model.moe_intermediate_size x model.num_shared_experts", "parallel.tensor_parallel_size"),
+            ("data.sequence_length", "parallel.tensor_parallel_size"),
+            ("model.moe_intermediate_size", "parallel.expert_tensor_parallel_size"),
+            ("model.num_experts", "parallel.expert_parallel_size"),
         ):
-            require(value % divisor == 0, f"{label} is {value}: it must be a multiple of {divisor_label} ({divisor})")
+            value = math.prod(attrgetter(key)(self) for key in product.split(" x "))
+            divisor = attrgetter(divisor_key)(self)
+            require(value % divisor == 0, f"{product} is {value}: it must be a multiple of {divisor_key} ({divisor})")
 
     def _check_schedule(self) -> None:
         schedule, train_config = self.schedule, self.train
@@ -130,14 +117,13 @@ class RunConfig:
             require(
                 not counted or train_config.stop_at_step <= train_config.train_steps,
                 f"train.stop_at_step is {train_config.stop_at_step}: at most train.train_steps "
-                f"({train_config.train_steps}) is "
-                "accepted",
+                f"({train_config.train_steps}) is accepted",
             )
         else:
             require(
                 train_config.train_steps == 0,
-                f"train.train_steps is {train_config.train_steps}: leave it out, because stages say where they end "
-                "in tokens",
+                f"train.train_steps is {train_config.train_steps}: leave it out, because stages end at a number "
+                "of tokens",
             )
             check_stages(self.stages)
             for name, stage in self.stages.items():

@@ -40,7 +40,7 @@ class StageConfig(ScheduleConfig):
     """One stage of a run, from one count of consumed tokens to another."""
 
     from_tokens: NonNegative[int]
-    """Where the stage before ends; 0 for the first."""
+    """End of the previous stage; 0 for the first."""
     to_tokens: int
     """The step that reaches this count is the stage's last."""
     weights: dict[str, float] = field(default_factory=dict)

@@ -47,16 +47,11 @@ class RecipeKey(NamedTuple):
 
 
 class RecipeSection(NamedTuple):
-    """One section of a recipe. `name` is what stands before its keys; empty for the top level."""
+    """One section of a recipe. `name` is the prefix of its keys; empty for the top level."""
 
     name: str
     meaning: str
     keys: list[RecipeKey]
-
-
-def list_sections() -> list[RecipeSection]:
-    """Return every section with every key, in the order of the classes; the top level first."""
-    return _sections_from("", RunConfig)
 
 
 def find_section(name: str) -> list[RecipeSection]:
@@ -83,8 +78,8 @@ def settings_page(sections: Sequence[RecipeSection]) -> str:
     return "\n".join(lines)
 
 
-def _sections_from(name: str, cls: type) -> list[RecipeSection]:
-    """Return the section of a class, and those of the classes in its fields."""
+def list_sections(name: str = "", cls: type = RunConfig) -> list[RecipeSection]:
+    """Return the section of a class, then those of the classes in its fields, in their order; by default all."""
     texts, keys, nested = field_docstrings(cls), [], []
     for field in dataclasses.fields(cls):
         accepted = field_types(cls)[field.name]
@@ -99,7 +94,7 @@ def _sections_from(name: str, cls: type) -> list[RecipeSection]:
         )
         if (section_class := _section_class(accepted.kind)) is not None:
             marker = {dict: ".NAME", tuple: ".N"}.get(typing.get_origin(accepted.kind), "")
-            nested += _sections_from(f"{name}.{field.name}{marker}".lstrip("."), section_class)
+            nested += list_sections(f"{name}.{field.name}{marker}".lstrip("."), section_class)
     return [RecipeSection(name, " ".join((inspect.getdoc(cls) or "").split()), keys), *nested]
 
 

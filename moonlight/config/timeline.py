@@ -5,11 +5,11 @@ Stages and batch growth are given in tokens. Stage and batch size of a step are 
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from moonlight.config.checks import require
 from moonlight.config.run import MAX_STEPS, RunConfig
-from moonlight.config.schedule import ScheduleConfig, StageConfig
+from moonlight.config.schedule import StageConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RunSchedule:
             self._add("", 0, None, config.train.train_steps)
             only_span = self._spans[-1]
             tokens = (only_span.first_sequence + only_span.num_steps * only_span.global_batch_size) * length
-            self._stages = {"": _single_stage(config.schedule, tokens)}
+            self._stages = {"": StageConfig(**asdict(config.schedule), from_tokens=0, to_tokens=tokens)}
             self._start_lr[""] = 0.0
         require(bool(self._spans), f"train.only_stage is {config.train.only_stage!r}: no step begins in it")
         last = self._spans[-1]
@@ -155,16 +155,3 @@ class RunSchedule:
         fraction = (done - warmup) / (stage.to_tokens - stage.from_tokens - warmup)
         remaining = 1 - fraction if stage.decay == "linear" else 0.5 * (1 + math.cos(math.pi * fraction))
         return stage.min_lr + (stage.lr - stage.min_lr) * remaining
-
-
-def _single_stage(schedule: ScheduleConfig, tokens: int) -> StageConfig:
-    """Return a schedule as the only stage of a run of `tokens` tokens."""
-    return StageConfig(
-        lr=schedule.lr,
-        min_lr=schedule.min_lr,
-        warmup_steps=schedule.warmup_steps,
-        decay=schedule.decay,
-        router_bias_update_rate=schedule.router_bias_update_rate,
-        from_tokens=0,
-        to_tokens=tokens,
-    )

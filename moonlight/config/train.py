@@ -14,11 +14,11 @@ class TrainConfig:
     """Batch, length, precision, and how often the run validates and saves."""
 
     train_steps: NonNegative[int] = 0
-    """Optimizer steps of a recipe with a schedule. A recipe with stages says in tokens where they end."""
+    """Optimizer steps of a recipe with a schedule. Stages end at a number of tokens instead."""
     epochs: NonNegative[float] = 0.0
     """Passes over all conversations, instead of train_steps; `moonlight sft` converts them to steps."""
     only_stage: str = ""
-    """Train only this stage, from train.initial_checkpoint, on the data that it has in the whole run."""
+    """Train only this stage, from train.initial_checkpoint, on the data that it has in the full run."""
     global_batch_size: Positive[int]
     """Sequences per optimizer step over all processes."""
     batch_growth: tuple[BatchGrowth, ...] = ()
@@ -28,10 +28,10 @@ class TrainConfig:
     seed: NonNegative[int] = 1234
     """Seed of initial weights and data order."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and activations in the model. Master weights are float32; gradient sums are too, unless
-    optimizer.gradient_dtype says otherwise."""
+    """Dtype of weights and activations in the model. Master weights are float32; gradient sums have
+    optimizer.gradient_dtype."""
     recompute_modules: tuple[RecomputeModule, ...] = ()
-    """What the backward pass recomputes instead of keeping: layernorm (outputs of the norms before attention and
+    """Activations that the backward pass recomputes: layernorm (outputs of the norms before attention and
     MLP), mlp_act (of dense and shared SwiGLU; routed experts always recompute theirs), mla_up_proj (queries, keys and
     values), or layer (everything but a layer's input, instead of all others)."""
     fp32_residual_connection: bool = False
@@ -67,7 +67,7 @@ class TrainConfig:
     """How often `moonlight pretrain` restarts its local processes after one was killed, crashed or hung. torchrun has
     --max-restarts instead."""
     spike_policy: Literal["none", "skip", "rollback"] = "none"
-    """What a loss spike does: none (a warning), skip (that step changes nothing), rollback (return to a checkpoint and
+    """Action on a loss spike: none (a warning), skip (that step changes nothing), rollback (return to a checkpoint and
     skip the data up to and including the spike; if no checkpoint is old enough, skip)."""
     spike_threshold: Positive[float] = 10.0
     """A step whose loss/spike_score is greater is a spike."""

@@ -64,6 +64,7 @@ class ChatRenderer:
         """
         self._tokenizer, self._template = tokenizer, template
         self._ids = tokenizer.specials
+        self._bos_token = next((text for text, index in self._ids.items() if index == tokenizer.bos_id), "")
         longest_first = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True)))
         self._special = re.compile(f"({longest_first})")
         self._special_start = re.compile(f"(?=(?:{longest_first}))")
@@ -137,15 +138,12 @@ class ChatRenderer:
                 conversations=[messages],
                 chat_template=self._template,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._name(self._tokenizer.bos_id),
+                bos_token=self._bos_token,
                 eos_token=self._tokenizer.eos_token,
             )
         except Exception as error:  # a user's template can raise any exception
             raise RenderError(f"template: {' '.join(str(error).split())[:200]}") from None
         return text
-
-    def _name(self, token_id: int | None) -> str:
-        return next((text for text, special_id in self._ids.items() if special_id == token_id), "")
 
     def _find_end(self) -> str:
         """Return the special token that ends an assistant turn."""
@@ -168,19 +166,22 @@ class ChatEncoder:
     Returns for each conversation int32 [2, tokens], its ids and loss mask, or the reason why it cannot be used.
     """
 
-    def __init__(self, tokenizer_folder: Path, template: str) -> None:
-        self._folder, self._template = tokenizer_folder, template
+    def __init__(self, tokenizer_folder: Path, template: str, max_tokens: int) -> None:
+        self._arguments, self._max_tokens = (tokenizer_folder, template, max_tokens), max_tokens
         self.tokenizer = Tokenizer.load(tokenizer_folder)
         self.renderer = ChatRenderer(self.tokenizer, template)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ChatEncoder, (self._folder, self._template)  # each worker loads the tokenizer
+        return ChatEncoder, self._arguments  # each worker loads the tokenizer
 
     def __call__(self, raw: list[bytes]) -> list[numpy.ndarray | str]:
         return [self._encode(text.decode()) for text in raw]
 
     def _encode(self, text: str) -> numpy.ndarray | str:
         try:
-            return numpy.array(self.renderer.render(parse_messages(text)), numpy.int32)
+            rendered = numpy.array(self.renderer.render(parse_messages(text)), numpy.int32)
         except RenderError as error:
             return str(error)
+        if (length := rendered.shape[1]) > self._max_tokens:
+            return f"longer than the sequence: {length} tokens, {self._max_tokens} fit"
+        return rendered

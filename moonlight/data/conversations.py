@@ -7,26 +7,17 @@ of the form "kind: details".
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moonlight.data.documents import Record, check_text, read_lines
-from moonlight.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
-SUFFIXES = (".jsonl", ".jsonl.gz")
 
 Message = dict[str, str]
 """`role` and `content`."""
-
-
-def check_files(files: Sequence[Path]) -> None:
-    """Raise UserError unless all files are JSONL."""
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"input {file} holds no conversations: a .jsonl or .jsonl.gz file is expected")
 
 
 def read_conversations(file: Path, field: str = "messages") -> Iterator[Record]:

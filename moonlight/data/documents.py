@@ -4,6 +4,7 @@ A document is a text file, the text field of a JSONL line, or the text column of
 read as text becomes a bad record with its location and reason; reading continues with the next record.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -84,10 +85,8 @@ def fingerprint(files: Sequence[Path]) -> str:
     common = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
     for file in files:
         name = os.path.relpath(file.absolute(), common)
-        try:
+        with _reading(file):
             line = json.dumps([name, file.stat().st_size, sha256_checksum(file)])
-        except OSError as error:
-            raise _unreadable(file, error) from None
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
@@ -101,16 +100,13 @@ def read_records(file: Path, text_field: str = "text") -> Iterator[Record]:
     Raises:
         UserError: the file cannot be opened.
     """
-    try:
-        with file.open("rb") as stream:
-            if file.name.endswith(".parquet"):
-                yield from _read_parquet(file, stream, text_field)
-            elif file.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _read_jsonl(file, stream, partial(_extract_text, text_field=text_field))
-            else:
-                yield _read_text(file, stream)
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    with _reading(file), file.open("rb") as stream:
+        if file.name.endswith(".parquet"):
+            yield from _read_parquet(file, stream, text_field)
+        elif file.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_jsonl(file, stream, partial(_extract_text, text_field=text_field))
+        else:
+            yield _read_text(file, stream)
 
 
 def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
@@ -132,19 +128,22 @@ def _walk(folder: Path, skipped_names: Collection[str]) -> Iterator[Path]:
 
 def _check_readable(path: Path) -> bytes:
     """Return the first bytes of a file; raise UserError if it cannot be read."""
+    with _reading(path), path.open("rb") as stream:
+        return stream.read(_SNIFFED_BYTES)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Convert system errors to a UserError that names the input `path`."""
     try:
-        with path.open("rb") as stream:
-            return stream.read(_SNIFFED_BYTES)
+        yield
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: object, error: OSError) -> UserError:
-    return UserError(f"input {path} cannot be read: {error.strerror or error}")
+        raise UserError(f"input {path} cannot be read: {error.strerror or error}") from None
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise _unreadable(error.filename, error)
+    with _reading(error.filename):
+        raise error
 
 
 def _read_text(file: Path, stream: BinaryIO) -> Record:
@@ -163,11 +162,8 @@ def read_lines(file: Path, extract_text: ExtractText) -> Iterator[Record]:
     Raises:
         UserError: the file cannot be opened.
     """
-    try:
-        with file.open("rb") as stream:
-            yield from _read_jsonl(file, stream, extract_text)
-    except OSError as error:
-        raise _unreadable(file, error) from None
+    with _reading(file), file.open("rb") as stream:
+        yield from _read_jsonl(file, stream, extract_text)
 
 
 def _read_jsonl(file: Path, stream: BinaryIO, extract_text: ExtractText) -> Iterator[Record]:

@@ -1,7 +1,7 @@
 """Samples for training and validation. The content of a sample is a function of the seed and its index alone."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moonlight.config.data import DataConfig
 from moonlight.config.run import RunConfig
 from moonlight.data.index_cache import EpochOrder, IndexCache
 from moonlight.data.mixture import SourceMixture, build_mixture, samples_per_epoch
@@ -36,7 +37,7 @@ class _TokenStream:
     """The joined documents of one split, read by token position in any order of documents."""
 
     def __init__(self, prefix: Path) -> None:
-        hint = "make the folder with `moonlight data prepare` again"
+        hint = "make the folder again"
         try:
             self.dataset = IndexedDataset(str(prefix))
         except (AssertionError, ValueError, KeyError):
@@ -98,9 +99,8 @@ class TrainDataset:
         self._mask.flags.writeable = False  # all samples share it
 
     def _order(self, epoch: int) -> EpochOrder:
-        if self.cache is None:
-            return self._shuffle(epoch)
-        return self.cache.order(epoch, lambda: self._shuffle(epoch))
+        build = partial(self._shuffle, epoch)
+        return self.cache.order(epoch, build) if self.cache else build()
 
     def _shuffle(self, epoch: int) -> EpochOrder:
         """Return the order of an epoch, in the smallest dtypes that fit. The dtypes do not affect the random order."""
@@ -226,12 +226,12 @@ def build_train_dataset(
     return MixtureDataset(build_mixture(config), sources)
 
 
-def build_val_datasets(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "AnyValDataset"]:
+def build_val_datasets(data_config: DataConfig, manifests: Mapping[str, dict[str, Any]]) -> dict[str, "AnyValDataset"]:
     """Return the held-out samples of each source. `manifests` are by source."""
-    dataset_class = ChatValDataset if config.data.conversations else ValDataset
+    dataset_class = ChatValDataset if data_config.conversations else ValDataset
     return {
-        name: dataset_class(Path(source.path), config.data.sequence_length, manifests[name]["tokenizer"]["eos_id"])
-        for name, source in config.data.mixture.items()
+        name: dataset_class(Path(source.path), data_config.sequence_length, manifests[name]["tokenizer"]["eos_id"])
+        for name, source in data_config.mixture.items()
     }
 
 

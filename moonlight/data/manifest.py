@@ -27,6 +27,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"data {path} is not JSON; {hint}") from None
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise UserError(f"data {path} is not a data manifest of version {VERSION}; {hint}")
+    if is_chat(manifest):
+        hint = hint.replace("prepare", "prepare-chat")
     try:
         sizes = _check_fields(manifest)
     except (KeyError, TypeError, ValueError, AttributeError):

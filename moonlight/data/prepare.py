@@ -8,14 +8,15 @@ import hashlib
 import lzma
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from moonlight.data.documents import fingerprint, iter_files, read_records
+from moonlight.data.chat_render import ChatEncoder
+from moonlight.data.documents import Record, fingerprint, iter_files, read_records
 from moonlight.data.encode import TextEncoder, encode_all
 from moonlight.data.intake import RecordBatcher
 from moonlight.data.manifest import MANIFEST_FILE, VERSION, check_same, load_manifest
@@ -67,85 +68,130 @@ def prepare(
     """
     check_settings(validation_share, workers, max_bad_share)
     encoder = TextEncoder(tokenizer_folder)
-    tokenizer = encoder.tokenizer
-    files_by_input = list_input_files(inputs)
-    all_files = [file for files in files_by_input for file in files]
-    expected = {
-        "version": VERSION,
-        "settings": {
+    num_ids = encoder.tokenizer.num_ids
+    return write_data(
+        inputs,
+        list_input_files(inputs),
+        encoder,
+        out,
+        settings={
             "text_field": text_field,
             "validation_share": validation_share,
             "max_bad_share": max_bad_share,
             "license": license,
         },
+        workers=workers,
+        read=partial(read_records, text_field=text_field),
+        open_split=lambda folder, name: _TextSplit(folder, name, num_ids),
+        present=f"{out}: this data has been prepared already",
+    )
+
+
+def write_data(
+    inputs: Sequence[Path],
+    files_by_input: list[list[Path]],
+    encoder: TextEncoder | ChatEncoder,
+    out: Path,
+    *,
+    settings: dict[str, Any],
+    workers: int,
+    read: Callable[[Path], Iterator[Record]],
+    open_split: Callable[[Path, str], Any],
+    present: str,
+    count_bytes: Callable[[bytes], int] = len,
+    chat: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Encode the files of `inputs` and write the data folder `out` with its manifest, which is returned.
+
+    Args:
+        settings: recorded in the manifest; `validation_share`, `max_bad_share` and `license` are used.
+        read: yields the records of a file.
+        open_split: returns the writer of a split, from folder and name. Its `add(text, encoded)` appends a document,
+            its `finish()` writes the files and returns the split's entry of the manifest without the totals.
+        present: message to print if `out` already has this data.
+        count_bytes: returns the size of a document's text.
+        chat: section of the manifest for conversations; None for text.
+
+    Raises:
+        UserError: there are no documents, a split is empty, too many records are bad, or `out` has other content.
+    """
+    all_files = [file for files in files_by_input for file in files]
+    tokenizer, validation_share = encoder.tokenizer, settings["validation_share"]
+    expected = {
+        "version": VERSION,
+        "settings": settings,
         "inputs_sha256": fingerprint(all_files),
         "tokenizer": {"sha256": tokenizer.sha256, "num_ids": tokenizer.num_ids, "eos_id": tokenizer.eos_id},
+        **({"chat": chat} if chat else {}),
     }
     if out.exists():
         check_same(out, expected)
-        print(f"{out}: this data has been prepared already")
+        print(present)
         return load_manifest(out)
 
-    sources: list[dict[str, Any]] = [
-        {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
-    ]
+    zero = {"documents": 0, "bytes": 0, "tokens": 0}
+    sources: list[dict[str, Any]] = [{"path": str(path), "license": settings["license"], **zero} for path in inputs]
     with atomic_folder(out) as part:
-        batcher = RecordBatcher(part / "quarantine.jsonl", partial(read_records, text_field=text_field))
-        names = ("train", "validation") if validation_share else ("train",)
-        splits = {name: _Split(part, name, tokenizer.num_ids) for name in names}
-        held_out = _Compressed()
+        batcher = RecordBatcher(part / "quarantine.jsonl", read)
+        splits = {name: open_split(part, name) for name in ("train", "validation")[: 2 if validation_share else 1]}
+        totals = {name: dict(zero) for name in splits}
         total = sum(file.stat().st_size for file in all_files)
         with byte_progress("preparing", total) as advance, contextlib.closing(batcher):
-            for batch, encoded in encode_all(batcher.batches(files_by_input), encoder, workers):
-                for source_index, raw, ids in zip(batch.sources, batch.raw, encoded, strict=True):
-                    is_held_out = hash_position(raw) < validation_share
-                    if is_held_out:
-                        held_out.add(raw)
-                    splits["validation" if is_held_out else "train"].add(raw, ids)
-                    source = sources[source_index]
-                    source["documents"] += 1
-                    source["bytes"] += len(raw)
-                    source["tokens"] += len(ids)
+            for batch, results in encode_all(batcher.batches(files_by_input), encoder, workers):
+                documents = zip(batch.sources, batch.raw, batch.locations, results, strict=True)
+                for source, raw, location, encoded in documents:
+                    if isinstance(encoded, str):
+                        batcher.reject(location, encoded)
+                        continue
+                    name = "validation" if _hash_position(raw) < validation_share else "train"
+                    splits[name].add(raw, encoded)
+                    counts = {"documents": 1, "bytes": count_bytes(raw), "tokens": encoded.shape[-1]}
+                    for key, count in counts.items():
+                        sources[source][key] += count
+                        totals[name][key] += count
                 advance(batch.position)
-        batcher.check(max_bad_share)
-        split_entries = {name: split.finish() for name, split in splits.items()}
-        check_splits(split_entries, validation_share, inputs)
-        if "validation" in split_entries:
-            split_entries["validation"].update(held_out.sizes())
+        batcher.check(settings["max_bad_share"])
+        for name in splits:
+            if not totals[name]["documents"]:
+                raise UserError(
+                    f"validation_share is {validation_share}: no document of {', '.join(map(str, inputs))} falls "
+                    f"into {name}; choose another --validation-share, or 0 for no held-out documents"
+                )
         manifest = {
             **expected,
             "sources": sources,
-            "splits": split_entries,
+            "splits": {name: totals[name] | split.finish() for name, split in splits.items()},
             "bad_records": batcher.bad,
+            **({"bad_by_reason": dict(batcher.reasons.most_common()), "first_bad": batcher.first_bad} if chat else {}),
             "empty_documents": batcher.empty,
         }
         write_json(part / MANIFEST_FILE, manifest)
     return manifest
 
 
-class _Split:
-    """Writer of one .bin/.idx pair."""
+class _TextSplit:
+    """Writer of one .bin/.idx pair; also compresses the held-out text."""
 
     def __init__(self, folder: Path, name: str, num_ids: int) -> None:
         indexed_dataset = import_indexed_dataset()
         self._dtype = indexed_dataset.DType.optimal_dtype(num_ids)
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._builder = indexed_dataset.IndexedDatasetBuilder(str(self._bin), self._dtype)
-        self._counts = {"documents": 0, "bytes": 0, "tokens": 0}
         self._largest_id = 0
+        self._compressed = _Compressed() if name == "validation" else None
 
-    def add(self, raw: bytes, ids: numpy.ndarray) -> None:
-        """Append one document; `ids` is int32 [tokens] and ends with [EOS]."""
-        self._builder.add_document(ids, [len(ids)])
-        for key, count in (("documents", 1), ("bytes", len(raw)), ("tokens", len(ids))):
-            self._counts[key] += count
-        self._largest_id = max(self._largest_id, int(ids.max()))
+    def add(self, raw: bytes, encoded: numpy.ndarray) -> None:
+        """Append one document; `encoded` is int32 [tokens] and ends with [EOS]."""
+        self._builder.add_document(encoded, [len(encoded)])
+        self._largest_id = max(self._largest_id, int(encoded.max()))
+        if self._compressed:
+            self._compressed.add(raw)
 
     def finish(self) -> dict[str, Any]:
-        """Write the index and return the split's entry of the manifest."""
         self._builder.finalize(str(self._idx))
         checksums = {"bin_sha256": sha256_checksum(self._bin), "idx_sha256": sha256_checksum(self._idx)}
-        return {**self._counts, "largest_id": self._largest_id, "dtype": self._dtype.__name__, **checksums}
+        sizes = self._compressed.sizes() if self._compressed else {}
+        return {"largest_id": self._largest_id, "dtype": self._dtype.__name__, **checksums, **sizes}
 
 
 class _Compressed:
@@ -191,17 +237,7 @@ def check_settings(validation_share: float, workers: int, max_bad_share: float) 
         raise UserError(f"workers is {workers}: it must be at least 1")
 
 
-def check_splits(splits: dict[str, dict[str, Any]], validation_share: float, inputs: Sequence[Path]) -> None:
-    """Raise UserError if a split has no document."""
-    for name, split in splits.items():
-        if not split["documents"]:
-            raise UserError(
-                f"validation_share is {validation_share}: no document of {', '.join(map(str, inputs))} falls "
-                f"into {name}; choose another --validation-share, or 0 for no held-out documents"
-            )
-
-
-def hash_position(raw: bytes) -> float:
+def _hash_position(raw: bytes) -> float:
     """Return the hash of a document's text as a number from 0 to 1."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
 

@@ -4,7 +4,6 @@ The format is that of `prepare`, but a sequence of the index is a conversation a
 A window is a group of complete conversations with at most the sequence length of the run in tokens.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from functools import partial
@@ -15,16 +14,11 @@ import numpy
 
 from moonlight.data.chat_render import ChatEncoder, find_template
 from moonlight.data.chat_template import TEMPLATE_FILE
-from moonlight.data.conversations import check_files, parse_messages, read_conversations
-from moonlight.data.documents import fingerprint
-from moonlight.data.encode import encode_all
-from moonlight.data.intake import RecordBatcher
-from moonlight.data.manifest import MANIFEST_FILE, VERSION, check_same, load_manifest
+from moonlight.data.conversations import parse_messages, read_conversations
 from moonlight.data.packing import pack
-from moonlight.data.prepare import check_settings, check_splits, hash_position, import_indexed_dataset, list_input_files
+from moonlight.data.prepare import check_settings, import_indexed_dataset, list_input_files, write_data
 from moonlight.errors import UserError
-from moonlight.files import atomic_folder, atomic_write_text, sha256_checksum, write_json
-from moonlight.progress import byte_progress
+from moonlight.files import atomic_write_text, sha256_checksum
 
 
 def prepare_chat(
@@ -73,114 +67,69 @@ def prepare_chat(
     if sequence_length < 2:
         raise UserError(f"sequence_length is {sequence_length}: it must be at least 2")
     template_text = find_template(tokenizer_folder, template)
-    encoder = ChatEncoder(tokenizer_folder, template_text)
-    tokenizer = encoder.tokenizer
+    encoder = ChatEncoder(tokenizer_folder, template_text, sequence_length)
+    num_ids = encoder.tokenizer.num_ids
     files_by_input = list_input_files(inputs)
-    all_files = [file for files in files_by_input for file in files]
-    check_files(all_files)
-    expected = {
-        "version": VERSION,
-        "settings": {
+    for file in (file for files in files_by_input for file in files):
+        if not file.name.endswith((".jsonl", ".jsonl.gz")):
+            raise UserError(f"input {file} holds no conversations: a .jsonl or .jsonl.gz file is expected")
+
+    def open_split(folder: Path, name: str) -> _ChatSplit:
+        atomic_write_text(folder / TEMPLATE_FILE, template_text)
+        return _ChatSplit(folder, name, num_ids, sequence_length if packing else 0)
+
+    return write_data(
+        inputs,
+        files_by_input,
+        encoder,
+        out,
+        settings={
             "messages_field": messages_field,
             "validation_share": validation_share,
             "max_bad_share": max_bad_share,
             "license": license,
         },
-        "inputs_sha256": fingerprint(all_files),
-        "tokenizer": {"sha256": tokenizer.sha256, "num_ids": tokenizer.num_ids, "eos_id": tokenizer.eos_id},
-        "chat": {
+        workers=workers,
+        read=partial(read_conversations, field=messages_field),
+        open_split=open_split,
+        present=f"{out}: these conversations have been prepared already",
+        count_bytes=lambda raw: sum(len(message["content"].encode()) for message in parse_messages(raw.decode())),
+        chat={
             "template_sha256": hashlib.sha256(template_text.encode()).hexdigest(),
             "end_token": encoder.renderer.end_token,
             "sequence_length": sequence_length,
             "packing": packing,
         },
-    }
-    if out.exists():
-        check_same(out, expected)
-        print(f"{out}: these conversations have been prepared already")
-        return load_manifest(out)
-
-    sources: list[dict[str, Any]] = [
-        {"path": str(path), "license": license, "documents": 0, "bytes": 0, "tokens": 0} for path in inputs
-    ]
-    with atomic_folder(out) as part:
-        batcher = RecordBatcher(part / "quarantine.jsonl", partial(read_conversations, field=messages_field))
-        names = ("train", "validation") if validation_share else ("train",)
-        splits = {name: _Split(part, name) for name in names}
-        total = sum(file.stat().st_size for file in all_files)
-        with byte_progress("preparing", total) as advance, contextlib.closing(batcher):
-            for batch, encoded in encode_all(batcher.batches(files_by_input), encoder, workers):
-                for source, raw, location, result in zip(
-                    batch.sources, batch.raw, batch.locations, encoded, strict=True
-                ):
-                    if isinstance(result, str):
-                        batcher.reject(location, result)
-                        continue
-                    if (length := result.shape[1]) > sequence_length:
-                        batcher.reject(location, f"longer than the sequence: {length} tokens, {sequence_length} fit")
-                        continue
-                    nbytes = sum(len(message["content"].encode()) for message in parse_messages(raw.decode()))
-                    is_held_out = hash_position(raw) < validation_share
-                    splits["validation" if is_held_out else "train"].add(result, nbytes)
-                    for key, count in (("documents", 1), ("bytes", nbytes), ("tokens", length)):
-                        sources[source][key] += count
-                advance(batch.position)
-        batcher.check(max_bad_share)
-        split_entries = {
-            name: split.finish(tokenizer.num_ids, sequence_length, packing) for name, split in splits.items()
-        }
-        check_splits(split_entries, validation_share, inputs)
-        atomic_write_text(part / TEMPLATE_FILE, template_text)
-        manifest = {
-            **expected,
-            "sources": sources,
-            "splits": split_entries,
-            "bad_records": batcher.bad,
-            "bad_by_reason": dict(batcher.reasons.most_common()),
-            "first_bad": batcher.first_bad,
-            "empty_documents": batcher.empty,
-        }
-        write_json(part / MANIFEST_FILE, manifest)
-    return manifest
+    )
 
 
-class _Split:
+class _ChatSplit:
     """Writer of one split. Conversations go to temporary files first, because packing needs the lengths of all."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._unpacked = {kind: folder / f".{name}.{kind}" for kind in ("ids", "learnt")}
+    def __init__(self, folder: Path, name: str, num_ids: int, capacity: int) -> None:
+        """`capacity` is the number of tokens of a window; 0 puts every conversation into a separate window."""
+        self._folder, self._name, self._num_ids, self._capacity = folder, name, num_ids, capacity
+        self._unpacked = {kind: folder / f".{name}.{kind}" for kind in ("ids", "mask")}
         self._files = {kind: path.open("wb") for kind, path in self._unpacked.items()}
         self._lengths: list[int] = []
-        self._bytes = 0
 
-    def add(self, rendered: numpy.ndarray, nbytes: int) -> None:
-        """Append one conversation: int32 [2, tokens], ids and loss mask. `nbytes` is the size of its messages."""
-        self._files["ids"].write(rendered[0].tobytes())
-        self._files["learnt"].write(rendered[1].astype(numpy.uint8).tobytes())
-        self._lengths.append(rendered.shape[1])
-        self._bytes += nbytes
+    def add(self, _raw: bytes, encoded: numpy.ndarray) -> None:
+        """Append one conversation: int32 [2, tokens], ids and loss mask."""
+        self._files["ids"].write(encoded[0].tobytes())
+        self._files["mask"].write(encoded[1].astype(numpy.uint8).tobytes())
+        self._lengths.append(encoded.shape[1])
 
-    def finish(self, num_ids: int, sequence_length: int, packing: bool) -> dict[str, Any]:
-        """Write the packed files and return the split's entry of the manifest."""
+    def finish(self) -> dict[str, Any]:
         for file in self._files.values():
             file.close()
-        entry = {"documents": len(self._lengths), "bytes": self._bytes, "tokens": sum(self._lengths)}
-        if self._lengths:
-            count = len(self._lengths)
-            windows = pack(self._lengths, sequence_length) if packing else [[index] for index in range(count)]
-            entry |= {"windows": len(windows), **self._write(windows, num_ids)}
-        for path in self._unpacked.values():
-            path.unlink()
-        return entry
-
-    def _write(self, windows: list[list[int]], num_ids: int) -> dict[str, Any]:
+        one_each = [[index] for index in range(len(self._lengths))]
+        windows = pack(self._lengths, self._capacity) if self._capacity else one_each
         indexed_dataset = import_indexed_dataset()
-        dtype = indexed_dataset.DType.optimal_dtype(num_ids)
+        dtype = indexed_dataset.DType.optimal_dtype(self._num_ids)
         paths = {kind: self._folder / f"{self._name}.{kind}" for kind in ("bin", "idx", "mask")}
         builder = indexed_dataset.IndexedDatasetBuilder(str(paths["bin"]), dtype)
         ids = numpy.memmap(self._unpacked["ids"], numpy.int32, "r")
-        loss_mask = numpy.memmap(self._unpacked["learnt"], numpy.uint8, "r")
+        loss_mask = numpy.memmap(self._unpacked["mask"], numpy.uint8, "r")
         ends = numpy.cumsum(self._lengths, dtype=numpy.int64)
         counted = 0
         with paths["mask"].open("wb") as mask:
@@ -193,5 +142,8 @@ class _Split:
                     mask.write(loss_mask[span].tobytes())
                     counted += int(loss_mask[span].sum(dtype=numpy.int64))
         builder.finalize(str(paths["idx"]))
+        for path in self._unpacked.values():
+            path.unlink()
         checksums = {f"{kind}_sha256": sha256_checksum(path) for kind, path in paths.items()}
-        return {"counted_tokens": counted, "largest_id": int(ids.max()), "dtype": dtype.__name__, **checksums}
+        facts = {"counted_tokens": counted, "largest_id": int(ids.max()), "dtype": dtype.__name__}
+        return {"windows": len(windows), **facts, **checksums}

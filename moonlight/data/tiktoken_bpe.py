@@ -159,6 +159,7 @@ def convert_tiktoken(source: Path, out: Path) -> None:
     additional = [text for index, text in specials.items() if text in declared and text != _reserved(index)]
     special_map = {**roles, "additional_special_tokens": additional}
     kept = {key: config[key] for key in ("model_max_length", "padding_side", "chat_template") if key in config}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     make_folder(out)
     atomic_write_text(out / "tokenizer.json", fast.to_str(pretty=True) + "\n")
     write_json(out / "special_tokens_map.json", special_map)
@@ -171,15 +172,7 @@ def convert_tiktoken(source: Path, out: Path) -> None:
             "split_special_tokens": config.get("split_special_tokens", True),
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {
-                str(index): {
-                    "content": text,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
-                for index, text in specials.items()
+                str(index): {"content": text, **flags, "special": True} for index, text in specials.items()
             },
         },
     )

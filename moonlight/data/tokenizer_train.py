@@ -179,13 +179,13 @@ def _write_hugging_face(folder: Path, model: sentencepiece.SentencePieceProcesso
     fast.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in reserved])
     atomic_write_text(folder / "tokenizer.json", fast.to_str(pretty=True) + "\n")
     special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]", "unk_token": unknown}
-    write_json(folder / "special_tokens_map.json", {**special, "additional_special_tokens": list(CONTROL_PIECES)})
+    special_map = {**special, "additional_special_tokens": list(CONTROL_PIECES)}
+    write_json(folder / "special_tokens_map.json", special_map)
     write_json(
         folder / CONFIG_FILE,
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **special,
-            "additional_special_tokens": list(CONTROL_PIECES),
+            **special_map,
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
         },

@@ -148,17 +148,14 @@ class AsyncCheckpointer:
         self._events: list[SaveEvent] = []
         self._metrics: dict[str, float] = {}
 
-    def save(self, state: TrainState) -> float:
+    def save(self, state: TrainState) -> None:
         """Save a checkpoint after `state.step`; with train.async_save, only start the save. Collective.
 
         The caller must call `wait_until_staged` before it changes the state. `pop_events` and `finalize` report a save
         that failed.
-
-        Returns:
-            Seconds that training paused.
         """
         started = time.monotonic()
-        if (waited := self._settle()) > MIN_REPORTED_WAIT_SECONDS:
+        if (waited := self.wait()) > MIN_REPORTED_WAIT_SECONDS:
             self._add_event("save waited for", state.step, f"training waited {waited:.1f} s for the previous save")
         save = _Save(step_folder(self._checkpoints, state.step), state, started)
         if self._create_partial(save):
@@ -166,8 +163,8 @@ class AsyncCheckpointer:
             self._thread = threading.Thread(target=self._work, args=(save,), daemon=True)
             self._thread.start()
             if not self._config.train.async_save:
-                self._settle()
-        return self._paused_since(started)
+                self.wait()
+        self._paused_since(started)
 
     def wait_until_staged(self) -> None:
         """Wait until the state may change again. Not collective."""
@@ -176,11 +173,9 @@ class AsyncCheckpointer:
             self._staged.wait()
             self._paused_since(started)
 
-    def _paused_since(self, started: float) -> float:
-        pause = time.monotonic() - started
+    def _paused_since(self, started: float) -> None:
         with self._lock:
-            self._metrics[PAUSE] = self._metrics.get(PAUSE, 0.0) + pause
-        return pause
+            self._metrics[PAUSE] = self._metrics.get(PAUSE, 0.0) + time.monotonic() - started
 
     def pop_events(self) -> list[SaveEvent]:
         """Return the events since the last call: on rank 0, which saves succeeded or failed. Not collective."""
@@ -196,17 +191,13 @@ class AsyncCheckpointer:
             metrics, self._metrics = self._metrics, {}
         return metrics
 
-    def wait(self) -> None:
-        """Wait until the last save has succeeded or failed. Collective."""
-        self._settle()
-
     def finalize(self) -> None:
         """Wait until the last save has ended. Collective.
 
         Raises:
             UserError: the save failed; raised on all ranks.
         """
-        self._settle()
+        self.wait()
         failure = [self._failure]
         dist.broadcast_object_list(failure)
         if failure[0]:
@@ -221,15 +212,12 @@ class AsyncCheckpointer:
             self._thread.join()
             self._thread = None
 
-    def _settle(self) -> float:
-        """Wait for the threads of all ranks, and return how many seconds this rank waited.
-
-        The thread of rank 0 may be waiting for a report that another rank could not write, so it is joined last.
-        """
+    def wait(self) -> float:
+        """Wait until the last save has succeeded or failed; return how many seconds this rank waited. Collective."""
         if self._thread is None:
             return 0.0
         started = time.monotonic()
-        if self._rank != 0:
+        if self._rank != 0:  # the thread of rank 0 may be waiting for a report that another rank could not write
             self._thread.join()
         reasons = [""] * self._world_size
         dist.all_gather_object(reasons, _reason(self._error) if self._rank != 0 else "")

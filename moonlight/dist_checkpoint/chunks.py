@@ -5,7 +5,7 @@ dunder methods of its `_Checkpointable` protocol. Over all processes, two chunks
 are written once) or disjoint.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,14 +37,8 @@ class LocalChunks:
         assert len(self._by_offset) == len(self.chunks), "two chunks at one offset"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties(dtype=values.dtype), torch.Size(self.shape)),
-            )
-            for chunk, (_, values) in zip(self.__create_chunk_list__(), self.chunks, strict=True)
-        ]
+        chunks = zip(self.__create_chunk_list__(), self.chunks, strict=True)
+        return [_write_item(fqn, self.shape, chunk, values.dtype) for chunk, (_, values) in chunks]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offset), values.shape) for offset, values in self.chunks]
@@ -60,19 +54,11 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: dict[tuple[int, ...], tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
+    chunks: Mapping[tuple[int, ...], tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
     """Offset in the global tensor -> (sizes, function that returns the values)."""
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties, size = TensorProperties(dtype=self.dtype), torch.Size(self.shape)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, size),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
+        return [_write_item(fqn, self.shape, chunk, self.dtype) for chunk in self.__create_chunk_list__()]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
@@ -85,6 +71,11 @@ class LazyTensor:
         values = compute()
         assert values.shape == sizes and values.dtype == self.dtype, (index, values.shape, values.dtype)
         return values
+
+
+def _write_item(key: str, shape: tuple[int, ...], chunk: ChunkStorageMetadata, dtype: torch.dtype) -> WriteItem:
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(shape))
+    return WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class CheckpointedOptimizer(Protocol):

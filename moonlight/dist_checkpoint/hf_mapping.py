@@ -66,15 +66,11 @@ def _attention(model_config: ModelConfig, key: str, name: str) -> list[TensorMap
             _same(f"{key}.linear_q_up_proj.weight", f"{name}.q_b_proj.weight", q_width, rank),
         ]
     rank = model_config.kv_lora_rank
+    kv_down_width = rank + model_config.qk_rope_head_dim
     kv_width = heads * (model_config.qk_nope_head_dim + model_config.v_head_dim)
     return [
         *mappings,
-        _same(
-            f"{key}.linear_kv_down_proj.weight",
-            f"{name}.kv_a_proj_with_mqa.weight",
-            rank + model_config.qk_rope_head_dim,
-            hidden,
-        ),
+        _same(f"{key}.linear_kv_down_proj.weight", f"{name}.kv_a_proj_with_mqa.weight", kv_down_width, hidden),
         _same(f"{key}.kv_layernorm.weight", f"{name}.kv_a_layernorm.weight", rank, kind="norm"),
         _same(f"{key}.linear_kv_up_proj.weight", f"{name}.kv_b_proj.weight", kv_width, rank),
         _same(f"{key}.linear_proj.weight", f"{name}.o_proj.weight", hidden, heads * model_config.v_head_dim),

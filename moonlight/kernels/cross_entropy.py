@@ -16,10 +16,11 @@ from moonlight.kernels.jit import jit, tl, triton
 
 SUM_COLUMNS, GRADIENT_COLUMNS, NUM_WARPS = 4096, 4096, 8
 
-Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensor = torch.Tensor
+Sums = tuple[Tensor, Tensor, Tensor]
 
 
-def partial_sums(logits: torch.Tensor, labels: torch.Tensor, start: int) -> Sums:
+def partial_sums(logits: Tensor, labels: Tensor, start: int) -> Sums:
     """Return (maximum, sum of exp(logit - maximum), logit of the label or 0), each float32 [rows].
 
     Args:
@@ -30,9 +31,7 @@ def partial_sums(logits: torch.Tensor, labels: torch.Tensor, start: int) -> Sums
     return (partial_sums_triton if logits.is_cuda else partial_sums_torch)(logits, labels, start)
 
 
-def loss_gradient_(
-    logits: torch.Tensor, labels: torch.Tensor, start: int, log_sum_exp: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def loss_gradient_(logits: Tensor, labels: Tensor, start: int, log_sum_exp: Tensor, scale: Tensor) -> Tensor:
     """Overwrite `logits` by (exp(logits - log_sum_exp) - onehot) * scale, in their dtype, and return them.
 
     Arguments are those of `partial_sums`. `log_sum_exp` and `scale` are float32 [rows], over the full vocabulary; the
@@ -42,7 +41,7 @@ def loss_gradient_(
     return function(logits, labels, start, log_sum_exp, scale)
 
 
-def loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def loss_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     """Overwrite `logits` as `loss_gradient_` does, for an unsharded vocabulary, and return float32 losses [rows].
 
     On a CPU, this takes one pass over the logits and one exponential; `partial_sums` and `loss_gradient_` take two.
@@ -55,7 +54,7 @@ def loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, scale: torch.
     return log_sum_exp - label_logit
 
 
-def _loss_and_gradient_torch_(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _loss_and_gradient_torch_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
     rows, width = logits.shape
     column, is_local = _local(labels, 0, width)
     losses = torch.where(is_local, logits.gather(1, column).float(), 0.0)[:, 0].neg_()
@@ -71,19 +70,19 @@ def _loss_and_gradient_torch_(logits: torch.Tensor, labels: torch.Tensor, scale:
     return losses
 
 
-def _exp_(x: torch.Tensor) -> torch.Tensor:
+def _exp_(x: Tensor) -> Tensor:
     # Three times as fast as torch's exp on a CPU. The product adds |x| rounding errors, but exp(x) is small there.
     return x.mul_(math.log2(math.e)).exp2_()
 
 
-def _local(labels: torch.Tensor, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _local(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     """Return the column of each row's label, or 0 if another rank has it, and a mask of the labels on this rank."""
     column = labels - start
     is_local = (column >= 0) & (column < width)
     return torch.where(is_local, column, 0)[:, None], is_local[:, None]
 
 
-def partial_sums_torch(logits: torch.Tensor, labels: torch.Tensor, start: int) -> Sums:
+def partial_sums_torch(logits: Tensor, labels: Tensor, start: int) -> Sums:
     """Reference of `partial_sums_triton`."""
     rows, width = logits.shape
     maximum, total = (torch.empty(rows, device=logits.device) for _ in range(2))
@@ -95,9 +94,7 @@ def partial_sums_torch(logits: torch.Tensor, labels: torch.Tensor, start: int) -
     return maximum, total, torch.where(is_local, logits.gather(1, column).float(), 0.0)[:, 0]
 
 
-def loss_gradient_torch_(
-    logits: torch.Tensor, labels: torch.Tensor, start: int, log_sum_exp: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def loss_gradient_torch_(logits: Tensor, labels: Tensor, start: int, log_sum_exp: Tensor, scale: Tensor) -> Tensor:
     """Reference of `loss_gradient_triton_`."""
     rows, width = logits.shape
     column, is_local = _local(labels, start, width)
@@ -110,7 +107,7 @@ def loss_gradient_torch_(
     return logits
 
 
-def partial_sums_triton(logits: torch.Tensor, labels: torch.Tensor, start: int) -> Sums:
+def partial_sums_triton(logits: Tensor, labels: Tensor, start: int) -> Sums:
     """Make one pass over the logits, with one program per row."""
     rows, width = logits.shape
     assert logits.is_contiguous(), logits.stride()
@@ -123,24 +120,16 @@ def partial_sums_triton(logits: torch.Tensor, labels: torch.Tensor, start: int) 
     return maximum, total, label_logit
 
 
-def loss_gradient_triton_(
-    logits: torch.Tensor, labels: torch.Tensor, start: int, log_sum_exp: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def loss_gradient_triton_(logits: Tensor, labels: Tensor, start: int, log_sum_exp: Tensor, scale: Tensor) -> Tensor:
     """Make one pass: read the logits and overwrite them by their gradient."""
     rows, width = logits.shape
     assert logits.is_contiguous(), logits.stride()
     columns = min(GRADIENT_COLUMNS, triton.next_power_of_2(width))
     with torch.cuda.device_of(logits):
         _loss_gradient[(rows, triton.cdiv(width, columns))](
-            logits,
-            labels.contiguous(),
-            log_sum_exp.contiguous(),
-            scale.contiguous(),
-            start,
-            width,
-            columns,
+            logits, labels.contiguous(), log_sum_exp.contiguous(), scale.contiguous(), start, width, columns,
             num_warps=NUM_WARPS,
-        )
+        )  # fmt: skip
     return logits
 
 

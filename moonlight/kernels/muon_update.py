@@ -121,20 +121,11 @@ def fused_weight_update(
     assert all(tensor.is_contiguous() and tensor.numel() == weights.numel() for tensor in [weights, *optional])
     with torch.cuda.device_of(weights):
         _weights_kernel[(triton.cdiv(weights.numel(), BLOCK),)](
-            weights if master is None else master,
-            weights,
-            weights if remainder is None else remainder,
-            update,
-            weights.numel(),
-            factor,
-            -learning_rate,
-            1 - learning_rate * weight_decay,
-            SPLIT=remainder is not None,
-            COPIED=master is not None,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+            weights if master is None else master, weights, weights if remainder is None else remainder, update,
+            weights.numel(), factor, -learning_rate, 1 - learning_rate * weight_decay,
+            SPLIT=remainder is not None, COPIED=master is not None,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @jit

@@ -142,18 +142,9 @@ def _count(chosen, counts, copies, num_experts, blocks, BLOCK: tl.constexpr, WID
 
 @jit
 def _place(
-    chosen,
-    counts,
-    block_ends,
-    source,
-    inverse,
-    copies,
-    num_experts,
-    blocks,
-    k,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    chosen, counts, block_ends, source, inverse, copies, num_experts, blocks, k,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(chosen + copy, copy < copies, -1)
     all_experts = tl.arange(0, WIDTH)

@@ -16,11 +16,14 @@ BACKWARD_PROGRAMS = 264
 """Number of partial sums of the gain's gradient: two programs on each of 132 multiprocessors. A constant, so that the
 order of the sum depends on the shape alone."""
 
-Normed = tuple[torch.Tensor, torch.Tensor]
+Tensor = torch.Tensor
+Normed = tuple[Tensor, Tensor]
 """(norm, reciprocals) as in `rms_norm`."""
+Added = tuple[Tensor, Tensor, Tensor]
+"""(sum, norm, reciprocals) as in `add_rms_norm`."""
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Normed:
     """Return the norm x / sqrt(mean(x^2) + eps) * weight, and the reciprocal root mean squares.
 
     The norm has the dtype of `weight`; the reciprocals are float32 [rows].
@@ -29,9 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
     return (rms_norm_triton if x.is_cuda else rms_norm_torch)(x, weight, eps)
 
 
-def add_rms_norm(
-    residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def add_rms_norm(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Added:
     """Return (residual + update in the dtype of `residual`, its `rms_norm`, reciprocals); shapes as in `rms_norm`.
 
     The norm is that of the rounded sum, so `rms_norm_backward` of the returned sum is the gradient.
@@ -40,12 +41,8 @@ def add_rms_norm(
 
 
 def rms_norm_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    reciprocal: torch.Tensor,
-    grad_residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, reciprocal: Tensor, grad_residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (gradient of `x` in its dtype, gradient of the gain in its dtype).
 
     The result is deterministic: the order in which the gain's gradient is summed depends on the shape alone.
@@ -58,52 +55,41 @@ def rms_norm_backward(
     return function(grad, x, weight, reciprocal, grad_residual)
 
 
-def _matrix(x: torch.Tensor) -> torch.Tensor:
+def _matrix(x: Tensor) -> Tensor:
     """Return `x` as [rows, hidden] with contiguous rows."""
     return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Normed:
     """Reference of `rms_norm_triton`."""
-    matrix = _matrix(x)
+    return _forward_torch(x, None, weight, eps)[1:]
+
+
+def add_rms_norm_torch(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Added:
+    """Reference of `add_rms_norm_triton`."""
+    return _forward_torch(residual, update, weight, eps)
+
+
+def _forward_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Added:
+    """Return (sum, or `x` without an update; norm; reciprocals)."""
+    matrix, added = _matrix(x), None if update is None else _matrix(update)
+    total = matrix if added is None else new_like(matrix)
     normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     gain = weight.float()
     for rows in row_blocks(*matrix.shape):
-        _norm_rows(matrix, gain, eps, normed, reciprocal, rows)
-    return normed.view(x.shape), reciprocal
-
-
-def add_rms_norm_torch(
-    residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reference of `add_rms_norm_triton`."""
-    residual_matrix, update_matrix = _matrix(residual), _matrix(update)
-    total, normed = new_like(residual_matrix), new_like(residual_matrix, weight.dtype)
-    reciprocal = new_like(residual_matrix[:, 0], torch.float32)
-    gain = weight.float()
-    for rows in row_blocks(*residual_matrix.shape):
-        torch.add(residual_matrix[rows], update_matrix[rows], out=total[rows])
-        _norm_rows(total, gain, eps, normed, reciprocal, rows)
-    return total.view(residual.shape), normed.view(residual.shape), reciprocal
-
-
-def _norm_rows(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, normed: torch.Tensor, reciprocal: torch.Tensor, rows: slice
-) -> None:
-    values, block, scale = x[rows].float(), float_block(normed, rows), reciprocal[rows]
-    torch.mean(torch.mul(values, values, out=block), 1, out=scale)
-    scale.add_(eps).rsqrt_()
-    torch.mul(values, scale[:, None], out=block).mul_(gain)
-    store(normed, rows, block)
+        if added is not None:
+            torch.add(matrix[rows], added[rows], out=total[rows])
+        values, block, scale = total[rows].float(), float_block(normed, rows), reciprocal[rows]
+        torch.mean(torch.mul(values, values, out=block), 1, out=scale)
+        scale.add_(eps).rsqrt_()
+        torch.mul(values, scale[:, None], out=block).mul_(gain)
+        store(normed, rows, block)
+    return total.view(x.shape), normed.view(x.shape), reciprocal
 
 
 def rms_norm_backward_torch(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    reciprocal: torch.Tensor,
-    grad_residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, reciprocal: Tensor, grad_residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Reference of `rms_norm_backward_triton`."""
     matrix, grad_matrix = _matrix(x), _matrix(grad)
     residual = None if grad_residual is None else _matrix(grad_residual)
@@ -130,55 +116,34 @@ def _tile(hidden: int) -> tuple[int, int]:
     return max(1, TILE_ELEMENTS // width), width
 
 
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Normed:
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Normed:
     """Make one pass: read x, write its norm."""
-    _, normed, reciprocal = _launch_forward(x, None, weight, eps)
-    return normed, reciprocal
+    return _forward_triton(x, None, weight, eps)[1:]
 
 
-def add_rms_norm_triton(
-    residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def add_rms_norm_triton(residual: Tensor, update: Tensor, weight: Tensor, eps: float) -> Added:
     """Make one pass: read both, write sum and norm."""
-    return _launch_forward(residual, update, weight, eps)
+    return _forward_triton(residual, update, weight, eps)
 
 
-def _launch_forward(
-    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Added:
     """Return (sum, or `x` without an update; norm; reciprocals)."""
-    matrix = _matrix(x)
-    update_matrix = None if update is None else _matrix(update)
-    total = matrix if update is None else new_like(matrix)
+    matrix, added = _matrix(x), None if update is None else _matrix(update)
+    total = matrix if added is None else new_like(matrix)
     normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
     rows, hidden = matrix.shape
     tile = _tile(hidden)
     with torch.cuda.device_of(matrix):
         _forward[(triton.cdiv(rows, tile[0]),)](
-            matrix,
-            update_matrix,
-            weight,
-            total,
-            normed,
-            reciprocal,
-            rows,
-            hidden,
-            matrix.stride(0),
-            0 if update_matrix is None else update_matrix.stride(0),
-            eps,
-            *tile,
-            num_warps=NUM_WARPS,
-        )
-    return total.view(x.shape) if update is not None else x, normed.view(x.shape), reciprocal
+            matrix, added, weight, total, normed, reciprocal, rows, hidden,
+            matrix.stride(0), 0 if added is None else added.stride(0), eps, *tile, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return total.view(x.shape), normed.view(x.shape), reciprocal
 
 
 def rms_norm_backward_triton(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    reciprocal: torch.Tensor,
-    grad_residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, reciprocal: Tensor, grad_residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Make one pass: read grad and x, write the gradient of x. Every program writes one partial sum for the gain."""
     matrix, grad_matrix = _matrix(x), _matrix(grad)
     residual = None if grad_residual is None else _matrix(grad_residual)
@@ -191,41 +156,18 @@ def rms_norm_backward_triton(
     partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(matrix):
         _backward[(programs,)](
-            grad_matrix,
-            matrix,
-            weight,
-            reciprocal,
-            residual,
-            grad_x,
-            partial,
-            rows,
-            hidden,
-            grad_matrix.stride(0),
-            matrix.stride(0),
-            0 if residual is None else residual.stride(0),
-            tiles_per_program,
-            *tile,
-            num_warps=NUM_WARPS,
-        )
+            grad_matrix, matrix, weight, reciprocal, residual, grad_x, partial, rows, hidden,
+            grad_matrix.stride(0), matrix.stride(0), 0 if residual is None else residual.stride(0),
+            tiles_per_program, *tile, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return grad_x.view(x.shape), partial.sum(0).to(weight.dtype)
 
 
 @jit
 def _forward(
-    x,
-    update,
-    weight,
-    total,
-    normed,
-    reciprocal,
-    rows,
-    hidden,
-    x_stride,
-    update_stride,
-    eps,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x, update, weight, total, normed, reciprocal, rows, hidden, x_stride, update_stride, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
     mask = (row < rows)[:, None] & (column < hidden)
@@ -244,22 +186,9 @@ def _forward(
 
 @jit
 def _backward(
-    grad,
-    x,
-    weight,
-    reciprocal,
-    residual,
-    grad_x,
-    partial,
-    rows,
-    hidden,
-    grad_stride,
-    x_stride,
-    residual_stride,
-    tiles_per_program,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    grad, x, weight, reciprocal, residual, grad_x, partial, rows, hidden, grad_stride, x_stride, residual_stride,
+    tiles_per_program, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, WIDTH)[None, :]
     gain = tl.load(weight + column, column < hidden, 0.0).to(tl.float32)
     grad_gain = tl.zeros([ROWS, WIDTH], tl.float32)

@@ -15,8 +15,10 @@ from moonlight.kernels.jit import jit, tl, triton
 TILE_HEADS, NUM_WARPS = 32, 4
 """Heads per program, of one or several tokens."""
 
+Tensor = torch.Tensor
 
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor | None = None) -> Tensor:
     """Return `x` with rotated pairs, in its shape and dtype.
 
     Args:
@@ -28,20 +30,18 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch
     return (rotate_triton if x.is_cuda else rotate_torch)(x, cosine, sine, out)
 
 
-def rotate_backward(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def rotate_backward(grad: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Return the gradient of `rotate`'s input: rotate by the negative angle, back to the order of pairs."""
     return (rotate_backward_triton if grad.is_cuda else rotate_backward_torch)(grad, cosine, sine)
 
 
-def _pairs(x: torch.Tensor) -> int:
+def _pairs(x: Tensor) -> int:
     """Return the number of pairs of a head."""
     assert x.shape[-1] % 2 == 0, f"dim is {x.shape[-1]}: it must be even"
     return x.shape[-1] // 2
 
 
-def rotate_torch(
-    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def rotate_torch(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor | None = None) -> Tensor:
     """Reference of `rotate_triton`, with a pair as a complex number."""
     result = new_like(x) if out is None else out
     half = _pairs(x)
@@ -52,14 +52,14 @@ def rotate_torch(
     return result
 
 
-def _complex(x: torch.Tensor) -> torch.Tensor:
+def _complex(x: Tensor) -> Tensor:
     """Return [..., dim] as complex [..., dim / 2]; a copy if torch does not allow a view."""
     if x.stride(-1) != 1 or any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])):
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def rotate_backward_torch(grad: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Reference of `rotate_backward_triton`."""
     result = new_like(grad)
     half = _pairs(grad)
@@ -74,24 +74,18 @@ def rotate_backward_torch(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.
     return result
 
 
-def rotate_triton(
-    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def rotate_triton(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor | None = None) -> Tensor:
     """Make one pass: read x, write the result."""
-    result = new_like(x) if out is None else out
-    assert result.stride(-1) == 1, "the entries of `out` are not contiguous"
-    _launch(x, cosine, sine, result, backward=False)
-    return result
+    return _launch(x, cosine, sine, new_like(x) if out is None else out, backward=False)
 
 
-def rotate_backward_triton(grad: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def rotate_backward_triton(grad: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Make one pass: read the gradient, write the result."""
-    result = new_like(grad)
-    _launch(grad, cosine, sine, result, backward=True)
-    return result
+    return _launch(grad, cosine, sine, new_like(grad), backward=True)
 
 
-def _launch(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, backward: bool) -> None:
+def _launch(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor, *, backward: bool) -> Tensor:
+    assert out.stride(-1) == 1, "the entries of `out` are not contiguous"
     x, cosine, sine = (dense_rows(tensor) for tensor in (x, cosine, sine))
     length, batch, heads, _ = x.shape
     half = _pairs(x)
@@ -101,51 +95,21 @@ def _launch(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torc
     strides = [angles.stride()[:2] if angles.shape[1] > 1 else (angles.stride(0), 0) for angles in (cosine, sine)]
     with torch.cuda.device_of(x):
         _rotate[(triton.cdiv(length * batch, tile_tokens), triton.cdiv(heads, tile_heads))](
-            x,
-            cosine,
-            sine,
-            out,
-            length * batch,
-            batch,
-            heads,
-            half,
-            *x.stride()[:3],
-            *strides[0],
-            *strides[1],
-            *out.stride()[:3],
-            backward,
-            tile_tokens,
-            tile_heads,
-            triton.next_power_of_2(half),
-            num_warps=NUM_WARPS,
-        )
+            x, cosine, sine, out, length * batch, batch, heads, half,
+            *x.stride()[:3], *strides[0], *strides[1], *out.stride()[:3],
+            backward, tile_tokens, tile_heads, triton.next_power_of_2(half), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out
 
 
 @jit
 def _rotate(
-    x,
-    cosine,
-    sine,
-    out,
-    tokens,
-    batch,
-    heads,
-    half,
-    x_sequence_stride,
-    x_batch_stride,
-    x_head_stride,
-    cosine_sequence_stride,
-    cosine_batch_stride,
-    sine_sequence_stride,
-    sine_batch_stride,
-    out_sequence_stride,
-    out_batch_stride,
-    out_head_stride,
-    BACKWARD: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    x, cosine, sine, out, tokens, batch, heads, half,
+    x_sequence_stride, x_batch_stride, x_head_stride,
+    cosine_sequence_stride, cosine_batch_stride, sine_sequence_stride, sine_batch_stride,
+    out_sequence_stride, out_batch_stride, out_head_stride,
+    BACKWARD: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     position, sequence = token // batch, token % batch
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[None, :, None]

@@ -14,11 +14,13 @@ from moonlight.kernels.jit import jit, tl, triton
 
 ROWS, COLUMNS, NUM_WARPS = 4, 512, 4
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+Tensor = torch.Tensor
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor]
 """(grad_gate, grad_up, grad_probabilities, inner) as in `swiglu_backward`."""
+Pair = tuple[Tensor, Tensor]
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu(gate: Tensor, up: Tensor, probabilities: Tensor | None = None) -> Tensor:
     """Return silu(gate) * up * probabilities[:, None], rounded once: [tokens, width] in the dtype of `gate`.
 
     `gate` and `up` are [tokens, width] and may be halves of one tensor. `probabilities` is float32 [tokens], or None
@@ -28,11 +30,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | N
 
 
 def swiglu_backward(
-    grad_inner: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    probabilities: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    grad_inner: Tensor, gate: Tensor, up: Tensor, probabilities: Tensor | None = None, out: Pair | None = None
 ) -> Gradients:
     """Return the gradients of `swiglu`, and its result recomputed: (grad_gate, grad_up, grad_probabilities, inner).
 
@@ -47,7 +45,7 @@ def swiglu_backward(
     return function(grad_inner, gate, up, probabilities, out)
 
 
-def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu_torch(gate: Tensor, up: Tensor, probabilities: Tensor | None = None) -> Tensor:
     """Reference of `swiglu_triton`."""
     inner = new_like(gate)
     for rows in row_blocks(*gate.shape):
@@ -61,11 +59,7 @@ def swiglu_torch(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tens
 
 
 def swiglu_backward_torch(
-    grad_inner: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    probabilities: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    grad_inner: Tensor, gate: Tensor, up: Tensor, probabilities: Tensor | None = None, out: Pair | None = None
 ) -> Gradients:
     """Reference of `swiglu_backward_triton`."""
     grad_gate, grad_up = out or (new_like(gate), new_like(up))
@@ -93,33 +87,20 @@ def swiglu_backward_torch(
     return grad_gate, grad_up, grad_probabilities, inner
 
 
-def swiglu_triton(gate: torch.Tensor, up: torch.Tensor, probabilities: torch.Tensor | None = None) -> torch.Tensor:
+def swiglu_triton(gate: Tensor, up: Tensor, probabilities: Tensor | None = None) -> Tensor:
     """Make one pass: read gate and up, write inner."""
     gate, up, inner = dense_rows(gate), dense_rows(up), new_like(gate)
     tokens, width = gate.shape
     with torch.cuda.device_of(gate):
         _forward[(triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS))](
-            gate,
-            up,
-            probabilities,
-            inner,
-            tokens,
-            width,
-            gate.stride(0),
-            up.stride(0),
-            ROWS,
-            COLUMNS,
-            num_warps=NUM_WARPS,
-        )
+            gate, up, probabilities, inner, tokens, width, gate.stride(0), up.stride(0),
+            ROWS, COLUMNS, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return inner
 
 
 def swiglu_backward_triton(
-    grad_inner: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    probabilities: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    grad_inner: Tensor, gate: Tensor, up: Tensor, probabilities: Tensor | None = None, out: Pair | None = None
 ) -> Gradients:
     """Make one pass: read grad_inner, gate and up; write their gradients and inner. A program computes full rows."""
     grad_inner, gate, up = (dense_rows(x) for x in (grad_inner, gate, up))
@@ -130,25 +111,10 @@ def swiglu_backward_triton(
     tokens, width = gate.shape
     with torch.cuda.device_of(gate):
         _backward[(triton.cdiv(tokens, ROWS),)](
-            grad_inner,
-            gate,
-            up,
-            probabilities,
-            grad_gate,
-            grad_up,
-            grad_probabilities,
-            inner,
-            tokens,
-            width,
-            grad_inner.stride(0),
-            gate.stride(0),
-            up.stride(0),
-            grad_gate.stride(0),
-            grad_up.stride(0),
-            ROWS,
-            COLUMNS,
-            num_warps=NUM_WARPS,
-        )
+            grad_inner, gate, up, probabilities, grad_gate, grad_up, grad_probabilities, inner, tokens, width,
+            grad_inner.stride(0), gate.stride(0), up.stride(0), grad_gate.stride(0), grad_up.stride(0),
+            ROWS, COLUMNS, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return grad_gate, grad_up, grad_probabilities, inner
 
 
@@ -169,24 +135,10 @@ def _forward(
 
 @jit
 def _backward(
-    grad_inner,
-    gate,
-    up,
-    probabilities,
-    grad_gate,
-    grad_up,
-    grad_probabilities,
-    inner,
-    tokens,
-    width,
-    grad_inner_stride,
-    gate_stride,
-    up_stride,
-    grad_gate_stride,
-    grad_up_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    grad_inner, gate, up, probabilities, grad_gate, grad_up, grad_probabilities, inner, tokens, width,
+    grad_inner_stride, gate_stride, up_stride, grad_gate_stride, grad_up_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = row < tokens
     rows = row[:, None]

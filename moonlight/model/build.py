@@ -60,7 +60,6 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
         moe_router_group_topk=model_config.topk_group if grouped else None,
         moe_router_load_balancing_type="none",  # model/router.py computes the auxiliary loss and the bias
         moe_token_dispatcher_type="alltoall",
-        normalization="RMSNorm",
         layernorm_epsilon=model_config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -89,11 +88,6 @@ def build_transformer_config(config: RunConfig) -> MLATransformerConfig:
         # Losses are sums over this rank's tokens, divided by the global count; see train/forward_backward.py.
         calculate_per_token_loss=True,
         perform_initialization=False,  # shards.init_weights or a checkpoint fills every tensor
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
     )
 
 
@@ -154,7 +148,7 @@ def build_model(config: RunConfig) -> list[LanguageModel]:
         stop = start + get_num_layers_to_build(transformer_config, stage)
         num_dense = config.model.first_k_dense_replace
         specs = [_layer_spec(layer >= num_dense, config.data) for layer in range(start, stop)]
-        model = LanguageModel(
+        chunk_model = LanguageModel(
             config=transformer_config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
             vocab_size=config.model.vocab_size,
@@ -166,5 +160,5 @@ def build_model(config: RunConfig) -> list[LanguageModel]:
             pg_collection=groups,
             vp_stage=stage,
         )
-        model_chunks.append(model)
+        model_chunks.append(chunk_model)
     return model_chunks

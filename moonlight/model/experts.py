@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from moonlight.kernels.chunk_sizes import EXPERT_ROW_ALIGNMENT
 from moonlight.kernels.permute import ExpertPermutation, pad_expert_segments, permute_tokens, unpermute_tokens
 from moonlight.kernels.swiglu import swiglu, swiglu_backward
+from moonlight.model.linear import new_parameter
 
 
 class SortedExperts(torch.autograd.Function):
@@ -73,13 +74,11 @@ class Experts(torch.nn.Module):
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__()
-        self.ep_group, self.tp_group, self.edp_group = (pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp)
+        self.ep_group, self.tp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size // self.tp_group.size()
 
         def weight(*shape: int) -> torch.nn.Parameter:
-            parameter = torch.nn.Parameter(
-                torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-            )
+            parameter = new_parameter(config, num_local_experts, *shape)
             # Reduce gradients over the expert-data-parallel group. Megatron sets this mark only if EP > 1. Without the
             # mark, gradients are not reduced over TP if the experts are not tensor-parallel.
             parameter.allreduce = False  # type: ignore[attr-defined]

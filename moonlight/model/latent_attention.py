@@ -81,13 +81,8 @@ class LatentAttention(MLASelfAttention):
         latent, rope_key = self.linear_kv_down_proj(hidden_states)[0].split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1
         )
-        project = partial(
-            self._up_projections,
-            query_input,
-            self.kv_layernorm(latent),
-            rope_key,
-            self._angles(rope_key, attention_mask),
-        )
+        angles = self._angles(rope_key, attention_mask)
+        project = partial(self._up_projections, query_input, self.kv_layernorm(latent), rope_key, angles)
         query, key, keys_and_values = project()
         value = keys_and_values[..., config.qk_head_dim :]
         attended = self.core_attention(query, key, value, attention_mask)

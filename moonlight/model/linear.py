@@ -8,20 +8,21 @@ import torch.nn.functional as F
 from moonlight.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 
 
+def new_parameter(config: Any, *shape: int) -> torch.nn.Parameter:
+    """Return an uninitialized parameter of `config.params_dtype` on the current device."""
+    return torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
+
+
 class ReplicatedLinear(torch.nn.Module):
     """A linear layer that every tensor-parallel rank holds in full and applies to its slice of the sequence.
 
-    Input [sequence / TP, batch, in], output [sequence / TP, batch, out]. The `sequence_parallel` mark of
-    the weight makes Megatron's `finalize_model_grads` sum its gradient over the tensor-parallel ranks.
+    Input [sequence / TP, batch, in], output [sequence / TP, batch, out].
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, bias: bool, **_: Any) -> None:
         super().__init__()
         assert not bias, "the models of this family have no biases"
-        self.weight = torch.nn.Parameter(
-            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = new_parameter(config, output_size, input_size)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         return F.linear(hidden, self.weight), None
@@ -59,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension, with the sequence-parallel mark on its weight.
+    """Root-mean-square norm over the last dimension.
 
     Takes any dtype, computes in float32 and returns the dtype of its weight, so a float32 residual stream can feed it.
     Megatron's torch norm does not support sequence parallelism.
@@ -68,10 +69,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.empty(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = new_parameter(config, hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moonlight.model.linear import new_parameter
+
 
 def choose_experts(
     scores: torch.Tensor, bias: torch.Tensor, num_experts_per_tok: int, num_groups: int, topk_group: int
@@ -52,10 +54,7 @@ class Router(torch.nn.Module):
         self.expert_bias: torch.Tensor
         self.tokens_per_expert: torch.Tensor
         self.aux_loss: torch.Tensor
-        self.weight = torch.nn.Parameter(
-            torch.empty(config.num_moe_experts, config.hidden_size, dtype=config.params_dtype, device=device)
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight = new_parameter(config, config.num_moe_experts, config.hidden_size)
         zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", zeros)
         self.register_buffer("tokens_per_expert", zeros.clone(), persistent=False)

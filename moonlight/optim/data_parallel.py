@@ -109,7 +109,7 @@ class ShardedDataParallel:
         for bucket_group in self.bucket_groups:
             bucket_group.finish_grad_sync()
         replicated = [grad for parameter, _, grad in self.owned_shards() if parameter.tp_mode == "replicated"]
-        # Under sequence parallelism, each tensor-parallel rank saw its part of the sequence; peers own the same rows.
+        # Under sequence parallelism, each tensor-parallel rank processed one slice; peers own the same rows.
         if replicated:
             flat = torch.cat([grad.flatten() for grad in replicated]).float()
             dist.all_reduce(flat, group=tensor_parallel_group(expert=False))
@@ -166,7 +166,7 @@ class ShardedDataParallel:
                 if any(True for _ in module.parameters(recurse=False)):
                     module.register_forward_pre_hook(wait_for_weights)
 
-    def _finalize(self, models: Any, num_tokens: Any = None, **_: Any) -> None:
+    def _finalize(self, model_chunks: Any, num_tokens: Any = None, **_: Any) -> None:
         """Finish the gradient exchange. Megatron's schedules call this after the last backward pass.
 
         Losses are already divided by the token count.

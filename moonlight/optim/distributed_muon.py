@@ -31,6 +31,7 @@ from moonlight.config.optimizer import OptimizerConfig
 from moonlight.config.run import RunConfig
 from moonlight.dist_checkpoint.chunks import LocalChunks
 from moonlight.kernels.blocks import row_blocks
+from moonlight.model.build import DTYPES
 from moonlight.model.shards import local_chunks, local_shards, to_hf_axes
 from moonlight.optim.data_parallel import ShardedDataParallel
 from moonlight.optim.master_weights import MasterWeight, apply_update
@@ -61,7 +62,7 @@ class DistributedMuon:
         """`hidden_size`: of the model; used if `optimizer.rms_matching` is baseline."""
         self.data_parallel, self.optimizer_config, self._hidden_size = data_parallel, optimizer_config, hidden_size
         self.owned: list[OwnedShard] = []
-        muon_dtype = torch.bfloat16 if optimizer_config.momentum_dtype == "bfloat16" else torch.float32
+        muon_dtype = DTYPES[optimizer_config.momentum_dtype]
         for parameter, shard, grad in data_parallel.owned_shards():
             master = MasterWeight(parameter.weight_2d[shard.start : shard.stop], optimizer_config.master_weights)
             algorithm = parameter.rule.algorithm
@@ -72,9 +73,7 @@ class DistributedMuon:
         muon = [owned for owned in self.owned if owned.param.rule.algorithm == "muon"]
         self._adamw_batches = list(_batches(adamw))
         self._muon_batches = list(_batches([owned for owned in muon if owned.is_complete]))
-        self._newton_schulz_dtype = (
-            torch.bfloat16 if optimizer_config.newton_schulz_dtype == "bfloat16" else torch.float32
-        )
+        self._newton_schulz_dtype = DTYPES[optimizer_config.newton_schulz_dtype]
         incomplete = [owned for owned in muon if not owned.is_complete]
         self._split_matrices = [
             SplitMatrices(bucket_group, data_parallel.parameters, incomplete, self._newton_schulz_dtype)
@@ -175,12 +174,8 @@ class DistributedMuon:
             For each of MONITOR_GROUPS, the sum of squares and the number of the update's elements, for its RMS:
             float64 [groups, 2]. Exactly one rank counts each element.
         """
-        optimizer_config = self.optimizer_config
-        scale = (
-            optimizer_config.clip_grad_norm / (gradient_norm + 1e-6)
-            if 0 < optimizer_config.clip_grad_norm < gradient_norm
-            else 1.0
-        )
+        limit = self.optimizer_config.clip_grad_norm
+        scale = limit / (gradient_norm + 1e-6) if 0 < limit < gradient_norm else 1.0
         sums = _zero_group_sums()
 
         def apply(shards: Sequence[OwnedShard], updates: Sequence[torch.Tensor], factors: Sequence[float]) -> None:
@@ -352,6 +347,6 @@ def _batches(shards: Sequence[OwnedShard]) -> Iterator[list[OwnedShard]]:
 def build_optimizer(model_chunks: Sequence[GPTModel], config: RunConfig) -> DistributedMuon:
     """Build the optimizer of a recipe for this rank's model chunks, with its data parallelism."""
     rules = param_group_rules(config.optimizer, config.model)
-    dtype = torch.bfloat16 if config.optimizer.gradient_dtype == "bfloat16" else torch.float32
+    dtype = DTYPES[config.optimizer.gradient_dtype]
     data_parallel = ShardedDataParallel(model_chunks, rules, config.parallel.bucket_size, dtype)
     return DistributedMuon(data_parallel, config.optimizer, config.model.hidden_size)

@@ -238,19 +238,15 @@ def _apply(parts: list[_Part], updates: list[torch.Tensor], scale: float) -> Non
         # Scaling the rate instead of the updates saves a pass over them; the decay is scaled back.
         rates = {"learning_rate": learning_rate * scale, "weight_decay": weight_decay / scale}
         if weights[0].dtype is torch.float32 and can_fuse([*weights, *rate_updates]):
-            _apply_fused(weights, rate_updates, rates)
+            from moonlight.kernels.muon_update import fused_weight_update
+
+            for weight, update in zip(weights, rate_updates, strict=True):
+                fused_weight_update(None, weight, None, update, factor=1.0, **rates)
             continue
         exact = [weight.float() for weight in weights]
         apply_updates(exact, rate_updates, **rates)
         if weights[0].dtype is not torch.float32:
             torch._foreach_copy_(weights, exact)
-
-
-def _apply_fused(weights: list[torch.Tensor], updates: list[torch.Tensor], rates: dict[str, float]) -> None:
-    from moonlight.kernels.muon_update import fused_weight_update
-
-    for weight, update in zip(weights, updates, strict=True):
-        fused_weight_update(None, weight, None, update, factor=1.0, **rates)
 
 
 def _batches(parts: list[_Part]) -> Iterator[list[_Part]]:

@@ -208,10 +208,9 @@ def orthogonalize_all(
         by_shape.setdefault((matrix.device, *matrix.shape[-2:]), []).append(index)
     for (_, rows, columns), indices in by_shape.items():
         limit = _largest_batch(matrices[indices[0]])
-        flat = {index: matrices[index].reshape(-1, rows, columns) for index in indices}
         parts: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         for index in indices:
-            split = flat[index].split(limit)
+            split = matrices[index].reshape(-1, rows, columns).split(limit)
             split_norms = [None] * len(split) if norms is None else norms[index].split(limit)
             parts += zip(repeat(index), split, split_norms, strict=False)
         while parts:

@@ -7,7 +7,6 @@ SAMPLED_EXPERTS are measured.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import moonlight.megatron_compat  # noqa: F401  (stand-ins, before Megatron)
 
@@ -36,17 +35,6 @@ def svd_entropy(matrix: torch.Tensor) -> float:
     return -torch.xlogy(fractions, fractions).sum().item() / math.log(len(gram))
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """This rank's slice of one matrix."""
-
-    monitor_group: str
-    is_expert: bool
-    values: torch.Tensor
-    tp_dim: int
-    """-2 or -1 if tensor parallelism shards the matrix, otherwise 0."""
-
-
 @torch.no_grad()
 def mean_svd_entropies(parameters: Sequence[LocalParam], num_experts: int) -> dict[str, float]:
     """Return the mean SVD entropy of the matrices of each of MATRIX_GROUPS, over all layers. Collective.
@@ -57,25 +45,29 @@ def mean_svd_entropies(parameters: Sequence[LocalParam], num_experts: int) -> di
     device = torch.cuda.current_device()
     sums = torch.zeros(len(MATRIX_GROUPS), 2, dtype=torch.float64, device=device)
     counts = {False: 0, True: 0}
-    for local in _slices(parameters, num_experts):
-        dp_group, tp_group = data_parallel_group(local.is_expert), tensor_parallel_group(local.is_expert)
-        counts[local.is_expert] += 1
-        dp_rank, tp_rank = divmod(counts[local.is_expert] % (dp_group.size() * tp_group.size()), tp_group.size())
+    for parameter, matrix, tp_dim in _slices(parameters, num_experts):
+        is_expert = parameter.is_expert
+        dp_group, tp_group = data_parallel_group(is_expert), tensor_parallel_group(is_expert)
+        counts[is_expert] += 1
+        dp_rank, tp_rank = divmod(counts[is_expert] % (dp_group.size() * tp_group.size()), tp_group.size())
         if dp_group.rank() != dp_rank:
             continue
-        matrix = local.values
-        if local.tp_dim:
+        if tp_dim:
             slices = [torch.empty_like(matrix, memory_format=torch.contiguous_format) for _ in range(tp_group.size())]
             dist.all_gather(slices, matrix.contiguous(), group=tp_group)
-            matrix = torch.cat(slices, dim=local.tp_dim)
+            matrix = torch.cat(slices, dim=tp_dim)
         if tp_group.rank() == tp_rank:
-            sums[MATRIX_GROUPS.index(local.monitor_group)] += sums.new_tensor([svd_entropy(matrix), 1.0])
+            sums[MATRIX_GROUPS.index(parameter.monitor_group)] += sums.new_tensor([svd_entropy(matrix), 1.0])
     dist.all_reduce(sums)
     return {name: total / count for name, (total, count) in zip(MATRIX_GROUPS, sums.tolist(), strict=True) if count}
 
 
-def _slices(parameters: Sequence[LocalParam], num_experts: int) -> Iterator[_Slice]:
-    """Yield this rank's slice of every measured matrix, in the same order on all ranks that hold these matrices."""
+def _slices(parameters: Sequence[LocalParam], num_experts: int) -> Iterator[tuple[LocalParam, torch.Tensor, int]]:
+    """Yield (parameter, this rank's slice, sharded dimension) of every measured matrix.
+
+    The order is the same on all ranks that hold these matrices. The dimension is -2 or -1 if tensor parallelism shards
+    the matrix, otherwise 0.
+    """
     sampled = {index * num_experts // SAMPLED_EXPERTS for index in range(SAMPLED_EXPERTS)}
     for parameter in parameters:
         if parameter.monitor_group not in MATRIX_GROUPS:
@@ -87,4 +79,4 @@ def _slices(parameters: Sequence[LocalParam], num_experts: int) -> Iterator[_Sli
             stack = shard.data if len(local) == 3 else shard.data.unsqueeze(0)
             for index, matrix in enumerate(stack):
                 if len(local) == 2 or shard.global_offset[0] + index in sampled:
-                    yield _Slice(parameter.monitor_group, parameter.is_expert, matrix, tp_dim)
+                    yield parameter, matrix, tp_dim

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from moonlight.config.run import RunConfig
 from moonlight.placement.owners import RowShard
@@ -56,13 +56,7 @@ class OptimizerCost:
         return self.masters + self.momenta
 
     def __add__(self, other: "OptimizerCost") -> "OptimizerCost":
-        return OptimizerCost(
-            self.gradients + other.gradients,
-            self.matrices + other.matrices,
-            self.weights + other.weights,
-            self.masters + other.masters,
-            self.momenta + other.momenta,
-        )
+        return OptimizerCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def muon_costs(
@@ -78,7 +72,7 @@ def muon_costs(
             stages add their gradients.
     """
     total = sum(shard.numel for shard in shards)
-    weight, direction = weight_bytes(config), direction_bytes(config)
+    grad, weight, direction = gradient_bytes(config), weight_bytes(config), direction_bytes(config)
     owned, embedding_bytes, masters, momenta, row_bytes = ([0] * num_ranks for _ in range(5))
     for shard in shards:
         owner, numel = shard.owner_rank, shard.numel
@@ -93,10 +87,7 @@ def muon_costs(
     num_peers = num_ranks - 1
     return [
         OptimizerCost(
-            CommBytes(
-                (total - numel) * gradient_bytes(config) + embedding_bytes[rank],
-                num_peers * numel * gradient_bytes(config) + embedding_bytes[rank],
-            ),
+            CommBytes((total - numel) * grad + embedding_bytes[rank], num_peers * numel * grad + embedding_bytes[rank]),
             CommBytes(row_bytes[rank], row_bytes[rank]),
             CommBytes(num_peers * numel * weight, (total - numel) * weight),
             masters[rank],
@@ -115,14 +106,9 @@ def zero1_cost(numel: int, num_ranks: int, config: RunConfig, num_shared: int = 
     """
     weight, ring = weight_bytes(config), numel * (num_ranks - 1) / num_ranks
     gradients = ring * gradient_bytes(config) + num_shared * GRADIENT_BYTES / num_ranks
+    weights = CommBytes(ring * weight, ring * weight)
     masters = 0 if weight == 4 else 4 * numel / num_ranks
-    return OptimizerCost(
-        CommBytes(gradients, gradients),
-        CommBytes(),
-        CommBytes(ring * weight, ring * weight),
-        masters,
-        numel * 8 / num_ranks,
-    )
+    return OptimizerCost(CommBytes(gradients, gradients), CommBytes(), weights, masters, numel * 8 / num_ranks)
 
 
 def weight_bytes(config: RunConfig) -> int:

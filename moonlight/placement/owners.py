@@ -147,13 +147,10 @@ def _join_neighbors(placed: list[tuple[RowBlock, int]]) -> list[RowShard]:
     owners = sorted(owner for _, owner in placed)
     shards: list[RowShard] = []
     for block, owner in zip(sorted((block for block, _ in placed), key=lambda b: b.start), owners, strict=True):
-        previous = shards[-1] if shards else None
-        rows = block.stop - block.start
-        if previous is not None and previous.owner_rank == owner and previous.stop == block.start:
-            shards.pop()
-            shards.append(RowShard(block.param_index, previous.start, block.stop, block.columns, owner, rows, owner))
-        else:
-            shards.append(RowShard(block.param_index, block.start, block.stop, block.columns, owner, rows, owner))
+        start, rows = block.start, block.stop - block.start
+        if shards and shards[-1].owner_rank == owner and shards[-1].stop == start:
+            start = shards.pop().start
+        shards.append(RowShard(block.param_index, start, block.stop, block.columns, owner, rows, owner))
     return shards
 
 

@@ -110,9 +110,8 @@ def _all_activations(
         yield SavedActivation("experts: input", tokens.expert_pairs * w * hidden)
     local_experts = num_experts // config.parallel.expert_parallel_size
     # Every expert's rows start at a multiple of the alignment. The buffer always includes the largest possible gaps.
-    num_rows = tokens.expert_pairs + (
-        local_experts * (EXPERT_ROW_ALIGNMENT["cpu" if on_cpu else "cuda"] - 1) if tokens.expert_pairs else 0
-    )
+    gaps = local_experts * (EXPERT_ROW_ALIGNMENT["cpu" if on_cpu else "cuda"] - 1)
+    num_rows = tokens.expert_pairs + (gaps if tokens.expert_pairs else 0)
     yield SavedActivation(
         "experts: probabilities and order", tokens.expert_pairs * (4 + 8) + num_rows * 8 + local_experts * 4
     )
@@ -131,9 +130,8 @@ def angles_bytes(config: RunConfig, tokens: TokenCounts) -> int:
 
 def mask_bytes(config: RunConfig, tokens: TokenCounts, *, on_cpu: bool = False) -> int:
     """Return bytes of the document mask, which all layers of a pass share: an addend to every attention logit."""
-    return (
-        0 if on_cpu or not config.data.mask_documents else tokens.total * tokens.sequence_length * weight_bytes(config)
-    )
+    is_masked = config.data.mask_documents and not on_cpu
+    return tokens.total * tokens.sequence_length * weight_bytes(config) if is_masked else 0
 
 
 def head_activations(config: RunConfig, tokens: TokenCounts) -> Iterator[SavedActivation]:

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from moonlight.config.run import RunConfig
@@ -82,8 +82,6 @@ class RunPlan:
     world_size: int
     machine: HardwareModel
     timeline: RunSchedule
-    global_batch_size: int
-    """The batch size that most tokens are trained with; all numbers of a step are for this batch size."""
     stages: list[PipelineStage]
     params: list[ParamLine]
     """Empty in an estimate."""
@@ -93,7 +91,16 @@ class RunPlan:
     """Costs of the same ranks under AdamW with sharded state (ZeRO-1); empty in an estimate."""
     stage_maxima: list[RankCost]
     """For each stage, the maximum of each cost over its ranks."""
-    num_router_biases: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """The batch size that most tokens are trained with; all numbers of a step are for this batch size."""
+        return most_trained_batch_size(self.timeline)
+
+    @property
+    def num_router_biases(self) -> int:
+        mappings = hf_mapping.tensor_mappings(self.config.model)
+        return sum(math.prod(mapping.shape) for mapping in mappings if mapping.hf_tensors[0].init_kind == "bias")
 
     @property
     def optimizer_costs(self) -> list[OptimizerCost]:
@@ -163,12 +170,9 @@ def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None 
     Raises:
         UserError: the layout or the batch does not divide the processes.
     """
-    parallel = config.parallel
     config.check_batches(world_size)
     timeline = RunSchedule(config)
-    batch = most_trained_batch_size(timeline)
-    stages = make_stages(config, world_size, batch)
-    dense_size, expert_size = data_parallel_sizes(config, world_size)
+    stages = make_stages(config, world_size, most_trained_batch_size(timeline))
     params: list[ParamLine] = []
     ranks: list[RankCost] = []
     adamw: list[OptimizerCost] = []
@@ -176,11 +180,7 @@ def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None 
     for stage in stages:
         groups, baselines = [], []
         owners: dict[int, set[int]] = {}
-        for is_expert, size, slices in (
-            (False, dense_size, parallel.tensor_parallel_size),
-            (True, expert_size, parallel.expert_tensor_parallel_size),
-        ):
-            parameters = [parameter for parameter in stage.parameters if parameter.is_expert == is_expert]
+        for parameters, size, slices in _parameter_groups(config, world_size, stage):
             group = group_costs(parameters, size, slices, config)
             groups.append(group)
             owners |= group.owners
@@ -190,19 +190,7 @@ def make_plan(config: RunConfig, world_size: int, machine: HardwareModel | None 
         ranks += stage_ranks(config, world_size, *groups)
         adamw += [baselines[0] + baselines[1]] * (world_size // len(stages))
         stage_maxima.append(RankCost(*(largest([cost for peers in group.ranks for cost in peers]) for group in groups)))
-    return RunPlan(
-        config,
-        world_size,
-        machine or HardwareModel(),
-        timeline,
-        batch,
-        stages,
-        params,
-        ranks,
-        adamw,
-        stage_maxima,
-        _num_router_biases(config),
-    )
+    return RunPlan(config, world_size, machine or HardwareModel(), timeline, stages, params, ranks, adamw, stage_maxima)
 
 
 def estimate_plan(config: RunConfig, world_size: int, machine: HardwareModel) -> RunPlan:
@@ -215,20 +203,12 @@ def estimate_plan(config: RunConfig, world_size: int, machine: HardwareModel) ->
     """
     config.check_batches(world_size)
     timeline = RunSchedule(config)
-    batch = most_trained_batch_size(timeline)
-    stages = make_stages(config, world_size, batch)
-    sizes = data_parallel_sizes(config, world_size)
-    slices = (config.parallel.tensor_parallel_size, config.parallel.expert_tensor_parallel_size)
-    means = []
-    for stage in stages:
-        dense, expert = (
-            mean_group_cost(
-                [p for p in stage.parameters if p.is_expert == is_expert], sizes[is_expert], slices[is_expert], config
-            )
-            for is_expert in (False, True)
-        )
-        means.append(RankCost(dense, expert))
-    return RunPlan(config, world_size, machine, timeline, batch, stages, [], means, [], means, 0)
+    stages = make_stages(config, world_size, most_trained_batch_size(timeline))
+    means = [
+        RankCost(*(mean_group_cost(*group, config) for group in _parameter_groups(config, world_size, stage)))
+        for stage in stages
+    ]
+    return RunPlan(config, world_size, machine, timeline, stages, [], means, [], means)
 
 
 def most_trained_batch_size(timeline: RunSchedule) -> int:
@@ -237,12 +217,15 @@ def most_trained_batch_size(timeline: RunSchedule) -> int:
     return max(counts, key=lambda size: size * counts[size])
 
 
-def data_parallel_sizes(config: RunConfig, world_size: int) -> tuple[int, int]:
-    """Return the data-parallel size of dense and of expert parameters."""
+def _parameter_groups(
+    config: RunConfig, world_size: int, stage: PipelineStage
+) -> Iterator[tuple[list[PlannedParam], int, int]]:
+    """Yield (parameters, data-parallel size, tensor-parallel size) of dense parameters, then of experts."""
     parallel = config.parallel
     stage_size = world_size // parallel.pipeline_parallel_size
-    expert_inner_size = parallel.expert_tensor_parallel_size * parallel.expert_parallel_size
-    return stage_size // parallel.tensor_parallel_size, stage_size // expert_inner_size
+    tp, etp = parallel.tensor_parallel_size, parallel.expert_tensor_parallel_size
+    yield [p for p in stage.parameters if not p.is_expert], stage_size // tp, tp
+    yield [p for p in stage.parameters if p.is_expert], stage_size // (etp * parallel.expert_parallel_size), etp
 
 
 def stage_ranks(config: RunConfig, world_size: int, dense: GroupCosts, expert: GroupCosts) -> list[RankCost]:
@@ -258,12 +241,8 @@ def stage_ranks(config: RunConfig, world_size: int, dense: GroupCosts, expert: G
 
 def mean_memory(memories: Sequence[MemoryBreakdown]) -> MemoryBreakdown:
     """Return the mean of each part over all ranks."""
-    return MemoryBreakdown(
-        **{
-            field.name: sum(getattr(m, field.name) for m in memories) / len(memories)
-            for field in fields(MemoryBreakdown)
-        }
-    )
+    parts = [asdict(memory) for memory in memories]
+    return MemoryBreakdown(**{name: sum(part[name] for part in parts) / len(parts) for name in parts[0]})
 
 
 def _memory(stage: PipelineStage, rank: RankCost) -> MemoryBreakdown:
@@ -287,11 +266,3 @@ def _line(parameter: PlannedParam, owners: set[int]) -> ParamLine:
     matrix_rows = rows_per_matrix(rule, shape) if rule.algorithm == "muon" else []
     matrices = Counter((rows, shape[-1]) for rows in matrix_rows)
     return ParamLine(parameter.key, shape, rule.algorithm, rule.use_weight_decay, dict(matrices), tuple(sorted(owners)))
-
-
-def _num_router_biases(config: RunConfig) -> int:
-    return sum(
-        math.prod(row.shape)
-        for row in hf_mapping.tensor_mappings(config.model)
-        if row.hf_tensors[0].init_kind == "bias"
-    )

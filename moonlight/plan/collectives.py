@@ -5,42 +5,30 @@ few numbers: router counts, sums and maxima for the metrics, sizes of the dispat
 bytes). `tests/plan/test_collectives.py` compares them with the bytes of real processes.
 """
 
-from dataclasses import dataclass
-
 from moonlight.config.pipeline import stage_layers
 from moonlight.config.run import RunConfig
 from moonlight.placement.comm_bytes import CommBytes, weight_bytes
-from moonlight.plan.activations import token_counts
+from moonlight.plan.activations import residual_bytes, token_counts
 
 
-@dataclass(frozen=True)
-class DispatchedPairs:
-    """Token-expert pairs of one micro-batch and layer that move between expert-parallel ranks."""
-
-    sent: float
-    """This rank's tokens to experts of other ranks."""
-    received: float
-    """Other ranks' tokens to this rank's experts."""
-
-
-def uniform_dispatch(config: RunConfig) -> DispatchedPairs:
-    """Return the pairs if every expert gets the same number of tokens."""
+def uniform_dispatch(config: RunConfig) -> float:
+    """Return `num_pairs` of `dispatch_comm_bytes` if every expert gets the same number of tokens."""
     ranks = config.parallel.expert_parallel_size
-    pairs = token_counts(config).local * config.model.num_experts_per_tok * (ranks - 1) / ranks
-    return DispatchedPairs(pairs, pairs)
+    return 2 * (token_counts(config).local * config.model.num_experts_per_tok * (ranks - 1) / ranks)
 
 
-def dispatch_comm_bytes(config: RunConfig, pairs: DispatchedPairs) -> CommBytes:
+def dispatch_comm_bytes(config: RunConfig, num_pairs: float) -> CommBytes:
     """Return the bytes of one micro-batch and layer in the expert-parallel group.
 
     The forward pass sends tokens with float32 probabilities to their experts, and results back. The backward pass sends
     the gradients of both in the opposite direction.
+
+    Args:
+        num_pairs: token-expert pairs that this rank sends to other ranks, and that it receives from them, together.
     """
     hidden = weight_bytes(config) * config.model.hidden_size
-    bytes_per_pair = 2 * hidden + 4
-    num_pairs = pairs.sent + pairs.received
     # Sent forward: dispatched pairs, results of received pairs. Backward: gradients of results and of received tokens.
-    return CommBytes(num_pairs * bytes_per_pair, num_pairs * bytes_per_pair)
+    return CommBytes(num_pairs * (2 * hidden + 4), num_pairs * (2 * hidden + 4))
 
 
 def expert_slices_comm_bytes(config: RunConfig, pairs: float | None = None) -> CommBytes:
@@ -67,13 +55,8 @@ def tensor_layer_comm_bytes(config: RunConfig, *, with_experts: bool) -> CommByt
     """
     model_config = config.model
     query_input = model_config.q_lora_rank if model_config.q_lora_rank is not None else model_config.hidden_size
-    widths = (
-        3 * query_input
-        + 3 * model_config.kv_lora_rank
-        + 2 * model_config.qk_rope_head_dim
-        + 2 * model_config.hidden_size
-    )
-    widths += 5 * model_config.hidden_size  # fc1 and fc2 of the dense or the shared SwiGLU
+    widths = 3 * (query_input + model_config.kv_lora_rank) + 2 * model_config.qk_rope_head_dim
+    widths += (2 + 5) * model_config.hidden_size  # attention's output; fc1 and fc2 of the dense or the shared SwiGLU
     recomputed = config.train.recompute_modules
     if "mla_up_proj" in recomputed or "layer" in recomputed:
         widths += query_input + model_config.kv_lora_rank + model_config.qk_rope_head_dim
@@ -110,8 +93,7 @@ def pipeline_comm_bytes(config: RunConfig, stage: int, num_micro_batches: int) -
     stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     if stages == 1:
         return CommBytes()
-    element = 4 if config.train.fp32_residual_connection else weight_bytes(config)
-    hidden_states = token_counts(config).local * config.model.hidden_size * element * num_micro_batches
+    hidden_states = token_counts(config).local * config.model.hidden_size * residual_bytes(config) * num_micro_batches
     num_next = virtual - (stage == stages - 1)  # chunks that are not the model's last
     num_previous = virtual - (stage == 0)
     total = hidden_states * (num_next + num_previous)

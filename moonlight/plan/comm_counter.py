@@ -70,52 +70,40 @@ class CommCounter(TorchDispatchMode):
 def _payload(name: str, inputs: dict[str, Any], size: int, rank: int) -> tuple[float, float]:
     """Return bytes (sent, received) of one call on this rank."""
     num_peers = size - 1
+    tensors = _bytes(inputs.get("tensors", ()))
+    # All-gathers, reduce-scatters, scatter and gather name their arguments input_tensors, outputs, output_lists, ...
+    sources, results = (
+        sum(_bytes(value) for key, value in inputs.items() if key.startswith(prefix) and "split_sizes" not in key)
+        for prefix in ("input", "output")
+    )
+    is_root = inputs.get("root_rank") == rank
     match name:
         case "allreduce_" | "allreduce_coalesced_":
-            ring = 2 * num_peers * _bytes(inputs["tensors"]) / size
+            ring = 2 * num_peers * tensors / size
             return ring, ring
         case "alltoall_base_":
-            sent = _bytes(inputs["input"]) - _local_bytes(inputs["input"], inputs["input_split_sizes"], size, rank)
-            received = _bytes(inputs["output"]) - _local_bytes(
-                inputs["output"], inputs["output_split_sizes"], size, rank
+            local_sent, local_received = (
+                _local_bytes(inputs[key], inputs[f"{key}_split_sizes"], size, rank) for key in ("input", "output")
             )
-            return sent, received
+            return sources - local_sent, results - local_received
         case "alltoall_":
-            outgoing, incoming = inputs["input_tensors"], inputs["output_tensors"]
-            return _bytes(outgoing) - _bytes(outgoing[rank]), _bytes(incoming) - _bytes(incoming[rank])
-        case "_allgather_base_":
-            return num_peers * _bytes(inputs["input_tensor"]), _bytes(inputs["output_tensor"]) * num_peers / size
-        case "allgather_into_tensor_coalesced_":
-            return num_peers * _bytes(inputs["inputs"]), _bytes(inputs["outputs"]) * num_peers / size
-        case "allgather_":
-            local = _bytes(inputs["input_tensors"])
-            return num_peers * local, _bytes(inputs["output_tensors"]) - local
-        case "allgather_coalesced_":
-            local = _bytes(inputs["input_list"])
-            return num_peers * local, _bytes(inputs["output_lists"]) - local
-        case "_reduce_scatter_base_":
-            return _bytes(inputs["input_tensor"]) * num_peers / size, num_peers * _bytes(inputs["output_tensor"])
-        case "reduce_scatter_tensor_coalesced_":
-            return _bytes(inputs["inputs"]) * num_peers / size, num_peers * _bytes(inputs["outputs"])
-        case "reduce_scatter_":
-            local = _bytes(inputs["output_tensors"])
-            return _bytes(inputs["input_tensors"]) - local, num_peers * local
+            return sources - _bytes(inputs["input_tensors"][rank]), results - _bytes(inputs["output_tensors"][rank])
+        case "_allgather_base_" | "allgather_into_tensor_coalesced_" | "allgather_" | "allgather_coalesced_":
+            return num_peers * sources, results - sources
+        case "_reduce_scatter_base_" | "reduce_scatter_tensor_coalesced_" | "reduce_scatter_":
+            return sources - results, num_peers * results
         case "broadcast_":
-            payload = _bytes(inputs["tensors"])
-            return (num_peers * payload, 0) if inputs["root_rank"] == rank else (0, payload)
+            return (num_peers * tensors, 0) if is_root else (0, tensors)
         case "reduce_":
-            payload = _bytes(inputs["tensors"])
-            return (0, num_peers * payload) if inputs["root_rank"] == rank else (payload, 0)
+            return (0, num_peers * tensors) if is_root else (tensors, 0)
         case "scatter_":
-            local = _bytes(inputs["output_tensors"])
-            return (_bytes(inputs["input_tensors"]) - local, 0) if inputs["root_rank"] == rank else (0, local)
+            return (sources - results, 0) if is_root else (0, results)
         case "gather_":
-            local = _bytes(inputs["input_tensors"])
-            return (0, _bytes(inputs["output_tensors"]) - local) if inputs["root_rank"] == rank else (local, 0)
+            return (0, results - sources) if is_root else (sources, 0)
         case "send":
-            return _bytes(inputs["tensors"]), 0
+            return tensors, 0
         case "recv_" | "recv_any_source_":
-            return 0, _bytes(inputs["tensors"])
+            return 0, tensors
     raise AssertionError(f"c10d::{name} is an unsupported collective")
 
 

@@ -10,11 +10,10 @@ from rich.console import Console
 
 from moonlight.config.checks import require
 from moonlight.config.load import load_recipe
-from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.plan.build import make_plan
 from moonlight.plan.figures import plan_to_json
-from moonlight.plan.hardware import HardwareModel, hardware_model
+from moonlight.plan.hardware import hardware_model
 from moonlight.plan.suggest import suggest
 from moonlight.plan.suggest_text import print_suggestions, suggestions_to_json
 from moonlight.plan.text import print_plan
@@ -67,20 +66,14 @@ def run_plan(recipe: Path, overrides: Sequence[str], options: PlanOptions) -> bo
         else:
             print_suggestions(suggestions)
         return True
-    return _plan_one(config, world_size, hardware, options)
-
-
-def _plan_one(config: RunConfig, world_size: int, hardware: HardwareModel, options: PlanOptions) -> bool:
     try:
         plan = make_plan(config, world_size, hardware)
     except UserError as error:
         raise UserError(f"{error}; --suggest searches layouts for {world_size}") from None
     rank = options.rank or 0
     require(0 <= rank < world_size, f"--rank is {rank}: the world has {world_size} processes, 0 to {world_size - 1}")
-    content: dict[str, Any] = {}
-    if options.json:
-        content = plan_to_json(plan)
-    else:
+    content = plan_to_json(plan) if options.json else {}
+    if not options.json:
         print_plan(plan, parameters=options.parameters)
     agrees = True
     if options.dry_run:

@@ -78,12 +78,9 @@ def print_checks(checks: list[PlanCheck], rank: int, console: Console) -> None:
         table.add_row(check.name, *numbers, f"{check.difference:.2%}", verdict)
     console.print()
     console.print(table, highlight=False)
-    differing = [check.name for check in checks if not check.agrees]
-    verdict = (
-        f"the plan differs from the dry run: {', '.join(differing)}"
-        if differing
-        else "the plan agrees with the dry run"
-    )
+    verdict = "the plan agrees with the dry run"
+    if differing := [check.name for check in checks if not check.agrees]:
+        verdict = f"the plan differs from the dry run: {', '.join(differing)}"
     console.print(
         f"{verdict}. The dry run counts the real model and optimizer on meta tensors and a fake process group. It "
         "omits forward and backward pass and the gradient norm.",

@@ -76,30 +76,24 @@ def stage_parameters(config: RunConfig, stage: int) -> list[PlannedParam]:
         model_config.num_hidden_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
     )[stage]
     is_last = stage == parallel.pipeline_parallel_size - 1
-    mappings, rules = _trained_mappings(model_config, config.optimizer)
+    mappings, rules, keys_by_layer = _trained_mappings(model_config, config.optimizer)
     keys = [EMBEDDING] if stage == 0 else []
     for layer in (layer for chunk in chunks for layer in chunk):
-        keys += mappings.keys_by_layer[layer]
+        keys += keys_by_layer[layer]
     if is_last:
         keys.append(FINAL_NORM)
         if not model_config.tie_word_embeddings:
             keys.append(HEAD)
         elif stage > 0:
             keys.append(EMBEDDING)
-    return [_plan_param(config, index, mappings.by_key[key], rules[key], stage) for index, key in enumerate(keys)]
-
-
-@dataclass(frozen=True)
-class _TrainedMappings:
-    by_key: dict[str, TensorMapping]
-    keys_by_layer: dict[int, list[str]]
+    return [_plan_param(config, index, mappings[key], rules[key], stage) for index, key in enumerate(keys)]
 
 
 @lru_cache(maxsize=4)
 def _trained_mappings(
     model_config: ModelConfig, optimizer_config: OptimizerConfig
-) -> tuple[_TrainedMappings, dict[str, ParamGroupRule]]:
-    """Return the trained tensors and the rule of each. All layouts of a search share the cached result."""
+) -> tuple[dict[str, TensorMapping], dict[str, ParamGroupRule], dict[int, list[str]]]:
+    """Return trained tensors and their rules by key, and the keys of each layer. All layouts of a search share them."""
     trained = [
         mapping for mapping in hf_mapping.tensor_mappings(model_config) if mapping.hf_tensors[0].init_kind != "bias"
     ]
@@ -109,9 +103,8 @@ def _trained_mappings(
             keys_by_layer.setdefault(int(mapping.key.split(".")[2]), []).append(mapping.key)
     for keys in keys_by_layer.values():
         keys.sort(key=lambda key: _ORDER.index(_module(key)))
-    keys = [mapping.key for mapping in trained]
-    rules = match_rules(keys, param_group_rules(optimizer_config, model_config))
-    return _TrainedMappings({mapping.key: mapping for mapping in trained}, keys_by_layer), rules
+    mappings = {mapping.key: mapping for mapping in trained}
+    return mappings, match_rules([*mappings], param_group_rules(optimizer_config, model_config)), keys_by_layer
 
 
 def _module(key: str) -> str:
@@ -125,30 +118,26 @@ def _plan_param(
     parallel, model_config, module = config.parallel, config.model, _module(mapping.key)
     is_expert = ".mlp.experts." in mapping.key
     num_slices = parallel.expert_tensor_parallel_size if is_expert else parallel.tensor_parallel_size
+    shape = list(mapping.shape)
     if is_expert:
-        count, out, width = mapping.shape
-        global_shape = [count, width, out]
+        shape[1:] = reversed(shape[1:])
+        global_shape = tuple(shape)
+        shape[0] //= parallel.expert_parallel_size
         split_dim = -2 if module == "down_proj" else -1
     else:
-        global_shape = list(mapping.shape)
+        global_shape = tuple(shape)
         split_dim = -2 if module in _BY_ROWS else -1 if module in _BY_COLUMNS else 0
-    shape = list(global_shape)
-    if is_expert:
-        shape[0] //= parallel.expert_parallel_size
+    tp_mode = "replicated"
     if split_dim:
         shape[split_dim] //= num_slices
-    tp_mode = (
-        "unsharded"
-        if num_slices == 1 or (split_dim == -2 and rule.head_rows)
-        else "sharded"
-        if split_dim
-        else "replicated"
-    )
+        tp_mode = "sharded"
+    if num_slices == 1 or (split_dim == -2 and rule.head_rows):
+        tp_mode = "unsharded"
     is_tied = mapping.key == EMBEDDING and model_config.tie_word_embeddings and parallel.pipeline_parallel_size > 1
     columns = shape[-1] if len(shape) > 1 else 1
     return PlannedParam(
         key=mapping.key,
-        global_shape=tuple(global_shape),
+        global_shape=global_shape,
         rule=rule,
         spec=ParamSpec(index, columns, tuple(_block_rows(mapping, rule, shape)), rule.algorithm == "muon", is_tied),
         tp_mode=tp_mode,

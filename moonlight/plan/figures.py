@@ -1,6 +1,5 @@
 """Numbers of a plan by name, for `--json` and for the tables: bytes, FLOPs and seconds."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +11,15 @@ from moonlight.plan.speed import bubble_fraction
 RESERVE = 0.06
 """Fraction of a GPU's memory to leave free for what the plan does not model."""
 
+LAYOUT_KEYS = {
+    "TP": "tensor_parallel_size",
+    "PP": "pipeline_parallel_size",
+    "VPP": "virtual_pipeline_parallel_size",
+    "EP": "expert_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+}
+"""Short name -> key of the recipe's section `parallel`."""
+
 COMM_KINDS = ("gradients", "weights", "matrices", "slices", "dispatch", "expert slices", "pipeline")
 """Kinds of communication."""
 
@@ -19,32 +27,21 @@ COMM_KINDS = ("gradients", "weights", "matrices", "slices", "dispatch", "expert 
 def describe_layout(plan: RunPlan) -> str:
     """Return one line with the layout's parallel sizes and micro-batches."""
     parallel = plan.config.parallel
-    names = {
-        "TP": parallel.tensor_parallel_size,
-        "PP": parallel.pipeline_parallel_size,
-        "VPP": parallel.virtual_pipeline_parallel_size,
-        "EP": parallel.expert_parallel_size,
-        "ETP": parallel.expert_tensor_parallel_size,
-    }
-    sizes = " ".join(f"{name}{size}" for name, size in names.items())
+    sizes = " ".join(f"{name}{getattr(parallel, key)}" for name, key in LAYOUT_KEYS.items())
     return (
         f"{sizes}, data parallel {parallel.data_parallel_size(plan.world_size)}, "
         f"{plan.stages[0].num_micro_batches} micro-batches of {plan.config.train.micro_batch_size} a step"
     )
 
 
-def rank_comm_bytes(plan: RunPlan, name: str) -> Callable[[int], CommBytes]:
-    """Return a function from rank to the bytes of one of COMM_KINDS that the rank sends and receives in a step."""
-
-    def comm_bytes(rank: int) -> CommBytes:
-        cost = plan.ranks[rank]
-        if name == "matrices":
-            return cost.optimizer_cost.matrices + cost.dense.slices + cost.expert.slices
-        if name in ("gradients", "weights"):
-            return getattr(cost.optimizer_cost, name)
-        return plan.rank_stage(rank).comm_bytes[name]
-
-    return comm_bytes
+def rank_comm_bytes(plan: RunPlan, name: str, rank: int) -> CommBytes:
+    """Return the bytes of one of COMM_KINDS that a rank sends and receives in a step."""
+    cost = plan.ranks[rank]
+    if name == "matrices":
+        return cost.optimizer_cost.matrices + cost.dense.slices + cost.expert.slices
+    if name in ("gradients", "weights"):
+        return getattr(cost.optimizer_cost, name)
+    return plan.rank_stage(rank).comm_bytes[name]
 
 
 def exchange_comm_bytes(plan: RunPlan) -> tuple[float, float]:
@@ -62,7 +59,7 @@ def plan_to_json(plan: RunPlan) -> dict[str, Any]:
     counts = count_parameters(config.model)
     peak_memory = plan.memories[plan.peak_rank]
     newton_schulz_flops = [cost.newton_schulz_flops for cost in plan.ranks]
-    comm_bytes = {name: [rank_comm_bytes(plan, name)(rank) for rank in range(len(plan.ranks))] for name in COMM_KINDS}
+    comm_bytes = {name: [rank_comm_bytes(plan, name, rank) for rank in range(len(plan.ranks))] for name in COMM_KINDS}
     dense, expert = exchange_comm_bytes(plan)
 
     def memory_to_json(memory: MemoryBreakdown) -> dict[str, float]:

@@ -92,18 +92,16 @@ class RankCost:
 def largest(costs: Sequence[GroupRankCost]) -> GroupRankCost:
     """Return the maximum over ranks of each communication cost and of Newton-Schulz; other costs are 0."""
 
-    def larger(comm_bytes: Iterable[CommBytes]) -> CommBytes:
-        values = list(comm_bytes)
-        return CommBytes(max(value.sent for value in values), max(value.received for value in values))
+    def larger(comm_bytes: list[CommBytes]) -> CommBytes:
+        return CommBytes(max(value.sent for value in comm_bytes), max(value.received for value in comm_bytes))
 
-    optimizer_cost = OptimizerCost(
-        larger(cost.optimizer_cost.gradients for cost in costs),
-        larger(cost.optimizer_cost.matrices for cost in costs),
-        larger(cost.optimizer_cost.weights for cost in costs),
-    )
     return GroupRankCost(
-        optimizer_cost,
-        larger(cost.slices for cost in costs),
+        OptimizerCost(
+            larger([cost.optimizer_cost.gradients for cost in costs]),
+            larger([cost.optimizer_cost.matrices for cost in costs]),
+            larger([cost.optimizer_cost.weights for cost in costs]),
+        ),
+        larger([cost.slices for cost in costs]),
         newton_schulz_flops=max(cost.newton_schulz_flops for cost in costs),
     )
 
@@ -225,20 +223,18 @@ def _buffers(bucket_sizes: Sequence[Sequence[int]], config: RunConfig) -> list[l
     The first two are maxima over MAX_IN_FLIGHT consecutive rounds. A gradient round sends all rows and receives the
     rank's rows from every rank. A weight round sends the rank's rows to every other rank and receives all other rows.
     """
-    num_ranks, weight = len(bucket_sizes[0]), weight_bytes(config)
+    num_ranks = len(bucket_sizes[0])
     by_bucket = [[sizes for _, sizes in comm_rounds(bucket)] for bucket in bucket_sizes]
     backward_order = [sizes for bucket in by_bucket for sizes in bucket]
     forward_order = [sizes for bucket in reversed(by_bucket) for sizes in bucket]
     gradients, weights, first = ([0.0] * num_ranks for _ in range(3))
-    for order, maxima in ((backward_order, gradients), (forward_order, weights)):
+    for order, maxima, element, copies in (
+        (backward_order, gradients, gradient_bytes(config), num_ranks),
+        (forward_order, weights, weight_bytes(config), num_ranks - 2),
+    ):
         totals = [sum(sizes) for sizes in order]
         for rank in range(num_ranks):
-            if order is backward_order:
-                round_bytes = [
-                    gradient_bytes(config) * (t + num_ranks * s[rank]) for t, s in zip(totals, order, strict=True)
-                ]
-            else:
-                round_bytes = [weight * (t + (num_ranks - 2) * s[rank]) for t, s in zip(totals, order, strict=True)]
+            round_bytes = [element * (t + copies * s[rank]) for t, s in zip(totals, order, strict=True)]
             maxima[rank] = max(sum(round_bytes[i : i + MAX_IN_FLIGHT]) for i in range(len(round_bytes)))
             first[rank] = sum(round_bytes[:MAX_IN_FLIGHT])
     return [gradients, weights, first]
@@ -267,8 +263,7 @@ def _matrices(
         for peer_work in work:
             peer_work.add(shape, count, is_local=is_local)
 
-    in_order = sorted(homed, key=lambda shard: (shard.param_index, shard.start))
-    for shard in in_order:
+    for shard in sorted(homed, key=lambda shard: (shard.param_index, shard.start)):
         add(by_index[shard.param_index], shard.matrix_rows, 1, is_local=False)
     replicated = 0
     for shard in sorted(owned, key=lambda shard: (shard.param_index, shard.start)):
@@ -283,8 +278,7 @@ def _matrices(
             for peer_work in work:
                 peer_work.sharded_elements += shard.numel
         if not shard.is_split:
-            rows = shard.stop - shard.start
-            add(parameter, shard.matrix_rows, rows // shard.matrix_rows, is_local=True)
+            add(parameter, shard.matrix_rows, (shard.stop - shard.start) // shard.matrix_rows, is_local=True)
     num_peers = num_slices - 1
     sent, received = [[0.0] * num_slices for _ in range(2)]
     element = direction_bytes(config)

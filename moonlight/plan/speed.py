@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from moonlight.config.run import RunConfig
-from moonlight.placement.comm_bytes import CommBytes
 from moonlight.plan.hardware import GPUS_PER_NODE, HardwareModel
 from moonlight.plan.owners import RankCost
 from moonlight.plan.stages import PipelineStage
@@ -80,8 +79,9 @@ def step_seconds(
     count = stages[0].num_micro_batches
     forward, backward = busy / count / 3, busy / count * 2 / 3
 
-    def data_parallel(dense: CommBytes, expert: CommBytes) -> float:
-        """Return the sum of both times: dense and expert parameters share the network."""
+    def exchange(rank: RankCost, kind: str) -> float:
+        """Return the time of one kind of bytes of dense and of expert parameters, which share the network."""
+        dense, expert = (getattr(part.optimizer_cost, kind) for part in (rank.dense, rank.expert))
         return machine.comm_seconds(dense, stage_size // tp, tp) + machine.comm_seconds(
             expert, stage_size // (etp * ep), etp * ep
         )
@@ -94,21 +94,13 @@ def step_seconds(
         pipeline=max(
             machine.comm_seconds(stage.comm_bytes["pipeline"], min(num_stages, 2), stride) for stage in stages
         ),
-        gradients=max(
-            max(
-                0.0, data_parallel(rank.dense.optimizer_cost.gradients, rank.expert.optimizer_cost.gradients) - backward
-            )
-            for rank in stage_maxima
-        ),
+        gradients=max(0.0, *(exchange(rank, "gradients") - backward for rank in stage_maxima)),
         newton_schulz=machine.arithmetic_seconds(newton_schulz_flops),
         matrices=max(
-            data_parallel(rank.dense.optimizer_cost.matrices, rank.expert.optimizer_cost.matrices)
+            exchange(rank, "matrices")
             + machine.comm_seconds(rank.dense.slices, tp, 1)
             + machine.comm_seconds(rank.expert.slices, etp, 1)
             for rank in stage_maxima
         ),
-        weights=max(
-            max(0.0, data_parallel(rank.dense.optimizer_cost.weights, rank.expert.optimizer_cost.weights) - forward)
-            for rank in stage_maxima
-        ),
+        weights=max(0.0, *(exchange(rank, "weights") - forward for rank in stage_maxima)),
     )

@@ -60,6 +60,8 @@ def make_stages(config: RunConfig, world_size: int, global_batch_size: int) -> l
         is_last = index == num_stages - 1
         activations, in_flight = stage_activations(config, index, count)
         flops = sum(layer_flops[layer] for layer in layers) + (head_flops if is_last else 0)
+        recomputed = sum(_recompute_flops(config, layer_flops[layer]) for layer in layers)
+        num_routers = sum(parameter.key.endswith("router.weight") for parameter in parameters)
         stages.append(
             PipelineStage(
                 index=index,
@@ -68,18 +70,14 @@ def make_stages(config: RunConfig, world_size: int, global_batch_size: int) -> l
                 num_elements=num_elements,
                 weights=num_elements * weight_bytes(config),
                 gradient_sums=num_elements * gradient_bytes(config),
-                buffers=sum(p.key.endswith("router.weight") for p in parameters)
-                * (2 * model_config.num_experts + 1)
-                * 4,
+                buffers=4 * (2 * model_config.num_experts + 1) * num_routers,
                 num_micro_batches=count,
                 micro_batches_in_flight=in_flight,
                 activations=activations,
                 loss=loss_workspace(config, token_counts(config)) if is_last else 0.0,
                 comm_bytes=stage_comm_bytes(config, index, count),
                 flops=num_tokens * flops / tp,
-                recomputed_flops=num_tokens
-                * sum(_recompute_flops(config, layer_flops[layer]) for layer in layers)
-                / tp,
+                recomputed_flops=num_tokens * recomputed / tp,
             )
         )
     return stages

@@ -5,10 +5,9 @@ The search estimates every layout with means over ranks, then plans the fastest 
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
-from moonlight.config.parallel import ParallelConfig
 from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.placement.comm_bytes import weight_bytes
@@ -60,17 +59,16 @@ def suggest(config: RunConfig, world_size: int, machine: HardwareModel) -> Sugge
     possible = [layout for layout in layouts if layout is not None]
     reasons: Counter[str] = Counter()
     num_sizes = len(MICRO_BATCH_SIZES)
-    reasons["the model's heads, widths, experts or layers are not divisible"] = (
-        len(layouts) - len(possible)
-    ) * num_sizes
+    num_impossible = (len(layouts) - len(possible)) * num_sizes
+    reasons["the model's heads, widths, experts or layers are not divisible"] = num_impossible
     estimates: list[RunPlan] = []
     for layout in possible:
-        if not _divides(layout.parallel, world_size):
+        if not _accepts(layout.parallel.data_parallel_size, world_size):
             reasons[f"the sizes do not divide {world_size:,} GPUs"] += num_sizes
             continue
         for size in MICRO_BATCH_SIZES:
             candidate = replace(layout, train=replace(config.train, micro_batch_size=size))
-            if not _batches_divide(candidate, world_size):
+            if not _accepts(candidate.check_batches, world_size):
                 reasons["a batch is no multiple of micro-batch size x data-parallel size (x stages, interleaved)"] += 1
                 continue
             estimates.append(estimate_plan(candidate, world_size, machine))
@@ -80,10 +78,8 @@ def suggest(config: RunConfig, world_size: int, machine: HardwareModel) -> Sugge
             f"{', '.join(map(str, _nearby(config, possible, world_size))) or 'none'}"
         )
     usable_bytes = machine.memory_bytes * (1 - RESERVE)
-    fitting = sorted(
-        (estimate for estimate in estimates if _peak(estimate) <= usable_bytes),
-        key=lambda estimate: estimate.seconds.total,
-    )
+    fitting = [estimate for estimate in estimates if _peak(estimate) <= usable_bytes]
+    fitting.sort(key=lambda estimate: estimate.seconds.total)
     best: list[RunPlan] = []
     for index, estimate in enumerate(fitting):
         if index >= MAX_EXACT and best:
@@ -150,17 +146,9 @@ def _layouts(config: RunConfig) -> Iterator[RunConfig | None]:
             yield layout if aligned and tp <= GPUS_PER_NODE else None
 
 
-def _divides(parallel: ParallelConfig, world_size: int) -> bool:
+def _accepts(check: Callable[[int], object], world_size: int) -> bool:
     try:
-        parallel.data_parallel_size(world_size)
-    except UserError:
-        return False
-    return True
-
-
-def _batches_divide(config: RunConfig, world_size: int) -> bool:
-    try:
-        config.check_batches(world_size)
+        check(world_size)
     except UserError:
         return False
     return True
@@ -171,7 +159,7 @@ def _nearby(config: RunConfig, possible: list[RunConfig], world_size: int) -> li
     smallest = [replace(layout, train=replace(config.train, micro_batch_size=1)) for layout in possible]
 
     def works(count: int) -> bool:
-        return any(_divides(layout.parallel, count) and _batches_divide(layout, count) for layout in smallest)
+        return any(_accepts(layout.check_batches, count) for layout in smallest)
 
     below = (count for count in range(world_size - 1, max(0, world_size - MAX_GPU_DISTANCE), -1) if works(count))
     above = (count for count in range(world_size + 1, world_size + MAX_GPU_DISTANCE) if works(count))

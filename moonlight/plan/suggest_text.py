@@ -8,7 +8,7 @@ from rich.table import Table
 from moonlight.config.run import RunConfig
 from moonlight.errors import UserError
 from moonlight.plan.build import RunPlan, make_plan
-from moonlight.plan.figures import RESERVE, describe_layout
+from moonlight.plan.figures import LAYOUT_KEYS, RESERVE, describe_layout
 from moonlight.plan.speed import bubble_fraction
 from moonlight.plan.suggest import Suggestions
 from moonlight.plan.text import NARROW, fit_text, format_bytes, format_seconds, num_gpus
@@ -22,13 +22,12 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
     machine = suggestions.machine
     console.print(
         f"{suggestions.config.name} on {num_gpus(suggestions.world_size, machine.name)}: "
-        f"{suggestions.num_fitting:,} of "
-        f"{suggestions.num_layouts:,} layouts fit\nmemory: at most {1 - RESERVE:.0%} of "
-        f"{format_bytes(machine.memory_bytes)}; time: estimated, "
-        f"arithmetic at {machine.efficiency:g} of peak FLOP/s",
+        f"{suggestions.num_fitting:,} of {suggestions.num_layouts:,} layouts fit\n"
+        f"memory: at most {1 - RESERVE:.0%} of {format_bytes(machine.memory_bytes)}; "
+        f"time: estimated, arithmetic at {machine.efficiency:g} of peak FLOP/s",
         highlight=False,
     )
-    columns = ("TP", "PP", "VPP", "EP", "ETP", "micro-batch", "step", "tokens/s", "days", "bubble", "memory")
+    columns = (*LAYOUT_KEYS, "micro-batch", "step", "tokens/s", "days", "bubble", "memory")
     table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in table.columns:
         column.justify = "right"
@@ -39,9 +38,11 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
     console.print()
     if recipe_text := recipe_layout_text(suggestions):
         console.print(recipe_text, highlight=False, soft_wrap=True)
-    settings = " ".join(changed_overrides(suggestions.best[0], suggestions.config))
+    recipe_overrides = overrides(suggestions.config)
+    changed = [override for override in overrides(suggestions.best[0].config) if override not in recipe_overrides]
+    settings = " ".join(changed) or "those of the recipe"
     # One line of any length, to copy.
-    console.print(f"settings of the first layout: {settings or 'those of the recipe'}", highlight=False, soft_wrap=True)
+    console.print(f"settings of the first layout: {settings}", highlight=False, soft_wrap=True)
     console.print("TP, PP, VPP, EP, ETP: tensor, pipeline, virtual pipeline, expert, expert-tensor parallel size")
     console.print("\nexcluded layouts, by reason:", highlight=False)
     reasons = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -53,22 +54,8 @@ def print_suggestions(suggestions: Suggestions, console: Console | None = None) 
 
 def overrides(config: RunConfig) -> list[str]:
     """Return the overrides that select this layout, in the form `key=value`."""
-    parallel = config.parallel
-    names = (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "virtual_pipeline_parallel_size",
-        "expert_parallel_size",
-        "expert_tensor_parallel_size",
-    )
-    return [f"parallel.{name}={getattr(parallel, name)}" for name in names] + [
-        f"train.micro_batch_size={config.train.micro_batch_size}"
-    ]
-
-
-def changed_overrides(plan: RunPlan, config: RunConfig) -> list[str]:
-    """Return the overrides of the plan's layout that differ from the recipe."""
-    return [override for override in overrides(plan.config) if override not in overrides(config)]
+    sizes = [f"parallel.{key}={getattr(config.parallel, key)}" for key in LAYOUT_KEYS.values()]
+    return [*sizes, f"train.micro_batch_size={config.train.micro_batch_size}"]
 
 
 def recipe_layout_text(suggestions: Suggestions) -> str:
@@ -105,17 +92,10 @@ def suggestions_to_json(suggestions: Suggestions) -> dict[str, Any]:
 
 
 def _cells(plan: RunPlan) -> list[str]:
-    parallel, seconds = plan.config.parallel, plan.seconds.total
-    sizes = (
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.virtual_pipeline_parallel_size,
-        parallel.expert_parallel_size,
-        parallel.expert_tensor_parallel_size,
-        plan.config.train.micro_batch_size,
-    )
+    seconds = plan.seconds.total
     return [
-        *map(str, sizes),
+        *(str(getattr(plan.config.parallel, key)) for key in LAYOUT_KEYS.values()),
+        str(plan.config.train.micro_batch_size),
         format_seconds(seconds),
         f"{plan.tokens_per_step / seconds:,.0f}",
         f"{plan.total_seconds / 86400:,.2f}",

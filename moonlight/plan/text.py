@@ -124,22 +124,14 @@ def summary(plan: RunPlan) -> list[str]:
 def _memory_table(plan: RunPlan) -> Table:
     peak_memory, mean = plan.memories[plan.peak_rank], mean_memory(plan.memories)
     stage = plan.rank_stage(plan.peak_rank)
-    values = {
-        "micro_batches": _count(
-            stage.micro_batches_in_flight,
-            "micro-batch" if plan.config.parallel.virtual_pipeline_parallel_size == 1 else "micro-batch of a chunk",
-        ),
-        "stage": stage.index,
-    }
+    count = stage.micro_batches_in_flight
+    chunks = " of a chunk" * (plan.config.parallel.virtual_pipeline_parallel_size > 1)
+    values = {"micro_batches": f"{count} micro-batch{'es' * (count != 1)}{chunks}", "stage": stage.index}
     table = _table("memory of a rank", f"most loaded, rank {plan.peak_rank:,}", "mean", "")
     for name, description in MEMORY_PARTS.items():
         if getattr(mean, name):
-            table.add_row(
-                name.replace("_", " "),
-                format_bytes(getattr(peak_memory, name)),
-                format_bytes(getattr(mean, name)),
-                description.format(**values),
-            )
+            numbers = (format_bytes(getattr(memory, name)) for memory in (peak_memory, mean))
+            table.add_row(name.replace("_", " "), *numbers, description.format(**values))
     mean_peak = sum(memory.peak for memory in plan.memories) / len(plan.memories)
     table.add_row("peak", format_bytes(peak_memory.peak), format_bytes(mean_peak), _parts_of_peak(plan))
     return table
@@ -156,14 +148,12 @@ def _parts_of_peak(plan: RunPlan) -> str:
 def _comm_table(plan: RunPlan) -> Table:
     table = _table("network bytes", "most loaded", "mean", "of a step, sent or received, the larger")
     for name, description in COMM_PARTS.items():
-        comm_bytes = rank_comm_bytes(plan, name)
-        by_rank = [comm_bytes(rank).larger for rank in range(len(plan.ranks))]
+        by_rank = [rank_comm_bytes(plan, name, rank).larger for rank in range(len(plan.ranks))]
         if max(by_rank):
             table.add_row(name, format_bytes(max(by_rank)), format_bytes(sum(by_rank) / len(by_rank)), description)
-        if name == "weights" and max(by_rank):
-            dense, expert = exchange_comm_bytes(plan)
-            table.add_row("  of dense parameters", format_bytes(dense), "", "gradients and weights together")
-            table.add_row("  of experts", format_bytes(expert), "", "gradients and weights together")
+            if name == "weights":
+                for group, exchanged in zip(("dense parameters", "experts"), exchange_comm_bytes(plan), strict=True):
+                    table.add_row(f"  of {group}", format_bytes(exchanged), "", "gradients and weights together")
     return table
 
 
@@ -171,24 +161,15 @@ def _seconds_table(plan: RunPlan) -> Table:
     seconds = plan.seconds
     table = _table("seconds of a step", f"batch {plan.global_batch_size:,}", "fraction", "")
     bubble = bubble_fraction(plan.config, plan.stages[0].num_micro_batches)
-    values = {"bubble": bubble, "efficiency": plan.machine.efficiency}
     for name, description in SECONDS_PARTS.items():
         value = getattr(seconds, name)
         if value or name in ("gradients", "weights"):
-            fraction = f"{value / seconds.total:.2%}"
-            table.add_row(
-                name.replace("_", "-" if name.startswith("n") else " "),
-                format_seconds(value),
-                fraction,
-                description.format(**values),
-            )
-    table.add_row("step", format_seconds(seconds.total), "", _speed(plan))
+            text = description.format(bubble=bubble, efficiency=plan.machine.efficiency)
+            table.add_row(name.replace("_", "-"), format_seconds(value), f"{value / seconds.total:.2%}", text)
+    rate = plan.tokens_per_step / seconds.total
+    speed = f"{rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a GPU"
+    table.add_row("step", format_seconds(seconds.total), "", speed)
     return table
-
-
-def _speed(plan: RunPlan) -> str:
-    rate = plan.tokens_per_step / plan.seconds.total
-    return f"{rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a GPU"
 
 
 def conclusions(plan: RunPlan) -> list[str]:
@@ -199,7 +180,7 @@ def conclusions(plan: RunPlan) -> list[str]:
     stage = plan.rank_stage(flops_by_rank.index(largest))
     batches = plan.timeline.steps_by_batch_size()
     steps = ", ".join(f"{count:,} steps of {size:,}" for size, count in batches.items())
-    lines = [
+    return [
         f"Newton-Schulz: {largest:.3g} FLOPs on the most loaded rank, {largest / (stage.flops + largest):.3%} of its "
         "step" + (f" and {largest / mean:.2f} times the mean" if mean else "; no matrices"),
         f"entire run: {format_duration(plan.total_seconds)} ({steps} sequences)",
@@ -210,7 +191,6 @@ def conclusions(plan: RunPlan) -> list[str]:
         f"{gpu.node_bytes_per_second / 1e9:g} GB/s in a node of 8 GPUs,",
         f"{gpu.network_bytes_per_second / 1e9:g} GB/s per GPU between nodes; docs/planning.md lists the limits",
     ]
-    return lines
 
 
 def fit_text(plan: RunPlan) -> str:
@@ -219,29 +199,23 @@ def fit_text(plan: RunPlan) -> str:
     if peak > memory_bytes:
         return (
             f"DOES NOT FIT: the most loaded rank needs {format_bytes(peak)}, {format_bytes(peak - memory_bytes)} more "
-            f"than the {format_bytes(memory_bytes)} of a GPU; "
-            "use --suggest to search for a layout that fits"
+            f"than the {format_bytes(memory_bytes)} of a GPU; use --suggest to search for a layout that fits"
         )
     if peak > memory_bytes * (1 - RESERVE):
         return (
             f"FITS BARELY: the most loaded rank needs {format_bytes(peak)} of {format_bytes(memory_bytes)}; "
-            f"leave {RESERVE:.0%} free for memory that the "
-            "plan does not model"
+            f"leave {RESERVE:.0%} free for memory that the plan does not model"
         )
     return f"fits: the most loaded rank needs {format_bytes(peak)} of {format_bytes(memory_bytes)}"
 
 
 def _table(*columns: str) -> Table:
     table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns[:3]:
+        column.no_wrap = True
     for column in table.columns[1:3]:
         column.justify = "right"
-        column.no_wrap = True
-    table.columns[0].no_wrap = True
     return table
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun.replace('micro-batch', 'micro-batches')}"
 
 
 def ranges(ranks: Sequence[int]) -> str:

@@ -63,11 +63,8 @@ def summary_figures(history: RunHistory) -> list[SummaryFigure]:
     figures.append(SummaryFigure("tokens", format_number(tokens), f"{tokens:,.0f}" if tokens is not None else ""))
     figures.append(SummaryFigure("time in steps", duration(metrics.seconds), _wall_time(history)))
     if metrics.seconds:
-        figures.append(
-            SummaryFigure(
-                "speed", f"{format_number(metrics.timed_tokens / metrics.seconds)} tokens/s", _utilization(metrics)
-            )
-        )
+        speed = f"{format_number(metrics.timed_tokens / metrics.seconds)} tokens/s"
+        figures.append(SummaryFigure("speed", speed, _utilization(metrics)))
     num_recent = min(RECENT, metrics.num_steps)
     figures.append(
         SummaryFigure("training loss", format_number(metrics.recent_loss, 4), f"mean of the last {num_recent} steps")
@@ -78,11 +75,8 @@ def summary_figures(history: RunHistory) -> list[SummaryFigure]:
         ("bits_per_byte/held_out", "bits per byte"),
     ):
         if key in metrics.points and (newest := metrics.points[key].last) is not None:
-            figures.append(
-                SummaryFigure(
-                    label, format_number(newest[1], 4), f"after step {newest[0]:,}{_held_out_scope(history, key)}"
-                )
-            )
+            note = f"after step {newest[0]:,}{_held_out_scope(history, key)}"
+            figures.append(SummaryFigure(label, format_number(newest[1], 4), note))
     figures.append(_restarts(history, metrics))
     if history.config is not None:
         counts = count_parameters(history.config.model)
@@ -153,11 +147,10 @@ def environment(histories: Sequence[RunHistory]) -> TextTable | None:
         if starts:
             newest = starts[-1]
             row = {"newest start": format_time(newest.get("time"))}
-            row |= {
-                key if name == "" else f"{name}{key}": value
-                for name, tree in (("", _pick(newest, "host", "world_size")), ("layout: ", newest.get("layout")))
-                for key, value in (flatten_items(tree) if tree else [])
-            }
+            if machine := {key: newest[key] for key in ("host", "world_size") if key in newest}:
+                row |= dict(flatten_items(machine))
+            if newest.get("layout"):
+                row |= {f"layout: {key}": value for key, value in flatten_items(newest["layout"])}
             environments = [event.get("environment") for event in starts]
             if environments[-1]:
                 row |= dict(flatten_items(environments[-1]))
@@ -199,7 +192,3 @@ def _side_by_side(histories: Sequence[RunHistory], rows: Sequence[dict[str, str]
     cells = [(key, *(row.get(key, "–") for row in rows)) for key in islice(keys, MAX_ROWS)]
     head = (corner, *(history.name for history in histories)) if len(histories) > 1 else (corner, "")
     return TextTable(head, cells) if cells else None
-
-
-def _pick(tree: dict[str, object], *keys: str) -> dict[str, object]:
-    return {key: tree[key] for key in keys if key in tree}

@@ -103,16 +103,12 @@ def _load_recipe(history: RunHistory) -> None:
         recipe = yaml.safe_load(text)
         if not isinstance(recipe, dict):
             raise ValueError("not a mapping")
-    except OSError as error:
-        history.warnings.append(
-            f"{path} cannot be read ({error.strerror}): the page has no recipe and numbers expert layers from 0"
-        )
-        return
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:150]
-        history.warnings.append(
-            f"{path} is corrupt ({reason}): the page has no recipe and numbers expert layers from 0"
-        )
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError):
+            problem = f"cannot be read ({error.strerror})"
+        else:
+            problem = f"is corrupt ({' '.join(str(error).split())[:150]})"
+        history.warnings.append(f"{path} {problem}: the page has no recipe and numbers expert layers from 0")
         return
     history.recipe_text, history.recipe = text, recipe
     try:

@@ -19,7 +19,7 @@ def report(folders: Sequence[Path], out: Path | None) -> Path:
     """Write the page about the runs of `folders`.
 
     Args:
-        out: file to write; by default report.html in the folder of a single run, else in the current folder.
+        out: file to write; by default report.html in the folder of a single run, otherwise in the current folder.
 
     Returns:
         The path of the page.

@@ -12,7 +12,7 @@ from moonlight.studies.ablation import Ablation
 from moonlight.studies.ablation_text import Outcomes
 from moonlight.studies.measured import Measured
 from moonlight.studies.outcome import VariantResult, curve_differences
-from moonlight.studies.scaling_picture import new_figure
+from moonlight.studies.scaling_picture import mark_rates, new_figure
 
 COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#5f6b73", "#17a2b8", "#a0522d")
 PLOTTED_KINDS = ("attention query", "MLP")
@@ -47,7 +47,7 @@ def _losses_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes) -> N
             means[number] = fmean(values)
             axes.plot([number] * len(values), values, "o", color=COLORS[0], markersize=4, alpha=0.6)
     axes.plot(sorted(means), [means[number] for number in sorted(means)], color=COLORS[0], label="mean of seeds")
-    _name_numbers(axes, ablation)
+    mark_rates(axes, ablation.numbers.values(), ablation.varied)
     axes.set_ylabel("held-out loss (nats per token)")
 
 
@@ -64,7 +64,7 @@ def _weights_over_numbers(axes: Any, ablation: Ablation, outcomes: Outcomes, wei
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    _name_numbers(axes, ablation)
+    mark_rates(axes, ablation.numbers.values(), ablation.varied)
     axes.set_ylabel("RMS of the weights at the end")
 
 
@@ -72,15 +72,6 @@ def _mean_rms(outcome: VariantResult, weight_rms: Measured, kind: str) -> float:
     """Return the mean over seeds; 0 if a seed was not measured."""
     values = [weight_rms.get(run.point.name, {}).get(kind, 0.0) for run in outcome.runs.values()]
     return fmean(values) if all(values) else 0.0
-
-
-def _name_numbers(axes: Any, ablation: Ablation) -> None:
-    numbers = list(ablation.numbers.values())
-    if numbers[0] > 0:
-        axes.set_xscale("log")
-        axes.set_xticks([], minor=True)
-    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
-    axes.set_xlabel(ablation.varied)
 
 
 def _curves(axes: Any, outcomes: Outcomes, colors: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from moonlight.studies.ablation import Ablation, AblationRun
 from moonlight.studies.grid import on_edge
 from moonlight.studies.measured import Measured
 from moonlight.studies.outcome import VariantResult, curve_differences, loss_differences
-from moonlight.studies.results import StudyResult, losses
+from moonlight.studies.results import StudyResult, losses, markdown_table
 from moonlight.studies.weights import KINDS
 
 Outcomes = Mapping[str, VariantResult]
@@ -22,7 +22,7 @@ def loss_table(ablation: Ablation, outcomes: Outcomes) -> str:
     """Return a Markdown table of every variant and learning rate, with the best of several rates in bold."""
     baseline = outcomes[ablation.baseline]
     header = ["variant", "learning rate", "held-out loss", *(f"seed {seed}" for seed in ablation.seeds)]
-    lines = _rows([*header, "difference from the baseline", "seconds of a run"])
+    rows = []
     for variant, outcome in outcomes.items():
         for rate, runs in outcome.by_rate.items():
             mean = _loss(outcome.mean(rate))
@@ -30,8 +30,8 @@ def loss_table(ablation: Ablation, outcomes: Outcomes) -> str:
             cells = [variant, f"{rate:g}", f"**{mean}**" if rate == outcome.best and len(ablation.rates) > 1 else mean]
             cells += [_loss(runs[seed].loss) if seed in runs else "" for seed in ablation.seeds]
             cells.append("baseline" if is_baseline else _spread(loss_differences(runs, baseline.runs)))
-            lines += _rows([*cells, f"{fmean(run.seconds for run in runs.values()):.0f}"], is_header=False)
-    return "\n".join(lines)
+            rows.append([*cells, f"{fmean(run.seconds for run in runs.values()):.0f}"])
+    return markdown_table([*header, "difference from the baseline", "seconds of a run"], rows)
 
 
 def _loss(value: float | None) -> str:
@@ -45,16 +45,12 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):+.4f}" + (f" [{min(values):+.4f}, {max(values):+.4f}]" if len(values) > 1 else "")
 
 
-def _rows(cells: Sequence[str], *, is_header: bool = True) -> list[str]:
-    return [f"| {' | '.join(cells)} |", *(["|" + "---|" * len(cells)] if is_header else [])]
-
-
 def course_table(ablation: Ablation, outcomes: Outcomes) -> str:
     """Return a table of training loss minus the baseline's over parts of the run, and of where it changes sign.
 
     The sign is that of the mean over a tenth of the run. The table is empty without curves.
     """
-    lines = []
+    rows = []
     for variant, outcome in outcomes.items():
         curves = curve_differences(outcome.runs, outcomes[ablation.baseline].runs)
         if variant != ablation.baseline and curves and len(curves[0][0]) >= TENTHS:
@@ -66,10 +62,9 @@ def course_table(ablation: Ablation, outcomes: Outcomes) -> str:
             changes = [
                 tokens[stop - 1] / 1e6 for (stop, mean), (_, next_mean) in pairwise(tenths) if mean * next_mean < 0
             ]
-            changes_text = ", ".join(f"{millions:.2f}" for millions in changes) or "never"
-            lines += _rows([variant, *parts, changes_text], is_header=False)
+            rows.append([variant, *parts, ", ".join(f"{millions:.2f}" for millions in changes) or "never"])
     header = ["variant", *(f"{100 * part // PARTS} to {100 * (part + 1) // PARTS}%" for part in range(PARTS))]
-    return "\n".join([*_rows([*header, "changes sign at (million tokens)"]), *lines]) if lines else ""
+    return markdown_table([*header, "changes sign at (million tokens)"], rows) if rows else ""
 
 
 def _parts(length: int, count: int) -> list[slice]:
@@ -102,10 +97,11 @@ def _matrices_table(
     shown = [name for name in columns if any(name in values for values in means.values())]
     if not shown:
         return ""
-    lines = _rows(["variant", *(name.replace("_", " ") for name in shown)])
-    for variant, values in means.items():
-        lines += _rows([variant, *(f"{values[name]:.4f}" if name in values else "" for name in shown)], is_header=False)
-    return f"{title}:\n\n" + "\n".join(lines)
+    rows = [
+        [variant, *(f"{values[name]:.4f}" if name in values else "" for name in shown)]
+        for variant, values in means.items()
+    ]
+    return f"{title}:\n\n" + markdown_table(["variant", *(name.replace("_", " ") for name in shown)], rows)
 
 
 def verdict(ablation: Ablation, outcomes: Outcomes) -> str:

@@ -93,10 +93,10 @@ def interval(values: np.ndarray) -> Interval:
 
 
 def least_squares(log_flops: np.ndarray, log_losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return intercepts and slopes, each [...], of lines through the points [..., points]."""
-    mean_x, mean_y = log_flops.mean(-1, keepdims=True), log_losses.mean(-1, keepdims=True)
+    """Return intercepts and slopes, each [...], of lines through the points [..., points]; NaN is a missing point."""
+    mean_x, mean_y = np.nanmean(log_flops, -1, keepdims=True), np.nanmean(log_losses, -1, keepdims=True)
     centered = log_flops - mean_x
-    slope = (centered * (log_losses - mean_y)).sum(-1) / (centered**2).sum(-1)
+    slope = np.nansum(centered * (log_losses - mean_y), -1) / np.nansum(centered**2, -1)
     return mean_y[..., 0] - slope * mean_x[..., 0], slope
 
 
@@ -173,22 +173,12 @@ def _fit_laws(
         for index, size in enumerate(sizes):
             if size in by_size:
                 mask = drawn == index
-                values = np.array(by_size[size].losses)
-                drawn_losses = values[generator.integers(len(values), size=(int(mask.sum()), len(values)))]
-                drawn_x[mask], drawn_y[mask] = np.log(by_size[size].flops / PFLOPS_DAY), np.log(drawn_losses.mean(-1))
-        drawn_log_a, drawn_b = _masked_least_squares(drawn_x, drawn_y)
+                drawn_x[mask] = np.log(by_size[size].flops / PFLOPS_DAY)
+                drawn_y[mask] = _drawn_log_means(by_size[size], int(mask.sum()), generator)
+        drawn_log_a, drawn_b = least_squares(drawn_x, drawn_y)
         intervals = interval(np.exp(drawn_log_a)), interval(drawn_b)
         laws[name] = ScalingLaw(float(np.exp(log_a)), float(b), *intervals, max_deviation, drawn_log_a, drawn_b)
     return laws
-
-
-def _masked_least_squares(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fit lines like `least_squares`, through [draws, points] with NaN for a missing point."""
-    if not np.isnan(x).any():
-        return least_squares(x, y)
-    mean_x, mean_y = np.nanmean(x, -1, keepdims=True), np.nanmean(y, -1, keepdims=True)
-    slope = np.nansum((x - mean_x) * (y - mean_y), -1) / np.nansum((x - mean_x) ** 2, -1)
-    return mean_y[:, 0] - slope * mean_x[:, 0], slope
 
 
 def _flops_ratio(muon: ScalingLaw, adamw: ScalingLaw, flops: float, muon_range: Interval) -> FlopsRatio:

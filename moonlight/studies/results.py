@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
@@ -123,6 +123,12 @@ def write_results(study: Study[P], results: Mapping[P, StudyResult[P]]) -> None:
     }
     make_folder(study.folder_path)
     write_json(study.folder_path / RESULTS_FILE, content)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def losses(results: Mapping[P, StudyResult[P]]) -> dict[P, float]:

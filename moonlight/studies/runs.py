@@ -9,7 +9,7 @@ from moonlight.config.timeline import RunSchedule
 from moonlight.errors import UserError
 from moonlight.files import folder_lock
 from moonlight.plan.flops import count_parameters
-from moonlight.studies.results import StudyResult, losses, read_results
+from moonlight.studies.results import StudyResult, losses, markdown_table, read_results
 from moonlight.studies.study import P, Study, total_flops, train_flops
 
 T = TypeVar("T")
@@ -31,7 +31,9 @@ def run_and_report(
     Raises:
         UserError: two studies have one folder, results or text are invalid, a GPU is missing, or a run failed.
     """
-    check_folders(studies)
+    counts = Counter(study.folder_path for study in studies)
+    if duplicates := [str(folder) for folder, count in counts.items() if count > 1]:
+        raise UserError(f"two {studies[0].kind}s have the folder {duplicates[0]}: give them different names")
     stored = [read_results(study) for study in studies]
     if dry_run:
         for study, results in zip(studies, stored, strict=True):
@@ -40,7 +42,8 @@ def run_and_report(
     if not run_none:
         from moonlight.studies.train import find_corpus
 
-        check_gpu(studies)
+        for study in studies:
+            _check_gpu(study)
         for study in studies:
             find_corpus(study)
     concluded = {}
@@ -50,20 +53,12 @@ def run_and_report(
     return concluded
 
 
-def check_folders(studies: Sequence[Study]) -> None:
-    """Raise UserError if two studies write to one folder."""
-    counts = Counter(study.folder_path for study in studies)
-    if duplicates := [str(folder) for folder, count in counts.items() if count > 1]:
-        raise UserError(f"two {studies[0].kind}s have the folder {duplicates[0]}: give them different names")
-
-
-def check_gpu(studies: Sequence[Study]) -> None:
-    """Raise UserError if a study needs a GPU and this machine has none."""
-    if gpu_studies := [study for study in studies if study.needs_gpu]:
+def _check_gpu(study: Study) -> None:
+    """Raise UserError if the study needs a GPU and this machine has none."""
+    if study.needs_gpu:
         import torch
 
         if not torch.cuda.is_available():
-            study = gpu_studies[0]
             raise UserError(
                 f"{study.kind} {study.path} needs a GPU and this machine has none: remove it from the command"
             )
@@ -82,18 +77,15 @@ def run_all(study: Study[P]) -> dict[P, StudyResult[P]]:
 
 def plan_text(study: Study[P], results: Mapping[P, StudyResult[P]]) -> str:
     """Return a table of tokens and FLOPs of each group of a study, and the number of pending runs."""
-    lines = [f"{study.name}: {len(results)} runs done", "", f"| {study.part} | parameters | activated, with head |"]
-    lines[-1] += " tokens | steps | FLOPs of a run |"
-    lines.append("|---|---|---|---|---|---|")
+    rows = []
     for group in study.groups:
         config = study.make_config(study.representative_run(group))
         counts, timeline = count_parameters(config.model), RunSchedule(config)
         tokens = timeline.num_sequences * config.data.sequence_length
-        lines.append(
-            f"| {group} | {counts.total:,} | {counts.activated_with_head:,} | {tokens:,} | {timeline.num_steps:,} | "
-            f"{train_flops(config):.3g} |"
-        )
+        numbers = (counts.total, counts.activated_with_head, tokens, timeline.num_steps)
+        rows.append([group, *(f"{number:,}" for number in numbers), f"{train_flops(config):.3g}"])
     pending = study.pending_runs(losses(results))
-    flops = total_flops(study, pending)
-    lines += ["", f"at least {len(pending)} runs are pending, {flops:.3g} FLOPs"] if pending else ["", "all done"]
-    return "\n".join([*lines, ""])
+    state = f"at least {len(pending)} runs are pending, {total_flops(study, pending):.3g} FLOPs"
+    header = (study.part, "parameters", "activated, with head", "tokens", "steps", "FLOPs of a run")
+    title = f"{study.name}: {len(results)} runs done"
+    return "\n\n".join([title, markdown_table(header, rows), state if pending else "all done"]) + "\n"

@@ -34,13 +34,21 @@ def new_figure(columns: int, height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def mark_rates(axes: Any, rates: Iterable[float]) -> None:
-    """Make the x axis logarithmic, with one labeled tick for each learning rate."""
+def mark_rates(axes: Any, rates: Iterable[float], label: str = "learning rate") -> None:
+    """Give the x axis one labeled tick for each learning rate or other number. It is logarithmic if all are above 0."""
     ticks = sorted(rates)
-    axes.set_xscale("log")
+    if all(rate > 0 for rate in ticks):
+        axes.set_xscale("log")
+        axes.set_xticks([], minor=True)
     axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("learning rate")
+    axes.set_xlabel(label)
+
+
+def _share_loss_range(columns: Sequence[Any]) -> None:
+    """Give all axes the same y limits."""
+    limits = [axes.get_ylim() for axes in columns]
+    for axes in columns:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, SizeLosses]], Comparison]], out: Path) -> None:
@@ -74,9 +82,7 @@ def draw_laws(ladders: Mapping[str, tuple[Mapping[str, Mapping[str, SizeLosses]]
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
         axes.legend(frameon=False)
-    limits = [axes.get_ylim() for axes in columns]
-    for axes in columns:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    _share_loss_range(columns)
     write_figure(out, figure)
 
 
@@ -97,9 +103,7 @@ def draw_grid(sizes: Mapping[str, Mapping[str, Mapping[float, float]]], out: Pat
                 axes.plot(best, losses[best], "o", markersize=8, markerfacecolor="none", color=COLORS[name])
         mark_rates(axes, {rate for values in sizes.values() for rate in values[name]})
         axes.set(ylabel="held-out loss (nats per token)", title=LABELS[name])
-    limits = [axes.get_ylim() for axes in columns]
-    for axes in columns:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    _share_loss_range(columns)
     write_figure(out, figure)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from moonlight.studies.fit import Comparison, Interval, SizeLosses
 from moonlight.studies.grid import best_rate, on_edge
 from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, best_points, losses_at
-from moonlight.studies.results import StudyResult, losses
+from moonlight.studies.results import StudyResult, losses, markdown_table
 from moonlight.studies.scaling_picture import LABELS
 
 PAPER = "Paper, dense, 0.4 to 1.5 billion parameters: Muon 2.506 C^-0.052, AdamW 2.608 C^-0.054, ratio 0.519"
@@ -30,18 +30,17 @@ def grid_table(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun
     rates = sorted({point.rate for point in results})
     if not rates:
         return "No run has finished."
-    lines = ["| size | optimizer | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
-    lines.append("|---|---" + "|---" * len(rates) + "|")
+    rows = []
     for size in ladder.sizes:
         for name, values in losses_at(ladder, size, losses(results)).items():
-            cells = []
+            cells = [size, LABELS[name]]
             for rate in rates:
                 runs = [run for seed in ladder.seeds if (run := results.get(LadderRun(size, name, rate, seed)))]
                 texts = ["diverged" if run.loss is None else f"{run.loss:.4f}" for run in runs]
                 is_best = values and rate == best_rate(values)
                 cells.append(" ".join([f"**{texts[0]}**", *texts[1:]] if is_best and texts else texts))
-            lines.append(f"| {size} | {LABELS[name]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table(["size", "optimizer", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def ladder_caveats(ladder: Ladder, results: Mapping[LadderRun, StudyResult[LadderRun]]) -> list[str]:
@@ -78,16 +77,14 @@ def laws_text(comparison: Comparison) -> str:
             f"| {LABELS[name]} | {law.a:.4f} {_interval_text(law.a_interval, 4)} | "
             f"{law.b:.4f} {_interval_text(law.b_interval, 4)} | {law.max_deviation:.1%} of its loss |"
         )
-    lines += ["", "| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
+    ratio_header = ["| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
+    lines += ["", *ratio_header]
     for ratio in comparison.ratios:
         extrapolated = "" if ratio.is_measured else ", extrapolated"
         text = f"{ratio.ratio:.3f} {_interval_text(ratio.interval, 3)}{extrapolated}"
         lines.append(f"| {ratio.flops:.3g} | {ratio.loss:.4f} | {text} |")
-    lines += [
-        "",
-        "Without a law: at each size of AdamW, interpolated between Muon's sizes; 95% intervals over seeds.\n",
-    ]
-    lines += ["| AdamW's FLOPs | its loss | Muon's FLOPs for that loss, over AdamW's |", "|---|---|---|"]
+    text = "Without a law: at each size of AdamW, interpolated between Muon's sizes; 95% intervals over seeds.\n"
+    lines += ["", text, *ratio_header]
     for ratio in comparison.interpolated:
         text = f"{ratio.ratio:.3f} {_interval_text(ratio.interval, 3)}"
         if ratio.ratio == 0:
@@ -98,10 +95,6 @@ def laws_text(comparison: Comparison) -> str:
     middle = comparison.middle
     low, high = middle.interval
     verdict = "less than AdamW" if high < 1 else "more than AdamW" if low > 1 else "no significant difference"
-    lines += [
-        "",
-        f"Muon needs {middle.ratio:.3f} {_interval_text(middle.interval, 3)} of AdamW's FLOPs: {verdict}.",
-        "",
-    ]
+    lines.append(f"\nMuon needs {middle.ratio:.3f} {_interval_text(middle.interval, 3)} of AdamW's FLOPs: {verdict}.\n")
     lines.append(f"{PAPER}. FLOPs are the model's, as in the paper, without those of the optimizers.")
     return "\n".join(lines)

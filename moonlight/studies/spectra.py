@@ -4,7 +4,7 @@ Training monitors means over groups. This module reads every matrix of each run'
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,7 @@ from moonlight.dist_checkpoint import hf_mapping
 from moonlight.placement.param_groups import MATRIX_GROUPS, find_monitor_group
 from moonlight.studies.ladder import OPTIMIZERS, Ladder, LadderRun, best_points
 from moonlight.studies.measured import Measured, iter_matrices, measure
-from moonlight.studies.results import StudyResult, losses
+from moonlight.studies.results import StudyResult, losses, markdown_table
 
 SPECTRA_FILE = "svd_entropy.json"
 
@@ -66,22 +66,20 @@ def spectra_text(pairs: Sequence[Pair]) -> str:
     higher = sum(pair.muon > pair.adamw for pair in pairs)
     sizes = list(dict.fromkeys(pair.size for pair in pairs))
     groups = [name for name in MATRIX_GROUPS if any(pair.group == name for pair in pairs)]
-    return "\n".join(
+    return "\n\n".join(
         [
-            "SVD entropy of every matrix, same FLOPs, each optimizer at its best learning rate:\n",
-            *_table("size", {size: [pair for pair in pairs if pair.size == size] for size in sizes}),
-            "",
-            *_table("group", {name: [pair for pair in pairs if pair.group == name] for name in groups}),
-            "",
+            "SVD entropy of every matrix, same FLOPs, each optimizer at its best learning rate:",
+            _table("size", {size: [pair for pair in pairs if pair.size == size] for size in sizes}),
+            _table("group", {name: [pair for pair in pairs if pair.group == name] for name in groups}),
             f"The entropy is higher under Muon in {higher} of {len(pairs)} matrices, {100 * higher / len(pairs):.1f}%.",
         ]
     )
 
 
-def _table(header: str, parts: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
-    yield f"| {header} | matrices | Muon higher in | mean, Muon | mean, AdamW |"
-    yield "|---|---|---|---|---|"
+def _table(header: str, parts: Mapping[str, Sequence[Pair]]) -> str:
+    rows = []
     for name, pairs in parts.items():
         higher = sum(pair.muon > pair.adamw for pair in pairs)
         muon, adamw = fmean(pair.muon for pair in pairs), fmean(pair.adamw for pair in pairs)
-        yield f"| {name} | {len(pairs)} | {higher} | {muon:.4f} | {adamw:.4f} |"
+        rows.append((name, str(len(pairs)), str(higher), f"{muon:.4f}", f"{adamw:.4f}"))
+    return markdown_table((header, "matrices", "Muon higher in", "mean, Muon", "mean, AdamW"), rows)

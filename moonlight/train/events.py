@@ -14,7 +14,7 @@ EVENTS_FILE = "events.jsonl"
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the objects of a run's events.jsonl, without lines that a crash cut off."""
+    """Return the objects of a run's events.jsonl, without lines that a crash truncated."""
     path = folder / EVENTS_FILE
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -26,10 +26,10 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 
 class EventLog:
-    """Appends to events.jsonl. Every rank has one; only the first rank's writes."""
+    """Append to events.jsonl. Every rank has one; only the first rank's writes."""
 
     def __init__(self, folder: Path, *, writes: bool) -> None:
-        """Warn if the clock is before the last event. Then times in the file are out of order, and nothing else is."""
+        """Warn if the clock is before the last event. Then only the times in the file are out of order."""
         self._path, self._writes = folder / EVENTS_FILE, writes
         self._pending: list[bytes] = []
         """Lines that could not be written so far."""
@@ -54,7 +54,7 @@ class EventLog:
         make_folder(self._path.parent)
         with attach_path(self._path), self._path.open("a+b") as file:
             while self._pending:
-                # Start a new line after one that a crash or a full disk cut off.
+                # Start a new line after one that a crash or a full disk truncated.
                 end = file.seek(0, os.SEEK_END)
                 start = b"\n" if end and (file.seek(end - 1), file.read(1))[1] != b"\n" else b""
                 file.write(start + self._pending[0])

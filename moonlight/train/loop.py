@@ -46,7 +46,7 @@ def train(config: RunConfig, *, force: bool = False) -> None:
             spike_score = spikes.spike_score(result.loss, state.recent_losses, config.train.spike_window)
             if result.is_spike:
                 run.log.spike(schedule.step, result.loss, spike_score)
-                if (earlier_state := roll_back(run, state, schedule)) is not None:
+                if (earlier_state := spikes.roll_back(run, state, schedule)) is not None:
                     state = earlier_state
                     continue
 
@@ -70,18 +70,6 @@ def load_batches(run: Run, state: TrainState, schedule: StepSchedule) -> list[Mi
     first = schedule.first_sequence + state.passed_over_sequences
     indices = local_samples(range(first, first + schedule.global_batch_size))
     return make_micro_batches([run.train_dataset[index] for index in indices], run.config, run.eos_id)
-
-
-def roll_back(run: Run, state: TrainState, spike: StepSchedule) -> TrainState | None:
-    """Return to an earlier checkpoint because of a spike; None if the policy or the checkpoints do not allow it."""
-    if run.config.train.spike_policy != "rollback":
-        return None
-    run.checkpointer.wait()
-    earlier = spikes.roll_back(run.checkpoints, run.config, run.schedule, run.optimizer, state, spike)
-    if earlier is not None:
-        run.watchdog.heartbeat()
-        run.log.rolled_back(earlier.step, spike.step, earlier.passed_over_sequences)
-    return earlier
 
 
 def advance(state: TrainState, config: RunConfig, schedule: StepSchedule, result: StepResult) -> TrainState:
@@ -129,18 +117,18 @@ def check_skipped(folder: Path, config: RunConfig, state: TrainState) -> None:
 
 
 def save_if_due(run: Run, state: TrainState) -> None:
-    """Save a checkpoint if the step is due, a signal asked for it or the timer expired; stop on SIGTERM."""
-    step, request = state.step, run.signals.poll_all_ranks()
-    if request.reason in ("SIGTERM", "SIGUSR1"):
-        run.log.event("signal", step, signal=request.reason)
-    if step % run.config.train.save_every_steps == 0 or step == run.last_step or request.reason:
+    """Save a checkpoint if the step is due, on a signal, or if the timer expired; stop on SIGTERM."""
+    step, reason = state.step, run.signals.poll_all_ranks()
+    if reason in ("SIGTERM", "SIGUSR1"):
+        run.log.event("signal", step, signal=reason)
+    if step % run.config.train.save_every_steps == 0 or step == run.last_step or reason:
         run.log.flush()
         run.checkpointer.save(state)
         run.signals.reset_timer()
         run.watchdog.heartbeat()
-        run.log.event("saving", step, reason=request.reason or "steps")
+        run.log.event("saving", step, reason=reason or "steps")
     run.log.save_events(run.checkpointer.pop_events())
-    if request.stop and step < run.last_step:
+    if reason == "SIGTERM" and step < run.last_step:
         run.checkpointer.finalize()
         run.log.save_events(run.checkpointer.pop_events())
         run.log.stopped_by_signal(step)

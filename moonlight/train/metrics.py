@@ -1,4 +1,4 @@
-"""Outputs of a run: metrics.jsonl, TensorBoard, the progress line, the summary table and the loss curve."""
+"""Outputs of a run: metrics.jsonl, TensorBoard, the progress line and the loss curve."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from moonlight.errors import UserError, attach_path
 from moonlight.files import atomic_write_text, write_figure
@@ -172,14 +171,6 @@ class ProgressLine:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-
-
-def summary_table(rows: dict[str, str]) -> Table:
-    """Return the summary table at the end of a run."""
-    table = Table(show_header=False, title="Summary", title_justify="left")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
 
 
 def draw_loss_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> None:

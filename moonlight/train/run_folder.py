@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from moonlight.config.load import load_recipe, to_yaml
+from moonlight.config.load import load_recipe
 from moonlight.config.run import RunConfig
 from moonlight.config.timeline import RunSchedule
 from moonlight.data.manifest import check_tokenizer, held_out_counts, is_chat, load_manifest
@@ -25,8 +26,7 @@ from moonlight.dist_checkpoint.state import (
     resolve_checkpoint,
 )
 from moonlight.errors import UserError
-from moonlight.files import atomic_write_text
-from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics, summary_table
+from moonlight.train.metrics import CURVE_FILE, draw_loss_curve, read_metrics
 
 CONFIG_FILE = "config.yaml"
 
@@ -130,7 +130,7 @@ def _check_epochs(config: RunConfig, manifests: Mapping[str, dict[str, Any]]) ->
         epochs = counts[name] / samples_in_an_epoch(manifests[name], config.data.sequence_length)
         if 0 < source.max_epochs < epochs:
             raise UserError(
-                f"source {name} is asked for {epochs:.4g} epochs up to the end of this run, data.sources.{name}."
+                f"source {name} needs {epochs:.4g} epochs up to the end of this run, data.sources.{name}."
                 f"max_epochs is {source.max_epochs:g}: give it less weight, more text, or more epochs"
             )
 
@@ -253,13 +253,6 @@ def check_resumable(folder: Path, config: RunConfig, *, force: bool = False) -> 
     return []
 
 
-def write_config(folder: Path, config: RunConfig, *, force: bool = False) -> list[str]:
-    """Write the resolved recipe into the folder, after `check_resumable`; return the changes that it returns."""
-    changed = check_resumable(folder, config, force=force)
-    atomic_write_text(folder / CONFIG_FILE, to_yaml(config))
-    return changed
-
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one dict with dotted keys."""
     flat: dict[str, Any] = {}
@@ -296,11 +289,8 @@ def summarize(folder: Path, config: RunConfig, manifests: Mapping[str, dict[str,
     for name in sources:
         rows[f"tokens of {name}"] = f"{entries[-1][f'data/tokens/{name}']:,}"
     if validated := [entry for entry in entries if "loss/validation" in entry]:
-        subset = (
-            f", first {config.train.validation_sequences} held-out sequences"
-            if config.train.validation_sequences
-            else ""
-        )
+        count = config.train.validation_sequences
+        subset = f", first {count} held-out sequences" if count else ""
         rows["validation loss"] = f"{validated[-1]['loss/validation']:.4f} nats per token{subset}"
         for name in sources:
             rows[f"validation loss of {name}"] = f"{validated[-1][f'loss/validation/{name}']:.4f} nats per token"
@@ -319,4 +309,7 @@ def summarize(folder: Path, config: RunConfig, manifests: Mapping[str, dict[str,
     rows["speed"] = f"{tokens / seconds:,.0f} tokens/s over {seconds:.0f} s of steps"
     rows["loss curve"] = str(curve)
     rows["checkpoint"] = str(folder / "checkpoints")
-    Console().print(summary_table(rows))
+    table = Table(show_header=False, title="Summary", title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

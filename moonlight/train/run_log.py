@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from moonlight.config.run import RunConfig
@@ -23,17 +22,15 @@ class RunLogger:
     written, with one warning.
     """
 
-    def __init__(
-        self, folder: Path, config: RunConfig, step: int, total_steps: int, last_step: int, *, writes: bool
-    ) -> None:
+    def __init__(self, folder: Path, config: RunConfig, step: int, total_steps: int, *, writes: bool) -> None:
         """Open the log of the run in `folder`.
 
         Args:
             step: last finished step. Metrics of later steps, which a killed run left, are dropped: those steps run
                 again.
-            last_step: where this process stops, for the estimate of the time left.
         """
-        self._folder, self._total_steps, self._last_step = folder, total_steps, last_step
+        self._folder, self._total_steps = folder, total_steps
+        self._last_step = config.train.stop_at_step or total_steps
         self._events = EventLog(folder, writes=writes)
         self._metrics = MetricsWriter(folder, step) if writes else None
         self._line = ProgressLine(total_steps, step) if writes else None
@@ -45,9 +42,7 @@ class RunLogger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: object, tb: object) -> None:
         if self._wandb:
             self._wandb.close(finished=exc_type is None)
         if self._metrics and self._line:
@@ -141,7 +136,7 @@ class RunLogger:
         self.print_line(f"{self._folder}: saved and stopped after step {step} (SIGTERM); rerun the command to resume")
 
     def ended(self, step: int) -> None:
-        """Log the end of this process's part: the whole run, or its steps up to train.stop_at_step."""
+        """Log the end of this process's part: all steps, or those up to train.stop_at_step."""
         if step < self._total_steps:
             self.print_line(f"{self._folder}: stopped after step {step} (train.stop_at_step); unset it to continue")
         self.event("finished" if step >= self._total_steps else "stopped", step)

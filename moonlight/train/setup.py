@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: checks, model, optimizer, checkpoint, data, log."""
+"""Set up a run before its first step: checks, model, optimizer, checkpoint, data, log."""
 
 import contextlib
 import dataclasses
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from moonlight import parallel
+from moonlight.config.load import to_yaml
 from moonlight.config.run import RunConfig
 from moonlight.config.timeline import RunSchedule
 from moonlight.data.loader import AnyValDataset, MixtureDataset, build_train_dataset, build_val_datasets
@@ -21,7 +22,7 @@ from moonlight.dist_checkpoint import lifecycle
 from moonlight.dist_checkpoint.async_save import AsyncCheckpointer
 from moonlight.dist_checkpoint.recovery import newest_valid, verify_checkpoint
 from moonlight.dist_checkpoint.state import TrainState
-from moonlight.files import folder_lock
+from moonlight.files import atomic_write_text, folder_lock
 from moonlight.model.build import build_model
 from moonlight.model.shards import init_weights
 from moonlight.optim.distributed_muon import DistributedMuon, build_optimizer
@@ -56,7 +57,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole recipe."""
+        """Steps of the recipe."""
         return self.schedule.num_steps
 
     @property
@@ -102,7 +103,8 @@ def set_up_run(config: RunConfig, stack: contextlib.ExitStack, *, force: bool) -
     changed = []
     if is_first_rank:
         stack.enter_context(folder_lock(folder))
-        changed = run_folder.write_config(folder, config, force=force)
+        changed = run_folder.check_resumable(folder, config, force=force)
+        atomic_write_text(folder / run_folder.CONFIG_FILE, to_yaml(config))
     check_shared(folder)
 
     parallel.init_model_parallel(config.parallel, config.train.seed, group_timeout(config))
@@ -121,11 +123,8 @@ def set_up_run(config: RunConfig, stack: contextlib.ExitStack, *, force: bool) -
     checkpointer = AsyncCheckpointer(folder / "checkpoints", config, optimizer, tokenizer["sha256"])
     stack.callback(checkpointer.cancel)
     train_dataset = build_train_dataset(config, manifests, run_folder.cache_folder(config))
-    val_datasets = build_val_datasets(config, manifests)
-    last_step = config.train.stop_at_step or schedule.num_steps
-    log = stack.enter_context(
-        RunLogger(folder, config, state.step, schedule.num_steps, last_step, writes=is_first_rank)
-    )
+    val_datasets = build_val_datasets(config.data, manifests)
+    log = stack.enter_context(RunLogger(folder, config, state.step, schedule.num_steps, writes=is_first_rank))
     log.started(state.step, _start_info(config), resumed=newest is not None, warnings=warnings, changed=changed)
     run = Run(
         config=config,

@@ -9,8 +9,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -20,22 +18,6 @@ from moonlight.config.train import TrainConfig
 from moonlight.errors import CODE_KILLED
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class SaveRequest:
-    """Stop and save requests from all ranks in one step. Equal on every rank."""
-
-    stop: bool
-    save_requested: bool
-    """A rank received SIGUSR1."""
-    timer_expired: bool
-    """`save_every_minutes` have passed since the last save."""
-
-    @property
-    def reason(self) -> str:
-        """Reason for the save; empty if none was requested."""
-        return "SIGTERM" if self.stop else "SIGUSR1" if self.save_requested else "clock" if self.timer_expired else ""
 
 
 class SignalHandler:
@@ -60,9 +42,7 @@ class SignalHandler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: object, tb: object) -> None:
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_descriptor)
@@ -99,13 +79,13 @@ class SignalHandler:
         """Restart the timer of `save_every_minutes`; called after every save, whatever its reason."""
         self._saved_at = time.monotonic()
 
-    def poll_all_ranks(self) -> SaveRequest:
-        """Return the requests that any rank received since the last call. Collective."""
+    def poll_all_ranks(self) -> str:
+        """Return why to save now, equal on all ranks: SIGTERM or SIGUSR1 of any rank, clock, or "". Collective."""
         num_requested = self._saves_requested
         is_due = 0 < self._minutes * 60 <= time.monotonic() - self._saved_at
         flags = [self._stop, num_requested > self._saves_agreed, is_due]
         self._saves_agreed = num_requested
         agreed = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        stop, save, is_due = (bool(flag) for flag in agreed.tolist())
-        return SaveRequest(stop, save, is_due)
+        reasons = zip(("SIGTERM", "SIGUSR1", "clock"), agreed.tolist(), strict=True)
+        return next((reason for reason, flag in reasons if flag), "")

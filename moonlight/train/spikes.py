@@ -4,16 +4,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-from moonlight.config.run import RunConfig
-from moonlight.config.timeline import RunSchedule, StepSchedule
+from moonlight.config.timeline import StepSchedule
 from moonlight.config.train import TrainConfig
 from moonlight.dist_checkpoint import lifecycle
 from moonlight.dist_checkpoint.recovery import newest_valid_up_to
 from moonlight.dist_checkpoint.state import TrainState
 from moonlight.errors import UserError
-from moonlight.optim.distributed_muon import DistributedMuon
+from moonlight.train.setup import Run
 
 FLOOR = 0.01
 """Added to the spread, in nats, so that small changes of a nearly constant loss are not spikes."""
@@ -50,41 +48,41 @@ def remember(recent: Sequence[float], loss: float, window: int) -> tuple[float, 
     return (*recent, loss)[-window:]
 
 
-def roll_back(
-    checkpoints: Path,
-    config: RunConfig,
-    run_schedule: RunSchedule,
-    optimizer: DistributedMuon,
-    state: TrainState,
-    spike: StepSchedule,
-) -> TrainState | None:
+def roll_back(run: Run, state: TrainState, spike: StepSchedule) -> TrainState | None:
     """Load the newest valid checkpoint at least `rollback_steps` before a spike, and skip the data up to the spike.
 
     Later checkpoints are deleted, because their steps run again with other data. Collective.
 
     Returns:
-        The state to resume from; None if no such checkpoint exists, and nothing was changed.
+        The state to resume from; None if the policy is not rollback or no such checkpoint exists, and nothing changed.
 
     Raises:
         UserError: `train.max_rollbacks_in_a_row` rollbacks did not pass the spike.
     """
-    folder = newest_valid_up_to(checkpoints, spike.step - config.train.rollback_steps)
+    train_config = run.config.train
+    if train_config.spike_policy != "rollback":
+        return None
+    run.checkpointer.wait()
+    folder = newest_valid_up_to(run.checkpoints, spike.step - train_config.rollback_steps)
     if folder is None:
         return None
-    if state.rollbacks_in_a_row >= config.train.max_rollbacks_in_a_row:
+    if state.rollbacks_in_a_row >= train_config.max_rollbacks_in_a_row:
         raise UserError(
-            f"{checkpoints.parent}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
+            f"{run.folder}: another loss spike at step {spike.step} after {state.rollbacks_in_a_row} "
             "rollbacks in a row (train.max_rollbacks_in_a_row), training stops; see loss/train and "
             "loss/spike_score in metrics.jsonl, and try a lower learning rate, or a higher train.spike_threshold, "
             "under another name"
         )
     lifecycle.delete_later(folder)
-    loaded = lifecycle.load_checkpoint(folder, config, optimizer)
+    loaded = lifecycle.load_checkpoint(folder, run.config, run.optimizer)
     # From the schedule, not the state: with --force, earlier steps may have had another batch size.
-    first_sequence = run_schedule.at(loaded.step + 1).first_sequence
+    first_sequence = run.schedule.at(loaded.step + 1).first_sequence
+    passed_over = spike.end + state.passed_over_sequences - first_sequence
+    run.watchdog.heartbeat()
+    run.log.rolled_back(loaded.step, spike.step, passed_over)
     return dataclasses.replace(
         loaded,
-        passed_over_sequences=spike.end + state.passed_over_sequences - first_sequence,
+        passed_over_sequences=passed_over,
         rollbacks_in_a_row=state.rollbacks_in_a_row + 1,
         last_spike_step=max(spike.step, state.last_spike_step),
     )

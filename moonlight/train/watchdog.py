@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
@@ -43,9 +42,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: object, tb: object) -> None:
         self._ended.set()
         self._thread.join()
 

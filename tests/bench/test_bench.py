@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, gates and refusals; their figures are measured by `moonlight bench`."""
+"""Arithmetic, gates and errors of the benchmarks. `moonlight bench` measures the results themselves."""
 
 import importlib.metadata
 import json
@@ -21,66 +21,66 @@ from moonlight.files import check_output_file
 from tests.support.layouts import build, recipe
 
 
-def test_peers_configured_alike_move_the_weights_alike():
-    for figure in optimizer._steps(2, "cpu", True, stacks=3, count=4, rows=40, columns=24):
-        assert figure.weights_apart is not None and 0 < figure.weights_apart <= optimizer.WEIGHT_TOLERANCE
+def test_peers_with_equal_settings_update_the_weights_equally():
+    for result in optimizer._steps(2, "cpu", True, stacks=3, count=4, rows=40, columns=24):
+        assert result.weights_apart is not None and 0 < result.weights_apart <= optimizer.WEIGHT_TOLERANCE
 
 
-def test_a_gpu_would_time_optimizers_that_move_the_weights_alike():
-    figures = optimizer_gpu.step_results(2, "cpu", True, stacks=3, count=4, rows=40, columns=24)
-    assert [figure.case.split(", ")[1] for figure in figures] == list(optimizer_gpu.STEP_BARS)
-    cublas, *peers = (figure.weights_apart for figure in figures)
-    assert cublas == 0  # on a CPU both are one thing
-    assert all(0 < apart <= optimizer.WEIGHT_TOLERANCE for apart in peers)
+def test_gpu_benchmark_times_optimizers_that_update_the_weights_equally():
+    results = optimizer_gpu.step_results(2, "cpu", True, stacks=3, count=4, rows=40, columns=24)
+    assert [result.case.split(", ")[1] for result in results] == list(optimizer_gpu.STEP_BARS)
+    cublas, *peers = (result.weights_apart for result in results)
+    assert cublas == 0  # on a CPU both are the same code
+    assert all(0 < difference <= optimizer.WEIGHT_TOLERANCE for difference in peers)
 
 
-def test_the_symmetric_product_is_compared_before_its_rate_counts(monkeypatch):
-    figure, *_ = optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0]
-    assert figure.unit == "TFLOP/s" and not figure.passed  # an interpreter is no GPU
+def test_symmetric_product_must_be_correct_for_its_rate_to_pass(monkeypatch):
+    result, *_ = optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0]
+    assert result.unit == "TFLOP/s" and not result.passed  # the Triton interpreter is far slower than a GPU
     monkeypatch.setattr(optimizer_gpu, "PRODUCT_BAR", 0)
     assert optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0][0].passed
     monkeypatch.setattr("moonlight.kernels.symmetric.symmetric_product", lambda x, y, out, **tiling: out.fill_(1))
     assert not optimizer_gpu.product_results(1, "cpu", (1, 40, 24))[0][0].passed
 
 
-def test_a_failed_gate_fails_the_figure():
+def test_a_failed_gate_fails_the_result():
     assert time_ratio("case", [1.0], [30.0], 10, True).passed
     assert not time_ratio("case", [1.0], [30.0], 10, False).passed
     assert not time_ratio("case", [1.0], [9.0], 10, True).passed
 
 
-def test_what_is_kept_of_a_benchmark(tmp_path):
+def test_a_results_file_holds_environment_and_rounds(tmp_path):
     path = tmp_path / "case.json"
-    figures = [
+    results = [
         time_ratio("case", [2.0, 1.0, 4.0], [6.0, 8.0, 4.0], 1.5, True, aim=4.0),
         BenchResult("", "", 1, 2, 2, "", "", True),
     ]
-    assert print_results("title", figures, hardware("cpu"), ["a note"], path)
+    assert print_results("title", results, hardware("cpu"), ["a note"], path)
     content = json.loads(path.read_text())
     assert content["versions"]["torch"] == torch.__version__ and "megatron-core" in content["versions"]
     assert content["threads"] == torch.get_num_threads() and content["command"].startswith("moonlight ")
-    kept = content["figures"][0]
-    assert kept["ours"] == {"median": 2.0, "minimum": 1.0, "maximum": 4.0, "rounds": [2.0, 1.0, 4.0]}
-    assert kept["ratio"] == {"median": 3.0, "minimum": 1.0, "maximum": 8.0, "rounds": [3.0, 8.0, 1.0]}
-    assert (kept["bar"], kept["aim"], kept["passed"]) == (">= 1.5", 4.0, True)
+    first = content["figures"][0]
+    assert first["ours"] == {"median": 2.0, "minimum": 1.0, "maximum": 4.0, "rounds": [2.0, 1.0, 4.0]}
+    assert first["ratio"] == {"median": 3.0, "minimum": 1.0, "maximum": 8.0, "rounds": [3.0, 8.0, 1.0]}
+    assert (first["bar"], first["aim"], first["passed"]) == (">= 1.5", 4.0, True)
     assert content["figures"][1]["peer"]["rounds"] == [2]
 
 
-def test_a_bar_in_the_place_of_a_peer():
-    figure = against_bar("case", [4.0, 5.0, 9.0], 10.0, True, "s", 2.5)
-    assert (figure.ratio, figure.passed, figure.aim) == (2.0, True, 4.0)
+def test_a_fixed_bar_instead_of_a_peer():
+    result = against_bar("case", [4.0, 5.0, 9.0], 10.0, True, "s", 2.5)
+    assert (result.ratio, result.passed, result.aim) == (2.0, True, 4.0)
     assert not against_bar("case", [11.0], 10.0, True, "s", 2.5).passed
 
 
-def test_the_picture_is_made_of_the_newest_files(tmp_path):
-    def keep(name, date, ours, unit="ms"):
-        figures = [time_ratio(f"case of {name}", [ours], [10.0], 2.0, True, unit)]
-        print_results("title", figures, hardware("cpu"), (), tmp_path / f"{name}-{date}.json")
+def test_the_plot_uses_the_newest_files(tmp_path):
+    def write_result(name, date, ours, unit="ms"):
+        results = [time_ratio(f"case of {name}", [ours], [10.0], 2.0, True, unit)]
+        print_results("title", results, hardware("cpu"), (), tmp_path / f"{name}-{date}.json")
 
     with pytest.raises(UserError, match=r"holds no <name>-<date>\.json"):
         picture.plot_results(tmp_path, tmp_path / "bench.png")
-    keep("loader", "2026-01-09", 1.0)
-    keep("train-step", "2026-01-08", 2.0)
+    write_result("loader", "2026-01-09", 1.0)
+    write_result("train-step", "2026-01-08", 2.0)
     out = tmp_path / "images" / "bench.png"
     assert [path.name for path in picture.plot_results(tmp_path, out)] == [
         "loader-2026-01-09.json",
@@ -88,10 +88,10 @@ def test_the_picture_is_made_of_the_newest_files(tmp_path):
     ]
     before = image.imread(out)
     assert before.shape[1] == 1200
-    keep("loader", "2026-01-08", 3.0)  # older: nothing changes
+    write_result("loader", "2026-01-08", 3.0)  # older: nothing changes
     picture.plot_results(tmp_path, out)
     assert (image.imread(out) == before).all()
-    keep("loader", "2026-01-10", 8.0)
+    write_result("loader", "2026-01-10", 8.0)
     picture.plot_results(tmp_path, out)
     after = image.imread(out)
     assert after.shape != before.shape or (after != before).any()
@@ -100,7 +100,7 @@ def test_the_picture_is_made_of_the_newest_files(tmp_path):
         picture.plot_results(tmp_path, out)
 
 
-def test_what_the_picture_shows():
+def test_chart_bars_hold_ratio_range_and_bar():
     content = {
         "figures": [
             time_ratio("faster", [1.0, 2.0, 4.0], [8.0, 8.0, 8.0], 3.0, True).as_json(),
@@ -114,7 +114,7 @@ def test_what_the_picture_shows():
 
 
 @pytest.mark.slow
-def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
+def test_startup_time_is_measured_on_a_real_run(tmp_path):
     data, tokenizer = startup.make_data(tmp_path, 4096)
     arguments = [f"runs_folder={tmp_path}", f"data.path={data}", f"data.tokenizer={tokenizer}", "train.stop_at_step=1"]
     seconds, loss = startup._first_step(tmp_path / "one", ["configs/quickstart.yaml", "name=one", *arguments])
@@ -131,12 +131,12 @@ def test_the_start_of_a_run_is_measured_by_a_run(tmp_path):
         (
             "moonlight.cli.main, moonlight.train.run_folder, pretrain.local",
             "torch",
-        ),  # what starts the processes of a run
-        # And one of them; with CUDA, Megatron compiles functions.
+        ),  # the process that starts the ranks
+        # A rank. With CUDA, Megatron compiles functions.
         ("moonlight.parallel, moonlight.train.loop", "datasets" if torch.cuda.is_available() else "torch._inductor"),
     ],
 )
-def test_a_run_imports_nothing_slow_that_it_does_not_need(modules, without):
+def test_a_run_imports_no_slow_unused_modules(modules, without):
     code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert without not in loaded and not {"transformers", "matplotlib.pyplot"} & {*loaded}
@@ -148,10 +148,10 @@ def test_both_loaders_read_the_same_documents(tmp_path):
     assert loader._is_correct(folder)
     peer, samples = loader._open_peer(folder), loader._open(folder)
     assert [tensor.shape for tensor in loader._read_peer(peer, 0, 1)] == [(loader.BATCH, loader.LENGTH)] * 3
-    # An epoch of each, but for the last window, has the same tokens in another order.
-    own = sum(int(samples[number][0][1:].sum()) for number in range(samples.samples_per_epoch))
-    theirs = sum(int(peer[number]["labels"].sum()) for number in range(len(peer)))
-    assert own == pytest.approx(theirs, rel=0.05)
+    # One epoch of either loader holds the same tokens in a different order, except for the last window.
+    our_sum = sum(int(samples[index][0][1:].sum()) for index in range(samples.samples_per_epoch))
+    peer_sum = sum(int(peer[index]["labels"].sum()) for index in range(len(peer)))
+    assert our_sum == pytest.approx(peer_sum, rel=0.05)
 
 
 def test_all_tokenizers_give_the_same_ids(tokenizer_folder):
@@ -164,39 +164,39 @@ def test_all_tokenizers_give_the_same_ids(tokenizer_folder):
         assert [list(ids) for ids in call()] == expected, name
 
 
-def gate_of_saves(folder):
-    """What the gate says of a checkpoint, and then beside a momentum that is one bit off."""
-    run = recipe()
-    _, optimizer = build(run)
-    saver = AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="")
+def checkpoint_gate_results(folder):
+    """Return the gate's result for a checkpoint, before and after one bit of the momentum changes."""
+    config = recipe()
+    _, optimizer = build(config)
+    saver = AsyncCheckpointer(folder, config, optimizer, tokenizer_sha256="")
     saver.save(TrainState(step=1))
     saver.finalize()
-    said = [checkpoint._is_equal(step_folder(folder, 1), optimizer)]
+    before = checkpoint._is_equal(step_folder(folder, 1), optimizer)
     optimizer.owned[0].states[0].view(-1)[-1] = 1e-45
-    return [*said, checkpoint._is_equal(step_folder(folder, 1), optimizer)]
+    return [before, checkpoint._is_equal(step_folder(folder, 1), optimizer)]
 
 
-def test_a_save_of_other_bits_fails_the_gate(pool, tmp_path):
-    assert pool.run(1, gate_of_saves, tmp_path) == [[True, False]]
+def test_a_save_that_differs_by_one_bit_fails_the_gate(pool, tmp_path):
+    assert pool.run(1, checkpoint_gate_results, tmp_path) == [[True, False]]
 
 
-def monitors_timed(learning_rate):
-    run = recipe()
-    return monitors._measure(replace(run, schedule=ScheduleConfig(lr=learning_rate, router_bias_update_rate=0.0)), 2)
+def measure_monitors(learning_rate):
+    config = recipe()
+    return monitors._measure(replace(config, schedule=ScheduleConfig(lr=learning_rate, router_bias_update_rate=0.0)), 2)
 
 
-def test_monitors_that_change_a_step_would_fail_the_gate(pool):
-    ((times, passed),) = pool.run(1, monitors_timed, 1e-30)
+def test_monitors_that_change_a_step_fail_the_gate(pool):
+    ((times, passed),) = pool.run(1, measure_monitors, 1e-30)
     assert passed and all(len(times[part]) == 2 and min(times[part]) > 0 for part in monitors.PARTS)
-    ((_, passed),) = pool.run(1, monitors_timed, 1e-2)  # now losses differ from step to step
+    ((_, passed),) = pool.run(1, measure_monitors, 1e-2)  # at this rate the losses differ between steps
     assert not passed
 
 
-def test_the_cost_of_monitors_follows_from_their_cadence():
+def test_monitor_cost_follows_from_the_monitor_intervals():
     names = ("step", "metrics", "all metrics", "logits", "monitors", "entropies")
     times = dict(zip(names, (1.0, 1e-3, 3e-3, 1e-2, 2e-2, 0.12), strict=True))
-    figure = monitors._result("case", {part: [seconds] for part, seconds in times.items()}, True)
-    assert figure.ours == pytest.approx(1.0 + 3.2 + 1.0) and figure.ratio == pytest.approx(0.52) and figure.passed
+    result = monitors._result("case", {part: [seconds] for part, seconds in times.items()}, True)
+    assert result.ours == pytest.approx(1.0 + 3.2 + 1.0) and result.ratio == pytest.approx(0.52) and result.passed
     assert not monitors._result("case", {part: [1.0] for part in times}, True).passed
 
 
@@ -211,33 +211,33 @@ def test_the_cost_of_monitors_follows_from_their_cadence():
         ("optimizer --device tpu", "--device is tpu: it must be cpu or cuda"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_measured(command, message):
-    ended = subprocess.run(
+def test_bad_arguments_are_rejected_before_any_measurement(command, message):
+    process = subprocess.run(
         [sys.executable, "-m", "moonlight.cli", "bench", *command.split()], capture_output=True, text=True, timeout=100
     )
-    assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
+    assert process.returncode == 2 and message in process.stderr and process.stderr.count("\n") == 1
 
 
-def test_figures_are_written_into_a_folder_that_is_made(tmp_path):
+def test_results_are_written_to_a_new_folder(tmp_path):
     path = tmp_path / "new" / "figures.json"
     check_output_file("--json", path, "figures.json")
     print_results("title", [against_bar("case", [1.0], 2.0, True, "s", 1.0)], hardware("cpu"), (), path)
     assert json.loads(path.read_text())["figures"][0]["own_limit"]
 
 
-def test_an_ended_benchmark_leaves_no_files(tmp_path):
+def test_a_terminated_benchmark_leaves_no_files(tmp_path):
     command = [sys.executable, "-m", "moonlight.cli", "bench", "loader", "--rounds", "1000", "--tokens", "5000000"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while "round 1 of 1000" not in (line := process.stderr.readline()):
-            assert line, "it ended by itself"
+            assert line, "the benchmark exited before the signal"
         assert list(tmp_path.glob(".bench-*"))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == CODE_STOPPED
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_peer_is_named_with_its_command(monkeypatch):
+def test_error_of_a_missing_peer_names_the_install_command(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

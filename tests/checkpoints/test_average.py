@@ -1,4 +1,4 @@
-"""The mean of a run's newest checkpoints: equal to numpy's, exported, verified, and made once."""
+"""The mean of a run's newest checkpoints equals numpy's mean, exports and verifies, and is computed once."""
 
 from shutil import copytree
 
@@ -25,24 +25,25 @@ def averaged(tiny_run, tmp_path_factory):
 
 
 def weights(checkpoint):
+    """Return every tensor by its Hugging Face name."""
     rows = hf_mapping.tensor_mappings(checkpoint.model_config)
     return {part.name: checkpoint.read_hf_tensor(row, part).numpy() for row in rows for part in row.hf_tensors}
 
 
-def test_it_is_the_mean_in_float64(tiny_run, averaged):
-    found = weights(open_checkpoint(averaged))
-    moved = 0
+def test_average_is_the_float64_mean(tiny_run, averaged):
+    averages = weights(open_checkpoint(averaged))
+    num_changed = 0
     values = [weights(open_checkpoint(tiny_run.folder, step)) for step in STEPS]
-    assert found.keys() == values[0].keys() == values[1].keys()
-    for name, value in found.items():
-        mean = np.mean([one[name].astype(np.float64) for one in values], axis=0)
+    assert averages.keys() == values[0].keys() == values[1].keys()
+    for name, value in averages.items():
+        mean = np.mean([tensors[name].astype(np.float64) for tensors in values], axis=0)
         assert np.array_equal(value, mean.astype(np.float32)), name
-        moved += not np.array_equal(values[0][name], values[1][name])
-    assert moved > len(found) / 2, "checkpoints that do not differ prove nothing"
+        num_changed += not np.array_equal(values[0][name], values[1][name])
+    assert num_changed > len(averages) / 2, "most tensors must differ between the two checkpoints"
 
 
-def test_it_is_of_the_newest_only(tiny_run, runs, tmp_path):
-    """Of three checkpoints the first is left out; each counts once."""
+def test_average_uses_only_the_newest_checkpoints(tiny_run, runs, tmp_path):
+    """The mean of the last two of three checkpoints leaves the first out. Each checkpoint has equal weight."""
     folder = runs / "tiny" / "checkpoints"
     copytree(folder / "step-00000002", folder / "step-00000003")
     in_state(lambda content: content["state"].update(step=3))(folder / "step-00000003")
@@ -54,7 +55,7 @@ def test_it_is_of_the_newest_only(tiny_run, runs, tmp_path):
     assert open_checkpoint(tmp_path / "three").read(key).equal(((older + older + newer) / 3).float())
 
 
-def test_it_is_exported_and_verified_and_its_card_names_the_steps(averaged, tiny_run, tmp_path):
+def test_average_exports_and_verifies_and_its_card_names_the_steps(averaged, tiny_run, tmp_path):
     assert open_checkpoint(averaged).state == open_checkpoint(tiny_run.folder).state
     assert export(averaged, tmp_path / "hf")
     report = verify(averaged, tmp_path / "hf")
@@ -70,7 +71,7 @@ def test_a_second_call_does_nothing(averaged, tiny_run):
     assert {path: (path.stat().st_mtime_ns, xxh3_checksum(path)) for path in averaged.iterdir()} == before
 
 
-def test_a_damaged_mean_is_not_called_made(averaged, tiny_run, tmp_path):
+def test_a_corrupt_average_is_not_skipped_as_finished(averaged, tiny_run, tmp_path):
     out = copytree(averaged, tmp_path / "mean")
     file = out / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])

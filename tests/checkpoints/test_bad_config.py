@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder that cannot be imported: one line, exit code 2, nothing left behind."""
+"""Importing a folder with a bad config.json gives one line, exit code 2 and no files."""
 
 import pytest
 

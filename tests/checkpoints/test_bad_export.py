@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be exported, averaged or started from; full disks, kills, Ctrl-C."""
+"""Checkpoints that cannot be exported, averaged or used as initial weights; full disks, kills, Ctrl-C."""
 
 import os
 import shutil
@@ -18,19 +18,19 @@ from tests.support.suites import quick
 
 @pytest.fixture(scope="module")
 def imported(tokenizer_folder, tmp_path_factory):
-    """A Hugging Face folder of the tiny run's model with its tokenizer, and its checkpoint; to be copied."""
-    place = tmp_path_factory.mktemp("imported")
-    make_folder(place / "hf", vocab_size=1024)
+    """A Hugging Face folder with the tiny run's model shape and tokenizer, and its checkpoint. Copy before changes."""
+    folder = tmp_path_factory.mktemp("imported")
+    make_folder(folder / "hf", vocab_size=1024)
     for file in tokenizer_folder.iterdir():
-        shutil.copy(file, place / "hf")
-    import_folder(place / "hf", place / "checkpoint")
-    return place
+        shutil.copy(file, folder / "hf")
+    import_folder(folder / "hf", folder / "checkpoint")
+    return folder
 
 
 # Checkpoints
 
 
-def test_export_of_a_checkpoint_that_is_being_written(refuses, runs, tmp_path):
+def test_export_of_a_partial_checkpoint(refuses, runs, tmp_path):
     folder = runs / "tiny" / "checkpoints"
     part = folder / f".{NEWEST}.part"
     (folder / NEWEST).rename(part)
@@ -60,28 +60,28 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint(refuses, runs, imported, tiny_run, tmp_path, name):
-    """Exporting, verifying, averaging and starting from it are refused, whoever wrote it."""
+def test_a_corrupt_checkpoint(refuses, runs, imported, tiny_run, tmp_path, name):
+    """Export, verification and averaging reject it, written by a run or by an import."""
     edit, *words = DAMAGES[name]
     folder = runs / "tiny" / "checkpoints" / NEWEST
     edit(folder)
     refuses(["export", folder, "--out", tmp_path / "hf"], str(folder), *words)
     refuses(["verify", folder, imported / "hf"], str(folder), *words)
     refuses(["average", runs / "tiny", "--last", 2, "--out", tmp_path / "mean"], str(folder), *words)
-    own = tmp_path / "checkpoint"
-    shutil.copytree(imported / "checkpoint", own)
-    edit(own)
-    refuses(["export", own, "--out", tmp_path / "hf"], str(own), *words)
+    imported_copy = tmp_path / "checkpoint"
+    shutil.copytree(imported / "checkpoint", imported_copy)
+    edit(imported_copy)
+    refuses(["export", imported_copy, "--out", tmp_path / "hf"], str(imported_copy), *words)
 
-    refuses(["import", imported / "hf", "--out", own], str(own), *words)
+    refuses(["import", imported / "hf", "--out", imported_copy], str(imported_copy), *words)
 
 
-def test_a_step_that_is_not_there(refuses, runs, tmp_path):
+def test_a_missing_step(refuses, runs, tmp_path):
     words = f"{runs / 'tiny'} holds no checkpoint after step 3: it has steps 2, 4"
     refuses(["export", runs / "tiny", "--out", tmp_path / "hf", "--revision-step", 3], words)
 
 
-def test_a_chat_without_its_marker(refuses, imported, fast_folder, tmp_path):
+def test_chat_export_without_an_end_marker(refuses, imported, fast_folder, tmp_path):
     shutil.copytree(imported / "checkpoint", tmp_path / "checkpoint")
     shutil.rmtree(tmp_path / "checkpoint" / "tokenizer")
     in_state(lambda content: content.update(tokenizer_sha256=""))(tmp_path / "checkpoint")
@@ -97,7 +97,7 @@ def test_a_chat_without_its_marker(refuses, imported, fast_folder, tmp_path):
 # Averages
 
 
-def test_averages_that_cannot_be_made(refuses, runs, tmp_path):
+def test_invalid_averages(refuses, runs, tmp_path):
     run, out = runs / "tiny", tmp_path / "mean"
     refuses(["average", run, "--last", 1, "--out", out], "--last is 1: it must be at least 2")
     refuses(["average", run, "--last", -2, "--out", out], "--last is -2: it must be at least 2")
@@ -108,12 +108,12 @@ def test_averages_that_cannot_be_made(refuses, runs, tmp_path):
     refuses(["average", run, "--last", 2, "--out", out], words)
 
 
-# Starting from a checkpoint
+# Initial checkpoints
 
 
 @pytest.fixture
-def begin(refuses, as_worker, tiny_run, tmp_path):
-    """Refused when a new run would start from this checkpoint; `as_worker` is the process that trains."""
+def initial_refused(refuses, as_worker, tiny_run, tmp_path):
+    """Check that a new run rejects an initial checkpoint. `as_worker` makes this process the one that trains."""
 
     def call(checkpoint, *words, overrides=()):
         pretrain = ["pretrain", tiny_run.recipe, "name=new", f"runs_folder={tmp_path / 'new'}"]
@@ -122,33 +122,33 @@ def begin(refuses, as_worker, tiny_run, tmp_path):
     return call
 
 
-def test_a_start_from_nothing(begin, tmp_path):
+def test_initial_checkpoint_that_does_not_exist(initial_refused, tmp_path):
     words = f"{tmp_path / 'nowhere'} does not exist: give a run folder, or a checkpoint such as"
-    begin(tmp_path / "nowhere", "train.initial_checkpoint", words)
+    initial_refused(tmp_path / "nowhere", "train.initial_checkpoint", words)
 
 
-def test_a_start_from_another_model(begin, tmp_path):
+def test_initial_checkpoint_of_another_model(initial_refused, tmp_path):
     make_folder(tmp_path / "hf", vocab_size=1024, moe_intermediate_size=16)
     import_folder(tmp_path / "hf", tmp_path / "checkpoint")
     words = f"{tmp_path / 'checkpoint'} was saved from a different model: moe_intermediate_size 16 there, 24 here"
-    begin(tmp_path / "checkpoint", words)
+    initial_refused(tmp_path / "checkpoint", words)
 
 
-def test_a_start_from_another_tokenizer(begin, imported, tmp_path):
+def test_initial_checkpoint_of_another_tokenizer(initial_refused, imported, tmp_path):
     shutil.copytree(imported / "checkpoint", tmp_path / "checkpoint")
     model = {"aux_loss_alpha": 0.01, "initializer_range": 0.08}
     in_state(lambda content: content.update(tokenizer_sha256="0" * 64))(tmp_path / "checkpoint")
     in_state(lambda content: content["recipe"]["model"].update(model))(tmp_path / "checkpoint")
     words = f"train.initial_checkpoint {tmp_path / 'checkpoint'} was trained with the tokenizer of checksum 00000000"
-    begin(tmp_path / "checkpoint", words, "prepare the data with the tokenizer of the checkpoint")
+    initial_refused(tmp_path / "checkpoint", words, "prepare the data with the tokenizer of the checkpoint")
 
 
-def test_a_start_from_a_damaged_checkpoint(begin, runs):
+def test_corrupt_initial_checkpoint(initial_refused, runs):
     flip(runs / "tiny" / "checkpoints" / NEWEST)
-    begin(runs / "tiny", f"{NEWEST}/__0_0.distcp does not match its checksum: it is corrupt")
+    initial_refused(runs / "tiny", f"{NEWEST}/__0_0.distcp does not match its checksum: it is corrupt")
 
 
-def test_no_continuation_from_weights_alone(refuses, as_worker, tiny_run, runs, tmp_path):
+def test_a_checkpoint_of_weights_only_cannot_be_resumed(refuses, as_worker, tiny_run, runs, tmp_path):
     newest = runs / "tiny" / "checkpoints" / NEWEST
     average(runs / "tiny", 2, tmp_path / "mean")
     shutil.rmtree(newest)
@@ -161,7 +161,7 @@ def test_no_continuation_from_weights_alone(refuses, as_worker, tiny_run, runs, 
 # Outputs
 
 
-def test_an_output_that_is_something_else(refuses, imported, tiny_run, tmp_path):
+def test_an_output_with_different_content(refuses, imported, tiny_run, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "diary.txt").write_text("my own")
     (tmp_path / "file").write_text("my own")
@@ -178,7 +178,7 @@ def test_an_output_that_is_something_else(refuses, imported, tiny_run, tmp_path)
     refuses([*commands[2], "--out", tmp_path / "checkpoint"], words)
 
 
-def test_other_weights_of_the_same_sizes_are_something_else(refuses, imported, tmp_path):
+def test_other_weights_of_the_same_sizes_are_different_content(refuses, imported, tmp_path):
     shutil.copytree(imported, tmp_path / "other")
     change_tensors(tmp_path / "other" / "hf", lambda t: t["lm_head.weight"].neg_())
     out = tmp_path / "other" / "checkpoint"
@@ -194,7 +194,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk(imported, tiny_run, tmp_path, name):
-    """Export: see also test_bad_runs.py."""
+    """A full disk gives one line and leaves no files. See also test_bad_runs.py."""
     arguments = WRITERS[name](imported, tiny_run)
     code, _, err = run_command(*arguments, "--out", tmp_path / "out", largest_file=100_000)
     check_line(code, err, (f"{tmp_path / 'out'}: File too large", "ulimit -f"))
@@ -215,46 +215,46 @@ def test_an_output_in_a_folder_that_cannot_be_written(imported, tiny_run, tmp_pa
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A model of 160 MB without a tokenizer, and its checkpoint."""
-    place = tmp_path_factory.mktemp("large")
-    make_folder(place / "hf", vocab_size=40_000, hidden_size=512, num_hidden_layers=2)
-    import_folder(place / "hf", place / "checkpoint")
-    assert (place / "hf" / "model.safetensors").stat().st_size > 150e6
-    return place
+    folder = tmp_path_factory.mktemp("large")
+    make_folder(folder / "hf", vocab_size=40_000, hidden_size=512, num_hidden_layers=2)
+    import_folder(folder / "hf", folder / "checkpoint")
+    assert (folder / "hf" / "model.safetensors").stat().st_size > 150e6
+    return folder
 
 
-def interrupt(arguments, out, number):
-    """Send the signal while weights are being written; returns code, what was said, and the bytes then there."""
+def interrupt(arguments, out, signal_number):
+    """Signal a command that is writing weights. Return exit code, stderr and bytes written before."""
     process = command(*arguments, "--out", out)
-    part, there = out.with_name(f".{out.name}.part"), 0
+    part, num_bytes = out.with_name(f".{out.name}.part"), 0
     try:
         deadline = time.monotonic() + 120
-        while there < 1_000_000:
+        while num_bytes < 1_000_000:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)
-            there = sum(file.stat().st_size for file in part.glob("*") if file.exists())
-        os.kill(process.pid, number)
+            num_bytes = sum(file.stat().st_size for file in part.glob("*") if file.exists())
+        os.kill(process.pid, signal_number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    return process.returncode, err, there
+    return process.returncode, err, num_bytes
 
 
 @pytest.mark.parametrize("name", quick(["import", "export"], "export"))
-def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
+def test_killed_and_interrupted_while_writing(large, tmp_path, name):
     out = tmp_path / "out"
     arguments = {"import": ["import", large / "hf"], "export": ["export", large / "checkpoint"]}[name]
 
-    code, err, there = interrupt(arguments, out, signal.SIGINT)
+    code, err, num_bytes = interrupt(arguments, out, signal.SIGINT)
     assert code == CODE_INTERRUPTED, err
-    assert 1_000_000 <= there < 150e6
+    assert 1_000_000 <= num_bytes < 150e6
     assert err == "\ninterrupted: partial output was removed; rerun the command to start again\n"
     assert not list(tmp_path.iterdir())
 
-    code, err, there = interrupt(arguments, out, signal.SIGKILL)
-    assert code == -signal.SIGKILL and 1_000_000 <= there < 150e6
+    code, err, num_bytes = interrupt(arguments, out, signal.SIGKILL)
+    assert code == -signal.SIGKILL and 1_000_000 <= num_bytes < 150e6
     assert [entry.name for entry in tmp_path.iterdir()] == [".out.part"], "the kill came too late"
 
-    code, said, err = run_command(*arguments, "--out", out)
-    assert code == 0 and not err and f"{out}: written" in said
+    code, output, err = run_command(*arguments, "--out", out)
+    assert code == 0 and not err and f"{out}: written" in output
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     if name == "import":
         for file in ("__0_0.distcp", ".metadata"):
@@ -272,10 +272,10 @@ def test_killed_and_interrupted_in_the_middle(large, tmp_path, name):
         (["verify", "{hf}", "{run}"], "{hf} is a Hugging Face folder: give a run folder or a checkpoint"),
     ],
 )
-def test_slips_of_the_hand(refuses, tiny_run, tmp_path, arguments, words):
+def test_mistyped_arguments(refuses, tiny_run, tmp_path, arguments, words):
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_text("{}")
-    places = {"run": tiny_run.folder, "out": tmp_path / "out", "hf": hf}
-    refuses([argument.format(**places) for argument in arguments], words.format(**places))
+    paths = {"run": tiny_run.folder, "out": tmp_path / "out", "hf": hf}
+    refuses([argument.format(**paths) for argument in arguments], words.format(**paths))
     assert not (tmp_path / "out").exists()

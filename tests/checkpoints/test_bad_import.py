@@ -1,4 +1,4 @@
-"""Hugging Face folders that cannot be imported: one line, exit code 2, nothing left behind, no code of theirs run."""
+"""Importing a bad Hugging Face folder gives one line, exit code 2 and no files, and never runs the folder's code."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_an_index_that_names_an_absent_file(sharded, import_refused):
     import_refused(sharded, f"{sharded} lacks other.safetensors, which {INDEX} names")
 
 
-def test_an_index_that_names_a_tensor_that_its_file_lacks(sharded, import_refused):
+def test_an_index_that_names_a_tensor_missing_from_its_file(sharded, import_refused):
     first = sorted(sharded.glob("*.safetensors"))[0].name
     change_index(sharded, lambda owners: owners.update({"lm_body.weight": first}))
     import_refused(sharded, f"{sharded / first} lacks lm_body.weight, which {INDEX} places there")
@@ -55,7 +55,7 @@ def test_an_index_that_names_the_wrong_file(sharded, import_refused):
     import_refused(sharded, f"{INDEX} places lm_head.weight in {last}, it is in {first}")
 
 
-def test_an_index_that_leaves_a_tensor_out(sharded, import_refused):
+def test_an_index_that_omits_a_tensor(sharded, import_refused):
     change_index(sharded, lambda owners: owners.pop("lm_head.weight"))
     import_refused(sharded, f"{INDEX} places lm_head.weight in no file, it is in ")
 
@@ -73,7 +73,7 @@ def test_a_tensor_in_two_files(sharded, import_refused):
         *("x\0.safetensors", "x\n.safetensors", "\x1b[2Jx.safetensors", "x.bin", "", "\ud800.safetensors"),
     ],
 )
-def test_an_index_that_leads_elsewhere(sharded, import_refused, name):
+def test_an_index_that_names_a_path_outside_the_folder(sharded, import_refused, name):
     change_index(sharded, lambda owners: owners.update({"lm_head.weight": name}))
     import_refused(sharded, f"{sharded / INDEX} names {name!r}: it must be a safetensors file in the folder")
 
@@ -95,37 +95,38 @@ def test_an_index_with_a_name_too_long(sharded, import_refused, name):
         ('{"weight_map": {"a": "b", "a": "c"}}', f"{INDEX} is corrupt: it has the key 'a' twice"),
     ],
 )
-def test_a_damaged_index(sharded, import_refused, content, words):
+def test_a_corrupt_index(sharded, import_refused, content, words):
     (sharded / INDEX).write_text(content)
     import_refused(sharded, words)
 
 
-def header_of(file):
+def split_header(file):
+    """Return the parsed header of a safetensors file and the bytes after it."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
-def with_header(file, text, values, length=None):
+def write_with_header(file, text, values, length=None):
     raw = text.encode()
     file.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + values)
 
 
 def in_header(change):
-    """Change the entries of a file's header, by name."""
+    """Return an edit that applies `change` to the header entries of a file."""
 
     def edit(file):
-        header, values = header_of(file)
+        header, values = split_header(file)
         change(header)
-        with_header(file, json.dumps(header), values)
+        write_with_header(file, json.dumps(header), values)
 
     return edit
 
 
-def doubled(file):
-    header, values = header_of(file)
+def repeat_header_key(file):
+    header, values = split_header(file)
     entry = f'"lm_head.weight": {json.dumps(header["lm_head.weight"])}'
-    with_header(file, "{" + entry + ", " + json.dumps(header)[1:], values)
+    write_with_header(file, "{" + entry + ", " + json.dumps(header)[1:], values)
 
 
 def flip_in_header(file):
@@ -143,11 +144,11 @@ def flip_in_header(file):
         (lambda file: file.write_bytes(file.read_bytes() + b"more"), f"{SINGLE} is corrupt"),
         (lambda file: file.write_bytes((2**60).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is corrupt"),
         (lambda file: file.write_bytes((2**63).to_bytes(8, "little") + file.read_bytes()[8:]), f"{SINGLE} is corrupt"),
-        (lambda file: with_header(file, "[" * 9000, b""), f"{SINGLE} is corrupt"),
-        (lambda file: with_header(file, "[]", b""), f"{SINGLE} is corrupt"),
-        (lambda file: with_header(file, "{}", b""), "has 0 tensors in total"),
+        (lambda file: write_with_header(file, "[" * 9000, b""), f"{SINGLE} is corrupt"),
+        (lambda file: write_with_header(file, "[]", b""), f"{SINGLE} is corrupt"),
+        (lambda file: write_with_header(file, "{}", b""), "has 0 tensors in total"),
         (flip_in_header, "lacks the tensor lm_head.weight, which"),
-        (doubled, f"{SINGLE} is corrupt: its header has the key 'lm_head.weight' twice"),
+        (repeat_header_key, f"{SINGLE} is corrupt: its header has the key 'lm_head.weight' twice"),
         (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[0, 2**60])), f"{SINGLE} is corrupt"),
         (in_header(lambda t: t["lm_head.weight"].update(data_offsets=[5, 1])), f"{SINGLE} is corrupt"),
         (in_header(lambda t: t["lm_head.weight"].update(shape=[2**40, 2**40])), f"{SINGLE} is corrupt"),
@@ -164,7 +165,7 @@ def flip_in_header(file):
         (in_header(lambda t: t["lm_head.weight"].update(shape=[32, 96])), "lm_head.weight has shape (32, 96)"),
     ],
 )
-def test_damaged_safetensors(single_file, import_refused, edit, words):
+def test_corrupt_safetensors(single_file, import_refused, edit, words):
     edit(single_file / SINGLE)
     import_refused(single_file, str(single_file), words)
 
@@ -179,7 +180,7 @@ def test_a_flipped_bit_under_checksums(single_file, import_refused):
     )
 
 
-def test_damaged_checksums(single_file, import_refused):
+def test_corrupt_checksums(single_file, import_refused):
     (single_file / "SHA256SUMS").write_text("no sums\n")
     import_refused(single_file, "SHA256SUMS, line 1 is 'no sums': it must be 64 hexadecimal digits")
 
@@ -212,7 +213,7 @@ def test_damaged_checksums(single_file, import_refused):
         ),
     ],
 )
-def test_tensors_that_are_not_those_of_the_config(single_file, import_refused, change, words):
+def test_tensors_that_do_not_match_the_config(single_file, import_refused, change, words):
     change_tensors(single_file, change)
     import_refused(single_file, str(single_file), words.format(config=single_file / "config.json"))
 
@@ -264,13 +265,13 @@ def test_code_of_the_folder_is_not_run(single_file, tmp_path):
 
 
 def test_links_into_a_cache_work(sharded, tmp_path):
-    """As the Hugging Face cache has it: a snapshot whose files are links to blobs."""
+    """A snapshot folder whose files link to blobs, as in the Hugging Face cache, imports and exports unchanged."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(sharded.iterdir())):
-        file.rename(blobs / f"{number:064x}")
-        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{number:064x}")
+    for index, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(blobs / f"{index:064x}")
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "blobs" / f"{index:064x}")
     assert import_folder(snapshot, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "back")
     assert raw_tensors(tmp_path / "back") == raw_tensors(snapshot)
@@ -281,7 +282,7 @@ def test_links_into_a_cache_work(sharded, tmp_path):
 
 @pytest.fixture
 def with_tokenizer(single_file, tokenizer_folder):
-    """The model with a tokenizer of 1024 ids, and 96 rows."""
+    """The model of 96 embedding rows with a tokenizer of 1024 ids."""
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, single_file)
     return single_file
@@ -303,7 +304,7 @@ def test_a_tokenizer_larger_than_the_embedding(with_tokenizer, import_refused):
         ("generation_config.json", b"\xff", "generation_config.json is corrupt: it is not a JSON object"),
     ],
 )
-def test_a_damaged_tokenizer(with_tokenizer, import_refused, name, content, words):
+def test_a_corrupt_tokenizer(with_tokenizer, import_refused, name, content, words):
     change_config(with_tokenizer, vocab_size=1024)
     change_tensors(
         with_tokenizer,

@@ -1,4 +1,4 @@
-"""Export and verify: every tensor, in one process, and a proof that notices a single changed value."""
+"""Export and verification: every tensor, in one process; verification detects a single changed value."""
 
 import json
 import subprocess
@@ -22,18 +22,18 @@ from tests.support.layouts import make_run, train_run
 
 
 @pytest.fixture(scope="module")
-def run(pool, data_folder, tokenizer_folder, tmp_path_factory):
-    """A finished run of two processes, with query compression and expert groups for good measure."""
-    run = make_run(tmp_path_factory.mktemp("runs"), data_folder, tokenizer_folder, "EP2", train_steps=4)
-    model_config = replace(run.model, q_lora_rank=24, num_expert_groups=4, topk_group=2)
-    run = replace(run, model=model_config)
-    pool.run(2, train_run, run)
-    return run
+def config(pool, data_folder, tokenizer_folder, tmp_path_factory):
+    """The config of a finished run of two processes, with query compression and expert groups."""
+    config = make_run(tmp_path_factory.mktemp("runs"), data_folder, tokenizer_folder, "EP2", train_steps=4)
+    model_config = replace(config.model, q_lora_rank=24, num_expert_groups=4, topk_group=2)
+    config = replace(config, model=model_config)
+    pool.run(2, train_run, config)
+    return config
 
 
 @pytest.fixture(scope="module")
-def folder(run):
-    return Path(run.runs_folder) / run.name
+def folder(config):
+    return Path(config.runs_folder) / config.name
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -43,25 +43,26 @@ def exported(request, folder, tmp_path_factory):
     return out
 
 
-def tensors_of(folder):
+def load_tensors(folder):
+    """Return the tensors of all safetensors files in a folder by name."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_every_tensor_once_with_the_right_dtype(run, folder, exported):
+def test_every_tensor_once_with_the_right_dtype(config, folder, exported):
     dtype = getattr(torch, exported.name)
     checkpoint = open_checkpoint(folder)
-    found = tensors_of(exported)
-    names = [part.name for row in hf_mapping.tensor_mappings(run.model) for part in row.hf_tensors]
-    assert sorted(found) == sorted(names)
-    for row in hf_mapping.tensor_mappings(run.model):
-        whole = checkpoint.read(row.key)
+    tensors = load_tensors(exported)
+    names = [part.name for row in hf_mapping.tensor_mappings(config.model) for part in row.hf_tensors]
+    assert sorted(tensors) == sorted(names)
+    for row in hf_mapping.tensor_mappings(config.model):
+        full = checkpoint.read(row.key)
         for part in row.hf_tensors:
-            value = whole[part.index]
+            value = full[part.index]
             expected = value if part.init_kind == "bias" else value.to(dtype)
-            assert found[part.name].dtype == expected.dtype
-            assert torch.equal(found[part.name], expected), part.name
-            assert tuple(found[part.name].shape) == part.shape
-    assert any(found[name].abs().max() > 0 for name in names if name.endswith("e_score_correction_bias"))
+            assert tensors[part.name].dtype == expected.dtype
+            assert torch.equal(tensors[part.name], expected), part.name
+            assert tuple(tensors[part.name].shape) == part.shape
+    assert any(tensors[name].abs().max() > 0 for name in names if name.endswith("e_score_correction_bias"))
 
 
 def test_shards_are_bounded_and_indexed(exported):
@@ -81,19 +82,19 @@ def test_shards_are_bounded_and_indexed(exported):
     assert index["metadata"]["total_size"] == total
 
 
-def test_config_has_what_servers_need(exported, run):
-    config = json.loads((exported / "config.json").read_text())
-    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+def test_config_has_the_keys_that_servers_need(exported, config):
+    hf_config = json.loads((exported / "config.json").read_text())
+    assert hf_config["architectures"] == ["DeepseekV3ForCausalLM"]
     needed = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1, "num_nextn_predict_layers": 0}
-    assert {key: config[key] for key in needed} == needed
-    assert "auto_map" not in config and "head_dim" not in config
-    assert config["torch_dtype"] == exported.name
+    assert {key: hf_config[key] for key in needed} == needed
+    assert "auto_map" not in hf_config and "head_dim" not in hf_config
+    assert hf_config["torch_dtype"] == exported.name
 
 
-def test_verify_finds_the_same_model(folder, exported):
+def test_verify_passes_on_the_export(folder, exported):
     report = verify(folder, exported)
     assert report.passed, report
-    assert report.tensors == len(tensors_of(exported))
+    assert report.tensors == len(load_tensors(exported))
     assert report.logit_difference <= 1e-4 < report.largest_logit
     assert report.tokens > 0
 
@@ -108,7 +109,7 @@ def test_verify_finds_the_same_model(folder, exported):
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:7].clone()}), "has shape"),
     ],
 )
-def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
+def test_verify_detects_any_difference(folder, tmp_path, damage, complaint):
     out = tmp_path / "hf"
     export(folder, out)
     file = out / "model-00001-of-00001.safetensors"
@@ -123,7 +124,7 @@ def test_verify_notices_any_difference(folder, tmp_path, damage, complaint):
     assert not verify(folder, out).passed
 
 
-def test_verify_notices_any_changed_file(folder, tmp_path):
+def test_verify_detects_any_changed_file(folder, tmp_path):
     out = tmp_path / "hf"
     export(folder, out)
     assert verify(folder, out).passed
@@ -134,7 +135,7 @@ def test_verify_notices_any_changed_file(folder, tmp_path):
     assert not report.passed and "generation_config.json" in report.problems[0]
 
 
-def test_the_same_export_is_not_done_again_and_another_is_refused(folder, tmp_path):
+def test_the_same_export_is_skipped_and_a_different_one_refused(folder, tmp_path):
     out = tmp_path / "hf"
     assert export(folder, out)
     assert not export(folder, out)
@@ -157,7 +158,7 @@ def test_export_needs_neither_megatron_nor_a_process_group(folder, tmp_path):
 
 
 def test_generation_is_the_argmax_chain_of_the_exported_model(folder, tmp_path):
-    """The completion, made with a cache, against one full forward pass per token; no remote code is involved."""
+    """The completion, generated with a KV cache, equals one full forward pass per token, without remote code."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from eval.generate import generate

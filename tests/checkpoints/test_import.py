@@ -1,4 +1,4 @@
-"""From Hugging Face to a checkpoint and back: the same bytes, the same logits, under any layout."""
+"""Import and export preserve all bytes and logits under any layout."""
 
 import json
 import math
@@ -26,7 +26,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @st.composite
 def shapes(draw):
-    """Any DeepSeek-V3: the settings that change which tensors there are, and odd sizes."""
+    """Draw a DeepSeek-V3 shape: the settings that change the set of tensors, and odd sizes."""
     groups = draw(st.integers(1, 4))
     per_group = draw(st.integers(max(2, 4 // groups), 64 // groups))
     topk_group = draw(st.integers(1, groups))
@@ -59,14 +59,14 @@ def shapes(draw):
     shard=st.sampled_from(["20KB", "50GB"]),
     max_shard_bytes=st.sampled_from([10_000, 10**9]),
 )
-def test_there_and_back_is_the_same_bytes(shape, dtype, shard, max_shard_bytes):
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        source = make_folder(place / "hf", dtype, shard, **shape)
-        assert import_folder(source, place / "checkpoint")
-        assert export(place / "checkpoint", place / "back", dtype=NAMES[dtype], max_shard_bytes=max_shard_bytes)
-        assert raw_tensors(place / "back") == raw_tensors(source)
-        for file in (place / "back").glob("*.safetensors"):
+def test_import_then_export_gives_the_same_bytes(shape, dtype, shard, max_shard_bytes):
+    with tempfile.TemporaryDirectory() as temporary:
+        parent = Path(temporary)
+        source = make_folder(parent / "hf", dtype, shard, **shape)
+        assert import_folder(source, parent / "checkpoint")
+        assert export(parent / "checkpoint", parent / "back", dtype=NAMES[dtype], max_shard_bytes=max_shard_bytes)
+        assert raw_tensors(parent / "back") == raw_tensors(source)
+        for file in (parent / "back").glob("*.safetensors"):
             header = json.loads(file.read_bytes()[8:].split(b"}}", 1)[0].decode().strip() + "}}")
             for name, entry in header.items():
                 if name != "__metadata__":
@@ -78,16 +78,16 @@ def test_there_and_back_is_the_same_bytes(shape, dtype, shard, max_shard_bytes):
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory):
     """A model with expert groups and query compression, in bfloat16, and its checkpoint."""
-    place = tmp_path_factory.mktemp("grouped")
+    parent = tmp_path_factory.mktemp("grouped")
     shape = {"n_group": 4, "topk_group": 2, "n_routed_experts": 16, "num_experts_per_tok": 4, "q_lora_rank": 24}
-    folder = make_folder(place / "hf", torch.bfloat16, "40KB", **shape)
-    import_folder(folder, place / "checkpoint")
-    return folder, place / "checkpoint"
+    folder = make_folder(parent / "hf", torch.bfloat16, "40KB", **shape)
+    import_folder(folder, parent / "checkpoint")
+    return folder, parent / "checkpoint"
 
 
 @pytest.mark.parametrize("layout", ["1", "TP2", "PP2", "EP2", "EP2xTP2"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_same_bytes_after_a_save_under_any_layout(pool, tmp_path, tokenizer_folder, layout, tied):
+def test_same_bytes_after_a_save_under_any_layout(pool, tmp_path, tokenizer_folder, layout, tied):
     folder = make_folder(tmp_path / "hf", torch.bfloat16, vocab_size=1024, tie_word_embeddings=tied)
     import_folder(folder, tmp_path / "checkpoint")
     world_size, parallel = LAYOUTS[layout]
@@ -96,12 +96,12 @@ def test_the_same_bytes_after_a_save_under_any_layout(pool, tmp_path, tokenizer_
     assert raw_tensors(tmp_path / "back") == raw_tensors(folder)
 
 
-def test_logits_and_routes_are_those_of_transformers(grouped):
+def test_logits_and_routes_equal_transformers(grouped):
     folder, checkpoint = grouped
     report = verify(checkpoint, folder)
     assert report.passed, report
     assert report.logit_difference <= 1e-4 < report.largest_logit
-    assert not (folder / "verification.json").exists(), "a folder without checksums is someone else's"
+    assert not (folder / "verification.json").exists(), "verify must not write into a folder without checksums"
 
 
 def test_logits_of_a_tied_model(tmp_path):
@@ -124,7 +124,7 @@ def test_a_second_import_does_nothing(grouped, tmp_path):
     assert (checkpoint / "state.json").read_bytes() == before
 
 
-def test_float16_is_held_exactly(tmp_path):
+def test_float16_is_preserved_exactly(tmp_path):
     folder = make_folder(tmp_path / "hf", torch.float16)
     import_folder(folder, tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "back")
@@ -134,8 +134,11 @@ def test_float16_is_held_exactly(tmp_path):
 
 @pytest.fixture(scope="module")
 def released(tiktoken_folder, tmp_path_factory):
-    """The file set of the released Moonlight, small: remote code, stale tensors, bfloat16 router biases, a tiktoken
-    file with two special ids more than the embedding has rows."""
+    """A small copy of the released Moonlight's files.
+
+    It has remote code, stale tensors, bfloat16 router biases, and a tiktoken file with two more special ids than the
+    embedding has rows.
+    """
     from moonlight.data.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("released") / "Moonlight-tiny"
@@ -186,8 +189,8 @@ def test_the_released_file_set(released, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["1", "EP2xPP2"])
-def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, data_folder, layout):
-    """The first loss of the run is that of transformers on the same tokens."""
+def test_pretraining_starts_from_an_import(pool, tmp_path, tokenizer_folder, data_folder, layout):
+    """The first loss of the run equals that of transformers on the same tokens."""
     from transformers import AutoModelForCausalLM
 
     from moonlight.data.loader import TrainDataset, collate
@@ -197,18 +200,20 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
         if file.name != "manifest.json":
             shutil.copy(file, folder)
     import_folder(folder, tmp_path / "checkpoint")
-    run = make_run(tmp_path / "runs", data_folder, tokenizer_folder, layout, train_steps=2, save_every_steps=2)
+    config = make_run(tmp_path / "runs", data_folder, tokenizer_folder, layout, train_steps=2, save_every_steps=2)
     model_config = open_checkpoint(tmp_path / "checkpoint").model_config
-    run = replace(run, model=model_config, train=replace(run.train, initial_checkpoint=str(tmp_path / "checkpoint")))
-    pool.run(LAYOUTS[layout][0], train_run, run)
+    config = replace(
+        config, model=model_config, train=replace(config.train, initial_checkpoint=str(tmp_path / "checkpoint"))
+    )
+    pool.run(LAYOUTS[layout][0], train_run, config)
     losses = [entry["loss/train"] for entry in read_metrics(tmp_path / "runs" / layout)]
 
-    samples = TrainDataset(data_folder, run.data.sequence_length, run.train.seed)
-    tokens, labels, mask = collate([samples[number] for number in range(run.train.global_batch_size)])
+    samples = TrainDataset(data_folder, config.data.sequence_length, config.train.seed)
+    tokens, labels, mask = collate([samples[index] for index in range(config.train.global_batch_size)])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    expected = (each * mask.flatten()).sum() / mask.sum()
+    token_losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = (token_losses * mask.flatten()).sum() / mask.sum()
     assert math.isclose(losses[0], expected.item(), rel_tol=1e-5)
     assert losses[1] != losses[0]
 
@@ -217,7 +222,7 @@ def test_pretraining_goes_on_from_an_import(pool, tmp_path, tokenizer_folder, da
     assert "trained further for 2 steps" in card and "starting from the weights of `hf`" in card
 
 
-def test_its_recipe_is_a_base(tmp_path, tokenizer_folder):
+def test_the_imported_recipe_can_be_a_base(tmp_path, tokenizer_folder):
     folder = make_folder(tmp_path / "hf", vocab_size=1024)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     import_folder(folder, tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""Any damage to the small files of a Hugging Face folder: import succeeds or ends with a line for people."""
+"""Random corruption of a Hugging Face folder's small files: the import succeeds or exits with a one-line error."""
 
 import shutil
 import tempfile
@@ -31,7 +31,7 @@ WORDS = (
     b"9" * 10,
     b"9" * 30,
 )
-"""What JSON may hold instead of what is there."""
+"""JSON fragments to insert into a file."""
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def source(fast_folder, tmp_path_factory):
 
 @st.composite
 def changes(draw):
-    """(where, what is there less, what is there instead), where being a share of the file."""
+    """Draw (position as a fraction of the file, number of bytes removed, bytes inserted)."""
     return draw(st.floats(0, 1)), draw(st.integers(0, 12)), draw(st.sampled_from(WORDS) | st.binary(max_size=12))
 
 
-def one_byte(share, byte):
-    return [(share, 1, bytes([byte]))]
+def one_byte(fraction, byte):
+    return [(fraction, 1, bytes([byte]))]
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -71,17 +71,17 @@ def one_byte(share, byte):
     name=st.sampled_from(FILES),
     edits=st.builds(one_byte, st.floats(0, 1), st.integers(0, 255)) | st.lists(changes(), min_size=1, max_size=4),
 )
-def test_any_damage(source, name, edits):
-    with tempfile.TemporaryDirectory() as place:
-        folder, out = Path(place) / "hf", Path(place) / "checkpoint"
+def test_random_corruption(source, name, edits):
+    with tempfile.TemporaryDirectory() as parent:
+        folder, out = Path(parent) / "hf", Path(parent) / "checkpoint"
         shutil.copytree(source, folder)
         path = folder / name if name != "header" else sorted(folder.glob("*.safetensors"))[0]
         raw = path.read_bytes()
-        end = len(raw) if name != "header" else 8 + int.from_bytes(raw[:8], "little")
-        head, rest = raw[:end], raw[end:]
-        for share, fewer, new in edits:
-            at = int(share * (len(head) - 1)) if head else 0
-            head = head[:at] + new + head[at + fewer :]
+        stop = len(raw) if name != "header" else 8 + int.from_bytes(raw[:8], "little")
+        head, rest = raw[:stop], raw[stop:]
+        for fraction, num_removed, new in edits:
+            offset = int(fraction * (len(head) - 1)) if head else 0
+            head = head[:offset] + new + head[offset + num_removed :]
         path.write_bytes(head + rest)
         try:
             assert import_folder(folder, out)
@@ -90,7 +90,7 @@ def test_any_damage(source, name, edits):
             if line is None:
                 raise
             assert line.isprintable()
-            assert [entry.name for entry in Path(place).iterdir()] == ["hf"]
+            assert [entry.name for entry in Path(parent).iterdir()] == ["hf"]
         else:
             open_checkpoint(out)
-            assert sorted(entry.name for entry in Path(place).iterdir()) == ["checkpoint", "hf"]
+            assert sorted(entry.name for entry in Path(parent).iterdir()) == ["checkpoint", "hf"]

@@ -1,4 +1,4 @@
-"""An exported folder in plain `transformers.pipeline`, and what exporting for chat changes."""
+"""Exported folders work in plain `transformers.pipeline`; a chat export changes the end tokens."""
 
 import json
 
@@ -16,15 +16,15 @@ QUESTION = [{"role": "user", "content": "What is a heap?"}]
 
 @pytest.fixture(scope="module")
 def folders(tiny_run, tmp_path_factory):
-    """The tiny run, exported plainly and for chat."""
-    place = tmp_path_factory.mktemp("hf")
+    """Exports of the tiny run, one plain and one for chat."""
+    folder = tmp_path_factory.mktemp("hf")
     for name, chat in (("plain", False), ("chat", True)):
-        export(tiny_run.folder, place / name, chat=chat)
-    return place
+        export(tiny_run.folder, folder / name, chat=chat)
+    return folder
 
 
 def argmax_chain(generator, ids, count):
-    """`count` ids after `ids`, by one full forward pass each."""
+    """Return `count` greedy ids after `ids`, each from a full forward pass."""
     tokens = torch.tensor([ids])
     with torch.no_grad():
         for _ in range(count):
@@ -51,8 +51,8 @@ def test_text_and_chat_by_the_pipeline(folders):
     ids += [markers["assistant"], *answerer, markers["middle"]]
     chain = argmax_chain(generator, ids, 6)
     (answer,) = generator(QUESTION, max_new_tokens=6, min_new_tokens=6, max_length=None)
-    *before, last = answer["generated_text"]
-    assert before == QUESTION
+    *previous, last = answer["generated_text"]
+    assert previous == QUESTION
     assert last == {"role": "assistant", "content": tokenizer.decode(chain, skip_special_tokens=True)}
 
 
@@ -60,7 +60,7 @@ def test_text_and_chat_by_the_pipeline(folders):
     ("name", "end_of_config", "ends_of_generation", "spelled_out_is_marker"),
     [("plain", "[EOS]", ["[EOS]"], False), ("chat", "<|im_end|>", ["<|im_end|>", "[EOS]"], True)],
 )
-def test_where_generation_ends(folders, name, end_of_config, ends_of_generation, spelled_out_is_marker):
+def test_end_tokens_of_generation(folders, name, end_of_config, ends_of_generation, spelled_out_is_marker):
     tokenizer = AutoTokenizer.from_pretrained(folders / name)
     ids = tokenizer.convert_tokens_to_ids
     config, generation = (
@@ -73,7 +73,7 @@ def test_where_generation_ends(folders, name, end_of_config, ends_of_generation,
 
 
 def test_an_answer_ends_with_the_message(folders):
-    """The head's row of the end marker is made to win at the first token of the answer, which is then empty."""
+    """The answer is empty if the end marker has the largest logit at its first token."""
     generator = pipeline("text-generation", model=str(folders / "chat"))
     end_id = generator.tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = generator.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")[
@@ -86,7 +86,7 @@ def test_an_answer_ends_with_the_message(folders):
     assert answer["generated_text"][-1] == {"role": "assistant", "content": ""}
 
 
-def test_exporting_for_chat_is_another_export(tiny_run, folders):
+def test_chat_and_plain_exports_are_different_content(tiny_run, folders):
     assert not export(tiny_run.folder, folders / "chat", chat=True)
     with pytest.raises(UserError, match="different content"):
         export(tiny_run.folder, folders / "chat")

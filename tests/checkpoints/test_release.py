@@ -1,4 +1,4 @@
-"""moonlight release: the real Hub client against a stand-in Hub over HTTP."""
+"""`moonlight release`: the real Hub client against a local test Hub over HTTP."""
 
 import os
 import shutil
@@ -23,15 +23,15 @@ def folder(ready_export, tmp_path):
 
 @pytest.fixture
 def release(monkeypatch, capfd):
-    """Calls the command in this process and returns what it prints."""
+    """Run the command in this process and return its stdout."""
 
     def call(folder, *options, repo=REPO):
         monkeypatch.setattr(sys, "argv", ["moonlight", "release", str(folder), "--repo", repo, *options])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
         captured = capfd.readouterr()
-        assert ended.value.code in (0, None), captured.err
+        assert exit_info.value.code in (0, None), captured.err
         assert captured.err == ""
         return captured.out
 
@@ -46,7 +46,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_byte_arrives_and_the_token_stays_out_of_sight(hub, folder, tmp_path):
+def test_every_byte_arrives_and_the_token_is_written_nowhere(hub, folder, tmp_path):
     before = contents(folder)
     code, out, err = run_command("release", folder, "--repo", REPO, env=environment(hub, tmp_path / "home"))
     assert (code, err) == (0, "")
@@ -67,7 +67,7 @@ def test_every_byte_arrives_and_the_token_stays_out_of_sight(hub, folder, tmp_pa
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_a_token_of_the_login_file_serves_as_well(hub, folder, release, monkeypatch):
+def test_the_token_of_the_login_file_is_used(hub, folder, release, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with open(huggingface_hub.constants.HF_TOKEN_PATH, "w") as file:
         file.write(TOKEN)
@@ -75,7 +75,7 @@ def test_a_token_of_the_login_file_serves_as_well(hub, folder, release, monkeypa
     assert REPO in hub.repositories
 
 
-def test_a_second_run_sends_nothing(hub, folder, release):
+def test_a_second_release_uploads_nothing(hub, folder, release):
     release(folder)
     hub.requests.clear()
     assert release(folder) == f"all files are uploaded already\n{hub.url}/{REPO}\n"
@@ -84,7 +84,7 @@ def test_a_second_run_sends_nothing(hub, folder, release):
     assert len(hub.repositories[REPO].commits) == 1
 
 
-def test_only_what_changed_is_sent(hub, folder, release):
+def test_only_changed_files_are_uploaded(hub, folder, release):
     release(folder)
     (folder / "README.md").write_text(CARD + "More about it.\n")
     seal(folder)
@@ -96,7 +96,7 @@ def test_only_what_changed_is_sent(hub, folder, release):
     assert repository.branches["main"] == contents(folder) | JUST_MADE
 
 
-def test_a_checkpoint_on_the_way_goes_to_a_branch_of_its_own(hub, folder, release, tmp_path):
+def test_an_intermediate_checkpoint_goes_to_its_own_branch(hub, folder, release, tmp_path):
     release(folder)
     main_branch = dict(hub.repositories[REPO].branches["main"])
     other = shutil.copytree(folder, tmp_path / "on_the_way")
@@ -108,7 +108,7 @@ def test_a_checkpoint_on_the_way_goes_to_a_branch_of_its_own(hub, folder, releas
     assert release(other).startswith("all files are uploaded already")
 
 
-def test_a_first_release_may_be_one_on_the_way(hub, folder, release):
+def test_the_first_release_can_be_an_intermediate_checkpoint(hub, folder, release):
     set_revision_step(folder, 2)
     seal(folder)
     release(folder, "--private")
@@ -116,7 +116,7 @@ def test_a_first_release_may_be_one_on_the_way(hub, folder, release):
     assert hub.repositories[REPO].private
 
 
-def test_killed_midway_and_run_again_it_completes(hub, folder, release, tmp_path):
+def test_a_release_killed_midway_completes_on_rerun(hub, folder, release, tmp_path):
     late = sha256_checksum(shards(folder)[-1])
     hub.faults = {("PUT", late): "stall"}
     process = command("release", folder, "--repo", REPO, env=environment(hub, tmp_path / "home"))
@@ -138,7 +138,7 @@ def test_killed_midway_and_run_again_it_completes(hub, folder, release, tmp_path
     assert hub.repositories[REPO].branches["main"] == contents(folder) | JUST_MADE
 
 
-def test_a_dropped_connection_is_tried_again(hub, folder, release):
+def test_a_dropped_connection_is_retried(hub, folder, release):
     first = sha256_checksum(shards(folder)[0])
     hub.faults = {("PUT", first): "drop"}
     release(folder)
@@ -146,7 +146,7 @@ def test_a_dropped_connection_is_tried_again(hub, folder, release):
     assert hub.repositories[REPO].branches["main"] == contents(folder) | JUST_MADE
 
 
-def test_weight_files_of_an_earlier_release_go(hub, folder, release):
+def test_weight_files_of_an_earlier_release_are_removed(hub, folder, release):
     release(folder)
     branch = hub.repositories[REPO].branches["main"]
     branch["model-00009-of-00009.safetensors"] = b"old"
@@ -155,7 +155,7 @@ def test_weight_files_of_an_earlier_release_go(hub, folder, release):
     assert hub.repositories[REPO].branches["main"] == contents(folder) | JUST_MADE | {"notes.md": b"somebody's own"}
 
 
-def test_a_dry_run_lists_everything_and_asks_nobody(hub, folder, release, monkeypatch):
+def test_a_dry_run_lists_all_files_and_sends_no_request(hub, folder, release, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setenv("COLUMNS", "120")
     set_revision_step(folder, 2)
@@ -164,15 +164,15 @@ def test_a_dry_run_lists_everything_and_asks_nobody(hub, folder, release, monkey
     assert hub.requests == []
     assert all(name in out for name in contents(folder))
     assert f"{len(contents(folder))} files" in out and f"repository {REPO}" in out and "revision step-2" in out
-    assert out.count("LFS") == len(shards(folder)) + 2, "tokenizer.model and loss.png besides"
+    assert out.count("LFS") == len(shards(folder)) + 2, "tokenizer.model and loss.png are also LFS files"
     assert out.endswith("dry run: nothing was uploaded\n")
 
 
-# What the Hub refuses
+# Hub errors
 
 
 def test_a_wrong_token_is_never_shown(hub, folder, tmp_path):
-    """Even though this Hub repeats it, and with a traceback."""
+    """A wrong token is not printed even if the Hub echoes it and `--debug` prints a traceback."""
     wrong = "hf_wrongToken"
     environ = environment(hub, tmp_path / "home") | {"HF_TOKEN": wrong}
     code, out, err = run_command("release", folder, "--repo", REPO, "--debug", env=environ)
@@ -188,7 +188,7 @@ def test_no_token(hub, folder, refuses, monkeypatch):
     assert not hub.requests
 
 
-def test_the_namespace_of_somebody_else(hub, folder, refuses):
+def test_the_namespace_of_another_user(hub, folder, refuses):
     refuses(["release", folder, "--repo", "sun/tiny"], "403", "sun/tiny", "write access to sun", "--repo")
     assert not hub.repositories
 
@@ -210,14 +210,14 @@ def test_a_failing_hub_is_one_line_and_leaves_no_commit(hub, folder, refuses, me
     assert hub.repositories[REPO].branches["main"] == JUST_MADE
 
 
-def test_a_hub_without_xet_storage_says_how_to_do_without(hub, folder, tmp_path):
+def test_error_of_a_hub_without_xet_storage_names_the_setting(hub, folder, tmp_path):
     environ = environment(hub, tmp_path / "home") | {"HF_HUB_DISABLE_XET": "0"}
     code, _, err = run_command("release", folder, "--repo", REPO, env=environ)
     check_line(code, err, [hub.url, REPO, "HF_HUB_DISABLE_XET=1"])
     assert hub.repositories[REPO].branches["main"] == JUST_MADE
 
 
-def test_a_hub_out_of_reach(hub, folder, refuses, monkeypatch):
+def test_an_unreachable_hub(hub, folder, refuses, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -231,12 +231,12 @@ def test_offline_mode(hub, folder, refuses, monkeypatch):
     assert not hub.requests
 
 
-def test_content_that_arrived_changed_is_noticed(hub, folder, refuses):
+def test_content_changed_in_transfer_is_detected(hub, folder, refuses):
     hub.corrupt = True
     refuses(["release", folder, "--repo", REPO], "on the Hub differs from the file in", str(folder))
 
 
-def test_private_is_refused_where_everybody_reads(hub, folder, release, refuses):
+def test_private_is_refused_for_a_public_repository(hub, folder, release, refuses):
     set_revision_step(folder, 2)
     seal(folder)
     release(folder)

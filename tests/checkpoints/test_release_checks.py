@@ -1,4 +1,4 @@
-"""moonlight release: what fails a check is refused with one line before anything is sent."""
+"""`moonlight release` rejects a folder that fails a check with one line, before any request."""
 
 import json
 import pickle
@@ -16,28 +16,29 @@ def folder(ready_export, tmp_path):
 
 
 def change(name, function):
-    """A damage: a JSON file of the folder changed by `function`, with sums and verification made anew."""
+    """Return an edit that applies `function` to a JSON file, then renews the checksums and the verification."""
 
-    def damage(folder):
+    def edit(folder):
         content = json.loads((folder / name).read_text())
         function(content)
         write_json(folder / name, content)
         seal(folder)
 
-    return damage
+    return edit
 
 
 def add(name, content=b""):
-    """A damage: a file that is listed in the sums, but belongs to no export."""
+    """Return an edit that adds a file to the folder and its checksums, though no export has it."""
 
-    def damage(folder):
+    def edit(folder):
         (folder / name).write_bytes(content)
         seal(folder)
 
-    return damage
+    return edit
 
 
 def verification(**values):
+    """Return an edit that sets keys of the verification file."""
     return lambda folder: write_json(
         folder / VERIFICATION_FILE, json.loads((folder / VERIFICATION_FILE).read_text()) | values
     )
@@ -72,7 +73,7 @@ DAMAGES = {
     "no card": (lambda folder: (folder / "README.md").unlink() or seal(folder), ["no README.md"]),
     "no licence": (add("README.md", b"---\nlicense: unknown\n---\n# Tiny\n"), ["README.md", "licen"]),
     "no front matter": (add("README.md", b"# Tiny\n"), ["README.md", "front matter"]),
-    "config no JSON": (add("config.json", b"{"), ["config.json", "not JSON"]),
+    "config no JSON": (add("config.json", b"{"), ["config.json", "not a JSON object"]),
     "config of no model": (add("config.json", b"{}"), ["does not load with transformers"]),
     "generation config no JSON": (add("generation_config.json", b"[]"), ["generation_config.json", "JSON object"]),
     "tokenizer broken": (add("tokenizer.json", b"{}"), ["does not load with transformers"]),
@@ -85,16 +86,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage, words", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("edit, words", DAMAGES.values(), ids=DAMAGES.keys())
 @pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=["real", "dry"])
-def test_what_fails_a_check_is_never_sent(hub, folder, refuses, damage, words, options):
-    damage(folder)
+def test_a_folder_that_fails_a_check_is_never_sent(hub, folder, refuses, edit, words, options):
+    edit(folder)
     refuses(["release", folder, "--repo", REPO, *options], *words)
     assert not hub.requests
 
 
 @pytest.mark.parametrize("repo", ["tiny", "moon/tiny/more", "moon/ti ny", "moon/--", ".moon/tiny", "", "moon/x.git"])
-def test_names_that_no_repository_can_have(hub, folder, refuses, repo):
+def test_invalid_repository_names(hub, folder, refuses, repo):
     refuses(["release", folder, "--repo", repo], f"--repo is {repo!r}")
     assert not hub.requests
 

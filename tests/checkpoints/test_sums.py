@@ -1,4 +1,4 @@
-"""Checksums of a folder: the sha256sum tool agrees, and whatever differs is named."""
+"""Checksums of a folder agree with the sha256sum tool; errors name the file that differs."""
 
 import subprocess
 
@@ -10,7 +10,7 @@ from moonlight.files import SUMS_FILE, VERIFICATION_FILE, check_sums, sha256_che
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three files in two levels, one with spaces in its name and no Latin letters, and their sums."""
+    """Three files on two levels and their checksums. One name has a space and Chinese characters."""
     folder = tmp_path / "model"
     (folder / "deep").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -20,20 +20,20 @@ def folder(tmp_path):
     return folder
 
 
-def test_sums_are_those_of_the_tool(folder):
+def test_sha256sum_accepts_the_sums(folder):
     subprocess.run(["sha256sum", "--check", "--strict", SUMS_FILE], cwd=folder, check=True, capture_output=True)
     sums = check_sums(folder)
     assert sums == {name: sha256_checksum(folder / name) for name in ("config.json", "deep/月 光.txt", "empty.txt")}
 
 
-def test_what_the_tool_writes_is_read(folder):
+def test_the_output_of_sha256sum_is_accepted(folder):
     expected = check_sums(folder)
     out = subprocess.run(["sha256sum", *expected], cwd=folder, check=True, capture_output=True).stdout
     (folder / SUMS_FILE).write_bytes(out)
     assert check_sums(folder) == expected
 
 
-def test_writing_again_changes_nothing_and_verification_has_no_line(folder):
+def test_rewriting_changes_nothing_and_leaves_verification_out(folder):
     before = (folder / SUMS_FILE).read_bytes()
     (folder / VERIFICATION_FILE).write_text("{}")
     write_sums(folder)
@@ -41,19 +41,19 @@ def test_writing_again_changes_nothing_and_verification_has_no_line(folder):
     assert VERIFICATION_FILE not in check_sums(folder)
 
 
-def test_a_changed_file_is_named(folder):
+def test_error_names_a_changed_file(folder):
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json has SHA-256 4f53cda18c2b"):
         check_sums(folder)
 
 
-def test_a_missing_file_is_named(folder):
+def test_error_names_a_missing_file(folder):
     (folder / "empty.txt").unlink()
     with pytest.raises(UserError, match=r"lacks empty\.txt"):
         check_sums(folder)
 
 
-def test_an_unlisted_file_is_named(folder):
+def test_error_names_an_unlisted_file(folder):
     (folder / "deep" / "new.txt").touch()
     with pytest.raises(UserError, match=r"deep/new\.txt is not listed"):
         check_sums(folder)
@@ -74,7 +74,7 @@ def test_an_unlisted_file_is_named(folder):
         "",
     ],
 )
-def test_lines_that_are_no_sums_are_refused(folder, line):
+def test_invalid_lines_are_refused(folder, line):
     with (folder / SUMS_FILE).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match="SHA256SUMS, line 4"):
@@ -88,7 +88,7 @@ def test_a_name_listed_twice_is_refused(folder):
         check_sums(folder)
 
 
-def test_no_sums_at_all(folder):
+def test_a_missing_sums_file(folder):
     (folder / SUMS_FILE).unlink()
     with pytest.raises(UserError, match="has no SHA256SUMS"):
         check_sums(folder)

@@ -1,4 +1,4 @@
-"""Bad input: one line that names the thing and what would be accepted, exit code 2, nothing left behind."""
+"""Bad input gives one line that names the input and the accepted values, exit code 2, and no files."""
 
 import gzip
 import json
@@ -44,14 +44,14 @@ CORPORA = {
 
 @pytest.mark.parametrize("name", CORPORA)
 def test_corpus(refuses, tokenizer_folder, tmp_path, name):
-    make, training, preparing = CORPORA[name]
+    make, train_words, prepare_words = CORPORA[name]
     corpus, out = tmp_path / name, tmp_path / "out"
     make(corpus)
-    if preparing[0].startswith("1 of 1"):
-        preparing = (*preparing, "max_bad_share 0.01", name)
-    refuses(["tokenizer", "train", "--input", corpus, "--vocab-size", 500, "--out", out], str(corpus), *training)
+    if prepare_words[0].startswith("1 of 1"):
+        prepare_words = (*prepare_words, "max_bad_share 0.01", name)
+    refuses(["tokenizer", "train", "--input", corpus, "--vocab-size", 500, "--out", out], str(corpus), *train_words)
     prepare = ["data", "prepare", "--input", corpus, "--tokenizer", tokenizer_folder, "--out", out, "--workers", 1]
-    refuses(prepare, *preparing)
+    refuses(prepare, *prepare_words)
 
 
 def test_corpus_without_permission(tmp_path):
@@ -85,8 +85,8 @@ def test_corpus_too_small_for_one_sequence(refuses, tiny_run, tmp_path):
 
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for number in range(4):
-        (corpus / f"{number}.txt").write_text(f"text {number}")
+    for index in range(4):
+        (corpus / f"{index}.txt").write_text(f"text {index}")
     prepare([corpus], tiny_run.tokenizer, tmp_path / "data", validation_share=0.5)
     refuses(
         ["pretrain", tiny_run.recipe, "name=other", f"data.path={tmp_path / 'data'}", f"runs_folder={tmp_path}"],
@@ -172,7 +172,7 @@ def test_recipe_setting(refuses, tiny_run, tmp_path, overrides, words):
         (b"name: a\nname: b\n", "found duplicate key name"),
         (b"name: !!python/object/apply:os.getpid []\n", "could not determine a constructor"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, "is not valid YAML"),
-        (b"base: recipe.yaml\n", "its base: leads back to itself"),
+        (b"base: recipe.yaml\n", "its base: includes itself"),
         (b"base: nowhere.yaml\n", "nowhere.yaml: No such file or directory"),
     ],
 )
@@ -189,7 +189,7 @@ def test_recipe_file(refuses, tmp_path, content, words):
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"text"])
-def test_damaged_tokenizer(refuses, tiny_run, small_corpus, tmp_path, damage):
+def test_corrupt_tokenizer(refuses, tiny_run, small_corpus, tmp_path, damage):
     folder = tmp_path / "tokenizer"
     shutil.copytree(tiny_run.tokenizer, folder)
     (folder / "tokenizer.model").write_bytes(damage((folder / "tokenizer.model").read_bytes()))
@@ -199,7 +199,7 @@ def test_damaged_tokenizer(refuses, tiny_run, small_corpus, tmp_path, damage):
 
 
 @pytest.mark.parametrize("size", [900, 1100])
-def test_another_tokenizer(refuses, tiny_run, small_corpus, tmp_path, size):
+def test_different_tokenizer(refuses, tiny_run, small_corpus, tmp_path, size):
     from moonlight.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path / "tokenizer"
@@ -247,7 +247,7 @@ def in_manifest(change):
         (cut("validation.idx"), "validation.idx is corrupt: it has"),
     ],
 )
-def test_damaged_data(refuses, tiny_run, tmp_path, edit, words):
+def test_corrupt_data(refuses, tiny_run, tmp_path, edit, words):
     folder = tmp_path / "data"
     shutil.copytree(tiny_run.data, folder)
     edit(folder)
@@ -259,7 +259,7 @@ def test_damaged_data(refuses, tiny_run, tmp_path, edit, words):
     )
 
 
-def test_data_index_of_nonsense(refuses, as_worker, tiny_run, tmp_path):
+def test_data_index_with_invalid_bytes(refuses, as_worker, tiny_run, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(tiny_run.data, folder)
     index = folder / "train.idx"
@@ -306,6 +306,6 @@ def test_debug_prints_the_traceback(tmp_path):
     assert lines[-1].startswith(f"error: input {tmp_path / 'nowhere'} does not exist")
 
 
-def test_a_launched_process_says_what_is_wrong_with_its_arguments():
+def test_a_launched_process_reports_bad_arguments():
     result = subprocess.run([sys.executable, "-m", "pretrain", "--fast"], cwd=ROOT, capture_output=True, text=True)
     check_line(result.returncode, result.stderr, ("recipe", "see python -m pretrain --help"))

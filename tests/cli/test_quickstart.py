@@ -1,4 +1,4 @@
-"""`moonlight quickstart`: interrupted and started again, it finishes with the bytes of an uninterrupted one."""
+"""`moonlight quickstart`, interrupted and rerun, ends with the same bytes as an uninterrupted run."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ NEEDED = {"hf/model-00001-of-00001.safetensors", "data/train.bin", "tokenizer/to
 
 
 def start(folder, corpus):
-    """`moonlight quickstart` in a process group of its own, as a terminal would start it."""
+    """Start `moonlight quickstart` in its own process group, as a terminal does."""
     command = [sys.executable, "-m", "moonlight.cli", "quickstart", "--corpus", str(corpus), "--recipe", "recipe.yaml"]
     return subprocess.Popen(
         command,
@@ -30,76 +30,77 @@ def start(folder, corpus):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # A shell that runs these tests in the background hands on an ignored SIGINT; a terminal does not.
+        # A shell that runs the tests in the background makes its children ignore SIGINT; a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
     )
 
 
 def finish(folder, corpus):
+    """Run `moonlight quickstart` to its end and return its output."""
     process = start(folder, corpus)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     return output
 
 
-def check_again(output):
-    """The output of a start after everything has been done."""
-    for done in (
+def check_all_skipped(output):
+    """Check that a rerun skipped every finished step."""
+    for message in (
         "this tokenizer has been trained already",
         "this data has been prepared already",
         "this run is already finished",
         "this checkpoint is exported already",
         "verification, completion: done already",
     ):
-        assert done in output
+        assert message in output
 
 
 def hashes(folder):
-    """SHA-256 of everything that must not depend on interruptions, by name within the run folder."""
+    """Return the SHA-256 of each file that must not depend on interruptions, by path in the run folder."""
     patterns = ("tokenizer/*", "data/*.bin", "data/*.idx", "data/manifest.json", "hf/*", "completion.txt")
-    (run,) = (folder / "runs").iterdir()
-    files = [file for pattern in patterns for file in run.glob(pattern) if file.name != "export.json"]
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (run_dir,) = (folder / "runs").iterdir()
+    files = [file for pattern in patterns for file in run_dir.glob(pattern) if file.name != "export.json"]
+    return {str(file.relative_to(run_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @pytest.fixture
 def folders(tmp_path, data_folder, tokenizer_folder):
     """Two folders with the same small recipe."""
-    run = make_run(Path("runs"), data_folder, tokenizer_folder, "EP2", train_steps=30, save_every_steps=5)
-    run = replace(run, train=replace(run.train, threads_per_process=1, validate_every_steps=15))
-    made = (tmp_path / "whole", tmp_path / "broken")
-    for folder in made:
+    config = make_run(Path("runs"), data_folder, tokenizer_folder, "EP2", train_steps=30, save_every_steps=5)
+    config = replace(config, train=replace(config.train, threads_per_process=1, validate_every_steps=15))
+    folders = (tmp_path / "uninterrupted", tmp_path / "interrupted")
+    for folder in folders:
         folder.mkdir()
-        (folder / "recipe.yaml").write_text(to_yaml(run))
-    return made
+        (folder / "recipe.yaml").write_text(to_yaml(config))
+    return folders
 
 
 @pytest.mark.slow
-def test_interrupted_at_any_moment_ends_the_same(folders, small_corpus):
-    """Eight interruptions, kill -9 of the whole group and Ctrl-C in turn, each at a random moment."""
-    whole, broken = folders
-    finish(whole, small_corpus)
-    assert hashes(whole).keys() >= NEEDED
+def test_random_interruptions_do_not_change_the_result(folders, small_corpus):
+    """Eight interruptions at random times, alternately Ctrl-C and kill -9 of the process group."""
+    uninterrupted, interrupted = folders
+    finish(uninterrupted, small_corpus)
+    assert hashes(uninterrupted).keys() >= NEEDED
     generator = random.Random(7)
     finished = False
-    for number in range(8):
-        process = start(broken, small_corpus)
+    for index in range(8):
+        process = start(interrupted, small_corpus)
         time.sleep(1.0 + generator.random() * 12)
         finished = process.poll() is not None
         if not finished:
-            os.killpg(process.pid, signal.SIGKILL if number % 2 else signal.SIGINT)
+            os.killpg(process.pid, signal.SIGKILL if index % 2 else signal.SIGINT)
         process.communicate(timeout=PATIENCE_S)
         if finished:
             break
-    finish(broken, small_corpus)
-    assert hashes(broken) == hashes(whole)
+    finish(interrupted, small_corpus)
+    assert hashes(interrupted) == hashes(uninterrupted)
 
-    check_again(finish(whole, small_corpus))
-    assert not list(broken.rglob("*.part"))
+    check_all_skipped(finish(uninterrupted, small_corpus))
+    assert not list(interrupted.rglob("*.part"))
 
 
-def test_ctrl_c_while_training_is_quiet_and_the_next_start_finishes(folders, small_corpus):
+def test_ctrl_c_in_training_prints_one_line_and_a_rerun_finishes(folders, small_corpus):
     folder, _ = folders
     process = start(folder, small_corpus)
     deadline = time.monotonic() + PATIENCE_S
@@ -113,8 +114,8 @@ def test_ctrl_c_while_training_is_quiet_and_the_next_start_finishes(folders, sma
     assert "Traceback" not in output, output
 
     finish(folder, small_corpus)
-    done = hashes(folder)
-    assert done.keys() >= NEEDED
-    check_again(finish(folder, small_corpus))
-    assert hashes(folder) == done
+    expected = hashes(folder)
+    assert expected.keys() >= NEEDED
+    check_all_skipped(finish(folder, small_corpus))
+    assert hashes(folder) == expected
     assert not list(folder.rglob("*.part"))

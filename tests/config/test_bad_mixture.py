@@ -1,4 +1,4 @@
-"""Mixtures that cannot be read: one line, exit code 2."""
+"""Invalid mixtures must end with one error line and exit code 2."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.support.bad_input import run_command
 
 @pytest.fixture
 def mixed(tiny_run, tmp_path):
-    """Writes a recipe whose sources are the tiny run's data and a copy of it, b, that may be changed."""
+    """Write a recipe with two sources: the tiny run's data, and a copy of it, b, that tests may change."""
     shutil.copytree(tiny_run.data, tmp_path / "b")
 
     def write(b=None, **changes):
@@ -40,8 +40,8 @@ def test_a_source_of_another_tokenizer(refuses, mixed, tiny_run, fast_folder, tm
     recipe = mixed()
     shutil.rmtree(tmp_path / "b")
     (tmp_path / "text").mkdir()
-    for number in range(40):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"document {number} " * 50)
+    for index in range(40):
+        (tmp_path / "text" / f"{index}.txt").write_text(f"document {index} " * 50)
     prepare([tmp_path / "text"], fast_folder, tmp_path / "b", validation_share=0.3)
     refuses(["pretrain", recipe], f"data {tmp_path / 'b'} was prepared with the tokenizer of checksum")
 
@@ -68,13 +68,13 @@ def test_a_source_that_does_not_fit(refuses, mixed, tmp_path, change, words):
 def test_a_source_too_small_for_one_window(refuses, mixed, tokenizer_folder, tmp_path):
     recipe = mixed()
     shutil.rmtree(tmp_path / "b")
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": str(number)}) for number in range(10)))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": str(index)}) for index in range(10)))
     prepare([tmp_path / "text.jsonl"], tokenizer_folder, tmp_path / "b", validation_share=0.5)
     refuses(["pretrain", recipe], f"data {tmp_path / 'b'} has ", "too few for one sequence of data.sequence_length 32")
 
 
 def test_more_epochs_than_are_allowed(refuses, mixed, tiny_run):
-    """Of b alone at the end: four steps of 8 sequences, the last 16 sequences of b."""
+    """Of four steps of 8 sequences, the last two read 16 sequences of b alone; that must exceed max_epochs."""
     stages = {
         "one": StageConfig(from_tokens=0, to_tokens=16 * 32, lr=1e-3, decay="constant", weights={"a": 1.0}),
         "two": StageConfig(from_tokens=16 * 32, to_tokens=32 * 32, lr=1e-3, decay="linear", weights={"b": 1.0}),
@@ -82,15 +82,15 @@ def test_more_epochs_than_are_allowed(refuses, mixed, tiny_run):
     tokens = json.loads((tiny_run.data / "manifest.json").read_text())["splits"]["train"]["tokens"]
     epochs = 16 / ((tokens - 1) // 32)
     config = load_recipe(tiny_run.recipe)
-    course = {"stages": stages, "schedule": None, "train": replace(config.train, train_steps=0)}
+    schedule = {"stages": stages, "schedule": None, "train": replace(config.train, train_steps=0)}
     refuses(
-        ["pretrain", mixed({"max_epochs": epochs / 2}, **course)],
-        f"source b is asked for {epochs:.4g} epochs up to the end of this run, data.sources.b.max_epochs is "
+        ["pretrain", mixed({"max_epochs": epochs / 2}, **schedule)],
+        f"source b needs {epochs:.4g} epochs up to the end of this run, data.sources.b.max_epochs is "
         f"{epochs / 2:g}: give it less weight, more text, or more epochs",
     )
 
 
-def test_stages_name_sources_that_are_there(refuses, mixed):
+def test_a_stage_with_an_unknown_source(refuses, mixed):
     recipe = mixed()
     text = recipe.read_text().replace(
         "schedule:", "stages: {one: {from_tokens: 0, to_tokens: 2048, lr: 0.001, weights: {c: 1.0}}}\nunused:"
@@ -101,7 +101,7 @@ def test_stages_name_sources_that_are_there(refuses, mixed):
     refuses(["pretrain", recipe], "stages.one.weights names c: the sources are a, b")
 
 
-def test_a_run_continued_without_one_of_its_sources(refuses, mixed, tmp_path, tiny_run):
+def test_a_run_resumed_without_one_of_its_sources(refuses, mixed, tmp_path, tiny_run):
     recipe = mixed()
     folder = tmp_path / "runs" / "other"
     folder.mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_a_run_continued_without_one_of_its_sources(refuses, mixed, tmp_path, ti
     refuses(["pretrain", recipe], f"{folder} holds a run with other settings: data.sources.b.path (")
 
 
-def test_a_later_stage_needs_weights_to_begin_with(refuses, tiny_run, tmp_path):
+def test_a_later_stage_needs_an_initial_checkpoint(refuses, tiny_run, tmp_path):
     recipe = tmp_path / "stages.yaml"
     recipe.write_text(
         f"base: {tiny_run.recipe}\nname: lone\nschedule: null\nstages:\n"

@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads, resolves to itself, and says what is wrong with a bad one."""
+"""Recipes: every shipped recipe must load and resolve to itself; errors must name the key."""
 
 from pathlib import Path
 
@@ -33,10 +33,10 @@ def test_base_and_overrides_apply_in_order(tmp_path):
     assert config.model == parent.model
 
 
-def test_base_that_leads_back_is_refused(tmp_path):
+def test_circular_base_is_refused(tmp_path):
     recipe = tmp_path / "self.yaml"
     recipe.write_text("base: self.yaml\n")
-    with pytest.raises(UserError, match="leads back to itself"):
+    with pytest.raises(UserError, match="includes itself"):
         load_recipe(recipe)
 
 
@@ -53,10 +53,12 @@ def test_missing_key_is_named():
     floor=st.floats(0, 1),
 )
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(warmup, total, decay, floor):
-    schedule = [f"schedule.{key}={value}" for key, value in (("lr", 1.0), ("min_lr", floor), ("decay", decay))]
-    overrides = [*schedule, f"schedule.warmup_steps={warmup}", f"train.train_steps={total}"]
-    timeline = RunSchedule(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
-    rates = [timeline.at(step).learning_rate for step in range(1, total + 1)]
+    schedule_overrides = [
+        f"schedule.{key}={value}" for key, value in (("lr", 1.0), ("min_lr", floor), ("decay", decay))
+    ]
+    overrides = [*schedule_overrides, f"schedule.warmup_steps={warmup}", f"train.train_steps={total}"]
+    schedule = RunSchedule(load_recipe(ROOT / "configs" / "quickstart.yaml", overrides))
+    rates = [schedule.at(step).learning_rate for step in range(1, total + 1)]
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising) and (not rising or rising[-1] == 1.0)
     assert falling == sorted(falling, reverse=True)
@@ -64,7 +66,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor(warmup, total, d
     assert rates[-1] == (1.0 if decay == "constant" else pytest.approx(floor))
 
 
-def test_a_model_may_be_dense_but_not_without_dense_layers():
+def test_a_model_may_be_all_dense_but_not_without_dense_layers():
     recipe = ROOT / "configs" / "quickstart.yaml"
     assert load_recipe(recipe).model.has_experts
     assert not load_recipe(recipe, ["model.first_k_dense_replace=4"]).model.has_experts

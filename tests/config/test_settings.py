@@ -1,4 +1,4 @@
-"""The settings page: every key, and never stale."""
+"""The settings page must have every key and be up to date."""
 
 import dataclasses
 from pathlib import Path
@@ -14,13 +14,13 @@ from moonlight.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_page_is_what_the_classes_say():
+def test_the_page_is_up_to_date():
     page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
     assert page == settings_page(list_sections()), "run: moonlight settings --markdown > docs/settings.md"
 
 
-def test_every_key_has_a_meaning():
-    """Sections are described by their class; every other key has a text below it."""
+def test_every_key_has_a_description():
+    """The class describes a section; every other key must have a docstring."""
     missing = [
         f"{section.name}.{setting.name}"
         for section in list_sections()
@@ -41,7 +41,7 @@ def test_a_row_has_type_default_unit_and_meaning():
 
 
 @pytest.mark.parametrize("name", [name for name, kind in field_types(OptimizerConfig).items() if kind.choices])
-def test_a_choice_that_is_none_is_refused_and_the_choices_are_named(name):
+def test_an_unknown_choice_is_refused_and_the_choices_are_named(name):
     choices = field_types(OptimizerConfig)[name].choices
     with pytest.raises(
         UserError, match=f"optimizer.{name} is 'nonsense': accepted are {', '.join(map(repr, choices))}"

@@ -1,4 +1,4 @@
-"""The course of a run: the paper's own, and any other against a walk through every step."""
+"""Run schedules: the paper's own must have its values, and any other must equal a loop over every step."""
 
 import csv
 import math
@@ -29,48 +29,48 @@ MODEL = {
 }
 
 
-def test_the_paper():
-    timeline = RunSchedule(load_recipe(BIG))
-    at, tokens = timeline.at, 8192
+def test_the_schedule_of_the_paper():
+    schedule = RunSchedule(load_recipe(BIG))
+    at, tokens = schedule.at, 8192
 
     assert at(1).learning_rate == pytest.approx(4.2e-4 / 2000)
     assert at(2000).learning_rate == 4.2e-4 and at(2000).stage == "warmup" and at(2001).stage == "cosine"
     assert at(2000).end * tokens == 33_554_432_000
-    # 200B tokens are reached in step 11,921, and the batch is doubled from the next one on.
+    # Step 11,921 reaches 200B tokens, and the batch doubles from the next step.
     assert at(11_921).global_batch_size == 2048 and at(11_922).global_batch_size == 4096
     assert at(11_921).end * tokens >= 200e9 > at(11_920).end * tokens
     end = max(step for step in range(150_000, 165_000) if at(step).stage == "cosine")
     assert at(end).end * tokens == pytest.approx(5.2e12, rel=1e-5)
     assert at(end).learning_rate == pytest.approx(4.2e-5) and at(end).router_bias_update_rate == 1e-3
-    # What the last step of a stage takes beyond its end is less than a step.
+    # The last step of a stage exceeds its end by less than a step.
     assert at(end + 100).learning_rate == pytest.approx(1e-4, rel=0.01)
     assert at(end + 101).learning_rate <= 1e-4 and at(end + 1).router_bias_update_rate == 0
-    assert at(timeline.num_steps).learning_rate == 0.0 and at(timeline.num_steps).stage == "cooldown"
-    assert at(timeline.num_steps).end * tokens == pytest.approx(5.7e12, rel=1e-5)
+    assert at(schedule.num_steps).learning_rate == 0.0 and at(schedule.num_steps).stage == "cooldown"
+    assert at(schedule.num_steps).end * tokens == pytest.approx(5.7e12, rel=1e-5)
     half = at(end).learning_rate + (4.2e-4 - 4.2e-5) / 2
     middle = min(range(2001, end), key=lambda step: abs(at(step).end * tokens - (33_554_432_000 + 5.2e12) / 2))
     assert at(middle).learning_rate == pytest.approx(half, rel=1e-4)
 
 
-def test_a_stage_alone_has_the_steps_that_it_has_in_the_whole():
-    whole, alone = RunSchedule(load_recipe(BIG)), RunSchedule(load_recipe(BIG, ["train.only_stage=cooldown"]))
-    assert alone.first_sequence == -(-5_200_000_000_000 // 8192)
-    offset = max(step for step in range(150_000, 165_000) if whole.at(step).stage == "cosine")
+def test_a_single_stage_has_the_same_steps_as_in_the_full_run():
+    full, single = RunSchedule(load_recipe(BIG)), RunSchedule(load_recipe(BIG, ["train.only_stage=cooldown"]))
+    assert single.first_sequence == -(-5_200_000_000_000 // 8192)
+    offset = max(step for step in range(150_000, 165_000) if full.at(step).stage == "cosine")
     for step in (1, 50, 100, 101, 5000, 14_000):
-        mine, theirs = alone.at(step), whole.at(step + offset)
-        assert mine.stage == theirs.stage and mine.global_batch_size == theirs.global_batch_size == 4096
-        # Up to what the stage before took beyond its end.
-        assert mine.learning_rate == pytest.approx(theirs.learning_rate, rel=0.03, abs=1e-8)
+        values, expected = single.at(step), full.at(step + offset)
+        assert values.stage == expected.stage and values.global_batch_size == expected.global_batch_size == 4096
+        # The values differ by what the previous stage exceeded its end.
+        assert values.learning_rate == pytest.approx(expected.learning_rate, rel=0.03, abs=1e-8)
 
 
 @st.composite
 def recipes(draw):
     length = draw(st.integers(1, 7))
     stages, end = {}, 0
-    for number in range(draw(st.integers(1, 4))):
+    for index in range(draw(st.integers(1, 4))):
         start, end = end, end + draw(st.integers(300, 3000))
         lr = draw(st.floats(0.1, 1.0))
-        stages[f"s{number}"] = {
+        stages[f"s{index}"] = {
             "from_tokens": start,
             "to_tokens": end,
             "lr": lr,
@@ -90,35 +90,35 @@ def recipes(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(run=recipes())
-def test_any_course_equals_a_walk_through_its_steps(run):
-    timeline, length = RunSchedule(run), run.data.sequence_length
+@given(config=recipes())
+def test_any_schedule_equals_a_loop_over_its_steps(config):
+    schedule, length = RunSchedule(config), config.data.sequence_length
     step, consumed, before = 0, 0, 0.0
-    for name, stage in run.stages.items():
-        sizes = [run.train.global_batch_size]
-        sizes += [g.global_batch_size for g in run.train.batch_growth if stage.from_tokens >= g.after_tokens]
+    for name, stage in config.stages.items():
+        sizes = [config.train.global_batch_size]
+        sizes += [g.global_batch_size for g in config.train.batch_growth if stage.from_tokens >= g.after_tokens]
         warmup = stage.warmup_steps * sizes[-1] * length
         while consumed * length < stage.to_tokens:
             step += 1
-            size = run.train.global_batch_size
-            for change in run.train.batch_growth:
+            size = config.train.global_batch_size
+            for change in config.train.batch_growth:
                 if consumed * length >= change.after_tokens:
                     size = change.global_batch_size
-            found = timeline.at(step)
-            assert (found.stage, found.first_sequence, found.global_batch_size) == (name, consumed, size)
+            values = schedule.at(step)
+            assert (values.stage, values.first_sequence, values.global_batch_size) == (name, consumed, size)
             consumed += size
             done = min(consumed * length, stage.to_tokens) - stage.from_tokens
             if done < warmup:
                 expected = before + (stage.lr - before) * done / warmup
             else:
-                share = (done - warmup) / max(1, stage.to_tokens - stage.from_tokens - warmup)
-                left = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[
+                fraction = (done - warmup) / max(1, stage.to_tokens - stage.from_tokens - warmup)
+                factor = {"constant": 1.0, "linear": 1 - fraction, "cosine": (1 + math.cos(math.pi * fraction)) / 2}[
                     stage.decay
                 ]
-                expected = stage.end_lr + (stage.lr - stage.end_lr) * left
-            assert found.learning_rate == pytest.approx(expected, abs=1e-12)
+                expected = stage.end_lr + (stage.lr - stage.end_lr) * factor
+            assert values.learning_rate == pytest.approx(expected, abs=1e-12)
         before = stage.end_lr
-    assert timeline.num_steps == step and timeline.num_sequences == consumed
+    assert schedule.num_steps == step and schedule.num_sequences == consumed
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_any_course_equals_a_walk_through_its_steps(run):
         (["stages.warmup.from_tokens=5"], "the first stage begins at 0 tokens"),
         (["stages.cooldown.to_tokens=7"], "it must be greater than stages.cooldown.from_tokens"),
         (["stages.warmup.warmup_steps=3000"], "stages.warmup.warmup_steps is 3000"),
-        (["train.train_steps=5"], "leave it out, because stages say where they end"),
+        (["train.train_steps=5"], "leave it out, because stages end at a number"),
         (["schedule.lr=1.0"], "schedule and stages are both given"),
         (["train.only_stage=warm"], "train.only_stage is 'warm': the stages are warmup, cosine, cooldown"),
         (["train.batch_growth=[{after_tokens: 5, global_batch_size: 8}]"], "it must be greater than 2048"),
@@ -145,7 +145,7 @@ def test_any_course_equals_a_walk_through_its_steps(run):
         (["train.batch_growth=3"], "train.batch_growth is 3: a list is expected"),
     ],
 )
-def test_a_course_that_cannot_be_is_refused(overrides, words):
+def test_an_invalid_schedule_is_refused(overrides, words):
     with pytest.raises(UserError) as caught:
         load_recipe(BIG, overrides)
     assert words in str(caught.value)
@@ -159,7 +159,7 @@ def test_a_course_that_cannot_be_is_refused(overrides, words):
         (["data.sequence_length=1", "train.global_batch_size=1", "train.batch_growth=[]"], "at most 99999999"),
     ],
 )
-def test_a_number_of_steps_that_cannot_be_is_refused(overrides, words):
+def test_an_invalid_number_of_steps_is_refused(overrides, words):
     config = load_recipe(BIG, overrides)
     if words is None:
         with pytest.raises(UserError, match=r"train\.only_stage is 'cosine': no step begins in it"):
@@ -170,7 +170,7 @@ def test_a_number_of_steps_that_cannot_be_is_refused(overrides, words):
             RunSchedule(config)
 
 
-def test_every_batch_of_the_growth_must_be_divisible():
+def test_every_batch_size_of_the_growth_must_be_divisible():
     config = load_recipe(BIG, ["train.batch_growth=[{after_tokens: 5, global_batch_size: 4100}]"])
     with pytest.raises(UserError, match=r"train.batch_growth\[0\].global_batch_size is 4100: it must be a multiple of"):
         config.check_batches(8)
@@ -181,19 +181,19 @@ def golden():
         return list(csv.DictReader(file))
 
 
-def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
+def test_the_rehearsal_keeps_its_schedule_and_the_proportions_of_the_paper():
     config, paper = load_recipe(ROOT / "configs/rehearsal.yaml"), load_recipe(BIG)
-    timeline = RunSchedule(config)
-    assert timeline.num_steps == 1500
+    schedule = RunSchedule(config)
+    assert schedule.num_steps == 1500
     for row in golden():
-        moment = timeline.at(int(row["step"]))
-        assert moment.stage == row["stage"]
-        assert moment.end * config.data.sequence_length == int(row["consumed_tokens"])
-        assert moment.global_batch_size == int(row["global_batch_size"])
-        assert moment.learning_rate == pytest.approx(float(row["learning_rate"]), rel=1e-9, abs=1e-15)
-        assert moment.router_bias_update_rate == float(row["router_bias_update_rate"])
+        values = schedule.at(int(row["step"]))
+        assert values.stage == row["stage"]
+        assert values.end * config.data.sequence_length == int(row["consumed_tokens"])
+        assert values.global_batch_size == int(row["global_batch_size"])
+        assert values.learning_rate == pytest.approx(float(row["learning_rate"]), rel=1e-9, abs=1e-15)
+        assert values.router_bias_update_rate == float(row["router_bias_update_rate"])
 
-    def shares(recipe):
+    def proportions(recipe):
         end, peak = recipe.stages["cooldown"].to_tokens, recipe.stages["warmup"].lr
         return [
             *(stage.to_tokens / end for stage in recipe.stages.values()),
@@ -203,24 +203,24 @@ def test_the_rehearsal_keeps_its_curve_and_the_proportions_of_the_paper():
             recipe.train.batch_growth[0].global_batch_size / recipe.train.global_batch_size,
         ]
 
-    # Warm-up and growth of the batch end with a step: 1% of their tokens.
-    assert shares(config) == pytest.approx(shares(paper), rel=0.01)
+    # Warmup and batch growth end with a full step, which is up to 1% of their tokens.
+    assert proportions(config) == pytest.approx(proportions(paper), rel=0.01)
 
 
 @pytest.mark.full
-def test_a_run_of_the_rehearsal_follows_its_curve(pool, tiny_run, tmp_path):
-    """All 1,500 steps on two processes, of a smaller model."""
+def test_a_run_of_the_rehearsal_follows_its_schedule(pool, tiny_run, tmp_path):
+    """A smaller model on two processes must follow the schedule in all 1,500 steps."""
     tiny, config = load_recipe(tiny_run.recipe), load_recipe(ROOT / "configs/rehearsal.yaml")
     data = replace(tiny.data, sequence_length=config.data.sequence_length)
     model_config = replace(tiny.model, max_position_embeddings=config.model.max_position_embeddings)
     train_config = replace(config.train, validate_every_steps=1500, save_every_steps=500)
     config = replace(config, model=model_config, data=data, train=train_config, runs_folder=str(tmp_path))
     pool.run(2, train_run, config)
-    check_curve(tmp_path / config.name)
+    check_schedule(tmp_path / config.name)
 
 
-def check_curve(folder):
-    """Whether the metrics of a run say what the golden curve says."""
+def check_schedule(folder):
+    """Check the metrics of a run against the golden schedule."""
     entries = {entry["step"]: entry for entry in read_metrics(folder)}
     assert len(entries) == 1500
     for row in golden():

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: loaded without their code, copied for transformers, used to prepare data and to train."""
+"""Tokenizers of every kind load without their code, copy for transformers, and work in preparation and training."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def llama_folder(small_corpus, fast_folder, tmp_path_factory):
-    """A SentencePiece model that puts a space before text, with a tokenizer.json beside it."""
+    """A SentencePiece model that puts a space before text, next to a tokenizer.json."""
     folder = shutil.copytree(fast_folder, tmp_path_factory.mktemp("llama") / "small")
     files = ",".join(map(str, sorted(small_corpus.iterdir())))
     sentencepiece.SentencePieceTrainer.train(
@@ -46,7 +46,7 @@ def kind(request):
 
 @pytest.fixture
 def broken(fast_folder, tmp_path):
-    """A copy of the fast tokenizer's folder that may be changed."""
+    """A copy of the fast tokenizer's folder for the test to change."""
     return shutil.copytree(fast_folder, tmp_path / "broken")
 
 
@@ -59,8 +59,8 @@ def change_config(folder, **changes):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text() | st.sampled_from([*TEXTS, "<|endoftext|>[CLS]", "a<tool_call>b", "long " * 40]))
-def test_fast_gives_the_ids_of_its_file(fast_folder, text):
-    """No truncation, padding, [CLS] or control id, though the file asks for them."""
+def test_fast_ids_equal_those_of_its_file(fast_folder, text):
+    """No truncation, padding, [CLS] or control id, even though the file requests them."""
     ours, plain = Tokenizer.load(fast_folder), Fast.from_file(str(fast_folder / "tokenizer.json"))
     plain.no_truncation()
     plain.no_padding()
@@ -78,7 +78,7 @@ def test_fast_ids(fast_folder):
     assert ours.decode([1501, *ours.encode("cafe\u0301"), 1500]) == "caf\u00e9"
 
 
-def test_which_file_decides(kind):
+def test_the_file_that_defines_the_tokenizer(kind):
     folder, file = kind
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.file == file
@@ -102,7 +102,7 @@ def test_a_copy_loads_without_remote_code(kind, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_our_own_files_are_copied_as_they_are(tokenizer_folder, tmp_path):
+def test_our_own_files_are_copied_unchanged(tokenizer_folder, tmp_path):
     copy_tokenizer(tokenizer_folder, tmp_path / "out")
     names = tokenizer_files(tokenizer_folder)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
@@ -111,7 +111,7 @@ def test_our_own_files_are_copied_as_they_are(tokenizer_folder, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tokenizer_folder / name).read_bytes()
 
 
-def test_a_copy_keeps_the_ids_where_the_class_would_change_them(broken, tmp_path):
+def test_a_copy_keeps_ids_that_the_tokenizer_class_would_change(broken, tmp_path):
     change_config(broken, tokenizer_class="Qwen2Tokenizer", auto_map=None, eos_token="<|endoftext|>")
     text = "it's  a\n\n  test of 1234567 caf\u00e9\n\tx"
     ids = Tokenizer.load(broken).encode(text)
@@ -122,7 +122,7 @@ def test_a_copy_keeps_the_ids_where_the_class_would_change_them(broken, tmp_path
 
 @pytest.mark.parametrize("value", [1500, [1500, 1501]])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_the_end_of_text_of_a_model(broken, tmp_path, file, value):
+def test_end_of_text_from_the_model_files(broken, tmp_path, file, value):
     change_config(broken, eos_token=None)
     (broken / file).write_text(json.dumps({"eos_token_id": value}))
     assert Tokenizer.load(broken).eos_id == 1500
@@ -132,14 +132,14 @@ def test_the_end_of_text_of_a_model(broken, tmp_path, file, value):
     )
 
 
-def test_the_end_of_text_is_special_though_no_file_says_so(broken):
+def test_the_end_of_text_is_special_even_if_no_file_marks_it(broken):
     change_config(broken, eos_token="<tool_call>")
     tokenizer = Tokenizer.load(broken)
     assert tokenizer.eos_id == 1502 and 1502 not in tokenizer.encode("a <tool_call>")
 
 
 def unigram(folder):
-    """A model of another type, which cuts the text `</s>` out as its control token."""
+    """Make the tokenizer a Unigram model that encodes the text `</s>` as its control token."""
     model = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]}
     content = json.loads((folder / "tokenizer.json").read_text())
     entry = {**content["added_tokens"][0], "id": 1, "content": "</s>"}
@@ -170,25 +170,25 @@ def unigram(folder):
         (unigram, "gives the control id 1 to text that spells '</s>'"),
     ],
 )
-def test_damaged(refuses, broken, small_corpus, tmp_path, damage, words):
+def test_corrupt_folders_are_refused(refuses, broken, small_corpus, tmp_path, damage, words):
     damage(broken)
     refuses(["data", "prepare", "--input", small_corpus, "--tokenizer", broken, "--out", tmp_path / "data"], words)
 
 
-def test_an_end_of_text_id_that_is_none(broken):
+def test_an_end_of_text_id_outside_the_tokenizer(broken):
     change_config(broken, eos_token=None)
     (broken / "config.json").write_text('{"eos_token_id": 1503}')
     with pytest.raises(UserError, match=r"config\.json has eos_token_id 1503: it must be an id of the tokenizer"):
         Tokenizer.load(broken)
 
 
-def test_sentencepiece_of_another_style_alone(llama_folder, tmp_path):
+def test_sentencepiece_that_adds_spaces_needs_a_tokenizer_json(llama_folder, tmp_path):
     shutil.copy(llama_folder / "tokenizer.model", tmp_path)
     with pytest.raises(UserError, match=r"adds spaces to it: add a tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
-def test_sentencepiece_without_its_twin_is_not_copied(tokenizer_folder, tmp_path):
+def test_sentencepiece_without_a_tokenizer_json_is_not_copied(tokenizer_folder, tmp_path):
     shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path)
     with pytest.raises(UserError, match=r"has no tokenizer\.json: transformers needs one next to tokenizer\.model"):
         copy_tokenizer(tmp_path, tmp_path / "out")
@@ -215,25 +215,26 @@ def test_prepared_data_reads_back(kind, small_corpus, tmp_path, workers):
     assert sorted(texts) == sorted(file.read_bytes().decode() for file in small_corpus.iterdir())
 
 
-def with_rows(folder, tokenizer, rows):
-    run = recipe()
-    data = replace(run.data, path=str(folder), tokenizer=str(tokenizer))
-    return replace(run, model=replace(run.model, vocab_size=rows), data=data)
+def recipe_with_rows(folder, tokenizer, rows):
+    """Return a config whose model has `rows` embedding rows."""
+    config = recipe()
+    data = replace(config.data, path=str(folder), tokenizer=str(tokenizer))
+    return replace(config, model=replace(config.model, vocab_size=rows), data=data)
 
 
-def test_special_ids_past_the_rows_do_no_harm(tiktoken_folder, small_corpus, tmp_path):
+def test_unused_special_ids_need_no_rows(tiktoken_folder, small_corpus, tmp_path):
     prepare([small_corpus], tiktoken_folder, tmp_path / "data", validation_share=0.3)
-    check_data(with_rows(tmp_path / "data", tiktoken_folder, 2050))
+    check_data(recipe_with_rows(tmp_path / "data", tiktoken_folder, 2050))
     message = "model.vocab_size is 2049: id 2049 occurs in the data .* needs at least 2050 rows"
     with pytest.raises(UserError, match=message):
-        check_data(with_rows(tmp_path / "data", tiktoken_folder, 2049))
+        check_data(recipe_with_rows(tmp_path / "data", tiktoken_folder, 2049))
 
 
 def test_every_id_that_text_can_give_needs_a_row(tokenizer_folder, tmp_path):
-    for number in range(40):
-        (tmp_path / f"{number}.txt").write_text(f"\t\t{number}")
+    for index in range(40):
+        (tmp_path / f"{index}.txt").write_text(f"\t\t{index}")
     manifest = prepare([tmp_path], tokenizer_folder, tmp_path / "data", validation_share=0.3)
     rows = max(split["largest_id"] for split in manifest["splits"].values()) + 1
     assert rows < 1024
     with pytest.raises(UserError, match=f"vocab_size is {rows}: the tokenizer .* can give text any of 1024 ids"):
-        check_data(with_rows(tmp_path / "data", tokenizer_folder, rows))
+        check_data(recipe_with_rows(tmp_path / "data", tokenizer_folder, rows))

@@ -1,4 +1,4 @@
-"""Orders of epochs on disk: built once, shared, noticed when damaged, gone when finished."""
+"""Epoch orders on disk: built once, shared, rebuilt if corrupt, deleted when the epoch is finished."""
 
 import multiprocessing
 import os
@@ -14,30 +14,31 @@ from moonlight.data.loader import TrainDataset
 FACTS = {"idx_sha256": "0", "sequence_length": 32, "seed": 3}
 
 
-def order_of(number):
+def make_order(offset):
     return EpochOrder(
-        np.arange(5, dtype=np.int32) + number, np.arange(5, dtype=np.uint32), np.arange(9, dtype=np.int32)
+        np.arange(5, dtype=np.int32) + offset, np.arange(5, dtype=np.uint32), np.arange(9, dtype=np.int32)
     )
 
 
-def build_and_note(folder, notes, barrier):
-    """One process of a host: what it got, and a line for each time it was asked to build."""
+def build_and_record(folder, notes, barrier):
+    """Read the order as one process of a host, and log each build."""
 
     def build():
         with notes.open("a") as file:
             file.write("built\n")
-        return order_of(7)
+        return make_order(7)
 
     barrier.wait()
     order = IndexCache(folder, FACTS).order(0, build)
-    assert (order.documents == order_of(7).documents).all()
+    assert (order.documents == make_order(7).documents).all()
 
 
-def test_one_process_of_many_builds(tmp_path):
+def test_only_one_of_four_processes_builds(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
     processes = [
-        context.Process(target=build_and_note, args=(tmp_path / "cache", tmp_path / "notes", barrier)) for _ in range(4)
+        context.Process(target=build_and_record, args=(tmp_path / "cache", tmp_path / "notes", barrier))
+        for _ in range(4)
     ]
     for process in processes:
         process.start()
@@ -47,28 +48,28 @@ def test_one_process_of_many_builds(tmp_path):
     assert (tmp_path / "notes").read_text() == "built\n"
 
 
-def end_while_building(folder):
+def die_while_building(folder):
     IndexCache(folder, FACTS).order(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_process_killed_while_it_builds_leaves_nothing_in_the_way(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=end_while_building, args=(tmp_path,))
+def test_a_process_killed_while_building_does_not_block_the_next(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=die_while_building, args=(tmp_path,))
     process.start()
     process.join(timeout=60)
     assert process.exitcode == -signal.SIGKILL
     cache = IndexCache(tmp_path, FACTS)
     assert (cache.folder / ".epoch-00000000.part").is_dir()
-    found = cache.order(0, lambda: order_of(0))
-    assert (found.documents == order_of(0).documents).all()
+    order = cache.order(0, lambda: make_order(0))
+    assert (order.documents == make_order(0).documents).all()
     assert sorted(path.name for path in cache.folder.iterdir()) == [".lock", "epoch-00000000"]
 
 
-def test_samples_are_those_without_a_cache(data_folder, tmp_path):
+def test_samples_equal_those_without_a_cache(data_folder, tmp_path):
     plain = TrainDataset(data_folder, 32, 3)
     cached = TrainDataset(data_folder, 32, 3, IndexCache(tmp_path, FACTS))
     epoch = plain.samples_per_epoch
-    for number in (0, 1, epoch - 1, epoch, 3 * epoch + 5, 7):
-        assert (cached[number][0] == plain[number][0]).all()
+    for index in (0, 1, epoch - 1, epoch, 3 * epoch + 5, 7):
+        assert (cached[index][0] == plain[index][0]).all()
     mapped = cached._epoch(0)
     for values, expected in zip(mapped, plain._epoch(0), strict=True):
         assert not values.flags.writeable and values.dtype == expected.dtype and values.itemsize == 4
@@ -76,10 +77,10 @@ def test_samples_are_those_without_a_cache(data_folder, tmp_path):
 
 
 def overwrite(name, change):
-    def edit(place):
-        raw = bytearray((place / name).read_bytes())
+    def edit(folder):
+        raw = bytearray((folder / name).read_bytes())
         change(raw)
-        (place / name).write_bytes(raw)
+        (folder / name).write_bytes(raw)
 
     return edit
 
@@ -92,10 +93,10 @@ def cut(raw):
     del raw[-4:]
 
 
-def swap(place):
-    (place / "documents.npy").rename(place / "other")
-    (place / "windows.npy").rename(place / "documents.npy")
-    (place / "other").rename(place / "windows.npy")
+def swap(folder):
+    (folder / "documents.npy").rename(folder / "other")
+    (folder / "windows.npy").rename(folder / "documents.npy")
+    (folder / "other").rename(folder / "windows.npy")
 
 
 @pytest.mark.parametrize(
@@ -104,32 +105,34 @@ def swap(place):
         *(overwrite(f"{name}.npy", change) for name in EpochOrder._fields for change in (flip, cut)),
         overwrite("sums.json", cut),
         overwrite("sums.json", bytearray.clear),
-        lambda place: (place / "ends.npy").unlink(),
-        lambda place: (place / "sums.json").unlink(),
-        lambda place: shutil.copytree(place.parent / "epoch-00000001", place, dirs_exist_ok=True) and flip_first(place),
+        lambda folder: (folder / "ends.npy").unlink(),
+        lambda folder: (folder / "sums.json").unlink(),
+        lambda folder: (
+            shutil.copytree(folder.parent / "epoch-00000001", folder, dirs_exist_ok=True) and flip_first(folder)
+        ),
         swap,
     ],
 )
-def test_damage_is_noticed_and_mended(tmp_path, capfd, damage):
+def test_a_corrupt_order_is_detected_and_rebuilt(tmp_path, capfd, damage):
     cache = IndexCache(tmp_path, FACTS)
     for epoch in (0, 1):
-        cache.order(epoch, lambda epoch=epoch: order_of(epoch))
+        cache.order(epoch, lambda epoch=epoch: make_order(epoch))
     damage(cache.folder / "epoch-00000000")
-    found = IndexCache(tmp_path, FACTS).order(0, lambda: order_of(0))
-    assert [(a == b).all() for a, b in zip(found, order_of(0), strict=True)] == [True] * 3
+    order = IndexCache(tmp_path, FACTS).order(0, lambda: make_order(0))
+    assert [(a == b).all() for a, b in zip(order, make_order(0), strict=True)] == [True] * 3
     assert "epoch-00000000 is corrupt; rebuilding" in capfd.readouterr().err
-    IndexCache(tmp_path, FACTS).order(0, lambda: pytest.fail("built though it is there"))
+    IndexCache(tmp_path, FACTS).order(0, lambda: pytest.fail("rebuilt a valid order"))
 
 
-def flip_first(place):
-    overwrite("documents.npy", flip)(place)
+def flip_first(folder):
+    overwrite("documents.npy", flip)(folder)
 
 
-def test_finished_epochs_go_and_other_facts_stay(tmp_path):
+def test_finished_epochs_are_deleted_and_other_caches_stay(tmp_path):
     cache, other = IndexCache(tmp_path, FACTS), IndexCache(tmp_path, FACTS | {"seed": 4})
     assert cache.folder != other.folder
-    other.order(0, lambda: order_of(9))
+    other.order(0, lambda: make_order(9))
     for epoch in range(4):
-        cache.order(epoch, lambda epoch=epoch: order_of(epoch))
+        cache.order(epoch, lambda epoch=epoch: make_order(epoch))
     assert sorted(path.name for path in cache.folder.glob("epoch-*")) == ["epoch-00000002", "epoch-00000003"]
-    assert (other.order(0, lambda: pytest.fail("built again")).documents == order_of(9).documents).all()
+    assert (other.order(0, lambda: pytest.fail("rebuilt a valid order")).documents == make_order(9).documents).all()

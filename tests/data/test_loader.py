@@ -1,4 +1,4 @@
-"""Samples: every token a label once an epoch, whoever reads them."""
+"""Samples: every token is a label once an epoch, in an order that depends only on the seed."""
 
 import numpy as np
 import pytest
@@ -26,38 +26,38 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_an_epoch_shows_every_window_once_and_epochs_differ(folder):
+def test_an_epoch_has_every_window_once_and_epochs_differ(folder):
     samples = TrainDataset(folder, 16, seed=1)
     epoch = samples.samples_per_epoch
     assert epoch == (samples.stream.num_tokens - 1) // 16
-    for first in (0, epoch):
-        labels = np.concatenate([samples[first + number][0][1:] for number in range(epoch)])
+    for start in (0, epoch):
+        labels = np.concatenate([samples[start + index][0][1:] for index in range(epoch)])
         words = labels[labels != EOS]
-        assert len(words) == len(set(words))  # none twice
+        assert len(words) == len(set(words))  # no token twice
         assert len(labels) == epoch * 16
-    orders = [[tuple(samples[first + number][0]) for number in range(epoch)] for first in (0, epoch)]
+    orders = [[tuple(samples[start + index][0]) for index in range(epoch)] for start in (0, epoch)]
     assert orders[0] != orders[1]
 
 
-def test_a_sample_depends_on_seed_and_number_alone(folder):
-    one, other = TrainDataset(folder, 16, seed=1), TrainDataset(folder, 16, seed=1)
-    numbers = np.random.default_rng(0).permutation(3 * one.samples_per_epoch)
-    shuffled = {number: other[int(number)][0] for number in numbers}
-    for number in range(len(numbers)):
-        assert (one[number][0] == shuffled[number]).all()
-    assert any((one[n][0] != TrainDataset(folder, 16, seed=2)[n][0]).any() for n in range(5))
+def test_a_sample_depends_only_on_seed_and_index(folder):
+    ordered, samples = TrainDataset(folder, 16, seed=1), TrainDataset(folder, 16, seed=1)
+    indices = np.random.default_rng(0).permutation(3 * ordered.samples_per_epoch)
+    shuffled = {index: samples[int(index)][0] for index in indices}
+    for index in range(len(indices)):
+        assert (ordered[index][0] == shuffled[index]).all()
+    assert any((ordered[index][0] != TrainDataset(folder, 16, seed=2)[index][0]).any() for index in range(5))
 
 
-def test_the_order_is_that_of_a_slow_twin(folder):
-    """Documents drawn and joined one by one: what a seed means must never change."""
+def test_order_equals_a_slow_reference(folder):
+    """The order of a seed equals documents drawn and joined one by one; it must never change."""
     samples = TrainDataset(folder, 16, seed=7)
     dataset = samples.stream.dataset
     for epoch in (0, 1, 5):
         generator = np.random.Generator(np.random.PCG64([7, epoch]))
         joined = np.concatenate([dataset[int(document)] for document in generator.permutation(60)])
         windows = generator.permutation((len(joined) - 1) // 16)
-        for place, window in enumerate(windows):
-            tokens, _ = samples[epoch * len(windows) + place]
+        for position, window in enumerate(windows):
+            tokens, _ = samples[epoch * len(windows) + position]
             assert tokens.dtype == np.int64
             assert (tokens == joined[16 * window : 16 * window + 17]).all()
 
@@ -70,10 +70,10 @@ def test_an_index_of_other_data_is_refused(folder, tmp_path):
         TrainDataset(tmp_path, 16, seed=1)
 
 
-def test_tokens_follow_each_other_as_in_the_documents(folder):
+def test_tokens_are_in_document_order(folder):
     samples = TrainDataset(folder, 16, seed=4)
-    for number in range(samples.samples_per_epoch):
-        tokens, mask = samples[number]
+    for index in range(samples.samples_per_epoch):
+        tokens, mask = samples[index]
         assert mask.all() and len(tokens) == 17
         inside = (tokens[:-1] != EOS) & (tokens[1:] != EOS)
         assert (tokens[1:][inside] == tokens[:-1][inside] + 1).all()
@@ -82,11 +82,11 @@ def test_tokens_follow_each_other_as_in_the_documents(folder):
 def test_validation_predicts_every_token_once_in_order(folder):
     samples = ValDataset(folder, 16, eos_id=EOS)
     labels, inputs = [], []
-    for number in range(len(samples) + 2):
-        tokens, mask = samples[number]
+    for sample in range(len(samples) + 2):
+        tokens, mask = samples[sample]
         labels += list(tokens[1:][mask == 1])
         inputs += list(tokens[:-1][mask == 1])
-        assert number < len(samples) or not mask.any()
+        assert sample < len(samples) or not mask.any()
     stream = np.concatenate([samples.stream.dataset[index] for index in range(len(samples.stream.lengths))])
     assert labels == list(stream)
     assert inputs == [EOS, *stream[:-1]]

@@ -1,4 +1,4 @@
-"""Preparing: what is written is what the documents say, whatever they came in and however many workers."""
+"""Data preparation: the output holds the documents' ids, for any input format and number of workers."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def write_jsonl(path, documents, key="text"):
 
 
 def read_back(folder, split):
-    """Documents of one split as lists of ids."""
+    """Return the documents of one split as lists of ids."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(folder / split))
@@ -58,9 +58,9 @@ def prepared(jsonl, tokenizer_folder, tmp_path_factory):
 def test_reads_back_as_encoded_documents(prepared, tokenizer_folder):
     tokenizer = Tokenizer.load(tokenizer_folder)
     train, validation = read_back(prepared, "train"), read_back(prepared, "validation")
-    wanted = [[*tokenizer.encode(text), tokenizer.eos_id] for text in DOCUMENTS]
-    assert sorted(train + validation) == sorted(wanted)
-    assert train == [ids for ids in wanted if ids in train], "documents keep their order"
+    expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in DOCUMENTS]
+    assert sorted(train + validation) == sorted(expected)
+    assert train == [ids for ids in expected if ids in train], "documents keep their order"
     assert 3 <= len(validation) <= 20
 
 
@@ -106,14 +106,14 @@ def test_every_format_gives_the_same_ids(prepared, tokenizer_folder, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tokenizer_folder, tmp_path):
-    many = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(60) for text in DOCUMENTS])
+    inputs = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(60) for text in DOCUMENTS])
     for workers in (1, 2):
-        prepare([many], tokenizer_folder, tmp_path / str(workers), workers=workers)
+        prepare([inputs], tokenizer_folder, tmp_path / str(workers), workers=workers)
     names = (*DATA_FILES, "manifest.json")
     assert contents(tmp_path / "1", names) == contents(tmp_path / "2", names)
 
 
-def test_added_files_move_no_document(prepared, jsonl, tokenizer_folder, tmp_path):
+def test_added_files_keep_documents_in_their_split(prepared, jsonl, tokenizer_folder, tmp_path):
     more = write_jsonl(tmp_path / "more.jsonl", [f"new {text}" for text in DOCUMENTS])
     manifest = prepare([more, jsonl, more], tokenizer_folder, tmp_path / "data", validation_share=SHARE)
     assert [source["documents"] for source in manifest["sources"]] == [40, 40, 0]
@@ -122,7 +122,7 @@ def test_added_files_move_no_document(prepared, jsonl, tokenizer_folder, tmp_pat
         assert [ids for ids in new if ids in old] == old
 
 
-def test_bad_records_are_set_aside(tokenizer_folder, tmp_path):
+def test_bad_records_are_quarantined(tokenizer_folder, tmp_path):
     lines = [json.dumps({"text": text}).encode() for text in DOCUMENTS]
     lines[3:3] = [b"{not json", b'{"text": "\xff"}', b'{"other": 1}', b'{"text": 5}', b"[1]"]
     lines += [b"", b'{"text": ""}', rb'{"text": "\ud800"}', b"9" * 5000, b"[" * 100_000]
@@ -134,18 +134,18 @@ def test_bad_records_are_set_aside(tokenizer_folder, tmp_path):
     pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 nothing")
-    cut = tmp_path / "cut.jsonl.gz"
-    cut.write_bytes(gzip.compress(b'{"text": "whole"}\n' * 9)[:-10])
-    inputs = [path, latin, tmp_path / "rows.parquet", broken, cut]
+    truncated = tmp_path / "cut.jsonl.gz"
+    truncated.write_bytes(gzip.compress(b'{"text": "whole"}\n' * 9)[:-10])
+    inputs = [path, latin, tmp_path / "rows.parquet", broken, truncated]
     manifest = prepare(inputs, tokenizer_folder, tmp_path / "data", validation_share=SHARE, max_bad_share=0.5)
     quarantine = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
-    found = [(Path(entry["file"]).name, entry["line"]) for entry in quarantine]
-    assert found[:8] == [("some.jsonl", line) for line in (4, 5, 6, 7, 8, 48, 49, 50)]
-    assert [name for name, _ in found[8:]] == ["latin.txt", "rows.parquet", "broken.parquet", "cut.jsonl.gz"]
-    assert found[9] == ("rows.parquet", 2)
+    locations = [(Path(entry["file"]).name, entry["line"]) for entry in quarantine]
+    assert locations[:8] == [("some.jsonl", line) for line in (4, 5, 6, 7, 8, 48, 49, 50)]
+    assert [name for name, _ in locations[8:]] == ["latin.txt", "rows.parquet", "broken.parquet", "cut.jsonl.gz"]
+    assert locations[9] == ("rows.parquet", 2)
     reasons = [entry["reason"] for entry in quarantine]
-    wanted = ["not JSON", "not UTF-8", "no field 'text'", "holds int", "not list", "surrogate", "int", "not JSON"]
-    assert all(word in reason for word, reason in zip(wanted, reasons, strict=False)), reasons
+    expected = ["not JSON", "not UTF-8", "no field 'text'", "holds int", "not list", "surrogate", "int", "not JSON"]
+    assert all(word in reason for word, reason in zip(expected, reasons, strict=False)), reasons
     assert manifest["bad_records"] == len(quarantine) == 12
     assert manifest["empty_documents"] == 3
 
@@ -185,7 +185,7 @@ def test_no_validation_split(jsonl, tokenizer_folder, tmp_path):
     assert load_manifest(tmp_path / "data") == manifest
 
 
-def test_errors_name_what_is_wrong(jsonl, tokenizer_folder, tmp_path):
+def test_errors_name_the_bad_input(jsonl, tokenizer_folder, tmp_path):
     out = tmp_path / "data"
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -225,22 +225,22 @@ def test_manifest_errors(prepared, jsonl, small_corpus, tmp_path):
         check_tokenizer(prepared, load_manifest(prepared), Tokenizer.load(tmp_path / "other"))
 
 
-def test_a_walk_leaves_out_what_is_no_text(tmp_path, capsys):
+def test_iter_files_skips_hidden_and_binary_files(tmp_path, capsys):
     for name in ("b.py", "a/z.txt", "a/tests/t.py", "site-packages/s.py", ".hidden/h.py", "a/.h", "c.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "loop").symlink_to(tmp_path)
-    found = [str(path.relative_to(tmp_path)) for path in iter_files([tmp_path])]
-    assert found == ["b.py", "c.jsonl", "a/z.txt"]
+    names = [str(path.relative_to(tmp_path)) for path in iter_files([tmp_path])]
+    assert names == ["b.py", "c.jsonl", "a/z.txt"]
     assert "skipped 1 binary" in capsys.readouterr().err
-    named = tmp_path / "a" / "tests" / "t.py"
-    assert iter_files([named, named]) == [named]
+    named_file = tmp_path / "a" / "tests" / "t.py"
+    assert iter_files([named_file, named_file]) == [named_file]
     (record,) = read_records(tmp_path / "image.png")
     assert record.text is None and "NUL" in record.reason
 
 
-def test_fingerprint_sees_names_and_content(tmp_path):
+def test_fingerprint_depends_on_names_and_content(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "sub").mkdir(parents=True)
         for name in ("a.txt", "sub/b.txt"):
@@ -255,11 +255,11 @@ def run_prepare(*arguments, **options):
     prepare(*arguments, **options)
 
 
-def test_a_killed_run_leaves_no_data_and_no_processes(tokenizer_folder, tmp_path):
-    many = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(100) for text in DOCUMENTS])
+def test_a_killed_preparation_leaves_no_data_and_no_processes(tokenizer_folder, tmp_path):
+    inputs = write_jsonl(tmp_path / "many.jsonl", [f"{i}\n{text * 40}" for i in range(100) for text in DOCUMENTS])
     context = multiprocessing.get_context("spawn")
     out = tmp_path / "data"
-    process = context.Process(target=run_prepare, args=([many], tokenizer_folder, out), kwargs={"workers": 2})
+    process = context.Process(target=run_prepare, args=([inputs], tokenizer_folder, out), kwargs={"workers": 2})
     process.start()
     binary, deadline = tmp_path / ".data.part" / "train.bin", time.monotonic() + 40
     while not (binary.exists() and binary.stat().st_size) and time.monotonic() < deadline:
@@ -271,6 +271,6 @@ def test_a_killed_run_leaves_no_data_and_no_processes(tokenizer_folder, tmp_path
     while any(Path("/proc", child).exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if Path("/proc", child).exists()]
-    prepare([many], tokenizer_folder, out)
+    prepare([inputs], tokenizer_folder, out)
     assert load_manifest(out)["sources"][0]["documents"] == 100 * len(DOCUMENTS)
     assert not binary.exists()

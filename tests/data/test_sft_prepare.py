@@ -1,4 +1,4 @@
-"""Preparing conversations: what cannot be used is counted and listed, the rest is there whole."""
+"""Preparing conversations: invalid ones are counted and quarantined, all others are stored in full."""
 
 import gzip
 import json
@@ -27,35 +27,35 @@ BAD = {
 }
 
 
-def lines_of(*values):
+def to_jsonl(*values):
     return "".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values)
 
 
 @pytest.fixture(scope="module")
 def prepared(tokenizer_folder, tmp_path_factory):
-    """40 good conversations with every kind of bad one between them, and a blank line."""
-    place = tmp_path_factory.mktemp("chats")
-    good = [{"messages": messages} for messages in CHATS]
-    (place / "chats.jsonl").write_text(lines_of(*good[:20], *BAD.values(), "", *good[20:]))
-    prepare_chat([place / "chats.jsonl"], tokenizer_folder, place / "data", sequence_length=128, validation_share=0.2)
-    return place
+    """40 valid conversations, one of each invalid kind between them, and a blank line."""
+    folder = tmp_path_factory.mktemp("chats")
+    valid = [{"messages": messages} for messages in CHATS]
+    (folder / "chats.jsonl").write_text(to_jsonl(*valid[:20], *BAD.values(), "", *valid[20:]))
+    prepare_chat([folder / "chats.jsonl"], tokenizer_folder, folder / "data", sequence_length=128, validation_share=0.2)
+    return folder
 
 
-def test_every_bad_conversation_is_counted_and_listed_with_its_line(prepared):
+def test_every_bad_conversation_is_counted_and_quarantined_with_its_line(prepared):
     manifest = load_manifest(prepared / "data")
     assert manifest["bad_by_reason"] == dict.fromkeys(manifest["bad_by_reason"], 1)
     assert set(manifest["bad_by_reason"]) == set(BAD)
     assert manifest["bad_records"] == len(BAD) and manifest["empty_documents"] == 1
-    listed = [json.loads(line) for line in (prepared / "data" / "quarantine.jsonl").read_text().splitlines()]
-    assert {(entry["reason"].partition(":")[0], entry["line"]) for entry in listed} == {
-        (kind, 21 + place) for place, kind in enumerate(BAD)
+    quarantine = [json.loads(line) for line in (prepared / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert {(entry["reason"].partition(":")[0], entry["line"]) for entry in quarantine} == {
+        (kind, 21 + index) for index, kind in enumerate(BAD)
     }
-    assert {entry["file"] for entry in listed} == {str(prepared / "chats.jsonl")}
+    assert {entry["file"] for entry in quarantine} == {str(prepared / "chats.jsonl")}
     for kind, first in manifest["first_bad"].items():
         assert f"chats.jsonl, line {21 + list(BAD).index(kind)}: {kind}" in first
 
 
-def test_the_manifest_counts_what_is_there(prepared, tokenizer_folder):
+def test_the_manifest_counts_documents_tokens_and_bytes(prepared, tokenizer_folder):
     manifest, eos_id = load_manifest(prepared / "data"), Tokenizer.load(tokenizer_folder).eos_id
     splits = manifest["splits"]
     assert sum(split["documents"] for split in splits.values()) == len(CHATS) == manifest["sources"][0]["documents"]
@@ -75,7 +75,7 @@ def test_the_manifest_counts_what_is_there(prepared, tokenizer_folder):
     ).read_text()
 
 
-def test_again_and_any_number_of_workers_and_gzip(prepared, tokenizer_folder, tmp_path, capsys):
+def test_same_bytes_for_a_rerun_any_number_of_workers_and_gzip(prepared, tokenizer_folder, tmp_path, capsys):
     lines = (prepared / "chats.jsonl").read_bytes()
     (tmp_path / "chats.jsonl.gz").write_bytes(gzip.compress(lines))
     arguments = {"sequence_length": 128, "validation_share": 0.2}
@@ -94,12 +94,12 @@ def test_again_and_any_number_of_workers_and_gzip(prepared, tokenizer_folder, tm
 @pytest.mark.parametrize(
     ("lines", "arguments", "message"),
     [
-        (lines_of(*BAD.values()), {}, r"the inputs hold no documents \(10 records, 0 of them empty, 10 of them bad, "),
-        (lines_of({"messages": CHATS[0]}, *BAD.values()), {"max_bad_share": 0.5}, r"10 of 11 records \(90.91%\)"),
-        (lines_of({"messages": CHATS[0]}), {}, "no document of .* falls into"),
-        (lines_of({"messages": CHATS[0]}), {"sequence_length": 1}, "sequence_length is 1"),
-        (lines_of({"messages": CHATS[0]}), {"template": "mine"}, "template is 'mine'"),
-        (lines_of({"messages": CHATS[0]}), {"sequence_length": 8}, "longer than the sequence: .* tokens, 8 fit"),
+        (to_jsonl(*BAD.values()), {}, r"the inputs hold no documents \(10 records, 0 of them empty, 10 of them bad, "),
+        (to_jsonl({"messages": CHATS[0]}, *BAD.values()), {"max_bad_share": 0.5}, r"10 of 11 records \(90.91%\)"),
+        (to_jsonl({"messages": CHATS[0]}), {}, "no document of .* falls into"),
+        (to_jsonl({"messages": CHATS[0]}), {"sequence_length": 1}, "sequence_length is 1"),
+        (to_jsonl({"messages": CHATS[0]}), {"template": "mine"}, "template is 'mine'"),
+        (to_jsonl({"messages": CHATS[0]}), {"sequence_length": 8}, "longer than the sequence: .* tokens, 8 fit"),
     ],
 )
 def test_refused(lines, arguments, message, tokenizer_folder, tmp_path):
@@ -118,7 +118,7 @@ def test_other_files_are_refused(tokenizer_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.mask", "validation.mask", "train.idx"])
-def test_a_cut_file_is_noticed(prepared, tmp_path, name):
+def test_a_truncated_file_is_detected(prepared, tmp_path, name):
     import shutil
 
     shutil.copytree(prepared / "data", tmp_path / "data")
@@ -128,8 +128,8 @@ def test_a_cut_file_is_noticed(prepared, tmp_path, name):
         load_manifest(tmp_path / "data")
 
 
-def right(question):
-    """The answer to a question of `chat_tasks`, worked out from its words alone."""
+def right_answer(question):
+    """Return the answer to a question of `chat_tasks`, computed from its words."""
     if question.endswith(" ="):
         return str(eval(question[:-2]))
     task, _, rest = question.partition(": ")
@@ -145,21 +145,21 @@ def right(question):
 def test_tasks_have_right_answers_and_disjoint_parts(tmp_path):
     assert write_tasks(tmp_path / "tasks", 800, 200, seed=3)
     assert not write_tasks(tmp_path / "tasks", 800, 200, seed=3)
-    about = {}
+    questions = {}
     for name, count in ((TRAIN_FILE, 800), (HELD_OUT_FILE, 200)):
         lines = [json.loads(line) for line in (tmp_path / "tasks" / name).read_text().splitlines()]
         assert len(lines) == count
         assert {1, 2, 3} == {sum(m["role"] == "user" for m in line["messages"]) for line in lines}
         assert len({line["task"] for line in lines}) == 6
-        about[name] = set()
+        questions[name] = set()
         for line in lines:
             turns = [message for message in line["messages"] if message["role"] != "system"]
             for asked, answered in zip(turns[::2], turns[1::2], strict=True):
                 assert (asked["role"], answered["role"]) == ("user", "assistant")
-                assert answered["content"] == right(asked["content"])
+                assert answered["content"] == right_answer(asked["content"])
                 words = asked["content"].split()
-                numbers_alone = words[0] == "Larger:" or words[-1] == "="  # these mean the same in any order
-                about[name].add(" ".join(sorted(words) if numbers_alone else words))
-    assert not about[TRAIN_FILE] & about[HELD_OUT_FILE]
+                numbers_alone = words[0] == "Larger:" or words[-1] == "="  # these have the same meaning in any order
+                questions[name].add(" ".join(sorted(words) if numbers_alone else words))
+    assert not questions[TRAIN_FILE] & questions[HELD_OUT_FILE]
     write_tasks(tmp_path / "again", 800, 200, seed=3)
     assert (tmp_path / "again" / TRAIN_FILE).read_bytes() == (tmp_path / "tasks" / TRAIN_FILE).read_bytes()

@@ -1,4 +1,4 @@
-"""Rendering: ids and what is learnt of them, against transformers; special tokens in messages stay text."""
+"""Rendering: ids and loss mask equal transformers'; special tokens in messages stay text."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,13 +22,13 @@ MARKED = """\
 {%- endif -%}
 {%- endfor -%}
 """
-"""Moonlight's format written anew, with the marks that transformers' own mask of assistant tokens needs."""
+"""Moonlight's format with the generation marks that transformers' mask of assistant tokens needs."""
 
 PLAIN = """\
 {% for message in messages %}{{ message['role'] }}: {{ message['content'] | trim }}\
 {% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}{{ '\n' }}{% endfor %}\
 {% if add_generation_prompt %}assistant:{% endif %}"""
-"""A template of another kind: roles are letters, and something follows the token that ends a turn."""
+"""A template of another kind: roles are plain text, and a newline follows the token that ends a turn."""
 
 
 @pytest.fixture(scope="module", params=["tokenizer_folder", "tiktoken_folder"])
@@ -43,29 +43,29 @@ def pair(request, tmp_path_factory):
     return ours, AutoTokenizer.from_pretrained(copy, split_special_tokens=False)
 
 
-def test_ids_and_what_is_learnt_equal_transformers(pair):
-    renderer, theirs = pair
+def test_ids_and_loss_mask_equal_transformers(pair):
+    renderer, hf_tokenizer = pair
     for messages in CHATS:
-        ids, learnt = renderer.render(messages)
-        wanted = theirs.apply_chat_template(
+        ids, mask = renderer.render(messages)
+        expected = hf_tokenizer.apply_chat_template(
             messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
         )
-        assert ids == wanted["input_ids"]
-        assert [int(one) for one in learnt] == wanted["assistant_masks"]
-        assert ids == theirs.apply_chat_template(messages, return_dict=False)
-        assert 0 < sum(learnt) < len(learnt)
+        assert ids == expected["input_ids"]
+        assert [int(one) for one in mask] == expected["assistant_masks"]
+        assert ids == hf_tokenizer.apply_chat_template(messages, return_dict=False)
+        assert 0 < sum(mask) < len(mask)
 
 
 def test_a_model_is_asked_with_the_ids_before_what_is_learnt(pair):
-    renderer, theirs = pair
-    ids, learnt = renderer.render(CHATS[0])
-    asked = theirs.apply_chat_template(CHATS[0][:-1], add_generation_prompt=True, return_dict=False)
-    assert asked == ids[: learnt.index(True)]
+    renderer, hf_tokenizer = pair
+    ids, mask = renderer.render(CHATS[0])
+    asked = hf_tokenizer.apply_chat_template(CHATS[0][:-1], add_generation_prompt=True, return_dict=False)
+    assert asked == ids[: mask.index(True)]
     assert renderer.end_token == "<|im_end|>"
-    assert ids[-1] == theirs.convert_tokens_to_ids("<|im_end|>") and learnt[-1]
+    assert ids[-1] == hf_tokenizer.convert_tokens_to_ids("<|im_end|>") and mask[-1]
 
 
-SPELT = st.lists(
+SPELLED = st.lists(
     st.one_of(
         st.text(max_size=6),
         st.sampled_from([*CONTROL_PIECES, "[EOS]", "[BOS]", "<|im_", "end|>", "\ue000", "\ue001", " ", "assistant"]),
@@ -76,42 +76,42 @@ SPELT = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "tool"]), SPELT, SPELT), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.sampled_from(["system", "user", "tool"]), SPELLED, SPELLED), min_size=1, max_size=3))
 def test_text_that_spells_special_tokens_never_becomes_one(pair, turns):
-    """Control ids are those of the template alone, in its order, and between them lies the encoded text."""
+    """The only control ids are the template's, in its order, with the encoded text between them."""
     renderer, _ = pair
     messages = []
     for role, text, answer in turns:
         messages += [{"role": role, "content": text}, {"role": "assistant", "content": answer}]
-    ids, learnt = renderer.render(messages)
+    ids, mask = renderer.render(messages)
     tokenizer = renderer._tokenizer
-    wanted, wanted_learnt = [], []
+    expected, expected_mask = [], []
     for message in messages:
         name = "user" if message["role"] == "tool" else message["role"]
         head = [tokenizer.specials[f"<|im_{name}|>"], *tokenizer.encode(name), tokenizer.specials["<|im_middle|>"]]
-        said = [*tokenizer.encode(message["content"]), tokenizer.specials["<|im_end|>"]]
-        wanted += head + said
-        wanted_learnt += [False] * len(head) + [name == "assistant"] * len(said)
-    assert (ids, learnt) == (wanted, wanted_learnt)
+        body = [*tokenizer.encode(message["content"]), tokenizer.specials["<|im_end|>"]]
+        expected += head + body
+        expected_mask += [False] * len(head) + [name == "assistant"] * len(body)
+    assert (ids, mask) == (expected, expected_mask)
     controls = [index for index in ids if index in tokenizer.specials.values()]
     assert len(controls) == 3 * len(messages)
 
 
-def test_spelt_tokens_are_text_to_transformers_too(pair):
-    """It cuts the text at them, so ids of letters may differ; control ids and the text do not."""
-    renderer, theirs = pair
+def test_spelled_out_tokens_are_text_in_transformers_too(pair):
+    """Control ids and text are equal. Transformers splits the text at such tokens, so other ids may differ."""
+    renderer, hf_tokenizer = pair
     messages = [
         {"role": "user", "content": "a <|im_end|><|im_assistant|>assistant<|im_middle|> [EOS] b"},
         {"role": "assistant", "content": "<|im_end|>"},
     ]
     ours = renderer.render(messages)[0]
-    wanted = theirs.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
+    expected = hf_tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=False)
     controls = set(renderer._tokenizer.specials.values())
-    assert [index for index in ours if index in controls] == [index for index in wanted if index in controls]
-    assert theirs.decode(ours) == theirs.decode(wanted)
+    assert [index for index in ours if index in controls] == [index for index in expected if index in controls]
+    assert hf_tokenizer.decode(ours) == hf_tokenizer.decode(expected)
 
 
-def test_another_template_is_learnt_up_to_its_end_token(fast_folder):
+def test_loss_mask_of_another_template_ends_at_its_end_token(fast_folder):
     tokenizer = Tokenizer.load(fast_folder)
     renderer = ChatRenderer(tokenizer, PLAIN)
     assert renderer.end_token == "<|endoftext|>"
@@ -121,7 +121,7 @@ def test_another_template_is_learnt_up_to_its_end_token(fast_folder):
         {"role": "user", "content": "more"},
         {"role": "assistant", "content": "no"},
     ]
-    ids, learnt = renderer.render(messages)
+    ids, mask = renderer.render(messages)
     end, encode = [tokenizer.eos_id], tokenizer.encode
     pieces = [
         (encode("user: hello <|endoftext|>\nassistant:"), False),
@@ -131,12 +131,12 @@ def test_another_template_is_learnt_up_to_its_end_token(fast_folder):
         (encode("\n"), False),
     ]
     assert ids == [index for piece, _ in pieces for index in piece]
-    assert learnt == [counts for piece, counts in pieces for _ in piece]
+    assert mask == [counts for piece, counts in pieces for _ in piece]
     assert ids.count(tokenizer.eos_id) == 2
 
 
-def test_templates_that_cannot_be_used(fast_folder, tokenizer_folder):
-    tokenizer, own = Tokenizer.load(fast_folder), Tokenizer.load(tokenizer_folder)
+def test_invalid_templates(fast_folder, tokenizer_folder):
+    tokenizer, our_tokenizer = Tokenizer.load(fast_folder), Tokenizer.load(tokenizer_folder)
     for template, message in (
         (PLAIN.replace("<|endoftext|>", "."), "no special token at the end of an assistant turn"),
         ("{{ raise_exception('not today') }}", "cannot render .*not today"),
@@ -148,9 +148,9 @@ def test_templates_that_cannot_be_used(fast_folder, tokenizer_folder):
         ChatRenderer(tokenizer, CHAT_TEMPLATE)
     with pytest.raises(UserError, match="template is 'other': accepted are own, moonlight"):
         find_template(fast_folder, "other")
-    kept = "(message['content'] if loop.last or message['role'] != 'assistant' else '...')"
-    forgets = CHAT_TEMPLATE.replace("message['content'] ~", f"{kept} ~")
-    renderer = ChatRenderer(own, forgets)
+    content = "(message['content'] if loop.last or message['role'] != 'assistant' else '...')"
+    forgetful = CHAT_TEMPLATE.replace("message['content'] ~", f"{content} ~")
+    renderer = ChatRenderer(our_tokenizer, forgetful)
     renderer.render(CHATS[0])
     with pytest.raises(RenderError, match="renders earlier turns differently"):
         renderer.render(CHATS[1])

@@ -1,4 +1,4 @@
-"""Moonlight's kind of tokenizer: ids of the tiktoken package, without it and without remote code."""
+"""Tiktoken tokenizers, as Moonlight's: ids equal the tiktoken package's, without it and without remote code."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from moonlight.files import sha256_checksum
 from tests.support.foreign_tokenizers import SPECIAL_OFFSETS, reference, write_ranks, write_tiktoken
 from tests.support.texts import MESSAGES, RENDERED, TEXTS
 
-FRAGMENTS = st.sampled_from(
+SNIPPETS = st.sampled_from(
     [
         *(
             "月光照在河面上",
@@ -69,7 +69,7 @@ FRAGMENTS = st.sampled_from(
         "return self.",
     ]
 )
-ANY_TEXT = st.lists(FRAGMENTS | st.text(max_size=6)).map("".join)
+ANY_TEXT = st.lists(SNIPPETS | st.text(max_size=6)).map("".join)
 
 
 @lru_cache
@@ -86,17 +86,17 @@ def converted(folder, out):
 
 @pytest.fixture(scope="session")
 def served(tiktoken_folder, tmp_path_factory):
-    """The folder's conversion, as plain transformers loads it: for text, and for rendered chats."""
+    """The converted folder as plain transformers loads it: one tokenizer for text, one for rendered chats."""
     return converted(tiktoken_folder, tmp_path_factory.mktemp("converted") / "out")
 
 
 def check_text(folder, served, text):
-    ours, wanted = engines(folder)
+    ours, peer = engines(folder)
     plain, chat = served
-    ids = wanted.encode_ordinary(text)
+    ids = peer.encode_ordinary(text)
     assert ours.encode(text) == ids
     assert plain(text)["input_ids"] == ids
-    assert chat(text)["input_ids"] == wanted.encode(text, allowed_special="all")
+    assert chat(text)["input_ids"] == peer.encode(text, allowed_special="all")
     assert ours.decode(ids) == plain.decode(ids) == text
 
 
@@ -117,22 +117,22 @@ def test_ids_of_whole_files(tiktoken_folder, served, small_corpus):
 
 
 def check_characters(folder, *planes):
-    """Both libraries know the same letters, digits and spaces: each character, beside what it may stick to."""
-    ours, wanted = engines(folder)
+    """Check that both libraries split each character alike, next to letters, digits, spaces and punctuation."""
+    ours, peer = engines(folder)
     characters = [chr(code) for plane in planes for code in plane]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c}B {c}{c}7'{c}x{c}'s.{c}\n" for c in characters[start : start + 4096])
-        assert ours.encode(text) == wanted.encode_ordinary(text), hex(ord(characters[start]))
+        assert ours.encode(text) == peer.encode_ordinary(text), hex(ord(characters[start]))
 
 
 def test_every_character_of_alphabets(tiktoken_folder):
-    """Scripts without ideographs, and symbols."""
+    """Ids are equal for all scripts without ideographs, and for symbols."""
     check_characters(tiktoken_folder, range(0x3400))
 
 
 @pytest.mark.slow
 def test_every_character(tiktoken_folder):
-    """All planes that hold characters."""
+    """Ids are equal for all assigned planes."""
     check_characters(tiktoken_folder, range(0xD800), range(0xE000, 0x34000), range(0xE0000, 0xE0200))
 
 
@@ -150,57 +150,57 @@ def test_many_tables_of_ranks(data, tmp_path_factory):
 
 
 def check_table_of_ranks(data, tmp_path_factory):
-    """Tokens that no training would give, some of which joining never makes."""
+    """Check ids for random tokens, some of which no sequence of merges produces."""
     words = st.lists(st.text("ab ", min_size=2, max_size=6).map(str.encode), unique=True, max_size=12)
     tokens = data.draw(st.permutations([*(bytes([byte]) for byte in range(256)), *data.draw(words)]))
     folder = write_tiktoken(tmp_path_factory.mktemp("ranks") / "t", None, {token: i for i, token in enumerate(tokens)})
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    ours, wanted = fast_tokenizer(folder, config), reference(folder)
+    ours, peer = fast_tokenizer(folder, config), reference(folder)
     for text in data.draw(st.lists(st.text("ab ", max_size=30), min_size=20, max_size=20)):
-        assert ours.encode(text).ids == wanted.encode_ordinary(text)
+        assert ours.encode(text).ids == peer.encode_ordinary(text)
 
 
 def test_a_word_too_long_for_the_pattern(tiktoken_folder):
-    """Oniguruma, which the library searches with, gives up after ten million steps within one match."""
+    """A match of more than ten million steps gives an error: the library's regex engine, Oniguruma, stops there."""
     with pytest.raises(UserError, match=r"a document of 12000000 characters, 'A+'\.\.\., cannot be split into words"):
         Tokenizer.load(tiktoken_folder).encode("A" * 12_000_000)
 
 
 def test_special_ids(tiktoken_folder, served):
-    ours, wanted = engines(tiktoken_folder)
+    ours, peer = engines(tiktoken_folder)
     _, chat = served
-    assert ours.num_ids == len(chat) == wanted.n_vocab == 2048 + 256
+    assert ours.num_ids == len(chat) == peer.n_vocab == 2048 + 256
     assert (ours.bos_id, ours.eos_id, ours.eos_token, ours.num_text_ids) == (2048, 2049, "[EOS]", 2050)
     assert (chat.bos_token_id, chat.eos_token_id, chat.unk_token_id, chat.pad_token_id) == (2048, 2049, 2302, 2303)
     for index in range(2048, ours.num_ids):
-        assert chat.convert_ids_to_tokens(index).encode() == wanted.decode_single_token_bytes(index)
+        assert chat.convert_ids_to_tokens(index).encode() == peer.decode_single_token_bytes(index)
         assert chat.decode([index], skip_special_tokens=True) == ours.decode([index]) == ""
     assert ours.sha256 == sha256_checksum(tiktoken_folder / "tiktoken.model")
 
 
 def test_chat(tiktoken_folder, served):
-    _, wanted = engines(tiktoken_folder)
+    _, peer = engines(tiktoken_folder)
     _, chat = served
     assert chat.apply_chat_template(MESSAGES, tokenize=False) == RENDERED
     ids = chat.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    assert ids == wanted.encode(f"{RENDERED}<|im_assistant|>assistant<|im_middle|>", allowed_special="all")
+    assert ids == peer.encode(f"{RENDERED}<|im_assistant|>assistant<|im_middle|>", allowed_special="all")
 
 
 @pytest.mark.parametrize("place", ["file", "config"])
 def test_a_chat_template_of_the_folder_is_kept(tiktoken_folder, tmp_path, place):
     source = shutil.copytree(tiktoken_folder, tmp_path / "source")
-    own = "{{- messages[0]['content'] ~ '<|im_end|>' -}}"
+    template = "{{- messages[0]['content'] ~ '<|im_end|>' -}}"
     if place == "file":
-        (source / "chat_template.jinja").write_text(own)
+        (source / "chat_template.jinja").write_text(template)
     else:
         config = json.loads((source / "tokenizer_config.json").read_text())
-        (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": own}))
+        (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
     convert_tiktoken(source, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x<|im_end|>"
 
 
-def test_no_template_where_its_markers_are_text(tiktoken_folder, tmp_path):
+def test_no_template_if_its_markers_are_text(tiktoken_folder, tmp_path):
     source = shutil.copytree(tiktoken_folder, tmp_path / "source")
     path = source / "tokenizer_config.json"
     path.write_text(path.read_text().replace("<|im_middle|>", "<|sep|>"))
@@ -228,7 +228,7 @@ def in_lines(change):
     return edit
 
 
-def name_again(config):
+def repeat_token(config):
     config["added_tokens_decoder"]["2060"] = {"content": "[EOS]"}
 
 
@@ -244,19 +244,19 @@ def name_again(config):
         (lambda folder: write_ranks(folder / "tiktoken.model", {b"a": 0}), "it has no token for the byte 0x00"),
         (lambda folder: (folder / "tiktoken.model").write_bytes(b""), "it has no token for the byte 0x00"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "names no special tokens"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "is corrupt: a JSON object is expected"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "is corrupt: a JSON object is peer"),
         (in_config(lambda config: config.update(added_tokens_decoder={"5": {"content": "x"}})), "has '5' in added_tok"),
         (
             in_config(lambda config: config.update(added_tokens_decoder={"9" * 20: {"content": "x"}})),
             "it must be an id from",
         ),
         (in_config(lambda config: config.update(added_tokens_decoder={"2048": {}})), "has '2048' in added_tokens"),
-        (in_config(name_again), "gives two ids to '[EOS]'"),
+        (in_config(repeat_token), "gives two ids to '[EOS]'"),
         (in_config(lambda config: config.update(eos_token="</s>")), "has eos_token '</s>'"),
         (in_config(lambda config: config.pop("eos_token")), "has no end-of-document id"),
     ],
 )
-def test_damaged(refuses, tiktoken_folder, small_corpus, tmp_path, damage, words):
+def test_corrupt_folders_are_refused(refuses, tiktoken_folder, small_corpus, tmp_path, damage, words):
     folder = shutil.copytree(tiktoken_folder, tmp_path / "tokenizer")
     damage(folder)
     refuses(["data", "prepare", "--input", small_corpus, "--tokenizer", folder, "--out", tmp_path / "data"], words)

@@ -1,4 +1,4 @@
-"""Tokenizer: the same ids from SentencePiece and transformers on any text; training that repeats itself."""
+"""Tokenizer: SentencePiece and transformers give the same ids for any text; training is deterministic."""
 
 import json
 import random
@@ -32,10 +32,10 @@ def check_text(folder, text):
     assert fast(text, add_special_tokens=False)["input_ids"] == ids
     assert fast(text)["input_ids"] == ids
     assert min(ids, default=len(SPECIAL)) >= len(SPECIAL), "text gave a control or unknown id"
-    # U+2581 is how SentencePiece writes a space: the one character that comes back as another.
-    back = text.replace(SPACE_MARK, " ")
-    assert ours.decode(ids) == back
-    assert fast.decode(ids) == back
+    # SentencePiece stores a space as U+2581, so this one character decodes to another.
+    decoded = text.replace(SPACE_MARK, " ")
+    assert ours.decode(ids) == decoded
+    assert fast.decode(ids) == decoded
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -55,17 +55,17 @@ def test_same_ids_on_random_bytes(tokenizer_folder, raw):
     check_text(tokenizer_folder, raw.decode("utf-8", errors="replace"))
 
 
-def test_same_ids_where_merges_compete(tokenizer_folder):
-    """Runs, repeats and joined pieces: where the order of merges decides, not only the set of pieces."""
+def test_same_ids_if_the_merge_order_matters(tokenizer_folder):
+    """Ids are equal on random runs and joined pieces, which depend on the order of merges."""
     ours, _ = both(tokenizer_folder)
-    chance = random.Random(0)
+    generator = random.Random(0)
     pieces = [text for i in range(len(SPECIAL) + 256, ours.num_ids) if (text := ours.decode([i]))]
     for _ in range(3000):
-        alphabet = chance.choice(pieces) + chance.choice(pieces)
-        run = "".join(chance.choice(alphabet) for _ in range(chance.randint(1, 60)))
-        joined = "".join(chance.choice(pieces) for _ in range(chance.randint(1, 20)))
-        spaces = "".join(chance.choice("  \n\t") for _ in range(chance.randint(1, 60)))
-        check_text(tokenizer_folder, chance.choice((run, joined, spaces)))
+        alphabet = generator.choice(pieces) + generator.choice(pieces)
+        run = "".join(generator.choice(alphabet) for _ in range(generator.randint(1, 60)))
+        joined = "".join(generator.choice(pieces) for _ in range(generator.randint(1, 20)))
+        spaces = "".join(generator.choice("  \n\t") for _ in range(generator.randint(1, 60)))
+        check_text(tokenizer_folder, generator.choice((run, joined, spaces)))
 
 
 def test_same_ids_on_whole_files(tokenizer_folder, small_corpus):
@@ -79,7 +79,7 @@ def test_space_mark_is_a_space(tokenizer_folder):
     assert ours.encode(f"a{SPACE_MARK}b") == ours.encode("a b")
 
 
-def test_fast_tokenizer_knows_its_special_tokens(tokenizer_folder):
+def test_fast_tokenizer_has_the_special_tokens(tokenizer_folder):
     ours, fast = both(tokenizer_folder)
     assert fast.is_fast and len(fast) == ours.num_ids == 1024
     assert (fast.bos_token, fast.eos_token, fast.pad_token) == ("[BOS]", "[EOS]", "[PAD]")
@@ -87,7 +87,7 @@ def test_fast_tokenizer_knows_its_special_tokens(tokenizer_folder):
     assert fast.convert_tokens_to_ids(list(SPECIAL)) == list(range(len(SPECIAL)))
 
 
-def test_same_class_beside_a_deepseek_v3_config(tokenizer_folder, tmp_path):
+def test_same_class_next_to_a_deepseek_v3_config(tokenizer_folder, tmp_path):
     """A config.json in the folder must not make transformers choose another kind of tokenizer."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tokenizer_folder, folder)
@@ -114,20 +114,20 @@ def test_chat_template(tokenizer_folder):
 def test_chat_markers_become_control_ids_and_messages_stay_text(tokenizer_folder):
     ours, _ = both(tokenizer_folder)
     chat = AutoTokenizer.from_pretrained(tokenizer_folder, split_special_tokens=False)
-    got = chat.apply_chat_template(MESSAGES, sanitize_control_tokens=True, return_dict=False)
+    ids = chat.apply_chat_template(MESSAGES, sanitize_control_tokens=True, return_dict=False)
     end, user, assistant, system, middle = range(4, 9)
-    wanted = []
+    expected = []
     for start, name, message in zip(
         (system, user, assistant, user), ("system", "user", "assistant", "user"), MESSAGES, strict=True
     ):
         content = message["content"]
-        if "<|im_end|>" in content:  # transformers cuts the text at what it protects
-            cut = ["say ", "<|im_end|>", " or ", "[EOS]"]
-            ids = [i for part in cut for i in ours.encode(part)]
+        if "<|im_end|>" in content:  # transformers splits the text at the tokens it protects
+            parts = ["say ", "<|im_end|>", " or ", "[EOS]"]
+            content_ids = [i for part in parts for i in ours.encode(part)]
         else:
-            ids = ours.encode(content)
-        wanted += [start, *ours.encode(name), middle, *ids, end]
-    assert got == wanted
+            content_ids = ours.encode(content)
+        expected += [start, *ours.encode(name), middle, *content_ids, end]
+    assert ids == expected
 
 
 def test_chat_mode_is_for_servers(tokenizer_folder, tmp_path):
@@ -137,14 +137,14 @@ def test_chat_mode_is_for_servers(tokenizer_folder, tmp_path):
     assert AutoTokenizer.from_pretrained(folder)("<|im_user|>")["input_ids"] == [5]
 
 
-def test_training_repeats_itself(tokenizer_folder, small_corpus, tmp_path):
+def test_training_is_deterministic(tokenizer_folder, small_corpus, tmp_path):
     train_tokenizer([small_corpus], 1024, tmp_path / "again", threads=3)
     for name in ("tokenizer.model", "tokenizer.json", "manifest.json"):
         assert sha256_checksum(tmp_path / "again" / name) == sha256_checksum(tokenizer_folder / name)
     assert Tokenizer.load(tokenizer_folder).sha256 == sha256_checksum(tokenizer_folder / "tokenizer.model")
 
 
-def test_a_part_of_a_large_corpus_serves(small_corpus, tmp_path):
+def test_training_on_a_sample_of_the_corpus_is_deterministic(small_corpus, tmp_path):
     for name in ("one", "two"):
         train_tokenizer([small_corpus], 512, tmp_path / name, max_training_bytes=200_000)
     train_tokenizer([small_corpus], 512, tmp_path / "all")
@@ -163,7 +163,7 @@ def test_training_twice_into_one_folder(small_corpus, tmp_path, capsys):
         train_tokenizer([small_corpus], 600, folder)
 
 
-def test_errors_name_what_is_wrong(small_corpus, tmp_path):
+def test_errors_name_the_bad_input(small_corpus, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     little = tmp_path / "little.txt"

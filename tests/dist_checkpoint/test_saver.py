@@ -1,4 +1,4 @@
-"""Saves that go wrong while training goes on: a full disk, a killed process, a rank that cannot write."""
+"""Saves that fail during training: a full disk, a killed process, a rank that cannot write."""
 
 import os
 import resource
@@ -26,123 +26,126 @@ from tests.support.bad_input import check_line, command, run_command
 from tests.support.layouts import LAYOUTS, build, recipe
 
 SMALL_BYTES = 60_000
-"""More than metrics and logs take, and less than a checkpoint's file."""
+"""More than the size of metrics and logs, and less than that of a checkpoint's file."""
 
 
-def largest_file(nbytes, pid=0):
-    """Let a process write no file beyond `nbytes`, as a full disk would; what is there stays."""
-    _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (most if nbytes is None else nbytes, most))
+def limit_file_size(nbytes, pid=0):
+    """Limit the files of a process to `nbytes`, like a full disk; existing files stay."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if nbytes is None else nbytes, hard))
 
 
-def saver_of(run, folder):
-    _, optimizer = build(run)
-    return AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="abc"), optimizer
+def make_checkpointer(config, folder):
+    _, optimizer = build(config)
+    return AsyncCheckpointer(folder, config, optimizer, tokenizer_sha256="abc"), optimizer
 
 
-def split_masters_at_once(run, folder):
-    """The most float32 copies of split masters that are there at any time of a save, and how many there are in all."""
-    _, optimizer = build(run)
-    made, most = [], 0
+def count_joined_masters(config, folder):
+    """Return the largest number of float32 copies of split masters alive during a save, and their total number."""
+    _, optimizer = build(config)
+    created, max_alive = [], 0
     original = master.join_halves
 
     def join(*halves):
-        nonlocal most
-        whole = original(*halves)
-        made.append(StorageWeakRef(whole.untyped_storage()))
-        most = max(most, sum(not one.expired() for one in made))
-        return whole
+        nonlocal max_alive
+        joined = original(*halves)
+        created.append(StorageWeakRef(joined.untyped_storage()))
+        max_alive = max(max_alive, sum(not storage.expired() for storage in created))
+        return joined
 
     with mock.patch.object(master, "join_halves", join):
-        saver = AsyncCheckpointer(folder, run, optimizer, tokenizer_sha256="abc")
-        saver.save(TrainState(step=1))
-        saver.finalize()
-    return most, len(made)
+        checkpointer = AsyncCheckpointer(folder, config, optimizer, tokenizer_sha256="abc")
+        checkpointer.save(TrainState(step=1))
+        checkpointer.finalize()
+    return max_alive, len(created)
 
 
 @pytest.mark.parametrize("async_save", (True, False))
-def test_a_save_makes_split_masters_one_after_the_other(pool, tmp_path, async_save):
-    run = recipe(dtype="bfloat16", async_save=async_save)
-    run = replace(run, optimizer=replace(run.optimizer, master_weights="split"))
-    ((most, made),) = pool.run(1, split_masters_at_once, run, tmp_path)
-    assert most <= 2 and made > 10
+def test_a_save_joins_split_masters_one_at_a_time(pool, tmp_path, async_save):
+    config = recipe(dtype="bfloat16", async_save=async_save)
+    config = replace(config, optimizer=replace(config.optimizer, master_weights="split"))
+    ((max_alive, created),) = pool.run(1, count_joined_masters, config, tmp_path)
+    assert max_alive <= 2 and created > 10
 
 
-def one_rank_cannot_write(run, folder, failing):
-    """What this rank says of three saves of which it or another cannot write the second and the third."""
-    saver, _ = saver_of(run, folder)
-    said = []
+def save_with_failing_rank(config, folder, failing):
+    """Save three times, with the second and third write failing on rank `failing`; return messages and stored files."""
+    checkpointer, _ = make_checkpointer(config, folder)
+    messages = []
     for step in (1, 2):
         if step == 2 and torch.distributed.get_rank() == failing:
-            largest_file(SMALL_BYTES)
-        saver.save(TrainState(step=step))
+            limit_file_size(SMALL_BYTES)
+        checkpointer.save(TrainState(step=step))
         if step == 1:
-            saver.finalize()
-    assert saver.save(TrainState(step=3)) > 0
+            checkpointer.finalize()
+    checkpointer.save(TrainState(step=3))
     try:
-        saver.finalize()
+        checkpointer.finalize()
     except UserError as error:
-        said.append(str(error))
+        messages.append(str(error))
     finally:
-        largest_file(None)
-    said += [message.text for message in saver.pop_events()]
-    there = sorted(path.name for path in folder.iterdir())
+        limit_file_size(None)
+    messages += [event.text for event in checkpointer.pop_events()]
+    names = sorted(path.name for path in folder.iterdir())
     torch.distributed.barrier()
-    saver.save(TrainState(step=4))
-    saver.finalize()
-    assert {"time/save_pause_seconds"} <= saver.pop_metrics().keys()
-    return said, there
+    checkpointer.save(TrainState(step=4))
+    checkpointer.finalize()
+    assert {"time/save_pause_seconds"} <= checkpointer.pop_metrics().keys()
+    return messages, names
 
 
 @pytest.mark.parametrize(("failing", "async_save"), [(0, True), (1, True), (1, False)])
 def test_a_rank_that_cannot_write(pool, tmp_path, failing, async_save):
-    run = recipe(LAYOUTS["DP2"][1], async_save=async_save)
-    (first, there), (second, _) = pool.run(2, one_rank_cannot_write, run, tmp_path, failing)
+    config = recipe(LAYOUTS["DP2"][1], async_save=async_save)
+    (first, names), (second, _) = pool.run(2, save_with_failing_rank, config, tmp_path, failing)
     error, *messages = first
     assert second == [error]
     assert f"checkpoint {tmp_path / 'step-00000003'} could not be written" in error
     assert f"process {failing}: File too large; the disk, or the limit that `ulimit -f` shows" in error
-    assert there == ["latest", "step-00000001"]
+    assert names == ["latest", "step-00000001"]
     (warning,) = [text for text in messages if text.startswith(f"warning: checkpoint {tmp_path / 'step-00000002'}")]
     assert "training continues, and the next save runs on schedule" in warning and f"process {failing}:" in warning
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     assert not list(tmp_path.glob(".step-*"))
 
 
-def save_then_change(run, folder):
-    """Whether the last checkpoint holds the weights as they were when saving began; they change as soon as they may."""
-    saver, optimizer = saver_of(run, folder)
+def save_then_change(config, folder):
+    """Return whether the last checkpoint has the weights from the start of its save.
+
+    The weights change as soon as they are staged.
+    """
+    checkpointer, optimizer = make_checkpointer(config, folder)
     values = [owned.master_weight.to_float32() for owned in optimizer.owned]
     before = [value.clone() for value in values]
     for step in range(1, 7):
-        saver.save(TrainState(step=step))
-        saver.wait_until_staged()
-        for value, kept in zip(values, before, strict=True):
+        checkpointer.save(TrainState(step=step))
+        checkpointer.wait_until_staged()
+        for value, expected in zip(values, before, strict=True):
             value.add_(1)
-            kept.add_(step < 6)
-    saver.finalize()
+            expected.add_(step < 6)
+    checkpointer.finalize()
     verify_checkpoint(latest_checkpoint(folder))
     masters = optimizer.master_state_dict()
-    for value, kept in zip(values, before, strict=True):
-        value.copy_(kept)
+    for value, expected in zip(values, before, strict=True):
+        value.copy_(expected)
     stored = StoredTensors(latest_checkpoint(folder))
     return all(
         torch.equal(stored.mmap_chunk(key, offset, tuple(values.shape)), values)
-        for key, pieces in masters.items()
-        for offset, values in pieces.chunks
+        for key, chunks in masters.items()
+        for offset, values in chunks.chunks
         if "bias" not in key
     )
 
 
-def test_what_is_saved_is_what_was_there(pool, tmp_path):
-    """Training changes the weights while they are written."""
-    run = recipe(keep_checkpoints=2, keep_every_steps=3)
-    assert pool.run(1, save_then_change, run, tmp_path) == [True]
+def test_a_save_holds_the_weights_of_its_step(pool, tmp_path):
+    """Weights that change during a save must not change the checkpoint."""
+    config = recipe(keep_checkpoints=2, keep_every_steps=3)
+    assert pool.run(1, save_then_change, config, tmp_path) == [True]
     assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [3, 5, 6]
 
 
 @pytest.mark.parametrize(
-    ("train", "left"),
+    ("train", "kept_steps"),
     [
         ({"keep_checkpoints": 2}, [5, 6]),
         ({"keep_checkpoints": 0}, [1, 2, 3, 4, 5, 6]),
@@ -150,18 +153,18 @@ def test_what_is_saved_is_what_was_there(pool, tmp_path):
         ({"keep_checkpoints": 2, "spike_policy": "rollback", "rollback_steps": 4, "save_every_steps": 4}, [3, 5, 6]),
     ],
 )
-def test_which_are_kept(tmp_path, train, left):
-    """The rollback of a spike in step 7 goes to step 3, although saves came more often than planned."""
+def test_retention(tmp_path, train, kept_steps):
+    """Retention must keep step 3 for the rollback of a spike in step 7, even with extra saves."""
     for step in range(1, 8):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
         (folder / "state.json").touch()
     apply_retention(tmp_path / "step-00000006", recipe(**train).train)
-    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [*left, 7]
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [*kept_steps, 7]
 
 
-def test_latest_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    """The checkpoint that was there before under the same name stays."""
+def test_a_failed_write_of_latest_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """The existing checkpoint of the same name must stay."""
     for name in (".step-00000004.part", "step-00000004"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
@@ -187,7 +190,7 @@ def train(tiny_run, runs, steps, **options):
 
 
 def workers_of(process, folder):
-    """The processes that train, by rank, once they do."""
+    """Wait until the run trains, and return its training processes by rank."""
     deadline = time.monotonic() + 150
     while not read_metrics(folder):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)
@@ -197,24 +200,24 @@ def workers_of(process, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "nbytes"), [(1, SMALL_BYTES), (0, 1000)])
-def test_a_disk_that_is_full_for_a_while(tiny_run, tmp_path, rank, nbytes):
-    """For the second process, which writes a checkpoint's file alone, or for the first, which writes metrics too."""
+def test_a_disk_that_is_full_temporarily(tiny_run, tmp_path, rank, nbytes):
+    """The disk is full for rank 1, which writes only checkpoint files, or for rank 0, which also writes metrics."""
     process = train(tiny_run, tmp_path, 60)
     try:
         worker = workers_of(process, tmp_path / "tiny")[str(rank)]
-        largest_file(nbytes, worker.pid)
-        said = []
+        limit_file_size(nbytes, worker.pid)
+        lines = []
         for line in process.stderr:
-            said.append(line)
+            lines.append(line)
             if "could not be written" in line:
                 break
-        largest_file(None, worker.pid)
+        limit_file_size(None, worker.pid)
         _, rest = process.communicate(timeout=150)
     finally:
         process.kill()
     assert process.returncode == 0, rest
-    assert "File too large" in said[-1] and "training continues" in said[-1] and said[-1].startswith("warning")
-    assert ("process 1: " in said[-1]) == (rank == 1)
+    assert "File too large" in lines[-1] and "training continues" in lines[-1] and lines[-1].startswith("warning")
+    assert ("process 1: " in lines[-1]) == (rank == 1)
     assert "saved in" in rest
     check_finished(tmp_path / "tiny", 60)
     metrics = read_metrics(tmp_path / "tiny")
@@ -229,7 +232,7 @@ def check_finished(folder, steps):
 
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
-    """All processes are stopped at once, so that it is certain that one was."""
+    """The processes are suspended first, so that a save is certainly in flight when they are killed."""
     process = train(tiny_run, tmp_path, 100)
     checkpoints = tmp_path / "tiny" / "checkpoints"
     try:
@@ -239,7 +242,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
             if list(checkpoints.glob(".step-*[0-9].part")) and list(checkpoints.glob("step-*")):
                 for worker in workers:
                     worker.suspend()
-                if left := list(checkpoints.glob(".step-*[0-9].part")):
+                if partial := list(checkpoints.glob(".step-*[0-9].part")):
                     break
                 for worker in workers:
                     worker.resume()
@@ -250,7 +253,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
         for worker in workers:
             worker.kill()
         process.wait()
-    assert left[0].is_dir()
+    assert partial[0].is_dir()
     process = train(tiny_run, tmp_path, 100)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -259,7 +262,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_last_save_that_fails_is_an_error(tiny_run, runs):
+def test_a_failed_last_save_is_an_error(tiny_run, runs):
     checkpoints = runs / "tiny" / "checkpoints"
     shutil.rmtree(checkpoints / "step-00000004")
     (checkpoints / "latest").write_text("step-00000002")

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: the run's own validation figure, by plain transformers; and the model card."""
+"""Bits per byte of held-out text through transformers equals the run's own result; the model card has the table."""
 
 import json
 import re
@@ -26,22 +26,22 @@ def folder(ready_export, tmp_path):
     return shutil.copytree(ready_export, tmp_path / "runs" / "hf")
 
 
-def options(*data, **others):
-    return EvalOptions(suite="heldout", data=data, **others)
+def options(*data, **settings):
+    return EvalOptions(suite="heldout", data=data, **settings)
 
 
-def test_the_figure_is_the_runs_own(folder, tiny_run, tmp_path):
-    found = evaluate([folder], options(tiny_run.data), tmp_path / "out")
+def test_bits_per_byte_equal_the_runs_own(folder, tiny_run, tmp_path):
+    output = evaluate([folder], options(tiny_run.data), tmp_path / "out")
     entry = json.loads((tmp_path / "out" / "runs" / "data.json").read_text())
     last = read_metrics(tiny_run.folder)[-1]
     assert entry["loss"] == pytest.approx(last["loss/held_out"], abs=1e-5)
     assert entry["score"] == pytest.approx(last["bits_per_byte/held_out"], abs=1e-5)
     manifest = json.loads((tiny_run.data / "manifest.json").read_text())["splits"]["validation"]
     gzip = 8 * manifest["gzip_bytes"] / manifest["compressed_text_bytes"]
-    assert f"| data | {manifest['bytes']:,} | {entry['score']:.3f} | {gzip:.3f} |" in found.table
+    assert f"| data | {manifest['bytes']:,} | {entry['score']:.3f} | {gzip:.3f} |" in output.table
 
 
-def test_the_batch_changes_nothing(folder, tiny_run, tmp_path):
+def test_the_batch_size_does_not_change_the_score(folder, tiny_run, tmp_path):
     scores = []
     for size in (1, 7):
         evaluate([folder], replace(options(tiny_run.data), batch_size=size), tmp_path / str(size))
@@ -49,14 +49,14 @@ def test_the_batch_changes_nothing(folder, tiny_run, tmp_path):
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
-def test_a_dense_model_on_data_of_its_own_tokenizer(tmp_path, tokenizer_folder, data_folder):
+def test_a_dense_model_on_data_of_its_tokenizer(tmp_path, tokenizer_folder, data_folder):
     model = write_dense(tmp_path / "llama", "llama", tokenizer_folder)
     evaluate([model], EvalOptions(suite="heldout", data=(data_folder,)), tmp_path / "out")
     entry = json.loads((tmp_path / "out" / "llama" / "small.json").read_text())
     assert entry["sequence_length"] == 128 and 2 < entry["score"] < 20
 
 
-def test_data_that_cannot_be_used(folder, tmp_path, small_corpus, tokenizer_folder, tiktoken_folder, refuses):
+def test_invalid_data_is_refused(folder, tmp_path, small_corpus, tokenizer_folder, tiktoken_folder, refuses):
     prepare([small_corpus], tiktoken_folder, tmp_path / "other", validation_share=0.1)
     prepare([small_corpus], tokenizer_folder, tmp_path / "none", validation_share=0.0)
     command = ["eval", folder, "--suite", "heldout", "--data"]
@@ -66,40 +66,40 @@ def test_data_that_cannot_be_used(folder, tmp_path, small_corpus, tokenizer_fold
     chats = write_chats(tmp_path / "chats.jsonl")
     prepare_chat([chats], tokenizer_folder, tmp_path / "chats", sequence_length=128, validation_share=0.2)
     refuses([*command, tmp_path / "chats"], "chats holds conversations", "a folder of text")
-    fitting = tmp_path / "fitting"
-    prepare([small_corpus], tokenizer_folder, fitting, validation_share=0.1)
-    refuses([*command, fitting, "--sequence-length", "65"], "--sequence-length is 65", "from 1 to the 64 of")
-    refuses([*command, fitting, "--sequence-length", "0"], "--sequence-length is 0")
+    valid = tmp_path / "fitting"
+    prepare([small_corpus], tokenizer_folder, valid, validation_share=0.1)
+    refuses([*command, valid, "--sequence-length", "65"], "--sequence-length is 65", "from 1 to the 64 of")
+    refuses([*command, valid, "--sequence-length", "0"], "--sequence-length is 0")
 
 
 TABLE = "| benchmark | tiny |\n|---|---:|\n| MMLU | 25.0 |\n\n- A note.\n"
 
 
-def test_results_fill_the_card_and_the_export_stays_sound(folder, tmp_path):
+def test_results_fill_the_card_and_the_export_stays_valid(folder, tmp_path):
     from PIL import Image
 
-    picture = tmp_path / "curve.png"
-    Image.new("RGB", (60, 40)).save(picture)
+    plot = tmp_path / "curve.png"
+    Image.new("RGB", (60, 40)).save(plot)
     before = (folder / "README.md").read_text()
-    fill_card(folder, "paper", TABLE, picture)
+    fill_card(folder, "paper", TABLE, plot)
     fill_card(folder, "heldout", "| text | tiny |\n|---|---:|\n| data | 3.0 |\n", None)
     text = (folder / "README.md").read_text()
     assert "| MMLU | 25.0 |" in text and "| data | 3.0 |" in text and "(evaluation-paper.png)" in text
     assert text.index("## Results") < text.index("### Evaluation") < text.index("| MMLU") < text.index("## Limitations")
     assert not missing_card_parts(text)
     check_sums(folder)
-    check_release(folder, "moon/tiny")  # all that a release asks for
-    # Again, with other results: those of that suite are replaced.
-    fill_card(folder, "paper", TABLE.replace("25.0", "26.0"), picture)
-    again = (folder / "README.md").read_text()
-    assert again == text.replace("25.0", "26.0")
-    kept = [line for line in before.splitlines() if line]
-    assert [line for line in again.splitlines() if line and line in kept] == kept
+    check_release(folder, "moon/tiny")
+    # Other results of the same suite replace the first ones.
+    fill_card(folder, "paper", TABLE.replace("25.0", "26.0"), plot)
+    refilled = (folder / "README.md").read_text()
+    assert refilled == text.replace("25.0", "26.0")
+    old_lines = [line for line in before.splitlines() if line]
+    assert [line for line in refilled.splitlines() if line and line in old_lines] == old_lines
 
 
-def test_a_proof_that_was_not_valid_stays_so(folder):
-    proof = json.loads((folder / VERIFICATION_FILE).read_text())
-    (folder / VERIFICATION_FILE).write_text(json.dumps(proof | {"sums_sha256": "0" * 64}))
+def test_an_invalid_verification_stays_invalid(folder):
+    verification = json.loads((folder / VERIFICATION_FILE).read_text())
+    (folder / VERIFICATION_FILE).write_text(json.dumps(verification | {"sums_sha256": "0" * 64}))
     fill_card(folder, "paper", TABLE, None)
     assert (
         json.loads((folder / VERIFICATION_FILE).read_text())["sums_sha256"]
@@ -108,14 +108,14 @@ def test_a_proof_that_was_not_valid_stays_so(folder):
     )
 
 
-def test_a_card_that_someone_changed_is_left_alone(folder):
+def test_an_edited_card_is_not_changed(folder):
     with (folder / "README.md").open("a") as card:
         card.write("My own words.\n")
     with pytest.raises(UserError, match=re.escape("does not match its checksum in SHA256SUMS")):
         fill_card(folder, "paper", TABLE, None)
 
 
-def test_a_table_that_the_run_brought_along_is_kept():
+def test_an_existing_table_is_kept():
     card = "# Tiny\n\n## Results\n\n### Evaluation\n\nBy hand.\n\n## Limitations\n\nNone.\n"
     text = with_evaluation(card, "paper", TABLE)
     assert text.index("By hand.") < text.index("| MMLU")
@@ -124,8 +124,8 @@ def test_a_table_that_the_run_brought_along_is_kept():
     assert bare.index("Text.") < bare.index("## Results") < bare.index("### Evaluation") < bare.index("## Limitations")
 
 
-def test_the_command_does_all_of_it(folder, tiny_run, tmp_path, monkeypatch, capfd):
-    """Two checkpoints of a run: a table, a curve, and both in the card of each; done once."""
+def test_the_command_evaluates_and_fills_the_cards(folder, tiny_run, tmp_path, monkeypatch, capfd):
+    """For two checkpoints, `eval --card` writes a table and a curve into both cards; a rerun skips the evaluation."""
     from moonlight.cli.main import main
 
     earlier = tmp_path / "step-2"
@@ -133,9 +133,9 @@ def test_the_command_does_all_of_it(folder, tiny_run, tmp_path, monkeypatch, cap
     command = ["eval", folder, earlier, "--suite", "heldout", "--data", tiny_run.data, "--card"]
     monkeypatch.setattr("sys.argv", ["moonlight", *map(str, command)])
     for again in (False, True):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        assert not ended.value.code
+        assert not exit_info.value.code
         out = capfd.readouterr().out
         assert "| held-out text | bytes | runs | step-2 |" in out and out.count("README.md: table added") == 2
         assert out.count("already evaluated") == (2 if again else 0)

@@ -1,6 +1,6 @@
-"""Every benchmark of the paper, from a folder of the data set's own columns to its score: prompts, filters, metrics.
+"""Every benchmark of the paper, from a local data set to its score: prompts, filters, metrics.
 
-In the model's place stands one that knows the answer, or gives that of another question: all points, or none.
+A stub model gives the right answer, or the answer to another question: the score must be 1, or 0.
 """
 
 import json
@@ -20,7 +20,7 @@ from moonlight.errors import UserError
 from tests.support.bad_input import ROOT
 from tests.support.paper_sets import LETTERS, ROWS, write_set
 
-SAYS = {
+ANSWERS = {
     "mmlu": lambda row: f" {LETTERS[row['answer']]}",
     "mmlu-pro": lambda row: f" It is said in the question. The answer is ({row['answer']}).",
     "bbh": lambda row: f"We look at it step by step. So the answer is {row['target']}.",
@@ -36,7 +36,7 @@ SAYS = {
     "ceval": lambda row: f" {row['answer']}",
     "cmmlu": lambda row: f" {row['Answer']}",
 }
-"""What a base model goes on with that has understood the examples: the answer, and then another question."""
+"""A base model's continuation after the few-shot examples: the answer, then another question."""
 
 MARK = {
     "mmlu": "\nAnswer:",
@@ -51,25 +51,25 @@ MARK = {
     "ceval": "\n答案：",
     "cmmlu": "\n答案：",
 }
-"""What stands in a prompt once for each example and once for the question."""
+"""Text that a prompt has once for each example and once for the question."""
 
 
-class Knowing(LM):
-    """Answers with what `says` makes of the row, cut where the task ends an answer, as backends do."""
+class StubModel(LM):
+    """A stub model that answers `answer(row)`, cut at the task's stop strings, as backends do."""
 
-    def __init__(self, says):
+    def __init__(self, answer):
         super().__init__()
-        self.says, self.prompts = says, []
+        self.answer, self.prompts = answer, []
 
     def loglikelihood(self, requests):
         self.prompts += [request.args[0] for request in requests]
-        return [(0.0 if request.args[1] == self.says(request.doc) else -1.0, False) for request in requests]
+        return [(0.0 if request.args[1] == self.answer(request.doc) else -1.0, False) for request in requests]
 
     def generate_until(self, requests):
         self.prompts += [request.args[0] for request in requests]
         ends = [request.args[1]["until"] for request in requests]
         return [
-            re.split("|".join(map(re.escape, end)), self.says(request.doc))[0]
+            re.split("|".join(map(re.escape, end)), self.answer(request.doc))[0]
             for request, end in zip(requests, ends, strict=True)
         ]
 
@@ -78,7 +78,7 @@ class Knowing(LM):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
+def separate_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -95,26 +95,26 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
+def test_right_answers_score_1_and_wrong_answers_0(data_dir, name):
     (benchmark,) = select_benchmarks("paper", [name])
     tasks = load_tasks([benchmark], data_dir)[name]
-    right = SAYS[name]
-    numbers = iter(range(10**6))
+    right = ANSWERS[name]
+    indices = iter(range(10**6))
 
     def wrong(row):
-        """What is right of another row: of one with other choices, the next letter."""
+        """Return the right answer to another row; for multiple choice, the next letter."""
         text = right(row)
         if name in ("mmlu", "ceval", "cmmlu", "mmlu-pro"):
-            return re.sub(r"[A-J](?=\)?\.?$)", lambda found: "BCDAFGHIJE"["ABCDEFGHIJ".index(found[0])], text)
+            return re.sub(r"[A-J](?=\)?\.?$)", lambda match: "BCDAFGHIJE"["ABCDEFGHIJ".index(match[0])], text)
         if name == "bbh":
             return right({"target": "no such thing"})
-        return right(ROWS[name](next(numbers) + 5000, "x"))
+        return right(ROWS[name](next(indices) + 5000, "x"))
 
-    for says, score in ((right, 1), (wrong, 0)):
-        model = Knowing(says)
-        found = run_benchmark(model, benchmark, tasks, limit=2, backend="transformers", allow_code=True)
-        assert found.score == score
-        answers = sample_items(benchmark, found.samples)
+    for answer, score in ((right, 1), (wrong, 0)):
+        model = StubModel(answer)
+        result = run_benchmark(model, benchmark, tasks, limit=2, backend="transformers", allow_code=True)
+        assert result.score == score
+        answers = sample_items(benchmark, result.samples)
         assert len(answers) == 2 * len(tasks["tasks"])
         assert {item["score"] for item in answers} == {score}
         for prompt in model.prompts:
@@ -122,9 +122,9 @@ def test_who_knows_has_all_points_and_who_does_not_has_none(data_dir, name):
 
 
 def test_examples_are_answered_and_the_question_is_not(data_dir):
-    """What a prompt looks like, of the tasks that are our own."""
+    """Prompts of our own tasks have answered examples and an open question."""
     (benchmark,) = select_benchmarks("paper", ["mbpp"])
-    model = Knowing(SAYS["mbpp"])
+    model = StubModel(ANSWERS["mbpp"])
     run_benchmark(
         model, benchmark, load_tasks([benchmark], data_dir)["mbpp"], limit=1, backend="transformers", allow_code=True
     )
@@ -132,7 +132,7 @@ def test_examples_are_answered_and_the_question_is_not(data_dir):
     assert re.findall(r"to add (\d+)\.", prompt) == ["2", "3", "4", "11"]
     assert prompt.count("\n[DONE]\n\nYou are an expert") == 3 and prompt.endswith("assert add(2) == 13\n[BEGIN]\n")
     (benchmark,) = select_benchmarks("paper", ["cmath"])
-    model = Knowing(SAYS["cmath"])
+    model = StubModel(ANSWERS["cmath"])
     run_benchmark(
         model, benchmark, load_tasks([benchmark], data_dir)["cmath"], limit=1, backend="transformers", allow_code=False
     )
@@ -140,11 +140,11 @@ def test_examples_are_answered_and_the_question_is_not(data_dir):
     assert prompt.count("所以答案是") == 3 and prompt.endswith("加2等于多少？\n答案：")
 
 
-def test_drawn_examples_are_the_same_every_time(data_dir):
+def test_sampled_examples_are_deterministic(data_dir):
     (benchmark,) = select_benchmarks("paper", ["gsm8k"])
     prompts = []
     for _ in range(2):
-        model = Knowing(SAYS["gsm8k"])
+        model = StubModel(ANSWERS["gsm8k"])
         run_benchmark(
             model,
             benchmark,
@@ -157,8 +157,8 @@ def test_drawn_examples_are_the_same_every_time(data_dir):
     assert prompts[0] == prompts[1]
 
 
-def test_a_folder_is_read_as_it_is_now(tmp_path):
-    """`datasets` alone would give the first folder's rows for another of its name, and for changed files."""
+def test_a_changed_data_folder_is_reread(tmp_path):
+    """Rows come from the given folder. The cache of `datasets` alone returns those of an earlier folder of its name."""
     (benchmark,) = select_benchmarks("paper", ["cmath"])
     configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
     for place in ("one", "other"):
@@ -170,7 +170,7 @@ def test_a_folder_is_read_as_it_is_now(tmp_path):
             assert task.eval_docs[0]["question"] == f"{place}{word}"
 
 
-def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir, tmp_path):
+def test_a_data_set_without_a_column_is_refused_before_the_model_loads(data_dir, tmp_path):
     (benchmark,) = select_benchmarks("paper", ["gsm8k"])
     folder = tmp_path / "openai" / "gsm8k" / "main"
     folder.mkdir(parents=True)
@@ -182,8 +182,8 @@ def test_a_set_that_lacks_a_column_is_refused_before_a_model_is_loaded(data_dir,
         load_tasks([benchmark], tmp_path)
 
 
-def test_a_set_that_is_a_script_is_never_run(tmp_path):
-    """As CMMLU is on the Hub, or was: a script beside an archive."""
+def test_a_data_set_script_is_never_run(tmp_path):
+    """A data set that is a script and an archive, as CMMLU on the Hub, is refused."""
     (benchmark,) = select_benchmarks("paper", ["cmmlu"])
     folder = tmp_path / "haonan-li" / "cmmlu"
     folder.mkdir(parents=True)
@@ -194,15 +194,15 @@ def test_a_set_that_is_a_script_is_never_run(tmp_path):
     assert not ran.exists()
 
 
-def test_the_document_shows_how_to_lay_down_an_archive(tmp_path):
-    """Its commands, on CSV files as CMMLU's archive holds them."""
+def test_documented_commands_unpack_an_archive(tmp_path):
+    """The commands in docs/evaluation.md convert CSV files like those in CMMLU's archive."""
     (benchmark,) = select_benchmarks("paper", ["cmmlu"])
     folder = tmp_path / "haonan-li" / "cmmlu"
     configs = list(leaves(task_manager([benchmark]).task_index, benchmark.task))
     for split in ("dev", "test"):
         (folder / split).mkdir(parents=True)
         for config in configs:
-            rows = [ROWS["cmmlu"](number, config["dataset_name"]) for number in range(5)]
+            rows = [ROWS["cmmlu"](index, config["dataset_name"]) for index in range(5)]
             lines = [",".join(["", *rows[0]])] + [",".join([str(n), *row.values()]) for n, row in enumerate(rows)]
             (folder / split / f"{config['dataset_name']}.csv").write_text("\n".join(lines) + "\n")
     text = (ROOT / "docs" / "evaluation.md").read_text()
@@ -213,6 +213,6 @@ def test_the_document_shows_how_to_lay_down_an_archive(tmp_path):
     shutil.move(archive, folder / "cmmlu_v1_0_1.zip")
     (folder / "cmmlu.py").write_text("raise SystemExit\n")
     subprocess.run(["bash", "-e", "-c", script.replace("DIR/", f"{tmp_path}/")], check=True)
-    model = Knowing(SAYS["cmmlu"])
+    model = StubModel(ANSWERS["cmmlu"])
     tasks = load_tasks([benchmark], tmp_path)["cmmlu"]
     assert run_benchmark(model, benchmark, tasks, limit=1, backend="transformers", allow_code=False).score == 1

@@ -1,4 +1,4 @@
-"""Code answers in the sandbox: right ones pass, and whatever the others try, limits hold and they are failures."""
+"""Code answers in the sandbox: right ones pass, wrong ones fail, hostile ones hit a limit and fail."""
 
 import ctypes
 import errno
@@ -20,9 +20,9 @@ from eval.data_sets import TASKS
 from eval.sandbox import SandboxLimits, run_code
 
 SHORT = SandboxLimits(cpu_seconds=1, wall_seconds=20, memory_bytes=1 << 29)
-"""A second of CPU time may take many on a busy machine."""
+"""Limits for tests of CPU time; on a busy machine one CPU second can take many seconds."""
 WAITING = SandboxLimits(cpu_seconds=1, wall_seconds=2, memory_bytes=1 << 29)
-"""For programs that use hardly any."""
+"""Limits for programs that use almost no CPU time."""
 
 RIGHT = {
     "an assertion": "assert sum(range(5)) == 10",
@@ -128,21 +128,21 @@ HOSTILE = {
 
 @pytest.mark.parametrize("program", RIGHT.values(), ids=RIGHT.keys())
 def test_right_programs_pass(program):
-    verdict = run_code(program)
-    assert verdict.passed, verdict
+    result = run_code(program)
+    assert result.passed, result
 
 
 @pytest.mark.parametrize("program, reason", WRONG.values(), ids=WRONG.keys())
 def test_wrong_programs_fail(program, reason):
-    verdict = run_code(program, SHORT)
-    assert not verdict.passed and reason in verdict.reason, verdict
+    result = run_code(program, SHORT)
+    assert not result.passed and reason in result.reason, result
 
 
 @pytest.mark.parametrize("program, reason", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_programs_meet_a_limit(program, reason):
+def test_hostile_programs_hit_a_limit(program, reason):
     limits, before = WAITING if "wall" in reason else SHORT, time.monotonic()
-    verdict = run_code(program, limits)
-    assert not verdict.passed and reason in verdict.reason, verdict
+    result = run_code(program, limits)
+    assert not result.passed and reason in result.reason, result
     assert time.monotonic() - before < limits.wall_seconds + 5
 
 
@@ -163,12 +163,12 @@ def test_hostile_programs_meet_a_limit(program, reason):
         "import ctypes; raise OSError(1, str(ctypes.CDLL(None).creat({path!r}.encode(), 0o644)))",
     ],
 )
-def test_nothing_is_written_anywhere(tmp_path, change):
+def test_programs_cannot_write_files(tmp_path, change):
     path = tmp_path / "precious"
     path.write_text("as it was")
     before = path.stat()
-    verdict = run_code(change.format(path=str(path)), SHORT)
-    assert not verdict.passed and "[Errno 1]" in verdict.reason, verdict
+    result = run_code(change.format(path=str(path)), SHORT)
+    assert not result.passed and "[Errno 1]" in result.reason, result
     after = path.stat()
     assert [*tmp_path.iterdir()] == [path] and path.read_text() == "as it was"
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
@@ -177,34 +177,34 @@ def test_nothing_is_written_anywhere(tmp_path, change):
 @pytest.mark.parametrize(
     "read", ["open({path!r})", "__import__('os').listdir({folder!r})", "open('/proc/self/environ')"]
 )
-def test_nothing_of_the_user_is_read(tmp_path, read):
+def test_programs_cannot_read_user_files(tmp_path, read):
     (tmp_path / "secret").write_text("of mine")
-    verdict = run_code(read.format(path=str(tmp_path / "secret"), folder=str(tmp_path)), SHORT)
-    if ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:  # a kernel without Landlock: what the user may read
-        assert verdict.passed, verdict
+    result = run_code(read.format(path=str(tmp_path / "secret"), folder=str(tmp_path)), SHORT)
+    if ctypes.CDLL(None).syscall(444, None, 0, 1) < 1:  # no Landlock: a program reads what the user can read
+        assert result.passed, result
     else:
-        assert not verdict.passed and "PermissionError: [Errno 13]" in verdict.reason, verdict
+        assert not result.passed and "PermissionError: [Errno 13]" in result.reason, result
 
 
-def test_no_network_of_this_machine_is_reached():
+def test_programs_cannot_connect_to_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(1)
         port = server.getsockname()[1]
-        verdict = run_code(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))", SHORT)
-        assert not verdict.passed and NO in verdict.reason, verdict
+        result = run_code(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))", SHORT)
+        assert not result.passed and NO in result.reason, result
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_no_environment_and_an_empty_folder(monkeypatch):
+def test_programs_get_no_environment_and_an_empty_folder(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     program = "import os\nassert set(os.environ) <= {'LC_CTYPE'}, os.environ\nassert os.listdir() == []"
-    verdict = run_code(program)
-    assert verdict.passed, verdict
+    result = run_code(program)
+    assert result.passed, result
 
 
-def test_nothing_is_left_running():
-    """A program that hangs is gone when the verdict is there."""
+def test_no_process_is_left():
+    """The process of a hanging program has ended when `run_code` returns."""
     run_code("import time\ntime.sleep(60)\n", WAITING)
     assert not [child.cmdline() for child in psutil.Process().children() if "confine.py" in str(child.cmdline())]
 
@@ -227,12 +227,12 @@ def test_the_solutions_of_the_offline_suite_pass():
     ],
 )
 def test_hostile_answers_are_scored_as_failures(body):
-    """The sum would be right, were it not for what stands before it."""
+    """A hostile body scores 0, even if its sum is right."""
     row = json.loads((TASKS / "offline_code.jsonl").read_text().splitlines()[0])
     assert score_completion(row, [f"    {body}\n"]) == {"pass@1": 0}
 
 
-def test_programs_are_scored_as_mbpp_asks():
+def test_programs_are_scored_by_the_tests_of_mbpp():
     document = {
         "test_setup_code": "import math",
         "test_list": ["assert half(4) == 2", "assert math.floor(half(5)) == 2"],
@@ -265,7 +265,7 @@ def test_the_last_number_counts():
 
 
 def test_a_machine_that_cannot_confine_runs_nothing(tmp_path, monkeypatch):
-    """Where the filter cannot be set the program is refused, not run. Here another kind of machine says so."""
+    """Code is refused, not run, if the filter cannot be set: on another processor or another system."""
     from eval import sandbox
 
     source = Path(sandbox.__file__).with_name("confine.py").read_text()
@@ -283,20 +283,20 @@ ALLOWED, REFUSED, MISSING, KILLED = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 |
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
-def verdict_of(program, audit, number, *arguments):
-    """What the filter says of a system call: classic BPF, carried out instruction by instruction."""
+def filter_result(program, audit, number, *arguments):
+    """Return the filter's result for a system call by interpreting its classic BPF instructions."""
     data = struct.pack("=IIQ6Q", number, audit, 0, *(*arguments, *(0,) * (6 - len(arguments))))
-    code, place = list(struct.iter_unpack("=HBBI", program)), 0
+    code, position = list(struct.iter_unpack("=HBBI", program)), 0
     while True:
-        kind, if_true, if_false, value = code[place]
-        place += 1
+        kind, if_true, if_false, value = code[position]
+        position += 1
         if kind == 0x20:
             (loaded,) = struct.unpack_from("=I", data, value)
         elif kind == 0x06:
             return value
         else:
             holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: bool(loaded & value)}[kind]
-            place += if_true if holds else if_false
+            position += if_true if holds else if_false
 
 
 CALLS = {
@@ -323,15 +323,15 @@ CALLS = {
 
 
 @pytest.mark.parametrize("machine", AUDIT)
-def test_the_filter_of_each_machine(machine):
-    """Also of the one that this is not."""
+def test_the_filter_of_each_architecture(machine):
+    """The filter gives the expected result for each system call on x86_64 and aarch64."""
     program = confine._filter(machine)
-    for name, (numbers, arguments, wanted) in CALLS.items():
+    for name, (numbers, arguments, expected) in CALLS.items():
         number = numbers[list(AUDIT).index(machine)]
-        assert verdict_of(program, AUDIT[machine], number, *arguments) == wanted, name
-        assert verdict_of(program, 0x40000003, number, *arguments) == KILLED, name  # as of i386, on the same machine
+        assert filter_result(program, AUDIT[machine], number, *arguments) == expected, name
+        assert filter_result(program, 0x40000003, number, *arguments) == KILLED, name  # as i386
     for name, row in confine._REFUSED.items():
-        assert verdict_of(program, AUDIT[machine], row[list(AUDIT).index(machine)]) == REFUSED, name
+        assert filter_result(program, AUDIT[machine], row[list(AUDIT).index(machine)]) == REFUSED, name
     if machine == "x86_64":
-        assert verdict_of(program, AUDIT[machine], 2, 0, os.O_WRONLY) == REFUSED
-        assert verdict_of(program, AUDIT[machine], 0x40000000 | 1) == REFUSED  # the x32 interface
+        assert filter_result(program, AUDIT[machine], 2, 0, os.O_WRONLY) == REFUSED
+        assert filter_result(program, AUDIT[machine], 0x40000000 | 1) == REFUSED  # the x32 interface

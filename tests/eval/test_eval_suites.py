@@ -1,4 +1,4 @@
-"""The suites: every benchmark is a task of the installed harness, with the paper's shots; bad input is one line."""
+"""Suites: every benchmark is a task of the installed harness with the paper's shots; bad input gives one line."""
 
 import pytest
 
@@ -25,7 +25,7 @@ PUBLISHED = """
 """Table 5 of the paper: Llama3.2-3B, Qwen2.5-3B, DeepSeek-V2-Lite, Moonlight."""
 
 SHOTS = {"MMLU": 5, "MMLU-pro": 5, "BBH": 3, "TriviaQA": 5, "GSM8K": 4, "C-Eval": 5, "CMMLU": 5}
-"""Those that the paper states."""
+"""Few-shot counts that the paper states."""
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def manager():
     return task_manager([*SUITES["paper"], *SUITES["offline"]])
 
 
-def test_scores_and_shots_are_the_papers():
+def test_scores_and_shots_equal_the_papers():
     rows = [
         [benchmark.title, *(f"{benchmark.published.get(name, 0):.1f}" for name in SUITES["paper"][0].published)]
         for benchmark in SUITES["paper"]
     ]
-    wanted = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PUBLISHED.strip().splitlines()]
-    assert rows == [[cell.replace("–", "0.0") for cell in row] for row in wanted]
+    expected = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PUBLISHED.strip().splitlines()]
+    assert rows == [[cell.replace("–", "0.0") for cell in row] for row in expected]
     assert {benchmark.title: benchmark.shots for benchmark in SUITES["paper"] if benchmark.stated} == SHOTS
 
 
@@ -54,7 +54,7 @@ def test_every_benchmark_is_a_task_of_the_harness(manager, benchmark):
         filters = [entry["name"] for entry in config.get("filter_list", [{"name": "none"}])]
         assert name in filters
         assert config.get("unsafe_code", False) is benchmark.runs_code
-        # Few-shot examples must come from somewhere that is not the questions themselves.
+        # Few-shot examples must not come from the questions.
         if benchmark.shots:
             examples = config.get("fewshot_split") or config.get("training_split")
             assert examples != config.get("test_split") or "samples" in config.get("fewshot_config", {})
@@ -63,12 +63,12 @@ def test_every_benchmark_is_a_task_of_the_harness(manager, benchmark):
 
 def test_groups_have_all_their_tasks(manager):
     counts = {benchmark.name: len(list(leaves(manager.task_index, benchmark.task))) for benchmark in SUITES["paper"]}
-    wanted = {"mmlu": 57, "mmlu-pro": 14, "bbh": 27, "math": 7, "ceval": 52, "cmmlu": 67}
-    assert counts == {benchmark.name: 1 for benchmark in SUITES["paper"]} | wanted
+    expected = {"mmlu": 57, "mmlu-pro": 14, "bbh": 27, "math": 7, "ceval": 52, "cmmlu": 67}
+    assert counts == {benchmark.name: 1 for benchmark in SUITES["paper"]} | expected
 
 
-def test_the_document_has_every_benchmark(manager):
-    """Its row: title, task, shots, metric, data set."""
+def test_the_documentation_lists_every_benchmark(manager):
+    """docs/evaluation.md has a row for each benchmark: title, task, shots, metric, data set."""
     text = (ROOT / "docs" / "evaluation.md").read_text()
     for benchmark in SUITES["paper"]:
         (name,) = hub_names(manager.task_index, benchmark.task)
@@ -76,7 +76,7 @@ def test_the_document_has_every_benchmark(manager):
         assert f"| {benchmark.title} | `{benchmark.task}` | {shots} | {benchmark.metric} | {name} |" in text
 
 
-def test_benchmarks_are_chosen_by_name():
+def test_benchmarks_are_selected_by_name():
     assert select_benchmarks("paper", []) == SUITES["paper"]
     assert [benchmark.name for benchmark in select_benchmarks("paper", ["gsm8k", "mmlu"])] == ["mmlu", "gsm8k"]
     assert select_benchmarks("heldout", []) == ()
@@ -123,12 +123,12 @@ def test_bad_options(ready, refuses, tmp_path, options, words, tmp_path_factory)
     refuses(["eval", ready, "--out", tmp_path / "out", *options], words)
 
 
-def test_a_file_in_the_way(ready, refuses, tmp_path):
+def test_an_output_path_that_is_a_file(ready, refuses, tmp_path):
     (tmp_path / "out").touch()
     refuses(["eval", ready, "--out", tmp_path / "out"], "out: it is a file")
 
 
-def test_folders_that_are_no_models(ready, refuses, tmp_path):
+def test_folders_without_a_model(ready, refuses, tmp_path):
     refuses(["eval", tmp_path / "none"], "none", "no config.json")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text("{}")
@@ -142,19 +142,21 @@ def test_folders_that_are_no_models(ready, refuses, tmp_path):
     refuses(["eval", tmp_path / "bare"], "config.json", "corrupt")
 
 
-def test_data_sets_missing_in_a_folder(ready, refuses, tmp_path):
-    """Which, where to put it, and how to get it; found before the model is loaded."""
+def test_missing_data_sets_in_a_folder(ready, refuses, tmp_path):
+    """The error names the data set, its folder and the download command, before the model loads."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     command = ["eval", ready, "--suite", "paper", "--tasks", "mmlu,cmath", "--data-dir", data, "--out", out]
-    how = f"hf download cais/mmlu --repo-type dataset --local-dir {data}/cais/mmlu"
-    refuses(command, "MMLU needs the data set cais/mmlu", f"put it into {data / 'cais/mmlu'}", how, "weitianwen/cmath")
+    download = f"hf download cais/mmlu --repo-type dataset --local-dir {data}/cais/mmlu"
+    refuses(
+        command, "MMLU needs the data set cais/mmlu", f"put it into {data / 'cais/mmlu'}", download, "weitianwen/cmath"
+    )
     (data / "cais" / "mmlu").mkdir(parents=True)
     (data / "weitianwen" / "cmath").mkdir(parents=True)
-    refuses(command, "MMLU", f"{data / 'cais/mmlu'} is not the data set cais/mmlu", how)
+    refuses(command, "MMLU", f"{data / 'cais/mmlu'} is not the data set cais/mmlu", download)
 
 
-def test_data_sets_missing_without_a_network(ready, tmp_path):
+def test_missing_data_sets_without_a_network(ready, tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
     arguments = ["eval", ready, "--suite", "paper", "--tasks", "gsm8k,math,cmath", "--out", tmp_path / "out"]
     code, _, err = run_command(*arguments, env=env)

@@ -1,4 +1,4 @@
-"""The chat quickstart's parts: greedy answers, exact match, and all steps in one command, done once."""
+"""Chat quickstart: greedy answers, exact match, and all steps in one command that skips finished ones."""
 
 import json
 import shutil
@@ -23,29 +23,29 @@ def chat_export(tiny_run, tmp_path_factory):
     return out
 
 
-def test_batched_answers_are_those_of_one_at_a_time(chat_export):
-    """The model is not tuned, so its answers are nonsense; those to one prompt must not depend on the others."""
+def test_batched_answers_equal_single_answers(chat_export):
+    """Batched answers equal those of one prompt at a time. The model is not tuned, so the answers are meaningless."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chats = [messages[-3:] for messages in CHATS[:10]]
-    together = generate_answers(chat_export, chats, max_new_tokens=8, batch_size=4)
+    batched = generate_answers(chat_export, chats, max_new_tokens=8, batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(chat_export)
     model = AutoModelForCausalLM.from_pretrained(chat_export, dtype=torch.float32).eval()
     ends = {tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "[EOS]")}
-    for messages, found in zip(chats, together, strict=True):
+    for messages, answer in zip(chats, batched, strict=True):
         ids = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         new = []
         with torch.no_grad():
             while len(new) < 8 and (not new or new[-1] not in ends):
                 new.append(int(model(torch.tensor([[*ids, *new]])).logits[0, -1].argmax()))
-        assert found.wanted == messages[-1]["content"]
-        assert found.ended == (new[-1] in ends)
-        assert found.text == tokenizer.decode(new, skip_special_tokens=True)
+        assert answer.wanted == messages[-1]["content"]
+        assert answer.ended == (new[-1] in ends)
+        assert answer.text == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_exact_is_the_same_text_and_nothing_after_it():
+def test_exact_match_requires_the_same_text_and_an_end():
     right, long, wrong = Answer("7", "7", True), Answer("7", "7", False), Answer("7", "7 ", True)
-    assert [one.is_exact for one in (right, long, wrong)] == [True, False, False]
+    assert [answer.is_exact for answer in (right, long, wrong)] == [True, False, False]
     assert exact_match_by_task([right, long, wrong], ["sum", "sum", "count"]) == {
         "count": {"exact": 0.0, "conversations": 1},
         "sum": {"exact": 0.5, "conversations": 2},
@@ -54,7 +54,7 @@ def test_exact_is_the_same_text_and_nothing_after_it():
 
 
 def test_one_question(chat_export):
-    """`generate --chat` gives the answer that exact match is counted from, and nothing else."""
+    """`generate --chat` returns exactly the answer that exact match scores."""
     (answer,) = generate_answers(
         chat_export, [[{"role": "user", "content": "Repeat: red"}, {"role": "assistant", "content": ""}]]
     )
@@ -74,21 +74,21 @@ def test_another_folder_is_refused(tmp_path):
         generate_answers(tmp_path, [])
 
 
-def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, capfd):
-    """With a model too small to learn much: every step, the table, the card; and nothing is done again."""
+def test_the_chat_quickstart_runs_each_step_once(tiny_run, tmp_path, monkeypatch, capfd):
+    """The quickstart runs every step with a tiny model and writes table and card; reruns skip finished steps."""
     base = tmp_path / "base"
     shutil.copytree(tiny_run.folder, base)
     shutil.copytree(tiny_run.tokenizer, base / "tokenizer")
-    run = tuning_recipe(tmp_path / "runs" / "chat" / "data" / "prepared", base / "tokenizer", 64)
-    run = replace(
-        run,
+    config = tuning_recipe(tmp_path / "runs" / "chat" / "data" / "prepared", base / "tokenizer", 64)
+    config = replace(
+        config,
         name="chat",
         runs_folder=str(tmp_path / "runs"),
         model=load_recipe(base / "config.yaml").model,
-        data=replace(run.data, conversations=True),
-        train=replace(run.train, train_steps=0, epochs=1, initial_checkpoint="replaced", threads_per_process=1),
+        data=replace(config.data, conversations=True),
+        train=replace(config.train, train_steps=0, epochs=1, initial_checkpoint="replaced", threads_per_process=1),
     )
-    (tmp_path / "recipe.yaml").write_text(to_yaml(run))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
     monkeypatch.setattr(quickstart_chat, "TRAIN_CONVERSATIONS", 150)
     monkeypatch.setattr(quickstart_chat, "HELD_OUT_CONVERSATIONS", 12)
     quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
@@ -96,8 +96,8 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
     folder = tmp_path / "runs" / "chat"
     result = json.loads((folder / "exact_match.json").read_text())
     assert result["before"]["shares"]["all"]["conversations"] == 12 == len(result["after"]["answers"])
-    asked = result["after"]["answers"][0]
-    assert asked["conversation"][-1]["role"] == "user" and asked["task"] in first and not asked["exact"]
+    answer = result["after"]["answers"][0]
+    assert answer["conversation"][-1]["role"] == "user" and answer["task"] in first and not answer["exact"]
     assert "held-out task" in first and "exact after" in first
     assert "moonlight generate" in first and "--chat --prompt" in first
     card = (folder / "hf" / "README.md").read_text()
@@ -108,15 +108,15 @@ def test_the_chat_quickstart_goes_its_way_once(tiny_run, tmp_path, monkeypatch, 
         base / "tokenizer" / "chat_template.jinja"
     ).read_text()
 
-    del result["after"]  # as if it had been interrupted between the two
+    del result["after"]  # as after an interruption between the two
     (folder / "exact_match.json").write_text(json.dumps(result))
     quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
     resumed = capfd.readouterr().out
     assert "exact match, before: done already" in resumed and "exact match, after: greedy answers" in resumed
     quickstart_chat.quickstart_chat(base, tmp_path / "recipe.yaml", [])
     again = capfd.readouterr().out
-    for done in ("have been prepared already", "this run is already finished", "exact match, after: done already"):
-        assert done in again
+    for message in ("have been prepared already", "this run is already finished", "exact match, after: done already"):
+        assert message in again
     assert again.count("this checkpoint is exported already") == 2
     with pytest.raises(UserError, match="has no checkpoint: `make quickstart`"):
         quickstart_chat.quickstart_chat(tmp_path, tmp_path / "recipe.yaml", [])

@@ -1,4 +1,4 @@
-"""The examples: their data in every form, their models, and sweeps that end, go on and say what is so."""
+"""Examples: data in every format, models, and sweeps that finish, resume and report correct results."""
 
 import json
 import math
@@ -38,12 +38,12 @@ def test_digits_are_split_and_scaled():
 
 
 def test_cifar_files_are_read(tmp_path):
-    """Five files and one, in CIFAR-10's format, made of digits."""
+    """Five training files and one test file in CIFAR-10's format are read and trained on."""
     digits = load_images("digits")
-    for number, name in enumerate([*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]):
+    for index, name in enumerate([*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]):
         records = np.zeros((20, RECORD_BYTES), dtype=np.uint8)
-        records[:, 0] = digits.train_labels[20 * number : 20 * number + 20]
-        records[:, 1:] = np.random.default_rng(number).integers(0, 256, (20, 3072))
+        records[:, 0] = digits.train_labels[20 * index : 20 * index + 20]
+        records[:, 1:] = np.random.default_rng(index).integers(0, 256, (20, 3072))
         records[:, 1025] = np.arange(20)  # first green pixel
         (tmp_path / name).write_bytes(records.tobytes())
     images = load_images(str(tmp_path))
@@ -60,7 +60,7 @@ def test_cifar_files_are_read(tmp_path):
         load_images(str(tmp_path))
 
 
-def test_the_hubs_parquet_is_read(tmp_path):
+def test_parquet_files_of_the_hub_are_read(tmp_path):
     import io
 
     import pyarrow as pa
@@ -69,17 +69,17 @@ def test_the_hubs_parquet_is_read(tmp_path):
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     cells = []
-    for one in pixels:
+    for image in pixels:
         stream = io.BytesIO()
-        Image.fromarray(one).save(stream, "PNG")
+        Image.fromarray(image).save(stream, "PNG")
         cells.append({"bytes": stream.getvalue(), "path": None})
     pyarrow.parquet.write_table(pa.table({"img": cells, "label": [3, 1, 9]}), tmp_path / "train.parquet")
-    found, labels = read_parquet(tmp_path / "train.parquet")
-    assert np.array_equal(found.permute(0, 2, 3, 1).numpy(), pixels)
+    images, labels = read_parquet(tmp_path / "train.parquet")
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
     assert labels.tolist() == [3, 1, 9]
 
 
-def test_library_text_is_bytes_of_python():
+def test_library_text_is_the_bytes_of_python_files():
     text = load_text("python")
     assert text.vocabulary == 256 and len(text.train[0]) > 15 * len(text.held_out) > 10**6
     assert b"import " in text.held_out[:20000].tobytes()
@@ -99,11 +99,11 @@ def test_shards_are_read_and_drawn_from(tmp_path):
     assert held_out.shape == (16, 17) and held_out[1, 0] == 50016
 
 
-@pytest.mark.parametrize("harm", ["magic", "cut", "empty"])
-def test_damaged_shards_are_refused(tmp_path, harm):
+@pytest.mark.parametrize("fault", ["magic", "cut", "empty"])
+def test_corrupt_shards_are_refused(tmp_path, fault):
     path = tmp_path / "shard.bin"
-    write_shard(path, np.arange(100), magic=7 if harm == "magic" else MAGIC, count=101 if harm == "cut" else None)
-    if harm == "empty":
+    write_shard(path, np.arange(100), magic=7 if fault == "magic" else MAGIC, count=101 if fault == "cut" else None)
+    if fault == "empty":
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"shard\.bin"):
         read_shard(path)
@@ -113,7 +113,7 @@ def test_damaged_shards_are_refused(tmp_path, harm):
 def test_models_learn_and_runs_repeat(name, one_thread):
     first = classifier.train("digits", DIGITS, 0.0, "cpu", name, 0.01, 1)
     assert [step for step, _ in first.curve] == [4, 8, 12] and first.steps is None
-    assert first.curve[-1][1] < 0.7  # nine in ten are wrong by chance
+    assert first.curve[-1][1] < 0.7  # guessing has an error of 0.9
     assert classifier.train("digits", DIGITS, 0.0, "cpu", name, 0.01, 1).curve == first.curve
     assert classifier.train("digits", DIGITS, 0.0, "cpu", name, 0.01, 2).curve != first.curve
     text = gpt.train("python", SMALL, "cpu", name, 0.01, 1)
@@ -126,17 +126,17 @@ def test_models_learn_and_runs_repeat(name, one_thread):
 def test_muon_has_the_matrices_and_adamw_the_rest():
     model = gpt.GPT(256, SMALL)
     optimizer = gpt.make_optimizer(model, "muon", 0.01)
-    shapes = [[tuple(one.shape) for one in group["params"]] for group in optimizer.param_groups]
+    shapes = [[tuple(param.shape) for param in group["params"]] for group in optimizer.param_groups]
     assert shapes[0] == [(3, 32, 32), (32, 32), (128, 32), (32, 128)] * 2
     assert shapes[1] == [(256, 32), (256, 32)]
     convolutional = classifier.Classifier(1, DIGITS)
     optimizer = classifier.make_optimizer(convolutional, "muon", 0.01)
-    assert [one.dim() for one in optimizer.param_groups[0]["params"]] == [4] * 4
+    assert [param.dim() for param in optimizer.param_groups[0]["params"]] == [4] * 4
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(convolutional.parameters()))
 
 
-def pretend(folder: Path, best: dict[str, float], name: str, rate: float, seed: int) -> Outcome:
-    """As many steps as the rate is far from the best; a file for every call, to count them."""
+def fake_train(folder: Path, best: dict[str, float], name: str, rate: float, seed: int) -> Outcome:
+    """Return an outcome whose steps grow with the distance from the best rate. Create one file per call."""
     (folder / f"{name}-{rate:g}-{seed}").open("x").close()
     steps = round(100 * (1 + math.log2(rate / best[name]) ** 2)) + seed
     return Outcome(steps if steps < 500 else None, [(1, 2.0), (steps, 1.0)], 0.1)
@@ -145,19 +145,19 @@ def pretend(folder: Path, best: dict[str, float], name: str, rate: float, seed: 
 @pytest.fixture
 def task(tmp_path):
     (tmp_path / "calls").mkdir()
-    train = partial(pretend, tmp_path / "calls", {"muon": 0.04, "adamw": 0.01})
+    train = partial(fake_train, tmp_path / "calls", {"muon": 0.04, "adamw": 0.01})
     return Task("test", "loss", 1.0, {"target": 1.0}, train)
 
 
-def test_a_sweep_widens_its_grid_and_goes_on_without_repeating(task, tmp_path, capsys):
+def test_a_sweep_widens_its_grid_and_resumes_without_repeats(task, tmp_path, capsys):
     out = tmp_path / "out"
-    assert not sweep(task, out, [0.005, 0.01, 0.02], [1], jobs=2)  # equal at their bests
+    assert not sweep(task, out, [0.005, 0.01, 0.02], [1], jobs=2)  # both need equally many steps
     table = (out / "results.md").read_text()
     assert "Muon needs 1.00 of tuned AdamW's steps (101.0 at 0.04, 101.0 at 0.01)" in table and "NOT met" in table
     assert "not yet" not in table and "| 0.08 |" in table and "| 0.16 |" not in table
     calls = len(list((tmp_path / "calls").iterdir()))
     assert calls == 2 * 5
-    # One result is lost, and a second seed wanted: only these are run, or `pretend` would fail.
+    # With one result deleted and a second seed, only the missing runs are made: `fake_train` fails on repeats.
     content = json.loads((out / "results.json").read_text())
     del content["points"][point_key(("muon", 0.08, 1))]
     (out / "results.json").write_text(json.dumps(content))
@@ -170,13 +170,13 @@ def test_a_sweep_widens_its_grid_and_goes_on_without_repeating(task, tmp_path, c
 
 
 def test_a_target_that_is_not_reached_gives_no_ratio(tmp_path):
-    train = partial(never, 0)
+    train = partial(fake_failure, 0)
     assert not sweep(Task("test", "loss", 1.0, {}, train), tmp_path / "out", [0.01, 0.02], [1], jobs=1)
     text = (tmp_path / "out" / "results.md").read_text()
     assert "did not reach the target" in text and "not reached" in text
 
 
-def never(_: int, name: str, rate: float, seed: int) -> Outcome:
+def fake_failure(_: int, name: str, rate: float, seed: int) -> Outcome:
     return Outcome(None, [(1, 2.0 + abs(math.log(rate / 0.014)))], 0.1)
 
 
@@ -187,19 +187,19 @@ def test_bad_rates_are_refused(text):
 
 
 @pytest.mark.parametrize("module", [gpt, classifier])
-def test_a_folder_that_is_not_there_is_one_line(module, monkeypatch, capfd):
+def test_a_missing_folder_gives_one_line(module, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["example", "--data", "nowhere"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         module.main()
-    check_line(ended.value.code, capfd.readouterr().err, ["nowhere"])
+    check_line(exit_info.value.code, capfd.readouterr().err, ["nowhere"])
 
 
 @pytest.mark.parametrize(
     "option, words",
     [("--seeds=0", "--seeds is 0"), ("--jobs=-1", "--jobs is -1"), ("--rates=x", "--rates"), ("--seeds=x", "--help")],
 )
-def test_bad_options_are_one_line(option, words, monkeypatch, capfd):
+def test_bad_options_give_one_line(option, words, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["example", option])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         classifier.main()
-    check_line(ended.value.code, capfd.readouterr().err, [words])
+    check_line(exit_info.value.code, capfd.readouterr().err, [words])

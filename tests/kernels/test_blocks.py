@@ -1,4 +1,4 @@
-"""Rows at a time: what is done block by block is what is done at once."""
+"""Operations in blocks must equal the same operations on the full tensor."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=3)
 
 
 @given(SHAPES, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(1, 40), st.integers(0, 2**31))
-def test_adding_in_blocks_gives_the_same_bits(shape, dtype, block_elements, seed):
+def test_adding_in_blocks_is_bit_identical(shape, dtype, block_elements, seed):
     generator = torch.Generator().manual_seed(seed)
     total = torch.randn(shape, generator=generator)
     values = torch.randn(shape, generator=generator).to(dtype)
@@ -23,7 +23,7 @@ def test_adding_in_blocks_gives_the_same_bits(shape, dtype, block_elements, seed
     assert torch.equal(total, expected)
 
 
-def test_adding_takes_tensors_that_lie_otherwise():
+def test_adding_accepts_transposed_tensors():
     total, values = torch.randn(5, 7), torch.randn(7, 5).bfloat16().T
     expected = total + values.float()
     blocks.add_(total, values)
@@ -31,8 +31,8 @@ def test_adding_takes_tensors_that_lie_otherwise():
 
 
 @given(SHAPES, st.integers(1, 40), st.integers(0, 2**31))
-def test_norms_of_parts_are_those_of_the_whole(shape, block_elements, seed):
-    """Relative tolerance 1e-12: both are float64, added up in another order."""
+def test_norms_of_parts_equal_the_full_norm(shape, block_elements, seed):
+    """Norms must agree to 1e-12: both are float64 sums, in different orders."""
     value = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)

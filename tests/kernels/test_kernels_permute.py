@@ -1,4 +1,4 @@
-"""Sorting tokens by expert, gathering and combining: kernels in Triton's interpreter and twins, against slow loops."""
+"""Sorting, permuting and unpermuting tokens: kernels and torch versions must equal slow loops."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ COMBINES = (permute.unpermute_tokens_triton, permute.unpermute_tokens_torch, per
 
 
 def choose(tokens, k, num_experts, seed=0):
-    """k different experts of each token."""
+    """Return k different experts of each token."""
     scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
     return scores.argsort(1)[:, :k].contiguous().to(DEVICE)
 
@@ -25,8 +25,8 @@ def check_sort(sort, chosen, num_experts):
     copies = sorted((expert, copy) for copy, expert in enumerate(chosen.flatten().tolist()))
     assert source.tolist() == [copy // chosen.shape[1] for _, copy in copies]
     assert inverse.shape == chosen.shape
-    places = inverse.flatten().tolist()
-    assert [places[copy] for _, copy in copies] == list(range(len(copies)))
+    positions = inverse.flatten().tolist()
+    assert [positions[copy] for _, copy in copies] == list(range(len(copies)))
     assert ends.tolist() == [sum(expert <= e for expert, _ in copies) for e in range(num_experts)]
     assert (source.dtype, inverse.dtype, ends.dtype) == (torch.int64, torch.int64, torch.int32)
     assert ends.is_contiguous()
@@ -45,8 +45,8 @@ def test_all_tokens_to_one_expert(sort, expert):
 
 
 @pytest.mark.parametrize("sort", SORTS)
-def test_columns_of_a_wider_choice(sort):
-    """Rows that do not lie side by side."""
+def test_choices_in_a_wider_tensor(sort):
+    """Rows that are not contiguous must sort right."""
     check_sort(sort, choose(20, 5, 9)[:, :3], 9)
 
 
@@ -59,7 +59,7 @@ def test_columns_of_a_wider_choice(sort):
     seed=st.integers(0, 2**31),
 )
 def test_any_choice_in_blocks_of_any_size(tokens, num_experts, k, elements, seed):
-    # Experts may repeat here, and most are empty at times: the sort does not mind.
+    # Experts may repeat here, and most may be empty: the sort must handle both.
     chosen = torch.randint(num_experts, (tokens, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(permute, "SORT_ELEMENTS", elements)
@@ -79,7 +79,7 @@ def test_any_choice_in_blocks_of_any_size(tokens, num_experts, k, elements, seed
 )
 def test_rows_of_any_shape_in_tiny_blocks(tokens, k, hidden, rows, columns, dtype, seed):
     source, inverse, _ = permute.sort_by_expert(choose(tokens, k, 6, seed), 6)
-    # The rows of a wider tensor.
+    # Rows of a wider tensor.
     x = random(tokens, hidden + 3, seed=seed, dtype=dtype)[:, :hidden]
     y = random(tokens * k, hidden + 3, seed=seed + 1, dtype=dtype)[:, :hidden]
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,7 @@ def test_rows_of_any_shape_in_tiny_blocks(tokens, k, hidden, rows, columns, dtyp
 @pytest.mark.parametrize(("gather", "combine"), zip(GATHERS, COMBINES, strict=True))
 @pytest.mark.parametrize(("tokens", "k", "hidden"), ((30, 6, 8), (5, 2, 1030), (1, 1, 512)))
 def test_gather_and_combine_are_adjoint(gather, combine, tokens, k, hidden):
-    """<gather(x), y> = <x, combine(y)>; small integers, so that every sum is exact."""
+    """<gather(x), y> must equal <x, combine(y)>; the values are small integers, so that every sum is exact."""
     source, inverse, _ = permute.sort_by_expert(choose(tokens, k, 8), 8)
     x, y = random(tokens, hidden, scale=4).round(), random(tokens * k, hidden, seed=1, scale=4).round()
     assert (gather(x, source) * y).sum(dtype=torch.float64) == (x * combine(y, inverse)).sum(dtype=torch.float64)
@@ -105,6 +105,6 @@ def test_gather_and_combine_are_adjoint(gather, combine, tokens, k, hidden):
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_the_sum_is_rounded_once(combine):
-    """1 + 4 x 2^-9 is 1 if every sum is rounded to bfloat16, and 1 + 2^-7 if the last one is."""
+    """1 + 4 x 2^-9 is 1 if every sum is rounded to bfloat16, and 1 + 2^-7 if only the last is."""
     y = torch.tensor([[1.0]] + [[2.0**-9]] * 4, dtype=torch.bfloat16, device=DEVICE)
     assert combine(y, torch.arange(5, device=DEVICE)[None]).item() == 1 + 2**-7

@@ -1,4 +1,4 @@
-"""RMS norm, alone and after a sum: the kernel in Triton's interpreter and its twin, against autograd in float64."""
+"""RMS norm, alone and after a sum: kernel and torch version must equal autograd in float64."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 def exact(x, weight):
-    """Norm and reciprocals in float64."""
+    """Return norm and reciprocals in float64."""
     reciprocal = (x.double().square().mean(-1) + EPS).rsqrt()
     return x.double() * reciprocal[..., None] * weight.double(), reciprocal.flatten()
 
@@ -49,17 +49,17 @@ def check_sum(residual, update, weight):
         assert_near(reciprocal, reciprocals, add)
 
 
-def check_backward(grad, x, weight, past=None):
+def check_backward(grad, x, weight, previous_grad=None):
     to_x, to_weight = exact_gradients(grad, x, weight)
     _, reciprocal = exact(x, weight)
-    # What the difference of the two parts of the gradient begins from.
+    # The gradient is a difference of two terms of this size.
     largest = (grad.double() * weight.double()).norm(dim=-1) * reciprocal.view(x.shape[:-1])
     size = largest[..., None].expand_as(to_x)
-    if past is not None:
-        to_x, size = to_x + past.double(), size + past.double().abs()
+    if previous_grad is not None:
+        to_x, size = to_x + previous_grad.double(), size + previous_grad.double().abs()
     terms = (grad.double() * x.double()).flatten(0, -2).abs() * reciprocal[:, None]
     for backward in BACKWARDS:
-        gradient, gain = backward(grad, x, weight, reciprocal.float(), past)
+        gradient, gain = backward(grad, x, weight, reciprocal.float(), previous_grad)
         assert (gradient.dtype, gain.dtype) == (x.dtype, weight.dtype)
         assert_near(gradient, to_x, backward, size)
         assert_near(gain, to_weight, backward, terms.sum(0))
@@ -67,7 +67,7 @@ def check_backward(grad, x, weight, past=None):
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS)
 @pytest.mark.parametrize("shape", ((1, 1), (3, 2, 8), (5, 512), (2, 2048), (3, 4100)))
-def test_kernel_and_twin_equal_float64(shape, dtype, weight_dtype):
+def test_kernel_and_torch_version_equal_float64(shape, dtype, weight_dtype):
     x, other = random(*shape, dtype=dtype), random(*shape, dtype=weight_dtype, seed=1)
     weight = (1 + random(shape[-1], seed=2)).to(weight_dtype)
     check_forward(x, weight)
@@ -87,7 +87,7 @@ def test_kernel_and_twin_equal_float64(shape, dtype, weight_dtype):
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_in_tiny_blocks(rows, hidden, tile, programs, block_elements, dtypes, seed):
-    x, past = (random(rows, hidden, dtype=dtypes[0], seed=seed + i) for i in range(2))
+    x, previous_grad = (random(rows, hidden, dtype=dtypes[0], seed=seed + i) for i in range(2))
     other, weight = (random(*shape, dtype=dtypes[1], seed=seed) for shape in ((rows, hidden), (hidden,)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rms_norm, "TILE_ELEMENTS", tile)
@@ -95,12 +95,12 @@ def test_any_shape_in_tiny_blocks(rows, hidden, tile, programs, block_elements, 
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
         check_forward(x, weight)
         check_sum(x, other, weight)
-        check_backward(other, x, weight, past)
+        check_backward(other, x, weight, previous_grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_wider_tensor_and_expanded_gradients(dtype):
-    """The latent of attention is the left part of a wider projection; autograd hands over tensors of stride 0."""
+    """Input rows may be slices of a wider tensor, as in latent attention, and gradients may have stride 0."""
     x, weight = random(4, 3, 80, dtype=dtype)[..., :64], random(64, dtype=dtype, seed=1)
     check_forward(x, weight)
     check_sum(x, x.contiguous(), weight)
@@ -116,7 +116,7 @@ def test_rows_of_zeros_and_large_values_stay_finite(forward):
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
-def test_the_same_bits_every_time(backward):
+def test_backward_is_deterministic(backward):
     grad, x, weight = random(700, 96), random(700, 96, seed=1), random(96, seed=2)
     reciprocal = exact(x, weight)[1].float()
     first, second = (backward(grad, x, weight, reciprocal) for _ in range(2))

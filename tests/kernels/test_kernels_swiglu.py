@@ -1,4 +1,4 @@
-"""SwiGLU: the kernel in Triton's interpreter and its twin, both against autograd in float64."""
+"""SwiGLU: kernel and torch version must equal autograd in float64."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ BACKWARDS = (swiglu.swiglu_backward_triton, swiglu.swiglu_backward_torch, swiglu
 
 
 def inputs(tokens, width, dtype, seed=0):
-    """grad_inner, gate and up, the halves of one tensor, and probabilities."""
+    """Return grad_inner, gate and up (the halves of one tensor), and probabilities."""
     both = random(tokens, 2 * width, dtype=dtype, seed=seed, scale=3)
     return random(tokens, width, dtype=dtype, seed=seed + 1), *both.chunk(2, 1), random(tokens, seed=seed + 2).sigmoid()
 
 
 def exact(grad, gate, up, probabilities):
-    """inner, grad_gate, grad_up, grad_probabilities by autograd."""
+    """Return inner, grad_gate, grad_up and grad_probabilities by autograd."""
     leaves = [x.double().requires_grad_() for x in (gate, up, probabilities) if x is not None]
     inner = F.silu(leaves[0]) * leaves[1]
     if probabilities is not None:
@@ -38,12 +38,12 @@ def check(tokens, width, dtype, with_probabilities, seed=0):
         assert result.dtype == dtype
         assert_near(result, inner, forward)
     for backward in BACKWARDS:
-        to_gate, to_up, to_probabilities, again = backward(grad, gate, up, given_probabilities)
-        assert to_gate.dtype == to_up.dtype == again.dtype == dtype
-        # Near its zero at -1.28 silu's slope is a difference of larger terms.
+        to_gate, to_up, to_probabilities, recomputed = backward(grad, gate, up, given_probabilities)
+        assert to_gate.dtype == to_up.dtype == recomputed.dtype == dtype
+        # Near its zero at -1.28, the slope of silu is a difference of larger terms.
         assert_near(to_gate, grad_gate, backward, (grad.double() * up).abs())
         assert_near(to_up, grad_up, backward)
-        assert_near(again, inner, backward)
+        assert_near(recomputed, inner, backward)
         if with_probabilities:
             assert to_probabilities.dtype == torch.float32
             assert_near(to_probabilities, rest[0], backward, (grad * F.silu(gate) * up).double().abs().sum(1))
@@ -54,7 +54,7 @@ def check(tokens, width, dtype, with_probabilities, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_probabilities", (True, False))
 @pytest.mark.parametrize(("tokens", "width"), ((0, 8), (1, 1), (5, 96), (9, 528), (4, 1408)))
-def test_kernel_and_twin_equal_float64(tokens, width, dtype, with_probabilities):
+def test_kernel_and_torch_version_equal_float64(tokens, width, dtype, with_probabilities):
     check(tokens, width, dtype, with_probabilities)
 
 
@@ -82,12 +82,12 @@ def test_any_shape_in_tiny_blocks(tokens, width, rows, columns, block_elements, 
 def test_gradients_may_be_halves_of_one_tensor(backward, dtype):
     values = inputs(7, 33, dtype)
     expected = backward(*values)
-    whole = torch.full((7, 66), torch.nan, dtype=dtype, device=DEVICE)
-    result = backward(*values, out=whole.chunk(2, 1))
-    assert result[0].data_ptr() == whole.data_ptr()
+    out = torch.full((7, 66), torch.nan, dtype=dtype, device=DEVICE)
+    result = backward(*values, out=out.chunk(2, 1))
+    assert result[0].data_ptr() == out.data_ptr()
     for one, other in zip(result, expected, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(whole, torch.cat(expected[:2], 1))
+    assert torch.equal(out, torch.cat(expected[:2], 1))
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
@@ -101,9 +101,10 @@ def test_extreme_gates_stay_finite(backward):
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
-def test_gradient_without_rows_of_its_own(backward):
-    """Autograd hands over expanded tensors, whose strides are 0."""
+def test_expanded_gradient(backward):
+    """Gradients may be expanded tensors, whose strides are 0, as autograd passes them."""
     _, *values = inputs(3, 10, torch.float32)
     expanded = torch.ones(1, 1, device=DEVICE).expand(3, 10)
     for one, other in zip(backward(expanded, *values), backward(expanded.contiguous(), *values), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # compiled apart, sums may have another order
+        # The two are compiled separately, so their sums may have different orders.
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The model against transformers' DeepseekV3ForCausalLM on the same weights: logits and choices of experts."""
+"""Logits and choices of experts must equal those of transformers' DeepseekV3ForCausalLM on the same weights."""
 
 from dataclasses import replace
 
@@ -34,33 +34,33 @@ def test_logits_and_routes_equal_transformers(pool, shape):
     from checkpoints.hf_config import hf_config
     from moonlight.dist_checkpoint import hf_mapping
 
-    run = recipe()
-    run = replace(run, model=replace(run.model, **SHAPES[shape]))
-    tokens = torch.randint(0, run.model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
-    ((logits, choices, weights),) = pool.run(1, forward, run, tokens)
+    config = recipe()
+    config = replace(config, model=replace(config.model, **SHAPES[shape]))
+    tokens = torch.randint(0, config.model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
+    ((logits, choices, weights),) = pool.run(1, forward, config, tokens)
 
     from transformers import DeepseekV3Config
 
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(run.model))).float().eval()
-    whole = assemble([weights])
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(config.model))).float().eval()
+    full = assemble([weights])
     state = {}
-    for row in hf_mapping.tensor_mappings(run.model):
-        for part in row.hf_tensors:
-            value = torch.from_numpy(whole[row.key])[part.index]
-            state[part.name] = value
-    model.load_state_dict(fuse_experts(state, run.model))
-    theirs = []
+    for mapping in hf_mapping.tensor_mappings(config.model):
+        for hf_tensor in mapping.hf_tensors:
+            value = torch.from_numpy(full[mapping.key])[hf_tensor.index]
+            state[hf_tensor.name] = value
+    model.load_state_dict(fuse_experts(state, config.model))
+    reference_choices = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda module, args, out: theirs.append(out[2]))
-        for layer in model.model.layers[run.model.first_k_dense_replace :]
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: reference_choices.append(out[2]))
+        for layer in model.model.layers[config.model.first_k_dense_replace :]
     ]
     with torch.no_grad():
         expected = model(tokens).logits.numpy()
     for hook in hooks:
         hook.remove()
     assert np.abs(logits - expected).max() <= 1e-4
-    assert np.abs(expected).max() > 0.1  # the comparison is of something
-    for ours, indices in zip(choices, theirs, strict=True):
-        # Megatron's tokens run sequence-first, transformers' batch-first.
-        reordered = ours.reshape(48, 3, -1).swapaxes(0, 1).reshape(48 * 3, -1)
+    assert np.abs(expected).max() > 0.1  # the logits are not trivially small
+    for chosen, indices in zip(choices, reference_choices, strict=True):
+        # Megatron orders tokens sequence-first, transformers batch-first.
+        reordered = chosen.reshape(48, 3, -1).swapaxes(0, 1).reshape(48 * 3, -1)
         assert (np.sort(reordered) == np.sort(indices.numpy())).all()

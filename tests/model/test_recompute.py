@@ -1,4 +1,4 @@
-"""What is made again for the backward pass: the same bits, and nothing counted twice."""
+"""Recomputation in the backward pass must be bit-identical, and count nothing twice."""
 
 import itertools
 from dataclasses import replace
@@ -17,32 +17,34 @@ MODULES = {"layernorm": ("layernorm",), "mlp_act": ("mlp_act",), "mla_up_proj": 
 MODULES |= {"all three": tuple(MODULES), "layer": ("layer",)}
 
 
-def one_pass(run):
-    """Everything that a forward and backward pass leaves behind on this rank, and does a pass without gradients."""
+def one_pass(config):
+    """Return all results of a forward and backward pass on this rank, after a pass without gradients."""
     from moonlight.train.forward_backward import find_attentions, find_routers, forward_backward
 
-    models, optimizer = build(run)
+    model_chunks, optimizer = build(config)
     optimizer.data_parallel.zero_grad_buffer()
-    batches = local_batches(run, 0)
+    batches = local_batches(config, 0)
     with torch.no_grad():
-        forward_backward(models, run, batches, forward_only=True)
-    loss, _ = forward_backward(models, run, batches, recorded_batches=1)
-    left = {"loss": loss.numpy()}
-    left |= {f"{key} {offset}": values for key, _, offset, values in flatten_gradients(optimizer)}
-    for router in find_routers(models):
-        left[f"count {router.layer_number}"] = router.tokens_per_expert.numpy()
-        left[f"aux {router.layer_number}"] = router.aux_loss.numpy()
-    left |= {f"logits {a.layer_number}": a.max_logits.numpy() for a in find_attentions(models)}
-    return left
+        forward_backward(model_chunks, config, batches, forward_only=True)
+    loss, _ = forward_backward(model_chunks, config, batches, recorded_batches=1)
+    results = {"loss": loss.numpy()}
+    results |= {f"{key} {offset}": values for key, _, offset, values in flatten_gradients(optimizer)}
+    for router in find_routers(model_chunks):
+        results[f"count {router.layer_number}"] = router.tokens_per_expert.numpy()
+        results[f"aux {router.layer_number}"] = router.aux_loss.numpy()
+    results |= {f"logits {a.layer_number}": a.max_logits.numpy() for a in find_attentions(model_chunks)}
+    return results
 
 
-def same(pool, layout, run, modules):
+def check_bit_identical(pool, layout, config, modules):
     world_size, _ = LAYOUTS[layout]
-    again = replace(run, train=replace(run.train, recompute_modules=modules))
-    for plain, found in zip(pool.run(world_size, one_pass, run), pool.run(world_size, one_pass, again), strict=True):
-        assert plain.keys() == found.keys() and any("gradient" in key or "." in key for key in plain)
+    recomputing_config = replace(config, train=replace(config.train, recompute_modules=modules))
+    for plain, result in zip(
+        pool.run(world_size, one_pass, config), pool.run(world_size, one_pass, recomputing_config), strict=True
+    ):
+        assert plain.keys() == result.keys() and any("gradient" in key or "." in key for key in plain)
         for key, values in plain.items():
-            assert np.isfinite(values).all() and np.array_equal(values, found[key]), key
+            assert np.isfinite(values).all() and np.array_equal(values, result[key]), key
 
 
 @pytest.mark.parametrize(
@@ -55,21 +57,23 @@ def same(pool, layout, run, modules):
         ("layer", "EP2"),
     ),
 )
-def test_the_same_bits(pool, layout, modules):
-    same(pool, layout, recipe(LAYOUTS[layout][1]), MODULES[modules])
+def test_recompute_is_bit_identical(pool, layout, modules):
+    check_bit_identical(pool, layout, recipe(LAYOUTS[layout][1]), MODULES[modules])
 
 
 @pytest.mark.parametrize("modules", quick(MODULES, "all three", "layer"))
-def test_the_same_bits_in_bfloat16(pool, modules):
-    """With low-rank queries and documents kept apart."""
-    run = recipe(dtype="bfloat16")
-    run = replace(
-        run, model=replace(run.model, q_lora_rank=24), data=replace(run.data, mask_documents=True, reset_positions=True)
+def test_recompute_is_bit_identical_in_bfloat16(pool, modules):
+    """Recomputation must be bit-identical with low-rank queries and masked documents."""
+    config = recipe(dtype="bfloat16")
+    config = replace(
+        config,
+        model=replace(config.model, q_lora_rank=24),
+        data=replace(config.data, mask_documents=True, reset_positions=True),
     )
-    same(pool, "1", run, MODULES[modules])
+    check_bit_identical(pool, "1", config, MODULES[modules])
 
 
-def test_names():
+def test_module_names_are_checked():
     tree = yaml.safe_load(to_yaml(recipe()))
     for names, words in (
         (["norm"], "train.recompute_modules names 'norm': accepted are 'layernorm', 'mlp_act', 'mla_up_proj', 'layer'"),

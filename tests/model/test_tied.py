@@ -32,7 +32,6 @@ from tests.support.comparisons import check_gradients, relative
 from tests.support.hugging_face import forward, fuse_experts
 from tests.support.layouts import (
     LAYOUTS,
-    ParallelConfig,
     assemble,
     build,
     first_gradients,
@@ -52,53 +51,52 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 BIG = ROOT / "configs/moonlight_16b_a3b/pretrain.yaml"
 EMBEDDING = "embedding.word_embeddings.weight"
-CUT = ["TP2", "PP2", "PP2-interleaved", "EP2", "DP2", "EP2xPP2", "EP2xTP2-4", "TP2xPP2"]
-MORE_LAYOUTS = LAYOUTS | {"TP2xPP2": (4, ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2))}
+SPLIT_LAYOUTS = ["TP2", "PP2", "PP2-interleaved", "EP2", "DP2", "EP2xPP2", "EP2xTP2-4", "TP2xPP2"]
 STEPS = 10
 
 
 def tied(layout: str = "1", **train: Any):
-    """The recipe of the other tests with one matrix as embedding and head; its processes and itself."""
-    world_size, parallel = MORE_LAYOUTS[layout]
-    run = recipe(parallel, **train)
-    return world_size, replace(run, model=replace(run.model, tie_word_embeddings=True))
+    """Return the number of processes and the config of the other tests, with tied embeddings."""
+    world_size, parallel = LAYOUTS[layout]
+    config = recipe(parallel, **train)
+    return world_size, replace(config, model=replace(config.model, tie_word_embeddings=True))
 
 
-def transformers_model(weights: dict[str, np.ndarray], run) -> Any:
-    """The same model in transformers, its head tied by transformers itself."""
+def transformers_model(weights: dict[str, np.ndarray], config) -> Any:
+    """Return the same model in transformers, which ties the head itself."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from checkpoints.hf_config import hf_config
 
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(run.model))).float().eval()
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(config.model))).float().eval()
     state = {}
-    for row in hf_mapping.tensor_mappings(run.model):
-        for part in row.hf_tensors:
-            value = torch.from_numpy(weights[row.key])[part.index]
-            state[part.name] = value
-    missing, unexpected = model.load_state_dict(fuse_experts(state, run.model), strict=False)
+    for mapping in hf_mapping.tensor_mappings(config.model):
+        for hf_tensor in mapping.hf_tensors:
+            value = torch.from_numpy(weights[mapping.key])[hf_tensor.index]
+            state[hf_tensor.name] = value
+    missing, unexpected = model.load_state_dict(fuse_experts(state, config.model), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     assert model.lm_head.weight is model.model.embed_tokens.weight
     return model
 
 
 def test_logits_equal_transformers(pool):
-    _, run = tied()
-    tokens = torch.randint(0, run.model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
-    ((logits, _, weights),) = pool.run(1, forward, run, tokens)
+    _, config = tied()
+    tokens = torch.randint(0, config.model.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
+    ((logits, _, weights),) = pool.run(1, forward, config, tokens)
     with torch.no_grad():
-        expected = transformers_model(assemble([weights]), run)(tokens).logits.numpy()
+        expected = transformers_model(assemble([weights]), config)(tokens).logits.numpy()
     assert np.abs(logits - expected).max() <= 1e-4
     assert np.abs(expected).max() > 0.1
 
 
 def test_the_gradient_is_that_of_both_uses(pool):
-    """Against torch's gradient of transformers' tied model, on the loss of a whole batch without the auxiliary one."""
-    world_size, run = tied("PP2")
-    run = replace(run, model=replace(run.model, aux_loss_alpha=0.0))
-    answers = pool.run(world_size, first_gradients, run)
-    model = transformers_model(assemble([answer["weights"] for answer in answers]), run)
-    tokens, _ = global_batch(run, 0)
+    """The gradient must equal torch's gradient of transformers' tied model, without the auxiliary loss."""
+    world_size, config = tied("PP2")
+    config = replace(config, model=replace(config.model, aux_loss_alpha=0.0))
+    answers = pool.run(world_size, first_gradients, config)
+    model = transformers_model(assemble([answer["weights"] for answer in answers]), config)
+    tokens, _ = global_batch(config, 0)
     loss = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     assert answers[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -109,15 +107,15 @@ def test_the_gradient_is_that_of_both_uses(pool):
 @pytest.fixture(scope="module")
 def reference(pool):
     (answer,) = pool.run(1, first_gradients, tied()[1])
-    found = answer | {name: assemble([answer[name]]) for name in ("weights", "gradients")}
-    assert EMBEDDING in found["gradients"] and "output_layer.weight" not in found["gradients"]
-    return found
+    result = answer | {name: assemble([answer[name]]) for name in ("weights", "gradients")}
+    assert EMBEDDING in result["gradients"] and "output_layer.weight" not in result["gradients"]
+    return result
 
 
-@pytest.mark.parametrize("layout", quick(CUT, "DP2", "TP2", "PP2-interleaved", "EP2xPP2"))
+@pytest.mark.parametrize("layout", quick(SPLIT_LAYOUTS, "DP2", "TP2", "PP2-interleaved", "EP2xPP2"))
 def test_first_step_gradients_equal_one_process(pool, reference, layout):
-    world_size, run = tied(layout)
-    answers = pool.run(world_size, first_gradients, run)
+    world_size, config = tied(layout)
+    answers = pool.run(world_size, first_gradients, config)
     weights = assemble([answer["weights"] for answer in answers])
     assert weights.keys() == reference["weights"].keys()
     for key, value in weights.items():
@@ -125,39 +123,39 @@ def test_first_step_gradients_equal_one_process(pool, reference, layout):
     check_gradients(answers, reference)
 
 
-def results(run, steps: int) -> list[tuple[float, ...]]:
-    """Loss, gradient norm, and update RMS of every group, of the first steps."""
-    models, optimizer = build(run)
-    found = []
+def results(config, steps: int) -> list[tuple[float, ...]]:
+    """Return loss, gradient norm, and update RMS of every group, for the first steps."""
+    model_chunks, optimizer = build(config)
+    values = []
     for step in range(1, steps + 1):
-        result = one_step(models, optimizer, run, step)
-        found.append((result.loss, result.gradient_norm, *result.update_rms.values()))
-    return found
+        result = one_step(model_chunks, optimizer, config, step)
+        values.append((result.loss, result.gradient_norm, *result.update_rms.values()))
+    return values
 
 
 @pytest.fixture(scope="module")
 def reference_results(pool):
-    (found,) = pool.run(1, results, tied()[1], STEPS)
-    assert found[-1][0] < found[0][0]
-    return found
+    (values,) = pool.run(1, results, tied()[1], STEPS)
+    assert values[-1][0] < values[0][0]
+    return values
 
 
-@pytest.mark.parametrize("layout", quick(CUT, "DP2", "TP2", "PP2", "EP2xTP2-4"))
+@pytest.mark.parametrize("layout", quick(SPLIT_LAYOUTS, "DP2", "TP2", "PP2", "EP2xTP2-4"))
 def test_losses_norms_and_updates_equal_one_process(pool, reference_results, layout):
-    world_size, run = tied(layout)
+    world_size, config = tied(layout)
     expected = np.array(reference_results)
-    for found in pool.run(world_size, results, run, STEPS):
-        np.testing.assert_allclose(np.array(found)[:, 0], expected[:, 0], rtol=1e-5)
-        np.testing.assert_allclose(found, expected, rtol=2e-5)
+    for values in pool.run(world_size, results, config, STEPS):
+        np.testing.assert_allclose(np.array(values)[:, 0], expected[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(values, expected, rtol=2e-5)
 
 
-def copies(run, steps: int) -> list[Any]:
-    """This rank's tied weight after some steps, if it has one: before, after, and the rows and state that it owns."""
-    models, optimizer = build(run)
-    found = [parameter for parameter in optimizer.data_parallel.parameters if parameter.is_shared_embedding]
-    before = [parameter.weight_2d.float().numpy().copy() for parameter in found]
+def copies(config, steps: int) -> list[Any]:
+    """Return this rank's tied weight, if any, before and after some steps, and the rows and state that it owns."""
+    model_chunks, optimizer = build(config)
+    embeddings = [parameter for parameter in optimizer.data_parallel.parameters if parameter.is_shared_embedding]
+    before = [parameter.weight_2d.float().numpy().copy() for parameter in embeddings]
     for step in range(1, steps + 1):
-        one_step(models, optimizer, run, step)
+        one_step(model_chunks, optimizer, config, step)
     optimizer.data_parallel.finish_param_sync()
     owned = [
         (
@@ -170,7 +168,8 @@ def copies(run, steps: int) -> list[Any]:
         if owned.param.is_shared_embedding
     ]
     return [
-        (old, p.weight_2d.float().numpy(), p.is_embedding_replica, owned) for p, old in zip(found, before, strict=True)
+        (old, p.weight_2d.float().numpy(), p.is_embedding_replica, owned)
+        for p, old in zip(embeddings, before, strict=True)
     ]
 
 
@@ -183,61 +182,63 @@ def copies(run, steps: int) -> list[Any]:
         ("EP2xPP2", "bfloat16"),
     ),
 )
-def test_both_copies_stay_the_same_bits(pool, layout, dtype):
-    world_size, run = tied(layout, dtype=dtype)
+def test_both_copies_stay_bit_identical(pool, layout, dtype):
+    world_size, config = tied(layout, dtype=dtype)
     if dtype == "bfloat16":
-        run = replace(run, optimizer=replace(run.optimizer, master_weights="split"))
-    answers = pool.run(world_size, copies, run, 5)
+        config = replace(config, optimizer=replace(config.optimizer, master_weights="split"))
+    answers = pool.run(world_size, copies, config, 5)
     first_stage, last_stage = answers[: world_size // 2], answers[world_size // 2 :]
     rows = 0
     for ((old, new, _, owned),), ((_, copy, is_copy, copy_owned),) in zip(first_stage, last_stage, strict=True):
         assert is_copy and new.tobytes() == copy.tobytes() and (new != old).any()
-        for (start, stop, counts, state), (a, b, copy_counts, copy_state) in zip(owned, copy_owned, strict=True):
-            assert (start, stop) == (a, b) and counts and not copy_counts
+        for (start, stop, is_primary, state), (a, b, copy_is_primary, copy_state) in zip(
+            owned, copy_owned, strict=True
+        ):
+            assert (start, stop) == (a, b) and is_primary and not copy_is_primary
             assert all(
                 np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(state, copy_state, strict=True)
             )
             rows += stop - start
-    assert rows == run.model.vocab_size
-    assert all(owned for ((_, _, _, owned),) in answers)  # every data-parallel rank has a part of it
+    assert rows == config.model.vocab_size
+    assert all(owned for ((_, _, _, owned),) in answers)  # every data-parallel rank owns a part
 
 
-def used_weights(run) -> dict[str, Any]:
-    """In the pass right after a step: which uses this rank makes of the tied weight, and how many saw an old one."""
+def used_weights(config) -> dict[str, Any]:
+    """Return this rank's uses of the tied weight in the pass right after a step, and how many had a stale weight."""
     from moonlight.train.forward_backward import forward_backward
 
-    models, optimizer = build(run)
+    model_chunks, optimizer = build(config)
     (parameter,) = [p for p in optimizer.data_parallel.parameters if p.key == EMBEDDING]
     old = parameter.weight_2d.clone()
-    one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for
-    under_way = sum(len(lane._in_flight) for lane in optimizer.data_parallel.bucket_groups)
+    one_step(model_chunks, optimizer, config, 2)  # step 1 is monitored and would wait for all weights
+    in_flight = sum(len(group._in_flight) for group in optimizer.data_parallel.bucket_groups)
     used: dict[str, list[torch.Tensor]] = {"embedding": [], "head": []}
 
-    def look_up(module: torch.nn.Module, args: Any) -> None:
+    def record_embedding(module: torch.nn.Module, args: Any) -> None:
         used["embedding"].append(module.weight.detach().clone())
 
-    def multiply(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def record_head(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         used["head"].append(kwargs["weight"].detach().clone())
 
-    # Registered last, so that they run after the hooks that wait.
-    for model in models:
+    # These hooks are registered last, so that they run after the hooks that wait.
+    for model in model_chunks:
         if model.pre_process:
-            model.embedding.word_embeddings.register_forward_pre_hook(look_up)
+            model.embedding.word_embeddings.register_forward_pre_hook(record_embedding)
         if model.post_process:
-            model.output_layer.register_forward_pre_hook(multiply, with_kwargs=True)
-    forward_backward(models, run, local_batches(run, 2), forward_only=True)
+            model.output_layer.register_forward_pre_hook(record_head, with_kwargs=True)
+    forward_backward(model_chunks, config, local_batches(config, 2), forward_only=True)
     optimizer.data_parallel.finish_param_sync()
     new = parameter.weight_2d
-    assert not (new == old).all(-1).any()  # every row has moved, those of other owners too
+    assert not (new == old).all(-1).any()  # every row has changed, also the rows of other owners
     stale = {name: sum(not torch.equal(weight, new) for weight in weights) for name, weights in used.items()}
-    return {"under way": under_way, "uses": {name for name in used if used[name]}, "stale": stale}
+    return {"in flight": in_flight, "uses": {name for name in used if used[name]}, "stale": stale}
 
 
 @pytest.mark.parametrize("layout", quick(["DP2", "DP4", "EP2xPP2"], "DP2", "EP2xPP2"))
 def test_both_uses_wait_for_the_weight(pool, layout):
-    world_size, run = tied(layout)
-    for rank, answer in enumerate(pool.run(world_size, used_weights, run)):
-        assert answer["under way"] > 0
+    world_size, config = tied(layout)
+    for rank, answer in enumerate(pool.run(world_size, used_weights, config)):
+        assert answer["in flight"] > 0
         on_two_stages = "PP2" in layout
         assert answer["uses"] == ({("embedding", "head")[rank // 2]} if on_two_stages else {"embedding", "head"})
         assert answer["stale"] == {"embedding": 0, "head": 0}
@@ -245,7 +246,7 @@ def test_both_uses_wait_for_the_weight(pool, layout):
 
 @pytest.fixture(scope="module")
 def later_losses(pool):
-    """Of steps 4 to 8 of a run that never stopped."""
+    """Losses of steps 4 to 8 of an uninterrupted run."""
     return pool.run(1, train_losses, tied()[1], 8)[0][3:]
 
 
@@ -257,29 +258,29 @@ def later_losses(pool):
         ("PP2-interleaved", "EP2xPP2"),
     ),
 )
-def test_saved_under_one_layout_and_continued_under_another(pool, tmp_path, later_losses, writer, reader):
-    world_size, run = tied(writer)
-    pool.run(world_size, restart, run, tmp_path, 3, False)
+def test_saved_in_one_layout_and_resumed_in_another(pool, tmp_path, later_losses, writer, reader):
+    world_size, config = tied(writer)
+    pool.run(world_size, restart, config, tmp_path, 3, False)
     folder = resolve_checkpoint(tmp_path)
     index = read_index(folder)
     keys = [key for key in index.state_dict_metadata if "embedding" in key or "output_layer" in key]
     assert sorted(keys) == [EMBEDDING, f"optimizer.exp_avg.{EMBEDDING}", f"optimizer.exp_avg_sq.{EMBEDDING}"]
-    # What a second copy took would be in the files, and not in the index, which leaves no byte but the alignment out.
+    # A second copy would take space in the files, but the index covers every byte except the alignment.
     ends = dict.fromkeys((file.name for file in folder.glob("*.distcp")), 0)
-    for place in sorted(index.storage_data.values(), key=lambda place: (place.relative_path, place.offset)):
-        assert place.offset == -(-ends[place.relative_path] // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
-        ends[place.relative_path] = place.offset + place.length
+    for info in sorted(index.storage_data.values(), key=lambda info: (info.relative_path, info.offset)):
+        assert info.offset == -(-ends[info.relative_path] // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+        ends[info.relative_path] = info.offset + info.length
     assert ends == {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
-    world_size, run = tied(reader)
-    for losses in pool.run(world_size, restart, run, tmp_path, 5, True):
+    world_size, config = tied(reader)
+    for losses in pool.run(world_size, restart, config, tmp_path, 5, True):
         assert losses == pytest.approx(later_losses, rel=1e-5)
 
 
-def test_an_export_is_loaded_by_plain_transformers(pool, data_folder, tokenizer_folder, tmp_path):
-    run = make_run(tmp_path / "runs", data_folder, tokenizer_folder, "PP2", train_steps=4)
-    run = replace(run, model=replace(run.model, tie_word_embeddings=True))
-    pool.run(2, train_run, run)
-    folder, out = tmp_path / "runs" / run.name, tmp_path / "hf"
+def test_plain_transformers_loads_an_export(pool, data_folder, tokenizer_folder, tmp_path):
+    config = make_run(tmp_path / "runs", data_folder, tokenizer_folder, "PP2", train_steps=4)
+    config = replace(config, model=replace(config.model, tie_word_embeddings=True))
+    pool.run(2, train_run, config)
+    folder, out = tmp_path / "runs" / config.name, tmp_path / "hf"
     export(folder, out)
     names = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
@@ -305,44 +306,47 @@ def test_an_export_is_loaded_by_plain_transformers(pool, data_folder, tokenizer_
 def test_a_plan_counts_the_embedding_once(path, world_sizes, settings):
     config = load_recipe(path, [*settings, "model.tie_word_embeddings=true", "train.micro_batch_size=1"])
     untied = replace(config.model, tie_word_embeddings=False)
-    whole = sum(math.prod(row.shape) for row in hf_mapping.tensor_mappings(untied))
+    num_untied = sum(math.prod(mapping.shape) for mapping in hf_mapping.tensor_mappings(untied))
     for world_size in world_sizes:
         plan = make_plan(config, world_size)
         keys = [line.key for line in plan.params]
         assert len(keys) == len(set(keys)) and EMBEDDING in keys and "output_layer.weight" not in keys
         counted = plan.num_parameters("muon") + plan.num_parameters("adamw") + plan.num_router_biases
-        assert counted == whole - untied.vocab_size * untied.hidden_size
+        assert counted == num_untied - untied.vocab_size * untied.hidden_size
 
 
-def traffic(run) -> tuple[float, float]:
-    """Bytes that this rank sends and receives in one exchange: between data-parallel ranks, and between both copies."""
-    _, optimizer = build(run)
-    return count(optimizer)
+def real_bytes(config) -> tuple[float, float]:
+    """Return the bytes that this rank sends and receives in one exchange.
+
+    They are between data-parallel ranks, and between both copies of the embedding.
+    """
+    _, optimizer = build(config)
+    return count_bytes(optimizer)
 
 
-def count(optimizer) -> tuple[float, float]:
+def count_bytes(optimizer) -> tuple[float, float]:
     with CommCounter() as counter:
         exchange(optimizer)
-    tied_too = any(parameter.is_shared_embedding for parameter in optimizer.data_parallel.parameters)
+    has_tied = any(parameter.is_shared_embedding for parameter in optimizer.data_parallel.parameters)
     groups = [data_parallel_group(expert=False), data_parallel_group(expert=True)]
-    groups += [embedding_group()] if tied_too else []
+    groups += [embedding_group()] if has_tied else []
     sent, received = zip(*(both(counter.stats(group)) for group in groups), strict=True)
     return sum(sent), sum(received)
 
 
-def test_planned_bytes_and_state_are_those_of_real_processes(pool):
-    world_size, run = tied("EP2xPP2")
-    plan = make_plan(run, world_size)
-    for rank, real in enumerate(pool.run(world_size, traffic, run)):
-        with fake_rank(run, world_size, rank) as models:
-            optimizer = build_optimizer(models, run)
-            assert count(optimizer) == real == both(plan.optimizer_costs[rank])
+def test_planned_bytes_and_state_equal_real_processes(pool):
+    world_size, config = tied("EP2xPP2")
+    plan = make_plan(config, world_size)
+    for rank, real in enumerate(pool.run(world_size, real_bytes, config)):
+        with fake_rank(config, world_size, rank) as model_chunks:
+            optimizer = build_optimizer(model_chunks, config)
+            assert count_bytes(optimizer) == real == both(plan.optimizer_costs[rank])
             assert optimizer.state_bytes() == plan.optimizer_costs[rank].state
 
 
-def test_a_checkpoint_of_the_other_kind_is_refused_and_an_older_one_is_untied():
-    run, content = recipe(), {"recipe": dataclasses.asdict(recipe())}
+def test_a_mismatched_checkpoint_is_refused_and_an_older_one_is_untied():
+    config, content = recipe(), {"recipe": dataclasses.asdict(recipe())}
     del content["recipe"]["model"]["tie_word_embeddings"]
-    check_model(Path("old"), content, run)
+    check_model(Path("old"), content, config)
     with pytest.raises(UserError, match="tie_word_embeddings False there, True here"):
         check_model(Path("old"), content, tied()[1])

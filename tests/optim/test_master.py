@@ -1,4 +1,4 @@
-"""Split master weights: bfloat16 weight and 16 bits more are the float32 master, bit for bit."""
+"""Split master weights: a bfloat16 weight and its 16 low bits must equal the float32 master bit for bit."""
 
 from dataclasses import replace
 
@@ -29,21 +29,21 @@ def test_weight_and_remainder_are_the_master(values):
 @given(floats)
 def test_rounding_is_to_the_nearest(values):
     master = torch.tensor(values, dtype=torch.float32)
-    ours, torchs = round_to_bfloat16(master), master.bfloat16()
+    rounded, reference = round_to_bfloat16(master), master.bfloat16()
     tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
-    assert torch.equal(ours[~tie].view(torch.int16), torchs[~tie].view(torch.int16))
-    halfway = (ours.double() - master.double()).abs() == (torchs.double() - master.double()).abs()
+    assert torch.equal(rounded[~tie].view(torch.int16), reference[~tie].view(torch.int16))
+    halfway = (rounded.double() - master.double()).abs() == (reference.double() - master.double()).abs()
     assert halfway.all()
 
 
 @pytest.mark.parametrize("kind", ["float32", "split"])
-def test_master_keeps_what_is_stored(kind):
+def test_master_returns_the_values_written(kind):
     weights = torch.zeros(3, 4, dtype=torch.bfloat16)
     master = MasterWeight(weights, kind)
     values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    kept = master.to_float32()
-    kept.copy_(values)
-    master.write(kept)
+    copy = master.to_float32()
+    copy.copy_(values)
+    master.write(copy)
     assert torch.equal(master.to_float32(), values)
     assert torch.equal(weights, round_to_bfloat16(values))
     assert torch.equal(master.rows(1, 3).to_float32(), values[1:3])
@@ -51,12 +51,12 @@ def test_master_keeps_what_is_stored(kind):
 
 
 @pytest.mark.parametrize(("layout", "steps"), [("EP2xTP2-4", 20), slow("1", 200), slow("EP2xTP2-4", 200)])
-def test_split_and_float32_masters_give_the_same_bits(pool, layout, steps):
+def test_split_and_float32_masters_are_bit_identical(pool, layout, steps):
     world_size, parallel = LAYOUTS[layout]
-    run = recipe(parallel, dtype="bfloat16")
+    config = recipe(parallel, dtype="bfloat16")
     histories = {}
     for kind in ("float32", "split"):
-        changed = replace(run, optimizer=replace(run.optimizer, master_weights=kind))
+        changed = replace(config, optimizer=replace(config.optimizer, master_weights=kind))
         histories[kind] = pool.run(world_size, state_after, changed, steps)
     for plain, split in zip(histories["float32"], histories["split"], strict=True):
         for name in ("weights", "masters", "momenta"):

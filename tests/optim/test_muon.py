@@ -1,4 +1,4 @@
-"""The replicated optimizer's update against a slow, obvious twin and torch's own AdamW."""
+"""The optimizer's update on one process must equal a slow, obvious reference and torch's own AdamW."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_every_parameter_needs_a_rule():
         match_rules(["embedding.word_embeddings.weight", "decoder.layers.0.new.weight"])
 
 
-def test_no_parameter_may_be_claimed_twice():
+def test_no_parameter_may_match_twice():
     rules = (ParamGroupRule(pattern="a*", algorithm="adamw"), ParamGroupRule(pattern="a*", algorithm="muon"))
     with pytest.raises(ValueError, match=r"twice: a1, a2"):
         match_rules(["a1", "a2"], rules)
@@ -31,52 +31,52 @@ def test_the_first_rule_that_matches_wins():
     assert match_rules(["decoder.layers.3.mlp.linear_fc1.weight"], PARAM_GROUP_RULES).popitem()[1].num_matrices == 2
 
 
-def two_updates(run):
-    """Weights before, and after each of two steps with the gradients that led to them."""
+def two_updates(config):
+    """Return the initial weights, then weights, gradients and gradient norm of each of two steps."""
     from moonlight.train.forward_backward import forward_backward
 
-    models, optimizer = build(run)
-    history = [(collect(models), None, None)]
+    model_chunks, optimizer = build(config)
+    history = [(collect(model_chunks), None, None)]
     for step in (1, 2):
         optimizer.data_parallel.zero_grad_buffer()
-        forward_backward(models, run, local_batches(run, step))
+        forward_backward(model_chunks, config, local_batches(config, step))
         norm = math.hypot(*optimizer.gradient_norms().values())
         gradients = flatten_gradients(optimizer)
         optimizer.step(learning_rate=1e-2, weight_decay=0.1, step=step, gradient_norm=norm)
         optimizer.data_parallel.finish_param_sync()
-        history.append((collect(models), gradients, norm))
+        history.append((collect(model_chunks), gradients, norm))
     return history
 
 
 def hugging_face_matrices(key: str, tensor: np.ndarray) -> list[np.ndarray]:
-    """Views of the matrices in a checkpoint tensor, as Hugging Face counts them."""
+    """Return views of the matrices in a checkpoint tensor, one per Hugging Face matrix."""
     if "linear_fc1" in key:
         return list(np.split(tensor, 2))
     return list(tensor) if tensor.ndim == 3 else [tensor]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_two_steps_equal_the_slow_twin(pool, name):
+def test_two_steps_equal_the_slow_reference(pool, name):
     from dataclasses import replace
 
-    run = recipe()
-    run = replace(run, optimizer=replace(run.optimizer, name=name, clip_grad_norm=0.5))
-    (history,) = pool.run(1, two_updates, run)
+    config = recipe()
+    config = replace(config, optimizer=replace(config.optimizer, name=name, clip_grad_norm=0.5))
+    (history,) = pool.run(1, two_updates, config)
     weights, *after = [(assemble([w]), assemble([g]) if g is not None else {}, norm) for w, g, norm in history]
     weights = weights[0]
     on_muon = {key for key in weights if name == "muon" and not key.endswith("layernorm.weight")}
     on_muon -= {"embedding.word_embeddings.weight", "output_layer.weight"}
     momentum = {key: np.zeros_like(value, dtype=np.float64) for key, value in weights.items()}
-    reference = {
+    adamw_params = {
         key: torch.nn.Parameter(torch.from_numpy(value).double())
         for key, value in weights.items()
         if key not in on_muon and not key.endswith("expert_bias")
     }
-    adamw = torch.optim.AdamW(reference.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    adamw = torch.optim.AdamW(adamw_params.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     expected = {key: value.astype(np.float64) for key, value in weights.items()}
     for updated, gradients, norm in after:
         assert norm == pytest.approx(math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values())))
-        assert norm > 0.5  # clipping is at work
+        assert norm > 0.5  # clipping is active
         scale = 0.5 / norm
         for key in on_muon & gradients.keys():
             gradient = gradients[key] * scale
@@ -87,10 +87,10 @@ def test_two_steps_equal_the_slow_twin(pool, name):
             ):
                 update = 0.2 * math.sqrt(max(weight.shape)) * slow_newton_schulz(direction, 5, "moonlight")
                 weight -= 1e-2 * (update + 0.1 * weight)
-        for key, parameter in reference.items():
+        for key, parameter in adamw_params.items():
             parameter.grad = torch.from_numpy(gradients[key] * scale).double()
         adamw.step()
-        expected |= {key: parameter.detach().numpy() for key, parameter in reference.items()}
+        expected |= {key: parameter.detach().numpy() for key, parameter in adamw_params.items()}
         for key, value in updated.items():
             error = np.linalg.norm(value - expected[key]) / max(np.linalg.norm(expected[key]), 1e-12)
             assert error < 1e-5, (key, error)

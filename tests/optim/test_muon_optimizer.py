@@ -1,4 +1,4 @@
-"""The plain optimizer against a slow twin in float64, and torch's own AdamW."""
+"""The plain optimizer must equal a slow reference in float64, and torch's own AdamW."""
 
 import io
 import itertools
@@ -42,39 +42,39 @@ def as_matrices(tensor: torch.Tensor) -> list[np.ndarray]:
         itertools.product(("moonlight", "polar_express"), (True, False)), ("moonlight", True), ("polar_express", False)
     ),
 )
-def test_three_steps_equal_the_slow_twin(name, nesterov):
+def test_three_steps_equal_the_slow_reference(name, nesterov):
     params = parameters()
-    twins = [[SlowMuon(matrix, nesterov=nesterov, name=name) for matrix in as_matrices(p)] for p in params]
+    references = [[SlowMuon(matrix, nesterov=nesterov, name=name) for matrix in as_matrices(p)] for p in params]
     optimizer = Muon(params, lr=1e-2, nesterov=nesterov, coefficients=name, dtype=torch.float32)
     for step in (1, 2, 3):
         learning_rate = 1e-2 / step
         optimizer.param_groups[0]["lr"] = learning_rate  # as a schedule does
         gradients = give_gradients(params, step)
         optimizer.step()
-        for parameter, gradient, matrices in zip(params, gradients, twins, strict=True):
-            for matrix, own, twin in zip(as_matrices(parameter), as_matrices(gradient), matrices, strict=True):
-                twin.step(own, learning_rate)
-                assert np.linalg.norm(matrix - twin.weight) <= 1e-5 * np.linalg.norm(twin.weight)
+        for parameter, gradient, matrices in zip(params, gradients, references, strict=True):
+            for matrix, grad, reference in zip(as_matrices(parameter), as_matrices(gradient), matrices, strict=True):
+                reference.step(grad, learning_rate)
+                assert np.linalg.norm(matrix - reference.weight) <= 1e-5 * np.linalg.norm(reference.weight)
 
 
 @pytest.mark.parametrize("largest", [(1, 7), slow((2, 640, 640))])
 @pytest.mark.parametrize("matching", ["adjusted_lr", "update_norm", "baseline"])
-def test_each_way_to_match_the_rms_equals_the_slow_twin(matching, largest):
-    """Matrices of one shape are batched; the RMS is that of each alone."""
-    shapes = [*SHAPES[: SHAPES.index(largest) + 1], (20, 12)]  # the last without a gradient that is not zero
+def test_each_rms_matching_equals_the_slow_reference(matching, largest):
+    """Matrices of one shape are batched; each must get its own RMS."""
+    shapes = [*SHAPES[: SHAPES.index(largest) + 1], (20, 12)]  # the last has a zero gradient
     params = parameters(shapes)
-    how = {"matching": matching, "hidden_size": 37}
-    twins = [[SlowMuon(matrix, **how) for matrix in as_matrices(p)] for p in params]
+    options = {"matching": matching, "hidden_size": 37}
+    references = [[SlowMuon(matrix, **options) for matrix in as_matrices(p)] for p in params]
     optimizer = Muon(params, lr=1e-2, rms_matching=matching, hidden_size=37, dtype=torch.float32)
     for step in (1, 2):
         gradients = give_gradients(params, step)
         params[-1].grad = gradients[-1] = torch.zeros(20, 12)
         before = [p.detach().clone() for p in params]
         optimizer.step()
-        for parameter, gradient, matrices in zip(params, gradients, twins, strict=True):
-            for matrix, own, twin in zip(as_matrices(parameter), as_matrices(gradient), matrices, strict=True):
-                twin.step(own, 1e-2)
-                assert np.linalg.norm(matrix - twin.weight) <= 1e-5 * np.linalg.norm(twin.weight)
+        for parameter, gradient, matrices in zip(params, gradients, references, strict=True):
+            for matrix, grad, reference in zip(as_matrices(parameter), as_matrices(gradient), matrices, strict=True):
+                reference.step(grad, 1e-2)
+                assert np.linalg.norm(matrix - reference.weight) <= 1e-5 * np.linalg.norm(reference.weight)
         if matching == "update_norm":
             for old, parameter in zip(before[:-1], params, strict=False):
                 for update in as_matrices((old * (1 - 1e-3) - parameter) / 1e-2):
@@ -86,18 +86,18 @@ def test_baseline_needs_the_hidden_size():
         Muon(parameters([(4, 6)]), lr=1e-2, rms_matching="baseline")
 
 
-def test_chunks_and_groups_change_nothing_but_rounding(monkeypatch):
+def test_chunks_and_groups_change_only_rounding(monkeypatch):
     shapes = [(12, 20), (7, 12, 20), (12, 20), (20, 12)]
-    whole, cut = parameters(shapes), parameters(shapes)
-    one = Muon(whole, lr=1e-2, dtype=torch.float32)
-    groups = [{"params": cut[:1]}, {"params": cut[1:], "lr": 2e-2, "weight_decay": 0.3}]
-    two = Muon(groups, lr=1e-2, dtype=torch.float32)
-    give_gradients(whole, 1), give_gradients(cut, 1)
-    one.step()
+    expected, grouped = parameters(shapes), parameters(shapes)
+    single = Muon(expected, lr=1e-2, dtype=torch.float32)
+    groups = [{"params": grouped[:1]}, {"params": grouped[1:], "lr": 2e-2, "weight_decay": 0.3}]
+    split = Muon(groups, lr=1e-2, dtype=torch.float32)
+    give_gradients(expected, 1), give_gradients(grouped, 1)
+    single.step()
     monkeypatch.setattr(muon, "WORKSPACE_ELEMENTS", {"cpu": 500})
-    two.step()
-    torch.testing.assert_close(cut[0], whole[0])
-    for before, a, b in zip(parameters(shapes)[1:], whole[1:], cut[1:], strict=True):
+    split.step()
+    torch.testing.assert_close(grouped[0], expected[0])
+    for before, a, b in zip(parameters(shapes)[1:], expected[1:], grouped[1:], strict=True):
         update = (before * (1 - 1e-3) - a) / 1e-2
         torch.testing.assert_close(b, before * (1 - 6e-3) - 2e-2 * update, rtol=1e-4, atol=1e-5)
 
@@ -106,12 +106,12 @@ def test_chunks_are_bounded(monkeypatch):
     monkeypatch.setattr(muon, "WORKSPACE_ELEMENTS", {"cpu": 1000})
     sizes = []
 
-    def watched(matrices, *arguments):
+    def recording(matrices, *arguments):
         sizes.append(sum(matrix.numel() for matrix in matrices))
         return original(matrices, *arguments)
 
     original = muon.orthogonalize_all
-    monkeypatch.setattr(muon, "orthogonalize_all", watched)
+    monkeypatch.setattr(muon, "orthogonalize_all", recording)
     params = parameters([(10, 20), (30, 10, 20), (10, 20)])
     give_gradients(params, 1)
     Muon(params, lr=1e-2).step()
@@ -121,7 +121,7 @@ def test_chunks_are_bounded(monkeypatch):
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_momentum_stays_exact_whatever_the_dtypes(weight, gradient, nesterov):
+def test_momentum_is_float32_for_all_dtypes(weight, gradient, nesterov):
     parameter = torch.nn.Parameter(random(8, 12).to(weight))
     optimizer = Muon([parameter], lr=1e-2, nesterov=nesterov)
     expected = torch.zeros(8, 12, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_momentum_stays_exact_whatever_the_dtypes(weight, gradient, nesterov):
         parameter.grad_dtype = gradient
         parameter.grad = grad.clone()
         optimizer.step()
-        assert parameter.grad.equal(grad)  # the caller's own
+        assert parameter.grad.equal(grad)  # the caller's gradient is unchanged
         expected = 0.95 * expected + grad.double()
         momentum = optimizer.state[parameter]["momentum"]
         assert momentum.dtype is torch.float32
@@ -163,17 +163,17 @@ def test_adamw_groups_equal_torch():
     shapes = [(7,), (), (5, 6), (2, 3, 4, 5, 2)]
     ours, theirs = parameters(shapes), parameters(shapes)
     optimizer = Muon([{"params": ours, "algorithm": "adamw", "weight_decay": 0.2}], lr=1e-2)
-    twin = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
     for step in (1, 2, 3):
         give_gradients(ours, step), give_gradients(theirs, step)
         if step == 2:
-            ours[0].grad = theirs[0].grad = None  # its step count falls behind
-        optimizer.step(), twin.step()
+            ours[0].grad = theirs[0].grad = None  # its step count lags
+        optimizer.step(), reference.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_survives_saving(dtype):
+def test_state_dict_round_trip(dtype):
     shapes = [(12, 20), (2, 6, 5), (9,)]
 
     def fresh():
@@ -186,16 +186,16 @@ def test_state_survives_saving(dtype):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    others, restored = fresh()
+    restored_params, restored = fresh()
     restored.load_state_dict(torch.load(file, weights_only=True))
-    for other, parameter in zip(others, params, strict=True):
-        other.data.copy_(parameter.data)
+    for restored_param, parameter in zip(restored_params, params, strict=True):
+        restored_param.data.copy_(parameter.data)
         for name, value in optimizer.state[parameter].items():
-            loaded = restored.state[other][name]
+            loaded = restored.state[restored_param][name]
             assert loaded == value if name == "step" else loaded.dtype is torch.float32 and loaded.equal(value)
-    give_gradients(params, 2), give_gradients(others, 2)
+    give_gradients(params, 2), give_gradients(restored_params, 2)
     optimizer.step(), restored.step()
-    assert all(a.equal(b) for a, b in zip(params, others, strict=True))
+    assert all(a.equal(b) for a, b in zip(params, restored_params, strict=True))
 
 
 def test_closure_and_parameters_without_gradient():
@@ -265,7 +265,7 @@ def test_bad_groups_are_named():
         Muon(parameters([(4, 6)], torch.float16), lr=1e-2)
 
 
-def test_a_misspelt_setting_of_a_group_is_an_error():
+def test_a_misspelled_group_setting_is_an_error():
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="did you mean 'algorithm'"):
         Muon([{"params": [parameter], "algoritm": "adamw"}], lr=0.1)

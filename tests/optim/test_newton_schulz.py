@@ -1,4 +1,4 @@
-"""Newton-Schulz against a slow twin in float64, and in bfloat16 against the plain loop on one matrix."""
+"""Newton-Schulz must equal a slow reference in float64; bfloat16 is compared with the plain loop on one matrix."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def in_blocks_from_one(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
-    """Let even tiny matrices be computed in blocks."""
+def compute_in_blocks(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    """Compute even tiny matrices in blocks."""
     monkeypatch.setattr(newton_schulz, "BLOCKS_FROM_SIDE", 1)
     monkeypatch.setattr(newton_schulz, "BLOCKS_FROM_ELEMENTS", 1)
     monkeypatch.setattr(newton_schulz, "BLOCK_ROWS", block_rows)
 
 
-def assert_near_the_twin(matrices: torch.Tensor, steps: int, name: str) -> None:
+def assert_near_reference(matrices: torch.Tensor, steps: int, name: str) -> None:
     fast = orthogonalize(matrices, steps, name, torch.float32)
     for matrix, result in zip(matrices, fast, strict=True):
         slow = slow_newton_schulz(matrix.numpy(), steps, name)
@@ -40,8 +40,8 @@ def assert_near_the_twin(matrices: torch.Tensor, steps: int, name: str) -> None:
     name=st.sampled_from(sorted(COEFFICIENTS)),
     seed=st.integers(0, 2**31),
 )
-def test_float32_equals_the_slow_twin(rows, columns, batch, name, seed):
-    assert_near_the_twin(random(batch, rows, columns, seed=seed), 5, name)
+def test_float32_equals_the_slow_reference(rows, columns, batch, name, seed):
+    assert_near_reference(random(batch, rows, columns, seed=seed), 5, name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,36 +53,36 @@ def test_float32_equals_the_slow_twin(rows, columns, batch, name, seed):
     name=st.sampled_from(sorted(COEFFICIENTS)),
     seed=st.integers(0, 2**31),
 )
-def test_blocks_in_float32_equal_the_slow_twin(rows, columns, block, steps, name, seed):
+def test_blocks_in_float32_equal_the_slow_reference(rows, columns, block, steps, name, seed):
     with pytest.MonkeyPatch.context() as patch:
-        in_blocks_from_one(patch, block)
-        assert_near_the_twin(random(2, rows, columns, seed=seed), steps, name)
+        compute_in_blocks(patch, block)
+        assert_near_reference(random(2, rows, columns, seed=seed), steps, name)
 
 
 @pytest.mark.parametrize("shape", [(1, 600, 700), (1, 1600, 256)])
-def test_large_float32_equals_the_slow_twin(shape):
+def test_large_float32_equals_the_slow_reference(shape):
     assert newton_schulz._in_blocks(torch.empty(shape))
-    assert_near_the_twin(random(*shape), 5, "moonlight")
+    assert_near_reference(random(*shape), 5, "moonlight")
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("shape", [(704, 640), (256, 1600), (600, 700)])
 @pytest.mark.parametrize("name", sorted(COEFFICIENTS))
 def test_bfloat16_blocks_are_no_worse_than_the_plain_loop(shape, kind, name):
-    whole = random_matrix(kind, *shape)
-    assert newton_schulz._in_blocks(whole)
-    exact = plain_loop(whole, torch.float32, 5, name)
-    ours = (orthogonalize(whole, 5, name, torch.bfloat16).float() - exact).norm()
-    assert ours <= (plain_loop(whole, torch.bfloat16, 5, name).float() - exact).norm()
+    matrix = random_matrix(kind, *shape)
+    assert newton_schulz._in_blocks(matrix)
+    exact = plain_loop(matrix, torch.float32, 5, name)
+    ours = (orthogonalize(matrix, 5, name, torch.bfloat16).float() - exact).norm()
+    assert ours <= (plain_loop(matrix, torch.bfloat16, 5, name).float() - exact).norm()
 
 
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_bfloat16_batches_are_no_worse_than_the_plain_loop(kind):
     for shape in ((44, 64), (96, 160), (200, 120)):
-        whole = random_matrix(kind, *shape)
-        exact = plain_loop(whole, torch.float32, 5, "moonlight")
-        ours = (orthogonalize(whole, 5, "moonlight", torch.bfloat16).float() - exact).norm()
-        plain = (plain_loop(whole, torch.bfloat16, 5, "moonlight").float() - exact).norm()
+        matrix = random_matrix(kind, *shape)
+        exact = plain_loop(matrix, torch.float32, 5, "moonlight")
+        ours = (orthogonalize(matrix, 5, "moonlight", torch.bfloat16).float() - exact).norm()
+        plain = (plain_loop(matrix, torch.bfloat16, 5, "moonlight").float() - exact).norm()
         assert ours <= 1.02 * plain  # the same arithmetic, perhaps summed in another order
 
 
@@ -106,18 +106,18 @@ def test_one_row_or_column_becomes_a_multiple_of_itself(shape):
     torch.testing.assert_close(result, length * matrix / torch.linalg.matrix_norm(matrix, keepdim=True))
 
 
-def test_batching_by_shape_changes_nothing_but_rounding():
+def test_batching_by_shape_changes_only_rounding():
     shapes = [(8, 16), (3, 8, 16), (16, 8), (300, 280), (2, 300, 280), (1, 9), (8, 16), (2, 640, 660), (2, 2, 8, 16)]
     matrices = [random(*shape, seed=index) for index, shape in enumerate(shapes)]
-    kept = [matrix.clone() for matrix in matrices]
-    together = orthogonalize_all(matrices, 5, "moonlight", torch.float32)
-    for matrix, before, result in zip(matrices, kept, together, strict=True):
+    originals = [matrix.clone() for matrix in matrices]
+    batched = orthogonalize_all(matrices, 5, "moonlight", torch.float32)
+    for matrix, before, result in zip(matrices, originals, batched, strict=True):
         assert result.shape == matrix.shape and matrix.equal(before)
         alone = orthogonalize(matrix, 5, "moonlight", torch.float32)
         torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_transposed_views_are_taken_as_they_are():
+def test_transposed_views_are_accepted():
     matrix = random(3, 20, 12)
     result = orthogonalize(matrix.mT, 5, "moonlight", torch.float32)
     torch.testing.assert_close(result, orthogonalize(matrix, 5, "moonlight", torch.float32).mT)
@@ -127,11 +127,11 @@ def test_the_workspace_is_bounded(monkeypatch):
     monkeypatch.setattr(newton_schulz, "WORKSPACE_ELEMENTS", {"cpu": 5 * 6 * 8})
     sizes = []
 
-    def watched(matrices, *arguments):
+    def recording(matrices, *arguments):
         sizes.append(matrices.numel())
         return orthogonalize(matrices, *arguments)
 
-    monkeypatch.setattr(newton_schulz, "orthogonalize", watched)
+    monkeypatch.setattr(newton_schulz, "orthogonalize", recording)
     matrices = [random(3, 6, 8), random(11, 6, 8), random(6, 8), random(2, 6, 8), random(2, 30, 20)]
     results = orthogonalize_all(matrices, 5, "moonlight", torch.float32)
     assert max(sizes[:-2]) <= 5 * 6 * 8 and sizes[-2:] == [600, 600]

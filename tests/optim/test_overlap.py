@@ -1,50 +1,53 @@
-"""Gradients leave while the backward pass goes on, and weights return while the next forward pass goes on."""
+"""Gradient reduction must overlap the backward pass, and weight gathering the next forward pass."""
 
 from typing import Any
 
 import pytest
 
-from tests.support.layouts import LAYOUTS, Recipe, build, one_step, recipe
+from moonlight.config.run import RunConfig
+from tests.support.layouts import LAYOUTS, build, one_step, recipe
 from tests.support.suites import quick
 
 
-def watch(run: Recipe) -> dict[str, Any]:
-    """Two steps. Per bucket of each lane: parameters without a gradient when it was sent, by the second backward pass;
-    and rounds of weights still to come when the first module of the second forward pass runs, and when the last does.
+def record_overlap(config: RunConfig) -> dict[str, Any]:
+    """Run two steps and record the overlap in the second.
+
+    "sent" has, for each bucket of each group, the number of missing gradients when its reduce-scatter started.
+    "left" has the number of weight rounds not yet gathered before each module of the forward pass.
     """
-    models, optimizer = build(run)
-    lanes = optimizer.data_parallel.bucket_groups
-    sent: list[list[int]] = [[] for _ in lanes]
+    model_chunks, optimizer = build(config)
+    groups = optimizer.data_parallel.bucket_groups
+    sent: list[list[int]] = [[] for _ in groups]
     left: list[int] = []
-    one_step(models, optimizer, run, 2)  # the first is watched: weights are waited for
+    one_step(model_chunks, optimizer, config, 2)  # step 1 is monitored and would wait for all weights
 
-    for lane, log in zip(lanes, sent, strict=True):
+    for group, log in zip(groups, sent, strict=True):
 
-        def reduce_next(lane=lane, log=log, real=lane._start_next_reduce_scatter):
-            log.append(sum(map(len, lane._missing_grads)))
-            real()
+        def reduce_next(group=group, log=log, original=group._start_next_reduce_scatter):
+            log.append(sum(map(len, group._missing_grads)))
+            original()
 
-        lane._start_next_reduce_scatter = reduce_next
+        group._start_next_reduce_scatter = reduce_next
 
-    def look(*_: Any) -> None:
-        left.append(sum(len(lane._to_gather) + len(lane._in_flight) for lane in lanes))
+    def record_left(*_: Any) -> None:
+        left.append(sum(len(group._to_gather) + len(group._in_flight) for group in groups))
 
-    handles = [module.register_forward_pre_hook(look) for model in models for module in model.modules()]
-    one_step(models, optimizer, run, 3)
+    handles = [module.register_forward_pre_hook(record_left) for model in model_chunks for module in model.modules()]
+    one_step(model_chunks, optimizer, config, 3)
     for handle in handles:
         handle.remove()
-    rounds = sum(len(bucket.rounds) for lane in lanes for bucket in lane.buckets)
-    return {"sent": sent, "left": left, "rounds": rounds, "buckets": [len(lane.buckets) for lane in lanes]}
+    rounds = sum(len(bucket.rounds) for group in groups for bucket in group.buckets)
+    return {"sent": sent, "left": left, "rounds": rounds, "buckets": [len(group.buckets) for group in groups]}
 
 
 @pytest.mark.parametrize("layout", quick(["DP2", "EP2xDP2", "EP2xPP2", "EP2xTP2-4"], "DP2", "EP2xPP2", "EP2xTP2-4"))
 def test_communication_overlaps_computation(pool, layout):
     world_size, parallel = LAYOUTS[layout]
-    for answer in pool.run(world_size, watch, recipe(parallel)):
+    for answer in pool.run(world_size, record_overlap, recipe(parallel)):
         for count, waiting in zip(answer["buckets"], answer["sent"], strict=True):
             assert count >= 2 and len(waiting) == count
             assert waiting == sorted(waiting, reverse=True)
-            assert waiting[0] > 0 and waiting[-1] == 0  # the first left long before the last gradient was there
+            assert waiting[0] > 0 and waiting[-1] == 0  # the first bucket was sent before the last gradient was ready
         if answer["rounds"]:
-            assert answer["left"][0] > 0  # nothing waits for all of them at the start of the pass
+            assert answer["left"][0] > 0  # the pass starts before all weights are gathered
         assert answer["left"][-1] == 0

@@ -1,4 +1,4 @@
-"""Bytes on the wire and of optimizer state: counted on fake worlds of the 16B recipe, and on real processes."""
+"""Network bytes and optimizer state: counted on fake ranks of the 16B recipe, and on real processes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,85 +30,96 @@ def big(*overrides):
 
 
 @dataclass
-class LaneOfRank:
-    """One lane on one rank of a dry run."""
+class GroupOnRank:
+    """One bucket group on one rank of a dry run."""
 
     rank: int
-    """In the lane's group."""
+    """Rank in the process group of the buckets."""
     counted: tuple[float, float]
     """Bytes sent and received."""
-    shares: list[OptimizerCost]
-    """Of every rank of the group, by the sums."""
+    costs: list[OptimizerCost]
+    """Planned cost of every rank of the group."""
     adamw: OptimizerCost
     num_buckets: int
     unevenness: float
-    """Sum over buckets of the largest owner's elements, in means: how much longer than a ring the exchange may take."""
+    """Sum over buckets of the largest owner's elements, divided by the mean elements per rank.
+
+    This bounds the time of the exchange relative to a ring.
+    """
 
 
 def largest(bucket):
-    """Elements of the owner with most of a bucket."""
+    """Return the elements of the most loaded owner of a bucket."""
     owned = [0] * bucket.group.size()
-    for fragment in bucket.shards:
-        owned[fragment.owner_rank] += fragment.numel
+    for shard in bucket.shards:
+        owned[shard.owner_rank] += shard.numel
     return max(owned)
 
 
-def count(run, world_size, rank):
-    """The dense and the expert lane of a rank after one exchange, and what its optimizer says it keeps."""
-    with fake_rank(run, world_size, rank) as models:
-        optimizer = build_optimizer(models, run)
+def count(config, world_size, rank):
+    """Return the dense and the expert bucket group of a rank after one exchange, and its optimizer state in bytes."""
+    with fake_rank(config, world_size, rank) as model_chunks:
+        optimizer = build_optimizer(model_chunks, config)
         with CommCounter() as counter:
             exchange(optimizer)
         assert both(counter.stats(tensor_parallel_group(expert=False))) == (0, 0)
-        lanes = []
-        for lane in optimizer.data_parallel.bucket_groups:
-            group = lane.buckets[0].group
-            fragments = [fragment for bucket in lane.buckets for fragment in bucket.shards]
-            adamw = zero1_cost(sum(fragment.numel for fragment in fragments), group.size(), run)
-            found = muon_costs(fragments, group.size(), run)
-            mean = sum(fragment.numel for fragment in fragments) / group.size()
-            uneven = sum(map(largest, lane.buckets)) / mean
-            lanes.append(LaneOfRank(group.rank(), both(counter.stats(group)), found, adamw, len(lane.buckets), uneven))
-        return lanes, optimizer.state_bytes()
+        bucket_groups = []
+        for bucket_group in optimizer.data_parallel.bucket_groups:
+            group = bucket_group.buckets[0].group
+            shards = [shard for bucket in bucket_group.buckets for shard in bucket.shards]
+            adamw = zero1_cost(sum(shard.numel for shard in shards), group.size(), config)
+            costs = muon_costs(shards, group.size(), config)
+            mean = sum(shard.numel for shard in shards) / group.size()
+            uneven = sum(map(largest, bucket_group.buckets)) / mean
+            bucket_groups.append(
+                GroupOnRank(group.rank(), both(counter.stats(group)), costs, adamw, len(bucket_group.buckets), uneven)
+            )
+        return bucket_groups, optimizer.state_bytes()
 
 
-def check_ranks(world, ranks):
-    world_size, expert_parallel_size = WORLDS[world]
+def check_ranks(case, ranks):
+    world_size, expert_parallel_size = WORLDS[case]
     config = big(f"parallel.expert_parallel_size={expert_parallel_size}")
     plan = make_plan(config, world_size)
-    totals = [max(both(share)) for share in plan.optimizer_costs]
-    most, least = totals.index(max(totals)), totals.index(min(totals))
-    for rank in dict.fromkeys([most, least, *ranks]):
-        lanes, state = count(config, world_size, rank)
-        for lane in lanes:
-            assert lane.counted == both(lane.shares[lane.rank])
-            assert lane.num_buckets >= 4
-        assert plan.optimizer_costs[rank].state == state == sum(lane.shares[lane.rank].state for lane in lanes)
-        assert both(plan.optimizer_costs[rank]) == tuple(map(sum, zip(*(lane.counted for lane in lanes), strict=True)))
-    bounds = (DENSE_BOUND[len(lanes[0].shares)], EXPERT_BOUND)
-    for lane, bound in zip(lanes, bounds, strict=True):
-        worst = [max(both(share)) / lane.adamw.sent for share in lane.shares]
-        print(
-            f"{len(worst)} ranks, {lane.num_buckets} buckets: at most {max(worst):.4f}, mean "
-            f"{sum(worst) / len(worst):.4f} of AdamW; largest regions {lane.unevenness:.2f} means"
+    totals = [max(both(cost)) for cost in plan.optimizer_costs]
+    largest_rank, smallest_rank = totals.index(max(totals)), totals.index(min(totals))
+    for rank in dict.fromkeys([largest_rank, smallest_rank, *ranks]):
+        bucket_groups, state = count(config, world_size, rank)
+        for bucket_group in bucket_groups:
+            assert bucket_group.counted == both(bucket_group.costs[bucket_group.rank])
+            assert bucket_group.num_buckets >= 4
+        assert (
+            plan.optimizer_costs[rank].state
+            == state
+            == sum(bucket_group.costs[bucket_group.rank].state for bucket_group in bucket_groups)
         )
-        assert max(worst) <= bound
-        assert lane.unevenness <= 1.75
-        assert sum(share.sent for share in lane.shares) == sum(share.received for share in lane.shares)
+        assert both(plan.optimizer_costs[rank]) == tuple(
+            map(sum, zip(*(bucket_group.counted for bucket_group in bucket_groups), strict=True))
+        )
+    bounds = (DENSE_BOUND[len(bucket_groups[0].costs)], EXPERT_BOUND)
+    for bucket_group, bound in zip(bucket_groups, bounds, strict=True):
+        ratios = [max(both(cost)) / bucket_group.adamw.sent for cost in bucket_group.costs]
+        print(
+            f"{len(ratios)} ranks, {bucket_group.num_buckets} buckets: at most {max(ratios):.4f}, mean "
+            f"{sum(ratios) / len(ratios):.4f} of AdamW; largest regions {bucket_group.unevenness:.2f} means"
+        )
+        assert max(ratios) <= bound
+        assert bucket_group.unevenness <= 1.75
+        assert sum(cost.sent for cost in bucket_group.costs) == sum(cost.received for cost in bucket_group.costs)
 
 
-@pytest.mark.parametrize("world", quick(WORLDS, "DP64-EDP16"))
-def test_every_rank_sends_and_receives_little_more_than_under_adamw(world):
-    """Sums over owners give all ranks; those that exchange most and least are counted on the wire as well."""
-    check_ranks(world, [])
+@pytest.mark.parametrize("case", quick(WORLDS, "DP64-EDP16"))
+def test_every_rank_sends_and_receives_little_more_than_under_adamw(case):
+    """Plans of all ranks must stay near AdamW; the ranks that exchange the most and least are also counted."""
+    check_ranks(case, [])
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("world", WORLDS)
-def test_the_sums_are_what_is_counted_on_many_ranks(world):
-    """All ranks of the smaller worlds, eight of the largest."""
-    world_size, _ = WORLDS[world]
-    check_ranks(world, range(0, world_size, 64 if world_size == 512 else 1))
+@pytest.mark.parametrize("case", WORLDS)
+def test_planned_bytes_equal_counted_bytes_on_many_ranks(case):
+    """Plan and count must agree on all ranks of the smaller cases, and on eight of the largest."""
+    world_size, _ = WORLDS[case]
+    check_ranks(case, range(0, world_size, 64 if world_size == 512 else 1))
 
 
 @pytest.mark.parametrize(
@@ -120,24 +131,24 @@ def test_the_sums_are_what_is_counted_on_many_ranks(world):
         (("optimizer.momentum_dtype=bfloat16", "optimizer.master_weights=split"), 0.38),
     ],
 )
-def test_optimizer_state_is_smaller_than_adamws(settings, bound):
+def test_optimizer_state_is_smaller_than_with_adamw(settings, bound):
     for world_size in (8, 64):
         for expert_parallel_size in (1, 8):
             config = big(f"parallel.expert_parallel_size={expert_parallel_size}", *settings)
             plan = make_plan(config, world_size)
-            state = [share.state for share in plan.optimizer_costs]
+            state = [cost.state for cost in plan.optimizer_costs]
             ratio, imbalance = max(state) / plan.adamw[0].state, max(state) / (sum(state) / len(state))
             print(f"DP{world_size} EP{expert_parallel_size}: {ratio:.4f} of AdamW, max / mean {imbalance:.4f}")
             assert ratio <= bound
 
 
 @pytest.mark.parametrize("settings", [("optimizer.momentum_dtype=bfloat16", "optimizer.master_weights=split"), ()])
-def test_the_planned_state_is_the_optimizers(settings):
+def test_the_planned_state_equals_the_optimizer_state(settings):
     config = big(*settings)
     plan = make_plan(config, 8)
     for rank in (0, 5):
-        with fake_rank(config, 8, rank) as models:
-            assert build_optimizer(models, config).state_bytes() == plan.optimizer_costs[rank].state
+        with fake_rank(config, 8, rank) as model_chunks:
+            assert build_optimizer(model_chunks, config).state_bytes() == plan.optimizer_costs[rank].state
 
 
 def groups():
@@ -149,42 +160,44 @@ def groups():
     }
 
 
-def counted_exchange(run):
-    """Of this rank of a real world: one exchange by group, and what a whole training step adds to it in the lanes."""
-    models, optimizer = build(run)
+def counted_exchange(config):
+    """Return the stats of one exchange on this rank by group, and those of a full training step by bucket group."""
+    model_chunks, optimizer = build(config)
     with CommCounter() as counter:
         exchange(optimizer)
     alone = {name: counter.stats(group) for name, group in groups().items()}
     with CommCounter() as counter:
-        one_step(models, optimizer, run, 1)
+        one_step(model_chunks, optimizer, config, 1)
         optimizer.data_parallel.finish_param_sync()
     step = {name: counter.stats(groups()[name]) for name in ("dense", "expert")}
     return alone, step
 
 
 @pytest.mark.parametrize("layout", quick(["DP4", "EP2xDP2", "EP2xTP2-ETP2-4"], "DP4", "EP2xTP2-ETP2-4"))
-def test_real_processes_exchange_what_fake_ones_do(pool, layout):
+def test_real_processes_exchange_the_same_bytes_as_fake_ranks(pool, layout):
     world_size, parallel = LAYOUTS.get(layout) or (4, LAYOUTS["1"][1])
-    # Small buckets, so that there are several, and three matrices so large that four ranks must cut them.
-    run = recipe(replace(parallel, bucket_size=20_000))
-    run = replace(run, model=replace(run.model, intermediate_size=2048))
-    for rank, (real, step) in enumerate(pool.run(world_size, counted_exchange, run)):
-        with fake_rank(run, world_size, rank) as models:
-            optimizer = build_optimizer(models, run)
+    # Buckets are small, so that there are several; three matrices are so large that four ranks must split them.
+    config = recipe(replace(parallel, bucket_size=20_000))
+    config = replace(config, model=replace(config.model, intermediate_size=2048))
+    for rank, (real, step) in enumerate(pool.run(world_size, counted_exchange, config)):
+        with fake_rank(config, world_size, rank) as model_chunks:
+            optimizer = build_optimizer(model_chunks, config)
             with CommCounter() as counter:
                 exchange(optimizer)
             for name, group in groups().items():
                 assert counter.stats(group) == real[name], (rank, name)
-            for lane in optimizer.data_parallel.bucket_groups:
-                group = lane.buckets[0].group
-                fragments = [fragment for bucket in lane.buckets for fragment in bucket.shards]
-                if group.size() == 4 and lane is optimizer.data_parallel.bucket_groups[0]:
-                    assert any(fragment.is_split for fragment in fragments)
-                assert both(counter.stats(group)) == both(muon_costs(fragments, group.size(), run)[group.rank()])
+            for bucket_group in optimizer.data_parallel.bucket_groups:
+                group = bucket_group.buckets[0].group
+                shards = [shard for bucket in bucket_group.buckets for shard in bucket.shards]
+                if group.size() == 4 and bucket_group is optimizer.data_parallel.bucket_groups[0]:
+                    assert any(shard.is_split for shard in shards)
+                assert both(counter.stats(group)) == both(muon_costs(shards, group.size(), config)[group.rank()])
             assert real["expert"] == step["expert"]
             assert real["dense"].sent > 0
-            # A step reports the largest attention logit of each head besides, in one all-reduce.
-            num_logits = run.model.num_hidden_layers * run.model.num_attention_heads // parallel.tensor_parallel_size
+            # A step also reports the largest attention logit of each head, in one all-reduce.
+            num_logits = (
+                config.model.num_hidden_layers * config.model.num_attention_heads // parallel.tensor_parallel_size
+            )
             ranks = groups()["dense"].size()
             assert step["dense"].collectives == real["dense"].collectives + 1
             assert step["dense"].sent == real["dense"].sent + 2 * (ranks - 1) / ranks * 4 * num_logits
@@ -192,9 +205,9 @@ def test_real_processes_exchange_what_fake_ones_do(pool, layout):
 
 
 def every_collective():
-    """(name, sent, received) of each collective of torch.distributed on this rank of four, 4 bytes a number."""
+    """Return (name, counted, expected) bytes of each torch.distributed collective on this rank of four; float32."""
     world, rank = dist.group.WORLD, dist.get_rank()
-    size, others = 4, [other for other in range(4) if other != rank]
+    size, peers = 4, [peer for peer in range(4) if peer != rank]
 
     def ones(count):
         return torch.ones(count)
@@ -204,8 +217,8 @@ def every_collective():
             for _ in range(2):
                 collective(*(maker() for maker in makers))
 
-    def peers():
-        operations = [dist.P2POp(dist.isend, ones(8), other) for other in others[:1]]
+    def send_and_receive():
+        operations = [dist.P2POp(dist.isend, ones(8), peer) for peer in peers[:1]]
         # Rank 0 sends to 1, and all others to 0.
         sources = [1, 2, 3] if rank == 0 else [0] if rank == 1 else []
         operations += [dist.P2POp(dist.irecv, ones(8), source) for source in sources]
@@ -243,20 +256,20 @@ def every_collective():
         "reduce": (lambda: dist.reduce(ones(8), 0), 0 if root else 32, 96 if root else 0),
         "gather": (lambda: dist.gather(ones(8), lists if root else None), 0 if root else 32, 96 if root else 0),
         "scatter": (lambda: dist.scatter(ones(8), lists if root else None), 96 if root else 0, 0 if root else 32),
-        "send and receive": (peers, 32, {0: 96, 1: 32}.get(rank, 0)),
+        "send and receive": (send_and_receive, 32, {0: 96, 1: 32}.get(rank, 0)),
         "barrier": (dist.barrier, 0, 0),
     }
-    found = []
+    counts = []
     for name, (call, sent, received) in calls.items():
         with CommCounter() as counter:
             call()
-        found.append((name, both(counter.stats(world)), (sent, received)))
-    return found
+        counts.append((name, both(counter.stats(world)), (sent, received)))
+    return counts
 
 
 def test_every_collective_is_counted(pool):
-    for found in pool.run(4, every_collective):
-        for name, counted, expected in found:
+    for counts in pool.run(4, every_collective):
+        for name, counted, expected in counts:
             assert counted == expected, name
 
 

@@ -1,4 +1,4 @@
-"""The planned bytes of tensor, expert and pipeline parallelism against what real processes put on the wire."""
+"""Planned bytes of tensor, expert and pipeline parallelism equal what real processes send over the network."""
 
 from dataclasses import replace
 
@@ -6,11 +6,10 @@ import pytest
 import torch.distributed as dist
 
 from moonlight.config.parallel import ParallelConfig
-from moonlight.plan.collectives import DispatchedPairs, dispatch_comm_bytes, expert_slices_comm_bytes, stage_comm_bytes
+from moonlight.plan.collectives import dispatch_comm_bytes, expert_slices_comm_bytes, stage_comm_bytes
 from tests.support.layouts import LAYOUTS, build, local_batches, recipe
 
-MORE = {
-    "TP2xPP2": (4, ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2)),
+MORE_LAYOUTS = {
     "TP4": (4, ParallelConfig(tensor_parallel_size=4)),
     "EP4": (4, ParallelConfig(expert_parallel_size=4)),
     "PP4": (4, ParallelConfig(pipeline_parallel_size=4)),
@@ -25,62 +24,67 @@ RECIPES = {
 }
 
 
-def run_of(name, parallel):
-    run = recipe(parallel, **RECIPES[name])
+def make_config(name, parallel):
+    config = recipe(parallel, **RECIPES[name])
     model = {"moe_intermediate_size": 32, "hidden_size": 64, "q_lora_rank": 24 if name == "q_lora" else None}
-    return replace(run, model=replace(run.model, **model))
+    return replace(config, model=replace(config.model, **model))
 
 
-def counted(run):
-    """Of this rank: (sent, received) by group of one forward and backward pass, and for each of its mixtures the
-    token-expert pairs that left and came, over all micro-batches, and those its experts got."""
+def count_bytes(config):
+    """Count what this rank sends and receives in one forward and backward pass over all micro-batches.
+
+    Return (sent, received) bytes by group, and for each call of an MoE block's experts the token-expert pairs that
+    this rank sent, received, and computed; then the number of micro-batches and the pipeline stage.
+    """
     from megatron.core import parallel_state
 
     from moonlight.plan.comm_counter import CommCounter
     from moonlight.train.forward_backward import forward_backward
 
-    models, optimizer = build(run)
-    batches = local_batches(run, 0)
+    model_chunks, optimizer = build(config)
+    batches = local_batches(config, 0)
     optimizer.data_parallel.zero_grad_buffer()
     pairs = []
-    me = parallel_state.get_expert_model_parallel_rank()
+    rank = parallel_state.get_expert_model_parallel_rank()
 
-    def see(dispatcher, *_):
+    def record(dispatcher, *_):
         if dispatcher.input_splits is None:
             return
         sent, received = ([int(n) for n in splits] for splits in (dispatcher.input_splits, dispatcher.output_splits))
-        pairs.append((sum(sent) - sent[me], sum(received) - received[me], sum(received)))
+        pairs.append((sum(sent) - sent[rank], sum(received) - received[rank], sum(received)))
 
-    for model in models:
+    for model in model_chunks:
         for layer in model.decoder.layers:
             if hasattr(layer.mlp, "token_dispatcher"):
                 dispatcher = layer.mlp.token_dispatcher
-                layer.mlp.experts.register_forward_pre_hook(lambda *_, d=dispatcher: see(d))
+                layer.mlp.experts.register_forward_pre_hook(lambda *_, d=dispatcher: record(d))
     with CommCounter() as counter:
-        forward_backward(models, run, batches)
+        forward_backward(model_chunks, config, batches)
     groups = {
         "slices": parallel_state.get_tensor_model_parallel_group(),
         "dispatch": parallel_state.get_expert_model_parallel_group(),
         "expert slices": parallel_state.get_expert_tensor_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
     }
-    found = {name: (counter.stats(group).sent, counter.stats(group).received) for name, group in groups.items()}
-    # Not the layers' own: peers add up the gradients of what all of them hold.
+    group_bytes = {name: (counter.stats(group).sent, counter.stats(group).received) for name, group in groups.items()}
+    # Tensor-parallel peers also sum the gradients of replicated parameters, which is not a layer's traffic.
     replicated = sum(
         gradient.numel() for p, _, gradient in optimizer.data_parallel.owned_shards() if p.tp_mode == "replicated"
     )
-    ranks = run.parallel.tensor_parallel_size
+    ranks = config.parallel.tensor_parallel_size
     if groups["expert slices"].group_name == groups["slices"].group_name:
-        found["expert slices"] = (0.0, 0.0)
-    if run.parallel.virtual_pipeline_parallel_size > 1:  # where Megatron takes the whole world for one direction
+        group_bytes["expert slices"] = (0.0, 0.0)
+    if config.parallel.virtual_pipeline_parallel_size > 1:  # Megatron uses the world group for one direction
         world = counter.stats(dist.group.WORLD)
-        found["pipeline"] = tuple(a + b for a, b in zip(found["pipeline"], (world.sent, world.received), strict=True))
-    found["slices"] = tuple(count - 2 * (ranks - 1) / ranks * 4 * replicated for count in found["slices"])
-    return found, pairs, len(batches), parallel_state.get_pipeline_model_parallel_rank()
+        group_bytes["pipeline"] = tuple(
+            a + b for a, b in zip(group_bytes["pipeline"], (world.sent, world.received), strict=True)
+        )
+    group_bytes["slices"] = tuple(count - 2 * (ranks - 1) / ranks * 4 * replicated for count in group_bytes["slices"])
+    return group_bytes, pairs, len(batches), parallel_state.get_pipeline_model_parallel_rank()
 
 
-def check(counted, flow):
-    sent, received = counted
+def check(counts, flow):
+    sent, received = counts
     print(sent, flow.sent, flow.sent / sent)
     assert flow.sent == pytest.approx(sent, rel=1e-3)
     assert flow.received == pytest.approx(received, rel=1e-3)
@@ -101,7 +105,7 @@ LAYOUT_NAMES = (
     "EP2xPP2",
 )
 EVERY_RECIPE = ("TP2", "EP2xTP2-ETP2-4", "PP2")
-"""Layouts that `make test-slow` tries with every recipe; the others with the two plain ones."""
+"""Layouts that `make test-slow` runs with every recipe; other layouts run only with float32 and bfloat16."""
 QUICK = {
     ("TP4", "bfloat16"),
     ("EP4", "float32"),
@@ -116,45 +120,47 @@ QUICK = {
 }
 
 
-def marks_of(layout, name):
+def get_marks(layout, name):
     if (layout, name) in QUICK:
         return []
     return pytest.mark.slow if name in ("float32", "bfloat16") or layout in EVERY_RECIPE else pytest.mark.full
 
 
-CASES = [pytest.param(layout, name, marks=marks_of(layout, name)) for layout in LAYOUT_NAMES for name in RECIPES]
+CASES = [pytest.param(layout, name, marks=get_marks(layout, name)) for layout in LAYOUT_NAMES for name in RECIPES]
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
-def test_what_real_processes_send(pool, layout, name):
-    world_size, parallel = LAYOUTS.get(layout) or MORE[layout]
-    run = run_of(name, parallel)
-    answers = pool.run(world_size, counted, run)
-    for rank, (found, pairs, num_batches, stage) in enumerate(answers):
-        planned = stage_comm_bytes(run, stage, num_batches)
-        # Experts are entered twice in a layer that is made again, and sent to one and a half times.
-        seen = 0.75 if name == "layer again" else 1
+def test_bytes_of_real_processes(pool, layout, name):
+    world_size, parallel = LAYOUTS.get(layout) or MORE_LAYOUTS[layout]
+    config = make_config(name, parallel)
+    answers = pool.run(world_size, count_bytes, config)
+    for rank, (group_bytes, pairs, num_batches, stage) in enumerate(answers):
+        planned = stage_comm_bytes(config, stage, num_batches)
+        # A recomputed layer calls its experts twice and sends 1.5 times the bytes.
+        scale = 0.75 if name == "layer again" else 1
         if parallel.expert_tensor_parallel_size > 1:
             size = parallel.expert_tensor_parallel_size
             peers = answers[rank // size * size :][:size]
-            came = seen * sum(p[2] for _, of_peer, _, _ in peers for p in of_peer) / size
-            found["slices"] = tuple(map(sum, zip(found["slices"], found["expert slices"], strict=True)))
-            check(found["slices"], planned["slices"] + expert_slices_comm_bytes(run, came))
+            num_pairs = scale * sum(p[2] for _, of_peer, _, _ in peers for p in of_peer) / size
+            group_bytes["slices"] = tuple(
+                map(sum, zip(group_bytes["slices"], group_bytes["expert slices"], strict=True))
+            )
+            check(group_bytes["slices"], planned["slices"] + expert_slices_comm_bytes(config, num_pairs))
         elif parallel.tensor_parallel_size > 1:
-            check(found["slices"], planned["slices"])
+            check(group_bytes["slices"], planned["slices"])
         if parallel.pipeline_parallel_size > 1:
-            check(found["pipeline"], planned["pipeline"])
+            check(group_bytes["pipeline"], planned["pipeline"])
         if parallel.expert_parallel_size > 1:
-            sent, received = seen * sum(p[0] for p in pairs), seen * sum(p[1] for p in pairs)
-            check(found["dispatch"], dispatch_comm_bytes(run, DispatchedPairs(sent, received)))
-            # What an untrained router chooses is near to uniform.
-            assert planned["dispatch"].sent == pytest.approx(found["dispatch"][0], rel=0.35)
+            sent, received = scale * sum(p[0] for p in pairs), scale * sum(p[1] for p in pairs)
+            check(group_bytes["dispatch"], dispatch_comm_bytes(config, sent + received))
+            # The choices of an untrained router are nearly uniform.
+            assert planned["dispatch"].sent == pytest.approx(group_bytes["dispatch"][0], rel=0.35)
 
 
 @pytest.mark.parametrize("layout", ["EP2", "EP4", "EP2xTP2-4"])
-def test_uniform_dispatch_is_exact_where_every_token_goes_to_every_expert(pool, layout):
-    world_size, parallel = LAYOUTS.get(layout) or MORE[layout]
-    run = run_of("float32", parallel)
-    run = replace(run, model=replace(run.model, num_experts_per_tok=run.model.num_experts))
-    for found, _, num_batches, stage in pool.run(world_size, counted, run):
-        check(found["dispatch"], stage_comm_bytes(run, stage, num_batches)["dispatch"])
+def test_uniform_dispatch_is_exact_if_every_token_goes_to_every_expert(pool, layout):
+    world_size, parallel = LAYOUTS.get(layout) or MORE_LAYOUTS[layout]
+    config = make_config("float32", parallel)
+    config = replace(config, model=replace(config.model, num_experts_per_tok=config.model.num_experts))
+    for group_bytes, _, num_batches, stage in pool.run(world_size, count_bytes, config):
+        check(group_bytes["dispatch"], stage_comm_bytes(config, stage, num_batches)["dispatch"])

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs from the recipe alone: Moonlight's own counts, transformers' counts, and the family ladder."""
+"""Parameters and FLOPs from a recipe equal Moonlight's published counts, transformers' counts and torch's."""
 
 import math
 from dataclasses import replace
@@ -52,24 +52,24 @@ def test_transformers_counts_the_same(model):
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     with torch.device("meta"):
-        theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model)))
-    biases = (model.num_hidden_layers - model.first_k_dense_replace) * model.num_experts  # buffers there
-    assert count_parameters(model).total == sum(p.numel() for p in theirs.parameters()) + biases
+        hf_model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model)))
+    biases = (model.num_hidden_layers - model.first_k_dense_replace) * model.num_experts  # buffers in transformers
+    assert count_parameters(model).total == sum(p.numel() for p in hf_model.parameters()) + biases
     if model == BIG.model:
         assert biases == 1_664
 
 
-def test_flops_are_those_that_torch_counts():
-    """Every expert is chosen, so that no token's route matters. Torch counts no causal mask and no norms."""
+def test_flops_equal_torchs_count():
+    """FLOPs equal torch's count with all experts chosen. Torch counts neither the causal mask nor norms."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     model_config = replace(recipe().model, num_experts_per_tok=8)
-    theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model_config), attn_implementation="eager"))
-    theirs.set_experts_implementation("eager")
+    hf_model = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model_config), attn_implementation="eager"))
+    hf_model.set_experts_implementation("eager")
     length = 32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        theirs(torch.zeros(1, length, dtype=torch.long))
+        hf_model(torch.zeros(1, length, dtype=torch.long))
     counts = count_parameters(model_config)
     vectors = sum(
         math.prod(r.shape) for r in hf_mapping.tensor_mappings(model_config) if r.hf_tensors[0].init_kind != "matrix"

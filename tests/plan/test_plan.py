@@ -1,4 +1,4 @@
-"""`moonlight plan`: which rule and which owner each parameter gets, and the recipe of Moonlight-16B-A3B."""
+"""`moonlight plan`: the rule and owner of each parameter, and the plan of Moonlight-16B-A3B."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def test_the_16b_recipe_has_moonlights_parameters():
     muon = {row.key: row.shape for row in rows if row.key in rules and rules[row.key].algorithm == "muon"}
     assert sum(len(rows_per_matrix(rules[key], shape)) for key, shape in muon.items()) == 5_207
     assert sum(map(math.prod, muon.values())) == 15_288_893_440
-    # The paper's remainder counts the router biases too, which neither algorithm updates.
+    # The paper's remainder includes the router biases, which neither algorithm updates.
     assert sum(math.prod(row.shape) for row in rows if row.key not in muon) == 671_216_768
     assert sum(math.prod(row.shape) for row in biases) == 26 * 64
 
@@ -54,7 +54,7 @@ def test_a_plan_of_16b_lists_everything_once(settings):
     plan = make_plan(config, 24 if settings else 8)
     rows = hf_mapping.tensor_mappings(config.model)
     trained = {row.key: row.shape for row in rows if row.hf_tensors[0].init_kind != "bias"}
-    # The model holds experts as [experts, in, out], the other way round than checkpoints.
+    # The model stores experts as [experts, in, out]; checkpoints store them transposed.
     trained |= {key: (shape[0], shape[2], shape[1]) for key, shape in trained.items() if ".mlp.experts." in key}
     assert sorted(line.key for line in plan.params) == sorted(trained)
     assert {line.key: line.shape for line in plan.params} == trained
@@ -75,7 +75,7 @@ def test_a_plan_of_16b_lists_everything_once(settings):
     assert "2,579,231,872, without the head 2,243,687,552" in text and "1.887e+10 FLOPs per token" in text
 
 
-def test_heads_apart():
+def test_per_head_matrices():
     plan = make_plan(load_recipe(BIG, ["optimizer.matrices=per_head"]), 8)
     attention = "decoder.layers.5.self_attention"
     lines = by_key(plan)
@@ -89,14 +89,14 @@ def test_adamw_alone():
     plan = make_plan(load_recipe(QUICKSTART, ["optimizer.name=adamw", "train.micro_batch_size=1"]), 4)
     assert plan.num_matrices == 0
     assert {line.algorithm for line in plan.params} == {"adamw"}
-    # Rows of 128 elements cannot be dealt out quite evenly.
-    for mine, zero in zip(plan.optimizer_costs, plan.adamw, strict=True):
-        assert mine.state == pytest.approx(zero.state, rel=0.03)
-        assert max(mine.sent, mine.received) == pytest.approx(zero.sent, rel=0.03)
+    # Rows of 128 elements do not divide exactly evenly.
+    for cost, zero in zip(plan.optimizer_costs, plan.adamw, strict=True):
+        assert cost.state == pytest.approx(zero.state, rel=0.03)
+        assert max(cost.sent, cost.received) == pytest.approx(zero.sent, rel=0.03)
 
 
 @pytest.mark.parametrize("rank", [0, 5, 11, 14, 23])
-def test_every_rank_gets_the_share_of_its_groups(rank):
+def test_every_rank_gets_the_costs_of_its_groups(rank):
     config = load_recipe(
         BIG,
         [
@@ -106,17 +106,17 @@ def test_every_rank_gets_the_share_of_its_groups(rank):
             "parallel.expert_tensor_parallel_size=2",
         ],
     )
-    # Each rank's place stands in its masters, among tensor-parallel peers in its momenta.
+    # Test costs: masters hold the data-parallel rank, momenta the tensor-parallel rank.
     dense, expert = (
         GroupCosts([[GroupRankCost(OptimizerCost(masters=d, momenta=t)) for t in range(2)] for d in range(size)], {})
         for size in (4, 1)
     )
     with fake_rank(config, 24, rank):
-        place = stage_ranks(config, 24, dense, expert)[rank % 8]
-        assert place.dense.optimizer_cost.masters == parallel_state.get_data_parallel_rank()
-        assert place.expert.optimizer_cost.masters == parallel_state.get_expert_data_parallel_rank()
-        assert place.dense.optimizer_cost.momenta == parallel_state.get_tensor_model_parallel_rank()
-        assert place.expert.optimizer_cost.momenta == parallel_state.get_expert_tensor_parallel_rank()
+        costs = stage_ranks(config, 24, dense, expert)[rank % 8]
+        assert costs.dense.optimizer_cost.masters == parallel_state.get_data_parallel_rank()
+        assert costs.expert.optimizer_cost.masters == parallel_state.get_expert_data_parallel_rank()
+        assert costs.dense.optimizer_cost.momenta == parallel_state.get_tensor_model_parallel_rank()
+        assert costs.expert.optimizer_cost.momenta == parallel_state.get_expert_tensor_parallel_rank()
 
 
 def test_ranges():
@@ -146,9 +146,9 @@ def run_plan(*arguments):
 
 
 def test_the_command_prints_a_line_for_each_parameter():
-    done = run_plan(QUICKSTART, "--parameters", "--gpus", "4", "train.micro_batch_size=1")
-    assert done.returncode == 0 and not done.stderr
-    lines = done.stdout.splitlines()
+    process = run_plan(QUICKSTART, "--parameters", "--gpus", "4", "train.micro_batch_size=1")
+    assert process.returncode == 0 and not process.stderr
+    lines = process.stdout.splitlines()
     heads = [line.split() for line in lines]
     assert heads[0] == ["parameter", "shape", "rule", "decay", "matrices", "owner"]
     keys = {
@@ -166,10 +166,10 @@ def test_the_command_prints_a_line_for_each_parameter():
 
 
 def test_without_parameters_only_the_tables():
-    done = run_plan(QUICKSTART)
-    assert done.returncode == 0 and "decoder.layers" not in done.stdout
+    process = run_plan(QUICKSTART)
+    assert process.returncode == 0 and "decoder.layers" not in process.stdout
     for heading in ("memory of a rank", "network bytes", "seconds of a step"):
-        assert heading in done.stdout
+        assert heading in process.stdout
 
 
 def test_the_command_imports_no_torch():
@@ -178,13 +178,15 @@ def test_the_command_imports_no_torch():
         "sys.argv = ['moonlight', 'plan', sys.argv[1], '--gpus', '512']\n"
         "try: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(BIG)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == "False\n"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(BIG)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0 and process.stderr == "False\n"
 
 
-def test_json_is_what_the_tables_say():
-    done = run_plan(BIG, "--gpus", "64", "--json")
-    content = json.loads(done.stdout)
+def test_json_has_the_values_of_the_plan():
+    process = run_plan(BIG, "--gpus", "64", "--json")
+    content = json.loads(process.stdout)
     plan = make_plan(load_recipe(BIG), 64)
     assert content["parameters"]["total"] == 15_960_110_208
     assert content["memory"]["fullest"]["peak_bytes"] == plan.memories[plan.peak_rank].peak
@@ -215,23 +217,23 @@ def test_every_recipe_can_be_planned(recipe, settings, gpus):
     )
 
 
-def test_a_layout_that_does_not_fit_is_planned_and_says_so():
-    done = run_plan(BIG, "--gpus", "8", "--gpu", "a100", "train.micro_batch_size=2")
-    assert done.returncode == 0
-    assert "DOES NOT FIT: the most loaded rank needs " in done.stdout
-    assert "more than the 84.93 GB of a GPU" in done.stdout
-    done = run_plan(BIG, "--gpus", "8", "--gpu-memory", "2000")
-    assert "\nfits: the most loaded rank needs " in done.stdout and " of 2,000.00 GB" in done.stdout
+def test_a_plan_states_if_it_does_not_fit():
+    process = run_plan(BIG, "--gpus", "8", "--gpu", "a100", "train.micro_batch_size=2")
+    assert process.returncode == 0
+    assert "DOES NOT FIT: the most loaded rank needs " in process.stdout
+    assert "more than the 84.93 GB of a GPU" in process.stdout
+    process = run_plan(BIG, "--gpus", "8", "--gpu-memory", "2000")
+    assert "\nfits: the most loaded rank needs " in process.stdout and " of 2,000.00 GB" in process.stdout
 
 
-def test_what_is_made_again_takes_time():
-    """Of a token and layer: a forward pass, a third of both, or the up-projections of latent attention alone."""
+def test_recomputation_adds_flops_and_time():
+    """Recomputing a layer adds its forward pass, a third of its FLOPs; mla_up_proj adds only the up-projections."""
     plain, latents, layers = (
         make_plan(load_recipe(BIG, [f"train.recompute_modules=[{names}]"]), 64)
         for names in ("layernorm,mlp_act", "mla_up_proj", "layer")
     )
     tokens = plain.tokens_per_step / plain.world_size
-    head = 6 * 2048 * 163840 + 6 * 2048  # and its norm, as FLOPs are counted
+    head = 6 * 2048 * 163840 + 6 * 2048  # head and final norm
     (stage,) = plain.stages
     assert stage.recomputed_flops == 0
     assert latents.stages[0].recomputed_flops == tokens * 27 * 2 * 16 * (192 * 2048 + 256 * 512)
@@ -241,21 +243,21 @@ def test_what_is_made_again_takes_time():
     assert layers.seconds.dispatch == pytest.approx(1.5 * plain.seconds.dispatch)
 
 
-def test_time_is_what_it_says():
+def test_step_time_follows_from_efficiency_and_bubble():
     config = load_recipe(BIG, ["parallel.pipeline_parallel_size=4", "parallel.expert_parallel_size=2"])
-    half, whole = (make_plan(config, 64, hardware_model(efficiency=efficiency)) for efficiency in (0.25, 0.5))
-    assert half.seconds.arithmetic == pytest.approx(2 * whole.seconds.arithmetic)
-    slowest = max(stage.flops for stage in whole.stages)
-    assert whole.seconds.arithmetic == pytest.approx(slowest / (0.5 * 989e12))
-    # 16 data-parallel ranks take 256 micro-batches each of 4,096 sequences.
+    half, full = (make_plan(config, 64, hardware_model(efficiency=efficiency)) for efficiency in (0.25, 0.5))
+    assert half.seconds.arithmetic == pytest.approx(2 * full.seconds.arithmetic)
+    slowest = max(stage.flops for stage in full.stages)
+    assert full.seconds.arithmetic == pytest.approx(slowest / (0.5 * 989e12))
+    # Each of 16 data-parallel ranks has 256 micro-batches of a batch of 4,096 sequences.
     assert bubble_fraction(config, 256) == 3 / (256 + 3)
-    busy = whole.seconds.arithmetic + whole.seconds.dispatch + whole.seconds.slices
-    assert whole.seconds.bubble / (busy + whole.seconds.bubble) == pytest.approx(3 / 259)
-    counts = whole.timeline.steps_by_batch_size()
-    assert counts == {2048: 11_921, 4096: 163_913} and whole.global_batch_size == 4096
+    busy = full.seconds.arithmetic + full.seconds.dispatch + full.seconds.slices
+    assert full.seconds.bubble / (busy + full.seconds.bubble) == pytest.approx(3 / 259)
+    counts = full.timeline.steps_by_batch_size()
+    assert counts == {2048: 11_921, 4096: 163_913} and full.global_batch_size == 4096
 
 
-def test_what_cannot_be_planned(refuses):
+def test_invalid_options_are_refused(refuses):
     refuses(["plan", QUICKSTART, "--rank", "1"], "--rank is 1", "--dry-run")
     refuses(["plan", QUICKSTART, "--dry-run", "--rank", "2"], "--rank is 2", "0 to 1")
     refuses(["plan", QUICKSTART, "--dry-run", "--rank", "-1"], "--rank is -1", "0 to 1")

@@ -1,4 +1,4 @@
-"""The parameters that a plan cuts from the recipe against those of the model that is built."""
+"""Parameters that a plan derives from the recipe equal those of the real model."""
 
 import itertools
 from dataclasses import replace
@@ -49,22 +49,28 @@ MODELS = {
         ("EP8-PP2", "plain"),
     ),
 )
-def test_parameters_are_the_models(layout, name):
+def test_planned_parameters_equal_the_models(layout, name):
     world_size, parallel = LAYOUTS[layout]
-    model, optimizer = MODELS[name]
-    run = recipe(parallel)
-    run = replace(run, model=replace(run.model, **model), optimizer=replace(run.optimizer, **optimizer))
+    model_changes, optimizer_changes = MODELS[name]
+    config = recipe(parallel)
+    config = replace(
+        config, model=replace(config.model, **model_changes), optimizer=replace(config.optimizer, **optimizer_changes)
+    )
     stages = parallel.pipeline_parallel_size
-    seen = set()
+    keys = set()
     for stage in range(stages):
-        with fake_rank(run, world_size, stage * world_size // stages) as models:
-            real = collect_params(collect_sharded_tensors(models), param_group_rules(run.optimizer, run.model))
-            planned = stage_parameters(run, stage)
+        with fake_rank(config, world_size, stage * world_size // stages) as model_chunks:
+            real = collect_params(
+                collect_sharded_tensors(model_chunks), param_group_rules(config.optimizer, config.model)
+            )
+            planned = stage_parameters(config, stage)
             assert [p.key for p in planned] == [p.key for p in real]
-            for mine, parameter in zip(planned, real, strict=True):
-                assert mine.spec == parameter.spec, mine.key
-                assert mine.global_shape == tuple(local_shards(parameter.sharded_param)[0].global_shape)
+            for plan_param, param in zip(planned, real, strict=True):
+                assert plan_param.spec == param.spec, plan_param.key
+                assert plan_param.global_shape == tuple(local_shards(param.sharded_param)[0].global_shape)
                 for attribute in ("rule", "tp_mode", "tp_dim", "is_expert", "is_embedding_replica"):
-                    assert getattr(mine, attribute) == getattr(parameter, attribute), (mine.key, attribute)
-            seen |= {p.key for p in planned}
-    assert seen == {row.key for row in hf_mapping.tensor_mappings(run.model) if row.hf_tensors[0].init_kind != "bias"}
+                    assert getattr(plan_param, attribute) == getattr(param, attribute), (plan_param.key, attribute)
+            keys |= {p.key for p in planned}
+    assert keys == {
+        row.key for row in hf_mapping.tensor_mappings(config.model) if row.hf_tensors[0].init_kind != "bias"
+    }

@@ -1,4 +1,4 @@
-"""Plans against dry runs of the real model and optimizer, and against what real processes hold."""
+"""Plans agree with dry runs of the real model and optimizer, and with the memory of real processes."""
 
 import itertools
 import json
@@ -36,28 +36,29 @@ WORLDS = {
 """Name -> (processes, pipeline-parallel size, expert-parallel size)."""
 
 
-def agree(run, world_size, rank):
-    plan = make_plan(run, world_size)
-    rows = compare_with_dry_run(plan, rank, count_rank(run, world_size, rank))
+def check_plan(config, world_size, rank):
+    """Check the plan of one rank against a dry run."""
+    plan = make_plan(config, world_size)
+    rows = compare_with_dry_run(plan, rank, count_rank(config, world_size, rank))
     for row in rows:
         print(f"{world_size} rank {rank}: {row.name}: {row.planned:,.0f} {row.counted:,.0f} {row.difference:.3%}")
     by_name = {row.name: row for row in rows}
-    # Far less than the command accepts: these are counts, not estimates.
+    # Tighter than the command's tolerance: these are exact counts.
     exact = [row for row in rows if row.tolerance is not None]
     assert not [row for row in exact if row.difference > 1e-9]
     assert by_name["exchange buffers"].difference < 1e-9
-    # An upper bound, but for what small tensors need in between.
+    # An upper bound, except for temporary small tensors.
     update = by_name["workspace of the update"]
     assert 0.93 * update.counted <= update.planned <= 1.6 * update.counted
 
 
 @pytest.mark.parametrize("world", quick(WORLDS, "8, EP2 PP4", "64, EP8"))
-def test_the_16b_plan_is_what_a_dry_run_counts(world):
-    """First rank, last, and one between."""
+def test_the_16b_plan_equals_a_dry_run(world):
+    """The plan equals the dry run on the first rank, the last, and one in between."""
     world_size, stages, experts = WORLDS[world]
     config = load_recipe(BIG, [f"parallel.pipeline_parallel_size={stages}", f"parallel.expert_parallel_size={experts}"])
     for rank in (0, world_size // 2 - 3, world_size - 1):
-        agree(config, world_size, rank)
+        check_plan(config, world_size, rank)
 
 
 @pytest.mark.parametrize(
@@ -75,18 +76,18 @@ def test_the_16b_plan_is_what_a_dry_run_counts(world):
 def test_other_layouts_and_optimizers(overrides):
     config = load_recipe(BIG, ["parallel.expert_parallel_size=2", *overrides])
     for rank in (0, 13, 31):
-        agree(config, 32, rank)
+        check_plan(config, 32, rank)
 
 
-def held(run):
-    """Bytes of this rank of a real world: weights, gradient sums, optimizer state."""
-    models, optimizer = build(run)
-    weights = [parameter for model in models for parameter in model.parameters()]
+def memory_bytes(config):
+    """Return this rank's bytes of weights, gradient sums, optimizer state and buffers in a real run."""
+    model_chunks, optimizer = build(config)
+    weights = [parameter for model in model_chunks for parameter in model.parameters()]
     return (
         sum(weight.numel() * weight.element_size() for weight in weights),
         sum(weight.main_grad.numel() * weight.main_grad.element_size() for weight in weights),
         optimizer.state_bytes(),
-        sum(buffer.numel() * buffer.element_size() for model in models for buffer in model.buffers()),
+        sum(buffer.numel() * buffer.element_size() for model in model_chunks for buffer in model.buffers()),
     )
 
 
@@ -103,41 +104,41 @@ def held(run):
         ("EP2xTP2-ETP2-4", "bfloat16"),
     ),
 )
-def test_real_processes_hold_what_is_planned(pool, layout, dtype):
+def test_memory_of_real_processes_equals_the_plan(pool, layout, dtype):
     world_size, parallel = LAYOUTS[layout]
-    run = recipe(parallel, dtype=dtype, micro_batch_size=1)
-    plan = make_plan(run, world_size)
-    for rank, real in enumerate(pool.run(world_size, held, run)):
+    config = recipe(parallel, dtype=dtype, micro_batch_size=1)
+    plan = make_plan(config, world_size)
+    for rank, real in enumerate(pool.run(world_size, memory_bytes, config)):
         memory = plan.memories[rank]
         assert (memory.weights, memory.gradient_sums, memory.masters + memory.momenta, memory.buffers) == real
 
 
-def test_a_tensor_elsewhere_is_an_error():
+def test_a_tensor_outside_meta_is_an_error():
     with MetaMemory(), pytest.raises(AssertionError, match="a tensor of a dry run is on cpu"):
         torch.zeros(2)
 
 
-def test_live_bytes_are_those_of_storages():
+def test_live_bytes_count_each_storage_once():
     with torch.device("meta"), MetaMemory() as memory:
-        kept = torch.zeros(10)
+        tensor = torch.zeros(10)
         with memory.measure_peak() as peak:
-            view = kept[2:]
+            view = tensor[2:]
             for _ in range(3):
                 torch.ones(5) + 1
             del view
         assert memory.live == 40
-        assert peak == [40]  # what is added to, and the sum
+        assert peak == [40]  # the operand and the sum
 
 
-def test_models_are_on_meta_and_the_device_comes_back():
+def test_models_are_on_meta_and_the_device_is_restored():
     before = torch.cuda.current_device()
-    with fake_rank(recipe(), 1, 0) as models:
+    with fake_rank(recipe(), 1, 0) as model_chunks:
         assert torch.cuda.current_device() == META
-        assert {parameter.device for model in models for parameter in model.parameters()} == {META}
+        assert {parameter.device for model in model_chunks for parameter in model.parameters()} == {META}
     assert torch.cuda.current_device() == before
 
 
-def test_differences_are_found():
+def test_differences_are_detected():
     assert not PlanCheck("parameters", 1000, 1001, 0.0).agrees
     assert PlanCheck("optimizer state", 1000, 1009, 0.01).agrees
     assert not PlanCheck("optimizer state", 1000, 1011, 0.01).agrees
@@ -158,22 +159,22 @@ def plan_command(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_command_compares():
-    done = plan_command(QUICKSTART, "--dry-run", "--rank", "1")
-    assert done.returncode == 0 and not done.stderr
-    assert "dry run of rank 1" in done.stdout and "the plan agrees with the dry run" in done.stdout
+def test_the_command_compares_plan_and_dry_run():
+    process = plan_command(QUICKSTART, "--dry-run", "--rank", "1")
+    assert process.returncode == 0 and not process.stderr
+    assert "dry run of rank 1" in process.stdout and "the plan agrees with the dry run" in process.stdout
     content = json.loads(plan_command(QUICKSTART, "--dry-run", "--json").stdout)
     assert content["dry_run"]["agrees"] and content["dry_run"]["rank"] == 0
-    figures = content["dry_run"]["figures"]
-    assert figures["optimizer_state"]["planned"] == figures["optimizer_state"]["counted"] > 0
+    rows = content["dry_run"]["figures"]
+    assert rows["optimizer_state"]["planned"] == rows["optimizer_state"]["counted"] > 0
 
 
 @pytest.mark.slow
 def test_2048_processes_take_seconds_and_little_memory():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = plan_command(BIG, "--gpus", "2048", "--dry-run", "--rank", "2047")
+    process = plan_command(BIG, "--gpus", "2048", "--dry-run", "--rank", "2047")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{seconds:.1f} s of CPU, at most {after.ru_maxrss / 1e6:.2f} GB")
     assert seconds < 60 and after.ru_maxrss < 4 * 2**20  # kB

@@ -1,4 +1,4 @@
-"""`moonlight plan --suggest`: layouts that fit, fastest first, and one line where there are none."""
+"""`moonlight plan --suggest`: layouts that fit, fastest first, and a one-line error if none fits."""
 
 import json
 import subprocess
@@ -30,28 +30,28 @@ def big(*settings):
 @pytest.mark.parametrize(("gpus", "gpu"), quick([(64, "h100"), (2048, "h100"), (16, "h200")], (64, "h100")))
 def test_suggestions_fit_and_are_the_fastest(gpus, gpu):
     started = time.process_time()
-    found = suggest(big(), gpus, hardware_model(gpu))
+    suggestion = suggest(big(), gpus, hardware_model(gpu))
     assert time.process_time() - started < 40
-    times = [plan.seconds.total for plan in found.best]
+    times = [plan.seconds.total for plan in suggestion.best]
     assert len(times) == 10 and times == sorted(times)
-    room = found.machine.memory_bytes * (1 - RESERVE)
-    for plan in found.best:
-        assert plan.memories[plan.peak_rank].peak <= room
-        # What it says to write gives the same plan.
-        again = make_plan(big(*overrides(plan.config)), gpus, found.machine)
+    free_bytes = suggestion.machine.memory_bytes * (1 - RESERVE)
+    for plan in suggestion.best:
+        assert plan.memories[plan.peak_rank].peak <= free_bytes
+        # The suggested overrides give the same plan.
+        again = make_plan(big(*overrides(plan.config)), gpus, suggestion.machine)
         assert again.seconds == plan.seconds and again.config == plan.config
-    assert sum(count for count, _ in found.reasons) + found.num_fitting == found.num_layouts
-    assert any("memory is short" in reason for _, reason in found.reasons)
+    assert sum(count for count, _ in suggestion.reasons) + suggestion.num_fitting == suggestion.num_layouts
+    assert any("memory is short" in reason for _, reason in suggestion.reasons)
 
 
 @pytest.mark.parametrize("settings", [(), ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=4")])
 @pytest.mark.parametrize("gpus", [64, 512])
-def test_a_sketch_is_near_the_plan(gpus, settings):
+def test_an_estimate_is_near_the_plan(gpus, settings):
     config = big(*settings)
-    plan, sketch = make_plan(config, gpus), estimate_plan(config, gpus, HardwareModel())
-    assert sketch.memories[sketch.peak_rank].peak == pytest.approx(plan.memories[plan.peak_rank].peak, rel=0.04)
-    assert sketch.seconds.total == pytest.approx(plan.seconds.total, rel=0.01)
-    assert sketch.memories[0].state == pytest.approx(plan.memories[0].state, rel=0.01)
+    plan, estimate = make_plan(config, gpus), estimate_plan(config, gpus, HardwareModel())
+    assert estimate.memories[estimate.peak_rank].peak == pytest.approx(plan.memories[plan.peak_rank].peak, rel=0.04)
+    assert estimate.seconds.total == pytest.approx(plan.seconds.total, rel=0.01)
+    assert estimate.memories[0].state == pytest.approx(plan.memories[0].state, rel=0.01)
 
 
 def test_nothing_fits():
@@ -63,23 +63,23 @@ def test_nothing_fits():
 
 
 def test_no_layout_divides():
-    run = recipe()
-    run = replace(run, train=replace(run.train, global_batch_size=8))
+    config = recipe()
+    config = replace(config, train=replace(config.train, global_batch_size=8))
     with pytest.raises(UserError, match=r"no layout divides 13 GPUs .* nearby counts that work are 8, 10, 16, 20"):
-        suggest(run, 13, HardwareModel())
+        suggest(config, 13, HardwareModel())
 
 
 def test_the_command(refuses):
     command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "512", "--suggest"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and not done.stderr
-    assert "excluded layouts, by reason:" in done.stdout
-    assert "settings of the first layout: those of the recipe" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0 and not process.stderr
+    assert "excluded layouts, by reason:" in process.stdout
+    assert "settings of the first layout: those of the recipe" in process.stdout
+    assert max(map(len, process.stdout.splitlines())) <= 100
     changed = [*command, "parallel.tensor_parallel_size=4"]
-    done = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert "\nsettings of the first layout: parallel.tensor_parallel_size=1\n" in done.stdout
-    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert len(json.loads(done.stdout)["best"]) == 10
+    process = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "\nsettings of the first layout: parallel.tensor_parallel_size=1\n" in process.stdout
+    process = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert len(json.loads(process.stdout)["best"]) == 10
     refuses(["plan", BIG, "--gpus", "8", "--gpu-memory", "20", "--suggest"], "fits on no layout of 8 h100 GPUs")
     refuses(["plan", BIG, "--gpus", "2039", "--suggest"], "no layout divides 2039 GPUs", "nearby counts that work")

@@ -1,4 +1,4 @@
-"""The health check: real processes of which one has other code, clock or disk; hosts that are slow or cut off."""
+"""Health check: one of several processes has other code, clock or disk; hosts that are slow or disconnected."""
 
 import argparse
 import os
@@ -31,10 +31,10 @@ def free_port():
 
 
 def environment(rank, world_size, head, port, tree=ROOT):
-    """Of one process of a world, without a launcher."""
+    """Return the environment of one process of a job without a launcher."""
     return os.environ | {
         "RANK": str(rank),
-        "LOCAL_RANK": "0",  # as if each were on a host of its own
+        "LOCAL_RANK": "0",  # as if each process were on its own host
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": head,
         "MASTER_PORT": str(port),
@@ -44,12 +44,12 @@ def environment(rank, world_size, head, port, tree=ROOT):
 
 
 def check(tiny_run, runs, *options):
-    """The command of the health check for the tiny run."""
+    """Return the command of the health check for the tiny run."""
     return [sys.executable, "-m", "pretrain.health", tiny_run.recipe, f"runs_folder={runs}", *QUICK, *options]
 
 
-def test_what_is_odd_is_told_with_its_host_and_the_run_does_not_start(tiny_run, tmp_path):
-    """One of two processes runs other code under a clock that is 5 s ahead."""
+def test_problems_are_reported_with_their_host_and_the_run_does_not_start(tiny_run, tmp_path):
+    """The check reports that one of two processes runs other code with its clock 5 s ahead."""
     other = tmp_path / "other"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,13 +72,15 @@ def test_what_is_odd_is_told_with_its_host_and_the_run_does_not_start(tiny_run, 
     outcomes = [(*process.communicate(timeout=PATIENCE_S), process.returncode) for process in processes]
     assert [code for *_, code in outcomes] == [1, 1], outcomes
     assert outcomes[1][0] == ""
-    said, host = outcomes[0][0], socket.gethostname()
-    wrong = sorted(line.removeprefix(f"wrong: {host}: ") for line in said.splitlines() if line.startswith("wrong: "))
-    assert len(wrong) == 4, said
-    assert re.fullmatch(r"code is \w{12}, but \w{12} on most hosts", wrong[0])
-    assert wrong[1].startswith("data /nowhere")
-    assert wrong[2] == "it has 0 GPUs, not 8"
-    offset = re.fullmatch(rf"its clock is \+(\d\.\d+) s relative to that of {host}", wrong[3])
+    output, host = outcomes[0][0], socket.gethostname()
+    problems = sorted(
+        line.removeprefix(f"wrong: {host}: ") for line in output.splitlines() if line.startswith("wrong: ")
+    )
+    assert len(problems) == 4, output
+    assert re.fullmatch(r"code is \w{12}, but \w{12} on most hosts", problems[0])
+    assert problems[1].startswith("data /nowhere")
+    assert problems[2] == "it has 0 GPUs, not 8"
+    offset = re.fullmatch(rf"its clock is \+(\d\.\d+) s relative to that of {host}", problems[3])
     assert float(offset[1]) == pytest.approx(5, abs=1)
     assert not list((tmp_path / "runs").iterdir())
 
@@ -96,7 +98,6 @@ def test_arguments(tmp_path):
 
 LIMITS = {
     "slow_below": 0.5,
-    "gpus_per_node": None,
     "max_clock_seconds": 1.0,
     "max_latency_ms": 50.0,
     "min_network_gb_per_second": 0.0,
@@ -127,42 +128,42 @@ LIMITS = {
         ({"problems": ["data is missing"]}, {}, "data is missing"),
     ],
 )
-def test_the_odd_host_is_named(values, limits, problem):
-    """Two processes on each of four hosts; the second of host-2 is odd."""
-    usual = {"gpus": 8, "free_memory": 1e12, "free_gpu_memory": 8e10, "free_disk": 1e13, "disk_speed": 1e9}
-    usual |= {"network_speed": 1e10, "latency": 1e-4, "versions": {"torch": "2.13.0"}}
-    everyone = [
-        Health(rank=rank, host=f"host-{rank // 2}", local_rank=rank % 2, **(usual | (values if rank == 5 else {})))
+def test_the_faulty_host_is_named(values, limits, problem):
+    """With two processes on each of four hosts, the check names the host of the one that differs."""
+    normal = {"gpus": 8, "free_memory": 1e12, "free_gpu_memory": 8e10, "free_disk": 1e13, "disk_speed": 1e9}
+    normal |= {"network_speed": 1e10, "latency": 1e-4, "versions": {"torch": "2.13.0"}}
+    reports = [
+        Health(rank=rank, host=f"host-{rank // 2}", local_rank=rank % 2, **(normal | (values if rank == 5 else {})))
         for rank in range(8)
     ]
-    found = find_problems(everyone, argparse.Namespace(**(LIMITS | limits)))
-    assert len(found) == (problem is not None)
-    assert problem is None or found[0].startswith(f"host-2: {problem}")
+    problems = find_problems(reports, argparse.Namespace(**(LIMITS | limits)))
+    assert len(problems) == (problem is not None)
+    assert problem is None or problems[0].startswith(f"host-2: {problem}")
 
 
-def see_folder(folder, shared):
-    """What `check_shared` says on this rank, whose folder is one of its own unless it is shared."""
+def check_shared_error(folder, shared):
+    """Return the error of `check_shared` on this rank, or "". Each rank has its own folder unless `shared`."""
     import torch.distributed as dist
 
     from moonlight.train.shared_folder import check_shared
 
-    own = folder / ("all" if shared else str(dist.get_rank()))
-    own.mkdir(exist_ok=True)
+    path = folder / ("all" if shared else str(dist.get_rank()))
+    path.mkdir(exist_ok=True)
     try:
-        check_shared(own, seconds=0.5)
+        check_shared(path, seconds=0.5)
     except UserError as error:
         return str(error)
     return ""
 
 
 def test_a_run_folder_that_hosts_do_not_share_is_refused(pool, tmp_path):
-    assert pool.run(2, see_folder, tmp_path, True) == ["", ""]
-    for said in pool.run(2, see_folder, tmp_path, False):
-        assert "is not the same on all hosts" in said and "set runs_folder to a folder on a file system" in said
+    assert pool.run(2, check_shared_error, tmp_path, True) == ["", ""]
+    for error in pool.run(2, check_shared_error, tmp_path, False):
+        assert "is not the same on all hosts" in error and "set runs_folder to a folder on a file system" in error
     assert not list(tmp_path.glob("*/.shared-*"))
 
 
-# Hosts of their own
+# Hosts as network namespaces
 
 
 @pytest.fixture
@@ -173,11 +174,11 @@ def hosts():
 
 
 def check_on(hosts, command, folder, port):
-    """The exit codes and the output of the check on every host."""
+    """Return the exit codes and the outputs of the check on all hosts."""
     processes = []
     for rank, name in enumerate(hosts.names):
-        own = environment(rank, len(hosts.names), "host-a", port) | {"GLOO_SOCKET_IFNAME": "eth0"}
-        processes.append(hosts.start(name, command, folder / f"{name}.log", env=own, cwd=ROOT))
+        variables = environment(rank, len(hosts.names), "host-a", port) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        processes.append(hosts.start(name, command, folder / f"{name}.log", env=variables, cwd=ROOT))
     codes = [process.wait(timeout=PATIENCE_S) for process in processes]
     return codes, [(folder / f"{name}.log").read_text() for name in hosts.names]
 
@@ -188,14 +189,14 @@ def test_a_slow_host_is_named(hosts, tiny_run, tmp_path):
     command = check(
         tiny_run, tmp_path / "runs", "--slow-below", "0.3", "--megabytes", "16", "train.global_batch_size=6"
     )
-    codes, said = check_on(hosts, command, tmp_path, 29530)
-    assert codes == [1, 1, 1], said
-    wrong = [line for line in said[0].splitlines() if line.startswith("wrong: ")]
-    assert len(wrong) == 1 and wrong[0].startswith("wrong: host-c: slow, 0.0"), said[0]
+    codes, outputs = check_on(hosts, command, tmp_path, 29530)
+    assert codes == [1, 1, 1], outputs
+    problems = [line for line in outputs[0].splitlines() if line.startswith("wrong: ")]
+    assert len(problems) == 1 and problems[0].startswith("wrong: host-c: slow, 0.0"), outputs[0]
 
 
 @pytest.mark.faults
-def test_a_full_disk_is_told(tiny_run, tmp_path):
+def test_a_full_disk_is_reported(tiny_run, tmp_path):
     (tmp_path / "runs").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(tmp_path / "runs")]
     subprocess.run(mount, check=True)
@@ -219,27 +220,27 @@ def test_a_full_disk_is_told(tiny_run, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_host_that_is_cut_off_ends_the_check_on_all(hosts, tiny_run, tmp_path):
-    """The exchanges take minutes over a slow link, which is cut while they do."""
+def test_a_disconnected_host_ends_the_check_on_all_hosts(hosts, tiny_run, tmp_path):
+    """All hosts exit if one loses its link during the exchanges, which take minutes over a slow link."""
     hosts.limit("host-c", megabits=1)
     command = check(tiny_run, tmp_path / "runs", "--timeout-seconds", "20")
 
-    def cut():
+    def disconnect():
         deadline = time.monotonic() + PATIENCE_S
         file = f"/sys/class/net/{hosts.names[2]}/statistics/rx_bytes"
         read = ["ip", "netns", "exec", hosts.switch, "cat", file]
-        # The process groups are there and the slow exchange has begun once a tenth of it went by.
+        # After a tenth of the exchange's bytes, the process groups exist and the slow exchange is in flight.
         while int(subprocess.run(read, capture_output=True, text=True).stdout) < 150_000:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         hosts.cut("host-c")
 
-    thread = threading.Thread(target=cut)
+    thread = threading.Thread(target=disconnect)
     thread.start()
-    codes, said = check_on(hosts, command, tmp_path, 29540)
+    codes, outputs = check_on(hosts, command, tmp_path, 29540)
     thread.join()
-    assert codes == [2, 2, 2], said
-    for name, text in zip(hosts.names, said, strict=True):
+    assert codes == [2, 2, 2], outputs
+    for name, text in zip(hosts.names, outputs, strict=True):
         lines = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and f"{name}: rank" in lines[0], text
         assert "lost its connection to the others" in lines[0], text

@@ -1,4 +1,4 @@
-"""Training over two hosts with a network of their own: processes killed, a host killed, the link between them cut."""
+"""Training on two hosts in their own network: killed processes, a killed host, a cut link."""
 
 import os
 import re
@@ -32,17 +32,17 @@ def hosts():
 
 
 class Job:
-    """torchrun.sh with one recipe on both hosts."""
+    """One recipe started by torchrun.sh on both hosts."""
 
-    def __init__(self, hosts, folder, run, port, **settings):
-        self.hosts, self.folder, self.run = hosts, folder, run
-        self.recipe = folder / f"{run.name}.yaml"
-        self.recipe.write_text(to_yaml(run))
+    def __init__(self, hosts, folder, config, port, **settings):
+        self.hosts, self.folder, self.config = hosts, folder, config
+        self.recipe = folder / f"{config.name}.yaml"
+        self.recipe.write_text(to_yaml(config))
         self.environment = os.environ | {
             "NODES": "2",
             "PROCESSES_PER_NODE": "1",
             "HEAD": f"host-a:{port}",
-            "RUN_ID": run.name,
+            "RUN_ID": config.name,
             "INTERFACE": "eth0",
             "JOIN_SECONDS": str(JOIN_SECONDS * 4),
             "SHUTDOWN_SECONDS": "20",
@@ -60,19 +60,20 @@ class Job:
             self.agents[name] = self.hosts.start(name, command, self.log(name), env=self.environment, cwd=ROOT)
 
     def log(self, name):
-        return self.folder / f"{self.run.name}-{name}.log"
+        return self.folder / f"{self.config.name}-{name}.log"
 
-    def said(self):
+    def logs(self):
+        """Return the logs of both hosts."""
         return "\n".join(f"--- {name}\n{self.log(name).read_text()}" for name in NAMES)
 
     def wait_for_step(self, step):
         deadline = time.monotonic() + PATIENCE_S
-        while len(read_metrics(Path(self.run.runs_folder) / self.run.name)) < step:
-            assert time.monotonic() < deadline and all(a.poll() is None for a in self.agents.values()), self.said()
+        while len(read_metrics(Path(self.config.runs_folder) / self.config.name)) < step:
+            assert time.monotonic() < deadline and all(a.poll() is None for a in self.agents.values()), self.logs()
             time.sleep(0.02)
 
     def wait(self):
-        """The exit codes of both agents."""
+        """Wait for both agents and return their exit codes."""
         return [self.agents[name].wait(timeout=PATIENCE_S) for name in NAMES]
 
 
@@ -82,19 +83,19 @@ def make_job(hosts, data_folder, tokenizer_folder, tmp_path_factory):
 
     def make(name, port, **settings):
         steps = {"train_steps": 60, "save_every_steps": 10, "validate_every_steps": 30}
-        run = make_run(folder / "runs", data_folder, tokenizer_folder, "EP2", **steps)
-        train_config = replace(run.train, threads_per_process=1, hang_timeout_seconds=HANG_SECONDS)
-        return Job(hosts, folder, replace(run, name=name, train=train_config), port, **settings)
+        config = make_run(folder / "runs", data_folder, tokenizer_folder, "EP2", **steps)
+        train_config = replace(config.train, threads_per_process=1, hang_timeout_seconds=HANG_SECONDS)
+        return Job(hosts, folder, replace(config, name=name, train=train_config), port, **settings)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def whole(make_job):
-    """The run that nothing happens to, after a health check."""
-    job = make_job("whole", 29500, HEALTH="yes", HEALTH_OPTIONS="--slow-below 0.01 --max-latency-ms 5000")
+def uninterrupted(make_job):
+    """A job that runs without faults, after a health check."""
+    job = make_job("uninterrupted", 29500, HEALTH="yes", HEALTH_OPTIONS="--slow-below 0.01 --max-latency-ms 5000")
     job.start(*NAMES)
-    assert job.wait() == [0, 0], job.said()
+    assert job.wait() == [0, 0], job.logs()
     assert "2 host(s), 2 processes: nothing wrong" in job.log("host-a").read_text()
     return job
 
@@ -103,8 +104,8 @@ def training_processes(hosts, name):
     return [process for process in hosts.processes_of(name) if "RANK" in process.environ()]
 
 
-def test_processes_of_a_host_killed_then_the_whole_host(hosts, whole, make_job):
-    """The agents start the processes again by themselves; a host that comes back joins the agent that waits."""
+def test_training_survives_killed_processes_and_a_killed_host(hosts, uninterrupted, make_job):
+    """Agents restart killed processes, and a restarted host joins the waiting agent. The result is bit-identical."""
     job = make_job("killed", 29510)
     job.start(*NAMES)
     job.wait_for_step(15)
@@ -117,12 +118,12 @@ def test_processes_of_a_host_killed_then_the_whole_host(hosts, whole, make_job):
         process.kill()
     assert job.agents["host-b"].wait(timeout=30) == -signal.SIGKILL
     job.start("host-b")
-    assert job.wait() == [0, 0], job.said()
-    assert job.said().count("resuming after step") == 2, job.said()
-    check_same(whole.run, job.run)
+    assert job.wait() == [0, 0], job.logs()
+    assert job.logs().count("resuming after step") == 2, job.logs()
+    check_same(uninterrupted.config, job.config)
 
 
-def test_link_cut_ends_both_sides_in_time_and_mended_goes_on(hosts, whole, make_job):
+def test_both_hosts_exit_after_a_link_cut_and_a_rerun_resumes(hosts, uninterrupted, make_job):
     job = make_job("cut", 29520, JOIN_SECONDS=str(JOIN_SECONDS), MAX_RESTARTS="1")
     job.start(*NAMES)
     job.wait_for_step(15)
@@ -133,16 +134,16 @@ def test_link_cut_ends_both_sides_in_time_and_mended_goes_on(hosts, whole, make_
         seconds = time.monotonic() - cut_at
     finally:
         hosts.mend("host-b")
-    assert all(code not in (0, None) for code in codes), job.said()
+    assert all(code not in (0, None) for code in codes), job.logs()
     for name in NAMES:
-        said = job.log(name).read_text()
-        assert re.search(r"[Tt]imed out|[Tt]imeout", said), said
+        log = job.log(name).read_text()
+        assert re.search(r"[Tt]imed out|[Tt]imeout", log), log
     print(f"\nboth sides ended {seconds:.0f} s after the cut with codes {codes}")
-    # The exchange, then the agents' search for each other, then what a loaded machine needs.
-    assert seconds < HANG_SECONDS + JOIN_SECONDS + 90 + 60, job.said()
+    # The hanging exchange, the agents' rendezvous, and slack for a loaded machine.
+    assert seconds < HANG_SECONDS + JOIN_SECONDS + 90 + 60, job.logs()
     assert not any(psutil.pid_exists(process.pid) for name in NAMES for process in training_processes(hosts, name))
     job.agents.clear()
     job.start(*NAMES)
-    assert job.wait() == [0, 0], job.said()
-    assert "resuming after step" in job.said()
-    check_same(whole.run, job.run)
+    assert job.wait() == [0, 0], job.logs()
+    assert "resuming after step" in job.logs()
+    check_same(uninterrupted.config, job.config)

@@ -1,4 +1,4 @@
-"""The page of `moonlight report` in a browser: what it shows, how fast, and that it asks for nothing."""
+"""The page of `moonlight report` in a browser: its content, its speed, and that it sends no requests."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-MOST_SECONDS, MOST_BYTES = 2.0, 5e6
+MAX_SECONDS, MAX_BYTES = 2.0, 5e6
 
 pytestmark = pytest.mark.skipif(
     not CHROMIUM and "MOONLIGHT_NEEDS_BROWSER" not in os.environ,
@@ -44,7 +44,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
-    """Folder and page of a run of 1,500 steps in which much went wrong."""
+    """Folder and page of a run of 1,500 steps with many faults."""
     folder = write_history(tmp_path_factory.mktemp("page") / "run", Shape(steps=1500, layers=4, trouble=True))
     return folder, report([folder], None)
 
@@ -59,13 +59,13 @@ def compared(tmp_path_factory):
 
 @contextmanager
 def opened(browser, path, width=1280, touch=False, **options):
-    """The page when all in view is drawn; nothing may be said on the console, nor asked for, until it is closed."""
-    said, asked = [], []
+    """Yield the page once all visible charts are drawn. Fail if the page logs to the console or sends a request."""
+    messages, requests = [], []
     context = browser.new_context(viewport={"width": width, "height": 860}, has_touch=touch, **options)
     page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
     started = time.monotonic()
     page.goto(Path(path).as_uri())
     page.wait_for_selector("html[data-drawn]", state="attached", timeout=10_000)
@@ -73,17 +73,17 @@ def opened(browser, path, width=1280, touch=False, **options):
     yield page
     settle(page)
     context.close()
-    assert not said
-    assert [url for url in asked if not url.startswith("data:")] == [Path(path).as_uri()]
+    assert not messages
+    assert [url for url in requests if not url.startswith("data:")] == [Path(path).as_uri()]
 
 
 def settle(page):
-    """Wait for what was asked to be drawn."""
+    """Wait until all pending drawing is done."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def chart(page, title):
-    """The figure of this title, scrolled into view and drawn."""
+    """Return the figure with this title, scrolled into view and drawn."""
     figure = page.locator("figure", has=page.get_by_role("heading", name=title, exact=True)).first
     figure.evaluate("(element) => element.scrollIntoView({block: 'center'})")
     page.wait_for_timeout(100)
@@ -92,7 +92,7 @@ def chart(page, title):
 
 
 def point(page, figure, across, down=0.5):
-    """Put the mouse on a place of the chart's inside, given as shares of it; returns where."""
+    """Move the mouse to a point of the plot area, given as fractions of its size. Return the coordinates."""
     box = figure.locator(".plot").bounding_box()
     x = box["x"] + 50 + across * (box["width"] - 60)
     y = box["y"] + 12 + down * (box["height"] - 34)
@@ -107,11 +107,11 @@ def steps_in(text):
 
 
 def swipe(page, start, end):
-    """Move a finger over the screen."""
+    """Swipe with one finger over the screen."""
     session = page.context.new_cdp_session(page)
-    for share in np.linspace(0, 1, 15):
-        x, y = (float(a + share * (b - a)) for a, b in zip(start, end, strict=True))
-        kind = "touchMove" if share else "touchStart"
+    for fraction in np.linspace(0, 1, 15):
+        x, y = (float(a + fraction * (b - a)) for a, b in zip(start, end, strict=True))
+        kind = "touchMove" if fraction else "touchStart"
         session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
         page.wait_for_timeout(16)
     session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
@@ -119,12 +119,12 @@ def swipe(page, start, end):
 
 
 def ranges(page):
-    """The x ranges of the charts drawn so far."""
+    """Return the x ranges of the charts drawn so far."""
     labels = page.locator("canvas[aria-label]").evaluate_all("(them) => them.map((it) => it.ariaLabel)")
     return {label.split(", ", 1)[1] for label in labels}
 
 
-def test_readouts_are_the_data(browser, troubled):
+def test_readouts_equal_the_data(browser, troubled):
     folder, path = troubled
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     with opened(browser, path) as page:
@@ -142,10 +142,10 @@ def test_readouts_are_the_data(browser, troubled):
         assert "e−4" in chart(page, "Learning rate").locator(".entry b").inner_text()
 
 
-def test_heat_maps_read_layer_expert_step_and_load(browser, troubled):
+def test_heatmap_readouts_show_layer_expert_step_and_load(browser, troubled):
     folder, path = troubled
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    found = set()
+    dead_readouts = set()
     with opened(browser, path) as page:
         for layer, across, down in ((1, 0.1, 0.1), (2, 0.3, 0.7), (4, 0.5, 0.5), (3, 0.9, 0.19), (4, 0.8, 0.95)):
             figure = chart(page, f"Layer {layer}")
@@ -164,7 +164,7 @@ def test_heat_maps_read_layer_expert_step_and_load(browser, troubled):
                 assert text.endswith("dead")
             else:
                 assert float(text.split("load ")[1]) == pytest.approx(np.mean(loads), rel=0.009, abs=0.005)
-            found.add(text.endswith("dead"))
+            dead_readouts.add(text.endswith("dead"))
         figure = chart(page, "Spread of loads by layer")
         point(page, figure, 0.6, 0.6)
         text = figure.locator(".where").inner_text()
@@ -172,7 +172,7 @@ def test_heat_maps_read_layer_expert_step_and_load(browser, troubled):
         values = [rows[s - 1].get("moe/load_spread_by_layer", [None] * 4)[2] for s in range(first, last + 1)]
         assert text.startswith("layer 3 ")
         assert float(text.split("· ")[-1]) == pytest.approx(np.mean([v for v in values if v]), rel=1e-3)
-    assert found == {True, False}
+    assert dead_readouts == {True, False}
 
 
 def test_dragging_zooms_all_charts_and_the_y_axis(browser, troubled):
@@ -202,11 +202,11 @@ def test_dragging_zooms_all_charts_and_the_y_axis(browser, troubled):
 def test_toggles(browser, troubled):
     with opened(browser, troubled[1]) as page:
         figure = chart(page, "Loss")
-        usual = page.evaluate("panels[0].range()")
+        before = page.evaluate("panels[0].range()")
         assert "leaves out the first 2%" in figure.inner_text()
         figure.get_by_role("button", name="show all").click()
         settle(page)
-        assert page.evaluate("panels[0].range()")[1] > usual[1] + 2
+        assert page.evaluate("panels[0].range()")[1] > before[1] + 2
         figure.get_by_role("button", name="log").click()
         settle(page)
         assert page.evaluate("panels[0].range()")[1] == pytest.approx(np.log10(11.8), abs=0.15)
@@ -254,7 +254,7 @@ def test_on_a_phone_nothing_overflows_and_the_page_scrolls(browser, troubled, co
             assert high - low < 0.6 * page.evaluate("everything()[1]")
 
 
-def test_runs_compared_share_charts_in_steps_and_tokens(browser, compared):
+def test_compared_runs_share_charts_in_steps_and_tokens(browser, compared):
     with opened(browser, compared, color_scheme="dark") as page:
         assert page.get_by_role("heading", level=1).inner_text() == "3 runs compared"
         figure = chart(page, "Loss")
@@ -284,7 +284,7 @@ def test_markup_in_names_is_text(browser, tmp_path):
         assert "<b>bold</b>" in chart(page, "Validation loss by source").inner_text()
 
 
-def test_a_run_of_one_step_and_of_few_figures(browser, tmp_path):
+def test_a_run_of_one_step_with_few_metrics(browser, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss/train": 3.5, "moe/load_by_expert": [[1, null, 0]]}\n')
@@ -314,11 +314,11 @@ def test_any_values_can_be_drawn(values, browser, tmp_path):
         assert page.locator("figure").count() or values == [None]
 
 
-def test_a_hundred_thousand_steps_open_at_once(browser, tmp_path):
-    """64 experts in 26 layers, 300 MB of metrics: about 25 seconds, most of them to write and read those."""
+def test_a_hundred_thousand_steps_open_within_two_seconds(browser, tmp_path):
+    """The page of 300 MB of metrics (26 layers of 64 experts) is small and opens fast. The test takes about 25 s."""
     folder = write_history(tmp_path / "run", Shape(steps=100_000, layers=26, experts=64, trouble=True))
     path = report([folder], None)
-    assert path.stat().st_size <= MOST_BYTES
+    assert path.stat().st_size <= MAX_BYTES
     with opened(browser, path) as page:
-        assert page.seconds <= MOST_SECONDS
+        assert page.seconds <= MAX_SECONDS
         chart(page, "Layer 26")

@@ -1,10 +1,10 @@
-"""The checkpoint that the servers are given: made by our engine, exported by `moonlight export --chat`.
+"""The checkpoint for the servers, saved by our engine and exported by `moonlight export --chat`.
 
     python tests/serving/checkpoint.py FOLDER
 
 writes FOLDER/run (a run folder with a checkpoint), FOLDER/hf (its export in bfloat16) and FOLDER/broken (a copy whose
-config.json has no `scoring_func`). The shape is the smallest that vLLM's own latent attention on CPU takes: heads and
-latent of Moonlight's sizes, few of everything else.
+config.json has no `scoring_func`). The shape is the smallest that vLLM's latent attention on CPU accepts: heads and
+latent have Moonlight's sizes, all other sizes are small.
 """
 
 import json
@@ -40,12 +40,12 @@ MODEL = ModelConfig(
     num_experts=8,
     num_experts_per_tok=2,
     max_position_embeddings=512,
-    initializer_range=0.06,  # three times the usual: logits far enough apart for the same greedy ids everywhere
+    initializer_range=0.06,  # three times the default, so logits differ enough for equal greedy ids
 )
 
 
 def moonlight(*arguments: object) -> None:
-    """Run the `moonlight` command in a process of its own."""
+    """Run the `moonlight` command in its own process."""
     subprocess.run([sys.executable, "-m", "moonlight.cli", *map(str, arguments)], check=True)
 
 
@@ -56,7 +56,7 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def save(config: RunConfig, head_rows: dict[int, torch.Tensor], step: int) -> Path:
-    """Save a checkpoint with initial weights, non-zero router biases, and some rows of the head as given."""
+    """Save a checkpoint with initial weights, non-zero router biases, and the given rows of the head."""
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     parallel.init_single_process()
     try:
@@ -81,11 +81,11 @@ def save(config: RunConfig, head_rows: dict[int, torch.Tensor], step: int) -> Pa
 
 
 @torch.no_grad()
-def row_that_ends(folder: Path, end_id: int) -> torch.Tensor:
-    """A row [hidden] of the head: with it the end-of-message id wins at one step of the greedy answer, not before.
+def end_of_message_row(folder: Path, end_id: int) -> torch.Tensor:
+    """Return a row [hidden] of the head that makes the end-of-message id win at one step of the greedy answer.
 
-    Weights are random, so nothing taught the model to end an answer. The row is the smallest whose product with the
-    final hidden state is the largest logit plus 5 at that step, and 0 at all steps before it.
+    The weights are random, so without it the model never ends an answer. The row is the smallest whose product with
+    the final hidden state is the largest logit plus 5 at that step, and 0 at all earlier steps.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,32 +101,32 @@ def row_that_ends(folder: Path, end_id: int) -> torch.Tensor:
         output_hidden_states=True,
         return_dict_in_generate=True,
     )
-    assert end_id not in output.sequences[0, ids.shape[1] :], "the answer ends by itself: choose another seed"
+    assert end_id not in output.sequences[0, ids.shape[1] :], "the answer already ends: choose another seed"
     states = torch.stack([step[-1][0, -1] for step in output.hidden_states])
     logits = torch.stack(output.logits)[:, 0]
-    torch.testing.assert_close(states @ model.lm_head.weight.T, logits)  # these are what the head multiplies
-    wanted = torch.zeros(len(states))
-    wanted[-1] = logits[-1].max() + 5
-    return torch.linalg.lstsq(states, wanted).solution
+    torch.testing.assert_close(states @ model.lm_head.weight.T, logits)  # these states are the head's input
+    targets = torch.zeros(len(states))
+    targets[-1] = logits[-1].max() + 5
+    return torch.linalg.lstsq(states, targets).solution
 
 
 def main(folder: Path) -> None:
     tokenizer = folder / "tokenizer"
     train_tokenizer(tokenizer)
     base = recipe()
-    run = replace(
+    config = replace(
         base, name="run", runs_folder=str(folder), model=MODEL, data=replace(base.data, tokenizer=str(tokenizer))
     )
     control_ids = {token["content"]: token["id"] for token in _added_tokens(tokenizer)}
     silent = {row: torch.zeros(MODEL.hidden_size) for row in control_ids.values()}
-    moonlight("export", save(run, silent, step=1), "--out", folder / "endless", "--dtype", "bfloat16", "--chat")
+    moonlight("export", save(config, silent, step=1), "--out", folder / "endless", "--dtype", "bfloat16", "--chat")
     end_id = control_ids["<|im_end|>"]
-    ending = {end_id: row_that_ends(folder / "endless", end_id)}
-    moonlight("export", save(run, silent | ending, step=2), "--out", folder / "hf", "--dtype", "bfloat16", "--chat")
+    ending = {end_id: end_of_message_row(folder / "endless", end_id)}
+    moonlight("export", save(config, silent | ending, step=2), "--out", folder / "hf", "--dtype", "bfloat16", "--chat")
     shutil.copytree(folder / "hf", folder / "broken")
-    config = json.loads((folder / "broken" / "config.json").read_text())
-    del config["scoring_func"]
-    (folder / "broken" / "config.json").write_text(json.dumps(config, indent=2))
+    hf_config = json.loads((folder / "broken" / "config.json").read_text())
+    del hf_config["scoring_func"]
+    (folder / "broken" / "config.json").write_text(json.dumps(hf_config, indent=2))
 
 
 def _added_tokens(tokenizer: Path) -> list[dict]:

@@ -1,38 +1,38 @@
-"""The offline suite of `moonlight eval` through transformers and through vLLM: the same scores, item by item."""
+"""Compare `moonlight eval --suite offline` through transformers and through vLLM, item by item."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 MAX_LOGLIKELIHOOD_DIFFERENCE = 1e-3
-"""Of a whole answer or text, in nats; a text is hundreds of tokens."""
+"""In nats, for a full answer or text; a text is hundreds of tokens."""
 MAX_SCORE_DIFFERENCE = 1e-5
-"""Of bits per byte; shares of right answers must be equal."""
+"""In bits per byte. Fractions of right answers must be equal."""
 
 
 def command(folder: Path, backend: str, out: Path) -> list[Any]:
-    """Words that follow a Python of the backend's own."""
+    """Return the arguments for the backend's Python."""
     return ["-m", "moonlight.cli", "eval", folder, "--allow-code", "--backend", backend, "--out", out]
 
 
 def _read(out: Path) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Result and items of every benchmark of the one model in `out`."""
+    """Return the result and items of every benchmark of the only model in `out`."""
     (model,) = json.loads((out / "results.json").read_text())["models"]
-    place = out / model["label"]
+    folder = out / model["label"]
     return {
-        name: (entry, [json.loads(line) for line in (place / f"{name}.items.jsonl").read_text().splitlines()])
+        name: (entry, [json.loads(line) for line in (folder / f"{name}.items.jsonl").read_text().splitlines()])
         for name, entry in model["results"].items()
     }
 
 
-def compare(wanted: Path, found: Path) -> tuple[bool, str]:
-    """Whether two evaluations agree, and a few words on how well."""
-    here, there = _read(wanted), _read(found)
-    assert here.keys() == there.keys() == {"choice", "recall", "code", "text"}
+def compare(reference: Path, candidate: Path) -> tuple[bool, str]:
+    """Return whether two evaluations agree, and a summary of the differences."""
+    expected, actual = _read(reference), _read(candidate)
+    assert expected.keys() == actual.keys() == {"choice", "recall", "code", "text"}
     items = different = 0
     largest, same_scores = 0.0, True
-    for name, (entry, answers) in here.items():
-        other, other_answers = there[name]
+    for name, (entry, answers) in expected.items():
+        other, other_answers = actual[name]
         bound = MAX_SCORE_DIFFERENCE if name == "text" else 0
         same_scores &= abs(entry["score"] - other["score"]) <= bound
         assert len(answers) == len(other_answers) == entry["items"]

@@ -1,9 +1,9 @@
-"""An instruction-tuned model for the servers: that of `checkpoint.py`, tuned by `moonlight sft` on simple tasks.
+"""An instruction-tuned model for the servers: the model of `checkpoint.py` after `moonlight sft` on simple tasks.
 
     python tests/serving/instruct.py FOLDER INSTRUCT.json
 
-writes FOLDER/tuned (the run) and FOLDER/instruct (its export), and what transformers answers to held-out
-conversations in float32: greedy ids, their text, and the smallest margin by which a logit won.
+writes FOLDER/tuned (the run) and FOLDER/instruct (its export), and transformers' float32 answers to held-out
+conversations: greedy ids, their text, and the smallest margin between the two largest logits.
 """
 
 import json
@@ -27,7 +27,7 @@ SEQUENCE_LENGTH = 128
 
 
 def tune(folder: Path) -> None:
-    """Make FOLDER/tuned and FOLDER/instruct."""
+    """Write FOLDER/tuned and FOLDER/instruct."""
     write_tasks(folder / "tasks", 4000, INSTRUCT_CHATS, seed=1)
     inputs = ("--input", folder / "tasks" / TRAIN_FILE, "--tokenizer", folder / "tokenizer")
     moonlight("data", "prepare-chat", *inputs, "--sequence-length", SEQUENCE_LENGTH, "--out", folder / "chats")
@@ -40,7 +40,7 @@ def tune(folder: Path) -> None:
         micro_batch_size=8,
         initial_checkpoint=str(folder / "run" / "checkpoints" / "step-00000001"),
     )
-    run = replace(
+    config = replace(
         base,
         name="tuned",
         runs_folder=str(folder),
@@ -56,7 +56,7 @@ def tune(folder: Path) -> None:
         schedule=ScheduleConfig(lr=5e-3, warmup_steps=10, decay="linear", router_bias_update_rate=0.0),
         train=train_config,
     )
-    (folder / "tuned.yaml").write_text(to_yaml(run))
+    (folder / "tuned.yaml").write_text(to_yaml(config))
     moonlight("sft", folder / "tuned.yaml")
     moonlight("export", folder / "tuned", "--out", folder / "instruct", "--dtype", "bfloat16", "--chat")
 
@@ -69,7 +69,7 @@ def main(folder: Path, reference: Path) -> None:
     end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     answers = []
     for line in (folder / "tasks" / HELD_OUT_FILE).read_text().splitlines():
-        *messages, wanted = json.loads(line)["messages"]
+        *messages, expected = json.loads(line)["messages"]
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
@@ -89,7 +89,7 @@ def main(folder: Path, reference: Path) -> None:
                 "new_ids": new,
                 "text": tokenizer.decode(new, skip_special_tokens=True),
                 "ended": new[-1] == end_id,
-                "right": wanted["content"],
+                "right": expected["content"],
                 "margin": -torch.stack(output.logits)[:, 0].topk(2).values.diff().max().item(),
             }
         )

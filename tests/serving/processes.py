@@ -1,4 +1,4 @@
-"""Processes of the serving test: a log each, a time limit, and nothing left running."""
+"""Processes of the serving test: each has a log and a time limit, and none is left running."""
 
 import contextlib
 import json
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 900
-"""Longest that a command may run, and that a server may take to answer first."""
-KIND_S = 15
-"""How long a server may take to end by itself when it is told to."""
+"""Time limit of a command, and of a server's first response."""
+TERMINATE_S = 15
+"""Time limit for a server to exit after SIGTERM."""
 LINES_OF_LOG = 30
 
 
 class Failed(Exception):
-    """A command or server that did not do its work; says which, and the end of its log."""
+    """A command or server failed. The message names it and has the end of its log."""
 
     def __init__(self, what: str, log: Path) -> None:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -31,7 +31,7 @@ class Failed(Exception):
 
 @contextlib.contextmanager
 def started(command: list[Any], log: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
-    """Run a command in the background; it and all that it started are killed when the block ends, however it ends."""
+    """Run a command in the background. Kill its process group when the block ends."""
     with log.open("w") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -44,15 +44,15 @@ def started(command: list[Any], log: Path, environment: Mapping[str, str]) -> It
     try:
         yield process
     finally:
-        # First kindly, so that shared memory is given back; then whatever is left of the group.
-        for kind in (signal.SIGTERM, signal.SIGKILL):
+        # SIGTERM first, so that shared memory is freed; then SIGKILL for the rest of the group.
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, kind)
-                process.wait(KIND_S)
+                os.killpg(process.pid, signal_number)
+                process.wait(TERMINATE_S)
 
 
 def run(command: list[Any], log: Path, environment: Mapping[str, str]) -> None:
-    """Run a command to its end. Raises Failed unless it exits with 0 in time."""
+    """Run a command to its end. Raise Failed unless it exits with 0 in time."""
     with started(command, log, environment) as process:
         try:
             code = process.wait(LIMIT_S)
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
-    """Wait until a server answers `url`. Raises Failed if it ends before, or takes too long."""
+    """Wait until a server answers `url`. Raise Failed if it exits first or takes too long."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -81,7 +81,7 @@ def wait_until_ready(process: subprocess.Popen, url: str, log: Path) -> None:
 
 
 def post(url: str, body: dict[str, Any], log: Path) -> dict[str, Any]:
-    """The answer to a JSON request. Raises Failed if the server refuses or does not answer in time."""
+    """Return the response to a JSON request. Raise Failed on an HTTP error or a timeout."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=LIMIT_S) as response:

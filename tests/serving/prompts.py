@@ -1,4 +1,4 @@
-"""What every server is asked. No imports: each server's own Python reads this file."""
+"""Prompts for all servers. No imports: each server's own Python reads this file."""
 
 PROMPTS = (
     "import os\nimport sys\n\n\ndef main(",
@@ -16,7 +16,7 @@ CHAT_ANSWER_TOKENS = 12
 """Tokens of the greedy answer to CHAT before <|im_end|>."""
 
 INSTRUCT_CHATS = 12
-"""Held-out conversations that the instruction-tuned model is asked."""
+"""Number of held-out conversations for the instruction-tuned model."""
 INSTRUCT_ANSWER_TOKENS = 32
 
 MAX_LOGPROB_DIFFERENCE = 1e-4

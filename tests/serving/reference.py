@@ -1,10 +1,10 @@
-"""What transformers says in float32: the answers that every server must give.
+"""Transformers' float32 answers, which every server must give.
 
     python tests/serving/reference.py FOLDER REFERENCE.json
 
-The file holds, for each prompt, its ids, the greedy ids that follow with their log-probabilities, their text, and the
-smallest margin by which a logit won; and the greedy answer to the chat. Plain `pipeline("text-generation")` on the same
-folder must give the same texts.
+The file has, for each prompt, its ids, the greedy continuation with log-probabilities and text, and the smallest
+margin between the two largest logits; and the greedy answer to the chat. Plain `pipeline("text-generation")` on the
+same folder must give the same texts.
 """
 
 import json
@@ -22,7 +22,7 @@ def main(folder: str, reference: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def greedy(ids: torch.Tensor, **limits: int) -> tuple[list[int], torch.Tensor]:
-        """New ids, and the logits [new ids, vocabulary] of which they are the largest."""
+        """Return the new ids, and their logits [new ids, vocabulary]."""
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

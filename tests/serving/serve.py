@@ -1,13 +1,15 @@
-"""The serving proof, `make serve-test`: one exported checkpoint, loaded and served by transformers, vLLM and SGLang.
+"""The serving test, `make serve-test`: transformers, vLLM and SGLang load and serve one exported checkpoint.
 
-All compute in float32 on CPU, and must give what transformers gives: the same greedy ids, log-probabilities within
-1e-4, the same text over HTTP, and a chat answer that ends by itself; vLLM as a backend of `moonlight eval` the same
-answers to the offline suite, item by item. A model that `moonlight sft` tuned must answer held-out conversations over
-HTTP as in transformers, each ended by its end token. On a copy of the checkpoint whose config.json lacks `scoring_func`
-the same comparison must fail. SGLang has no build of its kernels for CPU, so this is SGLang with a CPU shim: its
-loader, routing, absorbed latent attention, scheduler and server, not its GPU kernels.
+All compute in float32 on CPU and must agree with transformers: the same greedy ids, log-probabilities within 1e-4, the
+same text over HTTP, and a chat answer that stops at its end token. vLLM as a backend of `moonlight eval` must give the
+same answers to the offline suite, item by item. A model tuned by `moonlight sft` must answer held-out conversations
+over HTTP as in transformers, each stopped by its end token. On a copy of the checkpoint whose config.json lacks
+`scoring_func` the same comparison must fail.
 
-Everything is written to runs/serve-test/, logs in runs/serve-test/logs/. Exits 1 on any difference.
+SGLang has no CPU build of its kernels, so the test runs SGLang with a CPU shim. It covers SGLang's loader, routing,
+absorbed latent attention, scheduler and server, but not its GPU kernels.
+
+The test writes to runs/serve-test/, with logs in runs/serve-test/logs/, and exits with 1 on any difference.
 """
 
 import json
@@ -35,19 +37,19 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PLACE = ROOT / "runs" / "serve-test"
-LOGS = PLACE / "logs"
-REFERENCE = PLACE / "reference.json"
-INSTRUCT = PLACE / "instruct.json"
+OUTPUT = ROOT / "runs" / "serve-test"
+LOGS = OUTPUT / "logs"
+REFERENCE = OUTPUT / "reference.json"
+INSTRUCT = OUTPUT / "instruct.json"
 MIN_PROMPT_TOKENS = 4
-"""A prompt of one token is answered rightly even with a broken RoPE."""
+"""With one token, even a broken RoPE gives right answers."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-HERE_TOO = {"PYTHONPATH": str(ROOT), **OFFLINE}
+OUR_ENVIRONMENT = {"PYTHONPATH": str(ROOT), **OFFLINE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server in a virtual environment of its own, and the script that runs it: see its docstring for arguments."""
+    """A server in its own virtual environment, run by `<name>_run.py`: see that file for arguments."""
 
     title: str
     name: str
@@ -83,12 +85,12 @@ class Row:
     chat_equal: bool = False
     finish_reason: str = "?"
     instruct_equal: int = 0
-    """Conversations that the tuned model answered as in transformers, ended by its end token."""
+    """Number of conversations that the tuned model answered as in transformers, stopped by its end token."""
     evaluated: bool = True
-    """Whether the offline suite gives what it gives through transformers; `suite` says how nearly."""
+    """Whether the offline suite agrees with transformers; `suite` has the differences."""
     suite: str = "not a backend"
     noticed: bool = False
-    """Whether the comparison failed on the damaged copy, as it must; `control` says how."""
+    """Whether the comparison failed on the broken copy, as required; `control` has the reason."""
     control: str = "?"
     seconds: float = 0.0
 
@@ -100,17 +102,17 @@ class Row:
 
 
 def make_checkpoint() -> dict[str, Any]:
-    """Checkpoint, exports and the answers of transformers, after a proof that the export is the model we trained."""
-    run([sys.executable, HERE / "checkpoint.py", PLACE], LOGS / "checkpoint.log", HERE_TOO)
-    verify = [sys.executable, "-m", "moonlight.cli", "verify", PLACE / "run", PLACE / "hf"]
-    run(verify, LOGS / "verify.log", HERE_TOO)
-    run([sys.executable, HERE / "reference.py", PLACE / "hf", REFERENCE], LOGS / "reference.log", HERE_TOO)
+    """Make the checkpoint, its verified export and the tuned model. Return the answers of transformers."""
+    run([sys.executable, HERE / "checkpoint.py", OUTPUT], LOGS / "checkpoint.log", OUR_ENVIRONMENT)
+    verify = [sys.executable, "-m", "moonlight.cli", "verify", OUTPUT / "run", OUTPUT / "hf"]
+    run(verify, LOGS / "verify.log", OUR_ENVIRONMENT)
+    run([sys.executable, HERE / "reference.py", OUTPUT / "hf", REFERENCE], LOGS / "reference.log", OUR_ENVIRONMENT)
     reference = json.loads(REFERENCE.read_text())
     for prompt in reference["prompts"]:
         assert len(prompt["ids"]) >= MIN_PROMPT_TOKENS and len(prompt["new_ids"]) == NEW_TOKENS, prompt
-        assert prompt["margin"] > MAX_LOGPROB_DIFFERENCE, f"a tie decides the reference: {prompt}"
+        assert prompt["margin"] > MAX_LOGPROB_DIFFERENCE, f"the two largest logits are too close: {prompt}"
     assert len(reference["chat"]["new_ids"]) == CHAT_ANSWER_TOKENS + 1 and reference["chat"]["text"], reference["chat"]
-    run([sys.executable, HERE / "instruct.py", PLACE, INSTRUCT], LOGS / "instruct.log", HERE_TOO)
+    run([sys.executable, HERE / "instruct.py", OUTPUT, INSTRUCT], LOGS / "instruct.log", OUR_ENVIRONMENT)
     reference["instruct"] = json.loads(INSTRUCT.read_text())["chats"]
     assert len(reference["instruct"]) == INSTRUCT_CHATS
     for chat in reference["instruct"]:
@@ -118,22 +120,22 @@ def make_checkpoint() -> dict[str, Any]:
     return reference
 
 
-def compare(wanted: list[dict], found: list[dict]) -> tuple[int, float]:
-    """Prompts whose greedy ids are equal, and the largest difference of log-probability over all prompts."""
-    equal = sum(there["new_ids"] == here["new_ids"] for there, here in zip(found, wanted, strict=True))
+def compare(expected: list[dict], actual: list[dict]) -> tuple[int, float]:
+    """Return the number of prompts with equal greedy ids, and the largest log-probability difference."""
+    equal = sum(a["new_ids"] == b["new_ids"] for a, b in zip(actual, expected, strict=True))
     differences = (
         abs(a - b)
-        for there, here in zip(found, wanted, strict=True)
-        for a, b in zip(there["logprobs"], here["logprobs"], strict=True)
+        for answer, reference in zip(actual, expected, strict=True)
+        for a, b in zip(answer["logprobs"], reference["logprobs"], strict=True)
     )
     return equal, max(differences)
 
 
 def generate(server: Server, folder: str) -> dict[str, Any]:
-    """Version and answers of a server's engine without HTTP."""
-    answers = PLACE / f"{server.name}-{folder}.json"
+    """Return the version and the answers of a server's engine, without HTTP."""
+    answers = OUTPUT / f"{server.name}-{folder}.json"
     log = LOGS / f"{server.name}-offline-{folder}.log"
-    run(server.command("offline", PLACE / folder, REFERENCE, answers), log, server.environment)
+    run(server.command("offline", OUTPUT / folder, REFERENCE, answers), log, server.environment)
     return json.loads(answers.read_text())
 
 
@@ -144,57 +146,57 @@ def check_offline(server: Server, reference: dict[str, Any], row: Row) -> None:
 
 
 def check_http(server: Server, reference: dict[str, Any], row: Row) -> None:
-    """Completions and chat over the OpenAI-compatible protocol, prompts given as text."""
+    """Check completions and chat over the OpenAI-compatible protocol, with prompts as text."""
     log, port = LOGS / f"{server.name}-server.log", free_port()
     url = f"http://127.0.0.1:{port}"
-    with started(server.command("serve", PLACE / "hf", port), log, server.environment) as process:
+    with started(server.command("serve", OUTPUT / "hf", port), log, server.environment) as process:
         wait_until_ready(process, f"{url}/health", log)
         greedy = {"model": "moonlight", "temperature": 0}
-        for text, wanted in zip(PROMPTS, reference["prompts"], strict=True):
+        for text, expected in zip(PROMPTS, reference["prompts"], strict=True):
             body = {**greedy, "prompt": text, "max_tokens": NEW_TOKENS, "ignore_eos": True}
             answer = post(f"{url}/v1/completions", body, log)
-            same_prompt = answer["usage"]["prompt_tokens"] == len(wanted["ids"])
-            row.texts_equal += same_prompt and answer["choices"][0]["text"] == wanted["text"]
-        wanted = reference["chat"]
+            same_prompt = answer["usage"]["prompt_tokens"] == len(expected["ids"])
+            row.texts_equal += same_prompt and answer["choices"][0]["text"] == expected["text"]
+        expected = reference["chat"]
         body = {**greedy, "messages": CHAT, "max_tokens": 4 * NEW_TOKENS}
         answer = post(f"{url}/v1/chat/completions", body, log)
     (choice,) = answer["choices"]
-    same_prompt = answer["usage"]["prompt_tokens"] == len(wanted["ids"])
-    row.chat_equal = same_prompt and choice["message"]["content"] == wanted["text"]
+    same_prompt = answer["usage"]["prompt_tokens"] == len(expected["ids"])
+    row.chat_equal = same_prompt and choice["message"]["content"] == expected["text"]
     row.finish_reason = choice["finish_reason"]
     assert "<|" not in choice["message"]["content"], choice
 
 
 def check_instruct(server: Server, reference: dict[str, Any], row: Row) -> None:
-    """The tuned model answers conversations over HTTP, and each answer ends by itself."""
+    """Check the tuned model's answers over HTTP. Each must stop at its end token."""
     log, port = LOGS / f"{server.name}-instruct.log", free_port()
     url = f"http://127.0.0.1:{port}"
-    with started(server.command("serve", PLACE / "instruct", port), log, server.environment) as process:
+    with started(server.command("serve", OUTPUT / "instruct", port), log, server.environment) as process:
         wait_until_ready(process, f"{url}/health", log)
-        for wanted in reference["instruct"]:
+        for expected in reference["instruct"]:
             body = {"model": "moonlight", "temperature": 0, "max_tokens": INSTRUCT_ANSWER_TOKENS}
-            answer = post(f"{url}/v1/chat/completions", {**body, "messages": wanted["messages"]}, log)
+            answer = post(f"{url}/v1/chat/completions", {**body, "messages": expected["messages"]}, log)
             (choice,) = answer["choices"]
-            same_prompt = answer["usage"]["prompt_tokens"] == wanted["prompt_tokens"]
-            same_text = choice["message"]["content"] == wanted["text"]
+            same_prompt = answer["usage"]["prompt_tokens"] == expected["prompt_tokens"]
+            same_text = choice["message"]["content"] == expected["text"]
             row.instruct_equal += same_prompt and same_text and choice["finish_reason"] == "stop"
 
 
 def check_evaluation(server: Server, row: Row) -> None:
-    """The offline suite through lm-evaluation-harness, with transformers in this Python and with the server's own."""
+    """Compare the offline suite through transformers in this Python and through the server's Python."""
     row.evaluated = False
-    outs = {name: PLACE / f"evaluation-{name}" for name in ("transformers", server.name)}
+    outs = {name: OUTPUT / f"evaluation-{name}" for name in ("transformers", server.name)}
     pythons = {"transformers": sys.executable, server.name: server.command()[0]}
     for name, out in outs.items():
-        words = [pythons[name], *evaluation.command(PLACE / "hf", name, out)]
-        # Without the tests: transformers and vLLM look for a package `kernels`, which must not be ours.
-        environment = server.environment | HERE_TOO | {"PYTHONPATH": str(ROOT)}
+        words = [pythons[name], *evaluation.command(OUTPUT / "hf", name, out)]
+        # Leave tests/ off the path: transformers and vLLM import a package `kernels`, which must not be ours.
+        environment = server.environment | OUR_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
         run(words, LOGS / f"evaluation-{name}.log", environment)
     row.evaluated, row.suite = evaluation.compare(*outs.values())
 
 
 def check_control(server: Server, reference: dict[str, Any], row: Row) -> None:
-    """The comparison must fail without `scoring_func`, by wrong answers or by an error that names it."""
+    """Check that the comparison fails without `scoring_func`, with wrong answers or an error that names it."""
     try:
         equal, difference = compare(reference["prompts"], generate(server, "broken")["prompts"])
     except Failed as error:
@@ -223,7 +225,7 @@ def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
     table = Table("server", *columns, title=f"Greedy, {tokens}")
     count = len(PROMPTS)
     ends_by = reference["chat"]["finish_reason"]
-    table.add_row("transformers", reference["version"], *["reference"] * 5, ends_by, _right(reference), "", "")
+    table.add_row("transformers", reference["version"], *["reference"] * 5, ends_by, _count_right(reference), "", "")
     for row in rows:
         table.add_row(
             row.title,
@@ -241,17 +243,17 @@ def print_table(reference: dict[str, Any], rows: list[Row]) -> None:
     Console(width=170).print(table)
 
 
-def _right(reference: dict[str, Any]) -> str:
+def _count_right(reference: dict[str, Any]) -> str:
     right = sum(chat["text"] == chat["right"] for chat in reference["instruct"])
     return f"{right} of {INSTRUCT_CHATS} right"
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs and servers end
-    shutil.rmtree(PLACE, ignore_errors=True)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
     LOGS.mkdir(parents=True)
     begin = time.monotonic()
-    print("checkpoint, export, proof and transformers ...", flush=True)
+    print("checkpoint, export, verification and transformers ...", flush=True)
     try:
         reference = make_checkpoint()
     except Failed as error:

@@ -55,6 +55,6 @@ def serve(folder: str, port: str) -> None:
     )
 
 
-# The processes that SGLang starts run this file too, under another name.
+# SGLang's child processes import this file under another name.
 if __name__ == "__main__":
     {"offline": offline, "serve": serve}[sys.argv[1]](*sys.argv[2:])

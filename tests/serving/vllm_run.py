@@ -11,7 +11,7 @@ import sys
 from prompts import NEW_TOKENS
 
 COMPILATION = {"custom_ops": ["-rotary_embedding"]}
-"""Without it vLLM 0.32 uses its compiled rope for CPU, which turns wrong queries when there is more than one head."""
+"""Disable vLLM 0.32's compiled CPU RoPE, which rotates the wrong queries with more than one head."""
 
 
 def offline(folder: str, reference: str, answers: str) -> None:

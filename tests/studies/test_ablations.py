@@ -1,4 +1,4 @@
-"""Ablations: what is shipped, one really run, killed and continued, and what is said of bad files and bad runs."""
+"""Ablations: the shipped files, a real one killed and resumed, and errors for bad files and bad runs."""
 
 import json
 import math
@@ -29,7 +29,7 @@ VARIANTS = {
 
 @pytest.fixture
 def write(tmp_path, data_folder, tokenizer_folder):
-    """Writes an ablation over a small recipe, and returns its path."""
+    """Return a function that writes an ablation of a small recipe and returns its path."""
     write_recipe(tmp_path / "recipe.yaml", data_folder, tokenizer_folder)
 
     def make(**keys):
@@ -43,14 +43,14 @@ def write(tmp_path, data_folder, tokenizer_folder):
 
 def result(trial, loss, **more):
     diverged = "" if math.isfinite(loss) else "the loss is not finite"
-    known = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {"router": 0.5}}
+    fields = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {"router": 0.5}}
     curve = [] if diverged else [[256.0 * number, loss + 1 / number] for number in range(1, 21)]
-    known |= {"curve": curve, "update_rms": {"router": 0.2}}
-    return StudyResult(point=trial, diverged=diverged, loss=None if diverged else loss, **known | more)
+    fields |= {"curve": curve, "update_rms": {"router": 0.2}}
+    return StudyResult(point=trial, diverged=diverged, loss=None if diverged else loss, **fields | more)
 
 
-def results_of(ablation, losses):
-    """One for each run, `losses` by variant; the second seed is 0.1 higher, and 0.02 more in the variant "large"."""
+def make_results(ablation, losses):
+    """Return a result for each run from `losses` by variant. Each further seed adds 0.1, or 0.12 in "large"."""
     return {
         trial: result(trial, losses[trial.variant] + (trial.seed - 1) * (0.12 if trial.variant == "large" else 0.1))
         for trial in ablation.pending_runs({})
@@ -59,7 +59,7 @@ def results_of(ablation, losses):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_ablations_change_what_they_name(path):
-    """Variants differ from one another in the optimizer alone, have one learning rate and at least two seeds."""
+    """Variants differ only in the optimizer and have one learning rate and at least two seeds."""
     ablation = load_ablation(path)
     assert ablation.name == path.stem and len(ablation.seeds) >= 2 and len(ablation.rates) == 1
     assert all(key.startswith("optimizer.") for settings in ablation.variants.values() for key in settings)
@@ -70,7 +70,7 @@ def test_shipped_ablations_change_what_they_name(path):
     assert {trial.seed for trial in trials[: len(ablation.variants)]} == {ablation.seeds[0]}
 
 
-def test_shipped_ablations_are_those_of_the_paper():
+def test_shipped_ablations_cover_the_papers():
     assert [path.stem for path in SHIPPED] == [
         "coefficients",
         "per_head",
@@ -81,13 +81,13 @@ def test_shipped_ablations_are_those_of_the_paper():
     target = load_ablation(ROOT / "configs" / "ablations" / "target_rms.yaml")
     assert list(target.numbers.values()) == [0.05, 0.1, 0.2, 0.4, 0.8] and "adamw" in target.variants
     matching = load_ablation(ROOT / "configs" / "ablations" / "update_matching.yaml")
-    runs = [matching.make_config(matching.representative_run(name)) for name in matching.variants]
-    assert {config.optimizer.rms_matching for config in runs} == {"adjusted_lr", "update_norm", "baseline"}
-    assert all(run.model.intermediate_size == 4 * run.model.hidden_size for run in runs)
+    configs = [matching.make_config(matching.representative_run(name)) for name in matching.variants]
+    assert {config.optimizer.rms_matching for config in configs} == {"adjusted_lr", "update_norm", "baseline"}
+    assert all(config.model.intermediate_size == 4 * config.model.hidden_size for config in configs)
 
 
 def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
-    """Two variants, one seed, killed after the first result."""
+    """An ablation of two variants and one seed, killed after its first result, trains no run again."""
     path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"train.validation_sequences": 64}, seeds=[1])
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path, ends=(signal.SIGKILL,))
@@ -98,8 +98,8 @@ def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_fold
 
 
 def write_short(write, small_corpus, tokenizer_folder, tmp_path, settings=None, **keys):
-    """An ablation of two variants and 40 steps: enough to be better than guessing, else a run has diverged."""
-    data = tmp_path / "data"  # what is held out is like what is learnt, unlike that of `data_folder`
+    """Write an ablation of two variants and 40 steps; fewer steps give losses that count as diverged."""
+    data = tmp_path / "data"  # unlike in `data_folder`, held-out text resembles the training text
     prepare([small_corpus], tokenizer_folder, data, validation_share=0.5)
     two = {name: VARIANTS[name] for name in ("large", "small")}
     settings = {"data.path": str(data), "train.train_steps": 40, "schedule.min_lr": 0.0} | (settings or {})
@@ -107,7 +107,7 @@ def write_short(write, small_corpus, tokenizer_folder, tmp_path, settings=None, 
 
 
 def check_trained(ablation, count):
-    """All runs have a result, and each trained every step once."""
+    """Check that all runs have a result, and that each trained every step once."""
     names = ended(ablation)
     assert sorted(names) == sorted(trial.name for trial in ablation.pending_runs({})) and len(names) == count
     for name in names:
@@ -115,8 +115,8 @@ def check_trained(ablation, count):
 
 
 @pytest.mark.slow
-def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
-    """Two variants, two seeds."""
+def test_interrupted_ablation_resumes_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
+    """An ablation of two variants and two seeds, interrupted twice, trains no run again."""
     path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"monitor.every_steps": 1}, side_by_side=2)
     ablation = load_ablation(path)
     process = call_interrupted(ablation, "ablate", path)
@@ -129,7 +129,7 @@ def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpu
         last = json.loads(metrics[-1])
         assert run.loss == last["loss/held_out"] and run.update_rms["dense"] == last["optim/update_rms/dense"]
         assert run.curve[-1] == [last["consumed_tokens"], last["loss/train"]] and len(run.curve) == 40
-        # At the last step the learning rate is 0: the weights are those that it was watched with.
+        # At the last step the learning rate is 0, so the monitored weights are the final ones.
         assert weights[trial.name]["router"] == pytest.approx(last["optim/weight_rms/router"], rel=1e-5)
         assert weights[trial.name]["attention key-value"] == pytest.approx(
             last["optim/weight_rms/attention_kv"], rel=1e-5
@@ -137,16 +137,16 @@ def test_interrupted_ablation_goes_on_and_trains_no_run_twice(write, small_corpu
         assert run.update_rms["dense"] == pytest.approx(VARIANTS[trial.variant]["optimizer.rms_match"], rel=0.2)
     text = (ablation.folder_path / "results.md").read_text()
     assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
-    picture = ablation.folder_path / "ablation.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    picture.unlink()
+    plot = ablation.folder_path / "ablation.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    plot.unlink()
     again = call("ablate", path, "--draw-only")
-    assert again.returncode == 0 and picture.exists() and (ablation.folder_path / "results.md").read_text() == text
+    assert again.returncode == 0 and plot.exists() and (ablation.folder_path / "results.md").read_text() == text
 
 
 def test_differences_pair_the_seeds(write):
     ablation = load_ablation(write(varied="optimizer.rms_match"))
-    results = results_of(ablation, {"large": 4.0, "small": 4.2, "adamw": 4.5})
+    results = make_results(ablation, {"large": 4.0, "small": 4.2, "adamw": 4.5})
     outcomes = variant_results(ablation, results)
     table = loss_table(ablation, outcomes).splitlines()
     assert table[2] == "| large | 0.008 | 4.0600 | 4.0000 | 4.1200 | -0.1900 [-0.2000, -0.1800] | 1 |"
@@ -160,10 +160,10 @@ def test_differences_pair_the_seeds(write):
     assert ablation_caveats(ablation, outcomes) == []
 
 
-def test_a_crossing_is_told(write):
-    """One seed is ahead for 11 of 20 points, the other for 13: in tenths and together up to the twelfth."""
+def test_the_last_crossing_is_reported(write):
+    """With one seed ahead for 11 of 20 points and the other for 13, the mean is ahead up to the twelfth."""
     ablation = load_ablation(write())
-    results = results_of(ablation, {"large": 4.0, "small": 4.0, "adamw": 4.0})
+    results = make_results(ablation, {"large": 4.0, "small": 4.0, "adamw": 4.0})
     for seed, ahead in ((1, 11), (2, 13)):
         curve = [[1e6 * n, 4.0 + (-0.1 if n <= ahead else 0.1)] for n in range(1, 21)]
         results[AblationRun("large", 0.008, seed)] = result(AblationRun("large", 0.008, seed), 4.1, curve=curve)
@@ -178,14 +178,14 @@ def test_an_optimum_has_two_ends_that_are_worse(write):
     variants = {str(rms): {"optimizer.rms_match": rms} for rms in (0.8, 0.05, 0.2)}
     ablation = load_ablation(write(variants=variants, baseline="0.2", varied="optimizer.rms_match"))
     assert list(ablation.numbers) == ["0.05", "0.2", "0.8"]
-    outcomes = variant_results(ablation, results_of(ablation, {"0.05": 4.3, "0.2": 4.0, "0.8": 4.1}))
+    outcomes = variant_results(ablation, make_results(ablation, {"0.05": 4.3, "0.2": 4.0, "0.8": 4.1}))
     assert verdict(ablation, outcomes).endswith(
         "smallest at 0.2; both ends are worse, at 0.05 by 0.3000 and at 0.8 by 0.1000."
     )
 
 
 @pytest.mark.parametrize("varied", ["", "optimizer.rms_match"])
-def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
+def test_diverged_and_missing_runs_are_reported_and_left_out(write, varied):
     path = write(varied=varied, rates=[0.004, 0.008, 0.016], seeds=[1, 2, 3])
     ablation = load_ablation(path)
     results = {}
@@ -194,10 +194,10 @@ def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
         results[trial] = result(trial, math.inf if bad else 4 + trial.rate)
     outcomes = variant_results(ablation, results)
     assert outcomes["large"].best == 0.004 and outcomes["adamw"].best is None and not outcomes["adamw"].runs
-    said = ablation_caveats(ablation, outcomes)
-    assert sum("diverged" in line for line in said) == 3 * 3  # AdamW's eight, and one
-    assert "small is best at 0.004, the lower edge of its learning rates." in said
-    assert said[-1] == "1 runs are pending: adamw-lr0.016-seed3."
+    caveats = ablation_caveats(ablation, outcomes)
+    assert sum("diverged" in line for line in caveats) == 3 * 3  # AdamW's eight, and one
+    assert "small is best at 0.004, the lower edge of its learning rates." in caveats
+    assert caveats[-1] == "1 runs are pending: adamw-lr0.016-seed3."
     table = loss_table(ablation, outcomes)
     assert "| large | 0.016 | diverged | 4.0160 | diverged | 4.0160 |" in table and "| **4.0040** |" in table
     write_results(ablation, results)
@@ -207,7 +207,7 @@ def test_runs_that_diverged_or_are_missing_are_said_and_left_out(write, varied):
 
 def test_results_of_another_recipe_or_ablation_are_refused(write):
     ablation = load_ablation(write())
-    results = results_of(ablation, {"large": 4.0, "small": 4.2, "adamw": 4.5})
+    results = make_results(ablation, {"large": 4.0, "small": 4.2, "adamw": 4.5})
     write_results(ablation, results)
     assert read_results(ablation) == results
     more = VARIANTS | {"normed": {"optimizer.rms_matching": "update_norm"}}
@@ -248,7 +248,7 @@ def test_bad_ablations_are_refused(write, refuses, keys, words):
     refuses(["ablate", write(**keys), "--dry-run"], words)
 
 
-def test_a_file_that_is_no_ablation_is_refused(write, refuses, tmp_path):
+def test_invalid_ablation_files_are_refused(write, refuses, tmp_path):
     path = write()
     refuses(["ablate", path, "--draw-only"], "no results yet")
     refuses(["ablate", path, path], "two ablations have the folder")
@@ -266,9 +266,9 @@ def test_every_matrix_has_a_kind():
     kinds |= {"router": {"router"}} | {name: {"MLP"} for name in ("experts", "shared_experts", "dense")}
     for settings in ([], ["model.q_lora_rank=16"]):
         model_config = load_recipe(ROOT / "configs" / "scaling" / "recipes" / "cpu.yaml", settings).model
-        found = {name: set() for name in MATRIX_GROUPS}
+        matrix_kinds = {name: set() for name in MATRIX_GROUPS}
         for row in hf_mapping.tensor_mappings(model_config):
             for part in row.hf_tensors:
                 if part.init_kind == "matrix" and (group := find_monitor_group(row.key)) in MATRIX_GROUPS:
-                    found[group].add(matrix_kind(part.name))
-        assert found == kinds
+                    matrix_kinds[group].add(matrix_kind(part.name))
+        assert matrix_kinds == kinds

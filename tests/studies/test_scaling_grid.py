@@ -1,4 +1,4 @@
-"""The grid of learning rates: equal for both optimizers, widened until no best is at an edge, whatever the losses."""
+"""The grid of learning rates is equal for both optimizers and grows until no best rate is at an edge."""
 
 import math
 
@@ -14,11 +14,11 @@ def bowl(best, rate):
     return 3.0 + math.log2(rate / best) ** 2
 
 
-def climb(best, most=20, diverges_above=math.inf, factor=2.0):
-    """Values of both optimizers after asking and answering until nothing is wanted, and the number of rounds."""
+def fill_grid(best, max_rates=20, diverges_above=math.inf, factor=2.0):
+    """Return the losses of both optimizers after evaluating pending rates until none is left."""
     values = {"muon": {}, "adamw": {}}
     for _ in range(50):
-        rates = pending_rates(START, factor, most, values)
+        rates = pending_rates(START, factor, max_rates, values)
         missing = [(name, rate) for name in values for rate in rates if rate not in values[name]]
         if not missing:
             return values
@@ -29,17 +29,17 @@ def climb(best, most=20, diverges_above=math.inf, factor=2.0):
 
 @given(st.floats(1e-4, 0.5), st.floats(1e-4, 0.5), st.sampled_from((2.0, math.sqrt(2))))
 def test_best_is_inside_and_grids_are_equal(muon, adamw, factor):
-    values = climb({"muon": muon, "adamw": adamw}, most=60, factor=factor)
+    values = fill_grid({"muon": muon, "adamw": adamw}, max_rates=60, factor=factor)
     assert values["muon"].keys() == values["adamw"].keys()
     for name, best in (("muon", muon), ("adamw", adamw)):
         assert on_edge(values[name]) == ""
-        assert abs(math.log(best_rate(values[name]) / best)) <= math.log(max(factor, 2.0))  # START's own steps are 2
+        assert abs(math.log(best_rate(values[name]) / best)) <= math.log(max(factor, 2.0))  # START has steps of 2
     assert sorted(values["muon"]) == sorted({rounded(rate) for rate in values["muon"]})
 
 
-def test_an_interrupted_grid_asks_for_the_same():
-    """Answers given one at a time, in any order, lead to the grid that answers given at once do."""
-    whole = climb({"muon": 0.05, "adamw": 0.002})
+def test_an_interrupted_grid_has_the_same_rates():
+    """Results that arrive one at a time in another order lead to the same grid."""
+    expected = fill_grid({"muon": 0.05, "adamw": 0.002})
     values = {"muon": {}, "adamw": {}}
     while True:
         rates = pending_rates(START, 2.0, 20, values)
@@ -48,17 +48,17 @@ def test_an_interrupted_grid_asks_for_the_same():
             break
         name, rate = missing[0]
         values[name][rate] = bowl({"muon": 0.05, "adamw": 0.002}[name], rate)
-    assert values == whole
+    assert values == expected
 
 
 def test_diverged_runs_bound_the_grid_from_above():
-    values = climb({"muon": 0.1, "adamw": 0.1}, diverges_above=0.01)
+    values = fill_grid({"muon": 0.1, "adamw": 0.1}, diverges_above=0.01)
     assert best_rate(values["muon"]) == 0.008
     assert on_edge(values["muon"]) == ""
 
 
-def test_a_grid_that_may_not_grow_ends_at_its_edge():
-    values = climb({"muon": 0.5, "adamw": 0.008}, most=4)
+def test_a_grid_at_its_size_limit_ends_at_its_edge():
+    values = fill_grid({"muon": 0.5, "adamw": 0.008}, max_rates=4)
     assert sorted(values["adamw"]) == [0.004, 0.008, 0.016, 0.032]
     assert on_edge(values["muon"]) == "upper"
     assert on_edge(values["adamw"]) == ""

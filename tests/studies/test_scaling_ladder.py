@@ -1,4 +1,4 @@
-"""Ladders: which runs they ask for, that an interrupted one goes on, and what is said of bad files and bad runs."""
+"""Ladders: their pending runs, resuming after interruptions, and errors for bad files and bad runs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ SIZES = {"small": {"model.hidden_size": 32}, "large": {"model.hidden_size": 48},
 
 @pytest.fixture
 def write(tmp_path, data_folder, tokenizer_folder):
-    """Writes a ladder of dense models over a small recipe, and returns its path."""
+    """Return a function that writes a ladder of dense models of a small recipe and returns its path."""
     write_recipe(tmp_path / "recipe.yaml", data_folder, tokenizer_folder, first_k_dense_replace=4)
 
     def make(**keys):
@@ -50,74 +50,78 @@ def result(point, loss, flops=1e12):
     )
 
 
-def loss_of(point, best):
-    """A bowl over the learning rate; seeds differ a little."""
+def make_loss(point, best):
+    """Return a loss that is quadratic in the log learning rate, with a small offset per seed."""
     return 4.0 + math.log2(point.rate / best[point.optimizer]) ** 2 + 0.01 * point.seed
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-3, 0.1), st.floats(1e-3, 0.1), st.randoms(use_true_random=False))
-def test_any_order_of_ends_leads_to_the_same_runs(muon, adamw, random):
+def test_any_order_of_results_leads_to_the_same_runs(muon, adamw, random):
     rates = {"rates": (0.004, 0.008, 0.016), "most_rates": 30, "seeds": (1, 2, 3)}
     ladder = Ladder(path=Path("ladder.yaml"), name="test", recipe="recipe.yaml", sizes=SIZES, **rates)
     best = {"muon": muon, "adamw": adamw}
-    found = []
+    outcomes = []
     for shuffled in (False, True):
         losses = {}
         while missing := ladder.pending_runs(losses):
             assert not losses.keys() & set(missing)
             point = random.choice(missing) if shuffled else missing[0]
-            losses[point] = loss_of(point, best)
-        found.append(losses)
-    assert found[0] == found[1]
+            losses[point] = make_loss(point, best)
+        outcomes.append(losses)
+    assert outcomes[0] == outcomes[1]
     for size in SIZES:
         for name in OPTIMIZERS:
             rates = sorted(
-                point.rate for point in found[0] if (point.size, point.optimizer, point.seed) == (size, name, 1)
+                point.rate for point in outcomes[0] if (point.size, point.optimizer, point.seed) == (size, name, 1)
             )
-            chosen = {point.rate for point in found[0] if (point.size, point.optimizer, point.seed) == (size, name, 3)}
+            chosen = {
+                point.rate for point in outcomes[0] if (point.size, point.optimizer, point.seed) == (size, name, 3)
+            }
             assert len(chosen) == 1 and rates[0] < min(chosen) < rates[-1]
 
 
-def test_runs_that_diverged_are_said_and_left_out(write):
+def test_diverged_runs_are_reported_and_left_out(write):
     ladder = load_ladder(write(seeds=[1, 2]))
     best = {"muon": 0.008, "adamw": 0.008}
     results = {}
     while missing := ladder.pending_runs({point: r.loss or math.inf for point, r in results.items()}):
         for point in missing:
             bad = point.rate > 0.01 or (point.size == "huge" and point.optimizer == "adamw" and point.seed == 2)
-            results[point] = result(point, math.inf if bad else loss_of(point, best))
+            results[point] = result(point, math.inf if bad else make_loss(point, best))
     cells = best_losses(ladder, results)
     assert cells["muon"]["huge"].losses == (4.01, 4.02)
     assert cells["adamw"]["huge"].losses == (4.01,)
-    said = ladder_caveats(ladder, results)
-    assert sum("diverged" in line for line in said) == 7
-    assert any(line.startswith("huge-adamw-lr0.008-seed2 diverged") for line in said)
-    assert not any("not yet an optimum" in line for line in said)
+    caveats = ladder_caveats(ladder, results)
+    assert sum("diverged" in line for line in caveats) == 7
+    assert any(line.startswith("huge-adamw-lr0.008-seed2 diverged") for line in caveats)
+    assert not any("not yet an optimum" in line for line in caveats)
     assert grid_table(ladder, results).count("diverged") == 7
 
 
-def test_a_best_at_the_edge_is_no_optimum(write):
+def test_a_best_rate_at_the_edge_is_reported(write):
     ladder = load_ladder(write(most_rates=3, seeds=[1]))
-    results = {point: result(point, loss_of(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.pending_runs({})}
-    said = ladder_caveats(ladder, results)
-    assert sum("Muon is best at 0.016, the upper edge of the grid: not yet an optimum" in line for line in said) == 3
-    assert len(said) == 3
+    results = {
+        point: result(point, make_loss(point, {"muon": 0.1, "adamw": 0.008})) for point in ladder.pending_runs({})
+    }
+    caveats = ladder_caveats(ladder, results)
+    assert sum("Muon is best at 0.016, the upper edge of the grid: not yet an optimum" in line for line in caveats) == 3
+    assert len(caveats) == 3
 
 
-def test_results_are_kept_and_those_of_other_settings_refused(write):
+def test_results_are_kept_and_results_of_other_settings_refused(write):
     ladder = load_ladder(write())
     results = {point: result(point, 4.5) for point in ladder.pending_runs({})[:3]}
     write_results(ladder, results)
     assert read_results(ladder) == results
-    # What was written before a setting existed has its default.
+    # In results older than a setting, the setting has its default.
     file = ladder.folder_path / "results.json"
     content = json.loads(file.read_text())
-    for settings_there in content["settings"].values():
-        del settings_there["optimizer.rms_matching"]
+    for size_settings in content["settings"].values():
+        del size_settings["optimizer.rms_matching"]
     file.write_text(json.dumps(content))
     assert read_results(ladder) == results
-    # A longer grid, more seeds and more sizes leave what there is as it is.
+    # A longer grid, more seeds and more sizes keep the existing results.
     more = load_ladder(write(rates=[0.002, 0.004], seeds=[1, 2, 3], sizes=SIZES | {"more": {"train.train_steps": 9}}))
     assert read_results(more) == results
     for keys, words in (
@@ -140,11 +144,11 @@ def test_results_of_other_text_are_refused(write):
         read_results(ladder)
 
 
-DAMAGED = '{"version": %s, "settings": {}, "data": {}, "points": %s}'
+CORRUPT = '{"version": %s, "settings": {}, "data": {}, "points": %s}'
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1}', DAMAGED % (9, "[]"), DAMAGED % (1, "[{}]")])
-def test_damaged_results_are_refused(write, content):
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"version": 1}', CORRUPT % (9, "[]"), CORRUPT % (1, "[{}]")])
+def test_corrupt_results_are_refused(write, content):
     ladder = load_ladder(write())
     ladder.folder_path.mkdir(parents=True)
     (ladder.folder_path / "results.json").write_text(content)
@@ -153,8 +157,8 @@ def test_damaged_results_are_refused(write, content):
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "sgd"}, {"loss": -3.0}, {"loss": 0.0}, {"seed": 2}])
-def test_results_that_cannot_be_are_refused(write, change):
-    """An optimizer that no ladder has, a loss that is none, and with seed 2 one run twice."""
+def test_impossible_results_are_refused(write, change):
+    """Refused are an unknown optimizer, a loss that is not positive, and two results of one run (seed 2)."""
     ladder = load_ladder(write(seeds=[1, 2]))
     first = ladder.pending_runs({})[0]
     write_results(ladder, {point: result(point, 4.5) for point in (first, replace(first, seed=2))})
@@ -199,7 +203,7 @@ def test_too_few_results_for_a_fit(write, refuses):
     check_line(process.returncode, process.stderr, ["1 sizes", "at least 3"])
 
 
-def test_what_counts_as_diverged(write):
+def test_conditions_of_divergence(write):
     ladder = load_ladder(write())
     config = ladder.make_config(LadderRun("small", "muon", 0.004, 1))
     entry = {"step": 4, "optim/skipped_steps": 0, "loss/held_out": 5.0}
@@ -209,15 +213,15 @@ def test_what_counts_as_diverged(write):
     config = replace(config, train=replace(config.train, train_steps=40))
     steps = [{"step": step, "optim/skipped_steps": max(0, step - 5)} for step in range(1, 16)]
     assert "no finite step" in divergence(steps, config)
-    assert divergence(steps[:-1], config) == ""  # ended for another reason
+    assert divergence(steps[:-1], config) == ""  # the run ended for another reason
     assert divergence([], config) == ""
 
 
 @pytest.mark.slow
-def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
-    """Killed after its first result, then asked to stop after its second; what had ended stays as it was."""
-    small = SIZES["small"] | {"train.train_steps": 40}  # enough to be better than guessing, else a run has diverged
-    data = tmp_path / "data"  # what is held out is like what is learnt, unlike that of `data_folder`
+def test_interrupted_ladder_resumes_and_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
+    """A ladder killed after its first result and stopped after its second keeps all finished runs."""
+    small = SIZES["small"] | {"train.train_steps": 40}  # fewer steps give losses that count as diverged
+    data = tmp_path / "data"  # unlike in `data_folder`, held-out text resembles the training text
     prepare([small_corpus], tokenizer_folder, data, validation_share=0.5)
     path = write(
         sizes={"small": small},
@@ -233,7 +237,8 @@ def test_interrupted_ladder_goes_on_and_trains_no_run_twice(write, small_corpus,
     assert len(ended(ladder)) == 4
     again = call("scaling", path)
     assert "all done" in again.stdout and again.returncode == 2
-    assert len(list((ladder.folder_path / "points").glob("*/checkpoints"))) == 2  # of each optimizer's best
+    # Only each optimizer's best run keeps its checkpoints.
+    assert len(list((ladder.folder_path / "points").glob("*/checkpoints"))) == 2
     spectra = json.loads((ladder.folder_path / "svd_entropy.json").read_text())
     assert len(spectra) == 2
     for entropies in spectra.values():

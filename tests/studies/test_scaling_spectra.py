@@ -13,12 +13,12 @@ LADDER = Path(__file__).parents[2] / "configs" / "scaling" / "cpu_moe.yaml"
 
 
 def result(point, loss):
-    known = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {}}
-    return StudyResult(point=point, diverged="" if loss else "yes", loss=loss, **known)
+    fields = {"steps": 4, "tokens": 1024, "flops": 1e12, "seconds": 1.0, "svd_entropy": {}}
+    return StudyResult(point=point, diverged="" if loss else "yes", loss=loss, **fields)
 
 
 def test_matrices_are_paired_by_size_and_group(tmp_path):
-    """Muon higher everywhere but in the router of the first size; at the second size AdamW diverged."""
+    """Pairs cover the first size only, where Muon is higher except in the router. AdamW diverged at the second."""
     ladder = load_ladder(LADDER)
     first, second = list(ladder.sizes)[:2]
     points = [LadderRun(size, name, 0.008, 1) for size in (first, second) for name in ("muon", "adamw")]

@@ -1,11 +1,12 @@
-"""Conversations for the tests of tuning, and what its multi-process tests run on each rank."""
+"""Conversations for the tests of tuning, and the functions that multi-process tests run on each rank."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.support.layouts import Recipe, build, collect, flatten_gradients, recipe
+from moonlight.config.run import RunConfig
+from tests.support.layouts import build, collect, flatten_gradients, recipe
 
 CHATS = [
     [
@@ -27,14 +28,14 @@ def write_chats(path: Path, chats: list[list[dict]] = CHATS) -> Path:
     return path
 
 
-def tuning_recipe(data: Path, tokenizer: Path, length: int = 128, **changes: Any) -> Recipe:
-    """A recipe of the small model for conversations in `data`."""
-    run = recipe(**changes)
+def tuning_recipe(data: Path, tokenizer: Path, length: int = 128, **changes: Any) -> RunConfig:
+    """Return a config of the small model for the conversations in `data`."""
+    config = recipe(**changes)
     return replace(
-        run,
-        model=replace(run.model, vocab_size=1024, max_position_embeddings=length, aux_loss_alpha=0.0),
+        config,
+        model=replace(config.model, vocab_size=1024, max_position_embeddings=length, aux_loss_alpha=0.0),
         data=replace(
-            run.data,
+            config.data,
             path=str(data),
             tokenizer=str(tokenizer),
             sequence_length=length,
@@ -44,26 +45,26 @@ def tuning_recipe(data: Path, tokenizer: Path, length: int = 128, **changes: Any
     )
 
 
-def whole_set_gradients(run: Recipe, change: str = "") -> dict[str, Any]:
-    """Loss and gradient pieces of one batch that has all training conversations once.
+def whole_set_gradients(config: RunConfig, change: str = "") -> dict[str, Any]:
+    """Return the loss and gradient chunks of one batch that has every training conversation once.
 
-    `change` gives other labels: of the tokens that count ("learnt") or of those that do not ("prompt").
+    `change` alters labels: of the tokens in the loss ("learnt"), or of all other tokens ("prompt").
     """
     from moonlight.data.loader import ChatTrainDataset
     from moonlight.train.forward_backward import forward_backward, local_samples, make_micro_batches
 
-    models, optimizer = build(run)
-    samples = ChatTrainDataset(Path(run.data.path), run.data.sequence_length, 2, seed=1)
-    total = -(-samples.num_windows // 8) * 8  # padding after the last
-    mine = [samples.window(number) for number in local_samples(range(total))]
-    batches = make_micro_batches(mine, run, 2)
+    model_chunks, optimizer = build(config)
+    samples = ChatTrainDataset(Path(config.data.path), config.data.sequence_length, 2, seed=1)
+    total = -(-samples.num_windows // 8) * 8  # padding follows the last window
+    local_windows = [samples.window(index) for index in local_samples(range(total))]
+    batches = make_micro_batches(local_windows, config, 2)
     if change:
         for batch in batches:
-            chosen = batch.loss_mask == (1 if change == "learnt" else 0)
-            batch.labels[chosen] = (batch.labels[chosen] + 7) % run.model.vocab_size
-    weights = collect(models)
+            selected = batch.loss_mask == (1 if change == "learnt" else 0)
+            batch.labels[selected] = (batch.labels[selected] + 7) % config.model.vocab_size
+    weights = collect(model_chunks)
     optimizer.data_parallel.zero_grad_buffer()
-    loss, count = forward_backward(models, run, batches)
+    loss, count = forward_backward(model_chunks, config, batches)
     return {
         "loss": loss.item(),
         "count": count.item(),

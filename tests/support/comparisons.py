@@ -12,12 +12,12 @@ from tests.support.layouts import assemble
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
-    """Relative Frobenius error."""
+    """Return the relative Frobenius error."""
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
 
 
 def check_gradients(answers: list[dict], reference: dict) -> None:
-    """Loss on every rank and every tensor's gradient against one process, to 1e-5."""
+    """Check the loss on every rank and each tensor's gradient against one process, to 1e-5."""
     for answer in answers:
         assert answer["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     gradients = assemble([answer["gradients"] for answer in answers])
@@ -26,9 +26,9 @@ def check_gradients(answers: list[dict], reference: dict) -> None:
     assert not {key: error for key, error in errors.items() if not error <= 1e-5}
 
 
-def outcome(run):
-    """Every tensor of the last checkpoint, and the metrics that must repeat."""
-    folder = Path(run.runs_folder) / run.name
+def outcome(config):
+    """Return the step and every tensor of the last checkpoint, and the metrics that must repeat."""
+    folder = Path(config.runs_folder) / config.name
     checkpoint = open_checkpoint(folder)
     tensors = {key: checkpoint.read(key) for key in checkpoint.stored.shapes}
     metrics = [
@@ -38,9 +38,10 @@ def outcome(run):
     return checkpoint.state.step, tensors, metrics
 
 
-def check_same(run, other):
-    (step, tensors, metrics), (other_step, other_tensors, other_metrics) = outcome(run), outcome(other)
-    assert step == other_step == run.train.train_steps
+def check_same(config, other_config):
+    """Check that two finished runs have bit-identical tensors and equal metrics."""
+    (step, tensors, metrics), (other_step, other_tensors, other_metrics) = outcome(config), outcome(other_config)
+    assert step == other_step == config.train.train_steps
     assert metrics == other_metrics
     assert [entry["step"] for entry in metrics] == list(range(1, step + 1))
     assert tensors.keys() == other_tensors.keys()

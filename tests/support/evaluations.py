@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: small models of several families, and data sets in a local folder."""
+"""Helpers for the tests of evaluation: small models of several families, and datasets in a local folder."""
 
 import json
 import shutil
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def write_dense(path, family, tokenizer_folder, max_position_embeddings=128):
-    """A random dense model of the family (llama or qwen2), as transformers saves it, with a tokenizer."""
+    """Save a random dense model of the family (llama or qwen2) with transformers, and add a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
+    hf_config = AutoConfig.for_model(
         family,
         vocab_size=1024,
         hidden_size=32,
@@ -24,7 +24,7 @@ def write_dense(path, family, tokenizer_folder, max_position_embeddings=128):
         bos_token_id=1,
         eos_token_id=2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(hf_config).save_pretrained(path)
     for file in Path(tokenizer_folder).iterdir():
         shutil.copy(file, path)
     return path
@@ -40,7 +40,7 @@ GSM8K = [
 
 
 def write_gsm8k(data_dir):
-    """A data set of gsm8k's name and columns, as `hf download` would lay it down."""
+    """Write a dataset with gsm8k's name and columns, in the layout of `hf download`."""
     folder = data_dir / "openai" / "gsm8k"
     (folder / "main").mkdir(parents=True)
     for split in ("train", "test"):
@@ -53,5 +53,5 @@ def write_gsm8k(data_dir):
 
 
 def items(folder, benchmark):
-    """The answers that an evaluation wrote for a benchmark."""
+    """Return the answers that an evaluation wrote for a benchmark."""
     return [json.loads(line) for line in (folder / f"{benchmark}.items.jsonl").read_text().splitlines()]

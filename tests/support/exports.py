@@ -1,4 +1,4 @@
-"""What the tests of releases share: an exported folder that is ready to go, and changes to it."""
+"""Helpers for the tests of releases: an exported folder that is ready for release, and changes to it."""
 
 import json
 
@@ -12,13 +12,13 @@ CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# Tiny\n"
 
 
 def make_ready(run_folder, out):
-    """Export a run in several shards, with all that a release needs."""
+    """Export a run in several shards, with all files that a release needs."""
     export(run_folder, out, max_shard_bytes=200_000, license="apache-2.0")
     seal(out)
 
 
 def seal(folder):
-    """Write the sums of a folder, and what `moonlight verify` says about them."""
+    """Write the checksums of a folder, and a passed verification of them."""
     write_sums(folder)
     write_json(folder / VERIFICATION_FILE, {"passed": True, "sums_sha256": sha256_checksum(folder / SUMS_FILE)})
 

@@ -1,4 +1,4 @@
-"""Runs that something happens to: starting them, finding their processes, waiting for what they do."""
+"""Helpers for the tests of faults: start runs, find their processes, wait for their progress."""
 
 import random
 import subprocess
@@ -15,7 +15,10 @@ PATIENCE_S = 300
 
 
 def start(recipe, *arguments, torchrun_restarts=None, **options):
-    """`moonlight pretrain`, or with restarts of torchrun two processes of `-m pretrain`, in a session of its own."""
+    """Start `moonlight pretrain` in a new session.
+
+    With `torchrun_restarts`, start two processes of `-m pretrain` under torchrun instead.
+    """
     command = [sys.executable, "-m", "moonlight.cli", "pretrain"]
     if torchrun_restarts is not None:
         command = [sys.executable, "-m", "pretrain.agent", str(PATIENCE_S), "--standalone", "--nproc-per-node", "2"]
@@ -33,7 +36,7 @@ def start(recipe, *arguments, torchrun_restarts=None, **options):
 
 
 def end(process):
-    """What the command wrote to stderr, once it has ended."""
+    """Wait until the command ends, and return its stderr."""
     try:
         return process.communicate(timeout=PATIENCE_S)[1]
     finally:
@@ -41,40 +44,40 @@ def end(process):
 
 
 def workers(process):
-    """Its training processes by rank."""
-    found = {}
+    """Return the training processes of the command by rank."""
+    by_rank = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
             if "pretrain" in child.cmdline():
-                found[int(child.environ()["RANK"])] = child
+                by_rank[int(child.environ()["RANK"])] = child
         except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
             continue
-    return found
+    return by_rank
 
 
 def wait_until(condition, process):
-    """Poll until `condition()`, while the command runs; False if it ended first."""
+    """Poll until `condition()` while the command runs; return False if the command ends first."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None:
             return False
-        assert time.monotonic() < deadline, "nothing came of it"
+        assert time.monotonic() < deadline, f"the condition was not met within {PATIENCE_S} s"
         time.sleep(0.01)
     return True
 
 
 def reached(folder, step):
-    """Whether metrics.jsonl has come to a step."""
+    """Return a condition: metrics.jsonl has reached a step."""
 
-    def has():
+    def has_reached():
         entries = read_metrics(folder)
         return bool(entries) and entries[-1]["step"] >= step
 
-    return has
+    return has_reached
 
 
 def kill_after(process, run_folder, steps):
-    """kill -9 of the command, at some moment after its run has written `steps` steps."""
+    """Kill the command with SIGKILL at a random moment after its run has written `steps` steps."""
     wait_until(lambda: len(read_metrics(run_folder)) >= steps, process)
     time.sleep(random.random() / 4)
     process.kill()

@@ -1,4 +1,4 @@
-"""Tokenizer folders that other projects would write, trained on the tests' corpus."""
+"""Tokenizer folders in the formats of other projects, trained on the tests' corpus."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ PAT_STR = "|".join(
         r"""\s+""",
     ]
 )
-"""How Moonlight's published tokenizer cuts text."""
+"""The pattern that splits text in Moonlight's published tokenizer."""
 
 SPECIAL_OFFSETS = {
     "[BOS]": 0,
@@ -36,11 +36,14 @@ SPECIAL_OFFSETS = {
     "[UNK]": 254,
     "[PAD]": 255,
 }
-"""Moonlight's named special tokens, by their distance from the first special id; the others are reserved."""
+"""Moonlight's named special tokens, by their offset from the first special id; all other offsets are reserved."""
 
 
 def train_bpe(corpus, num_ids):
-    """Byte-level BPE of GPT-2's kind; it cuts text otherwise than Moonlight does, so some tokens span two pieces."""
+    """Train a byte-level BPE as in GPT-2.
+
+    It splits text differently from Moonlight, so some tokens span two of Moonlight's pieces.
+    """
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -57,11 +60,11 @@ def write_ranks(path, ranks):
 
 
 def write_tiktoken(folder, corpus, ranks=None):
-    """tiktoken.model and a tokenizer_config.json that asks for remote code."""
+    """Write tiktoken.model and a tokenizer_config.json that requests remote code."""
     if ranks is None:
-        byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        letter_to_byte = {letter: byte for byte, letter in bytes_to_unicode().items()}
         by_rank = sorted(train_bpe(corpus, 2048).get_vocab().items(), key=lambda item: item[1])
-        ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in by_rank}
+        ranks = {bytes(letter_to_byte[letter] for letter in token): rank for token, rank in by_rank}
     folder.mkdir(parents=True)
     write_ranks(folder / "tiktoken.model", ranks)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -91,7 +94,7 @@ def write_tiktoken(folder, corpus, ranks=None):
 
 
 def reference(folder):
-    """The `tiktoken` package on such a folder."""
+    """Return the encoding of such a folder by the `tiktoken` package."""
     lines = (line.split() for line in (folder / "tiktoken.model").read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     names = {len(ranks) + offset: name for name, offset in SPECIAL_OFFSETS.items()}
@@ -101,7 +104,10 @@ def reference(folder):
 
 
 def write_fast(folder, corpus):
-    """tokenizer.json that normalizes, adds [CLS], cuts and pads; its end-of-text token is given as an object."""
+    """Write a tokenizer.json that normalizes, adds [CLS], truncates and pads.
+
+    Its end-of-text token is given as an object.
+    """
     fast = train_bpe(corpus, 1500)
     fast.add_special_tokens(["<|endoftext|>", "[CLS]"])
     fast.add_tokens(["<tool_call>"])

@@ -1,7 +1,7 @@
-"""Hosts for tests of many nodes: network namespaces on this machine, joined by a switch, each with a name of its own.
+"""Hosts for tests of several nodes: network namespaces on this machine, joined by a switch.
 
-They share file systems, cores and clock; network, interfaces, host name and /etc/hosts are their own. Needs Linux, root
-and the `ip` and `tc` commands of iproute2.
+The hosts share file systems, cores and clock. Each host has its own network, interfaces, host name and /etc/hosts.
+They need Linux, root and the `ip` and `tc` commands of iproute2.
 """
 
 import os
@@ -15,14 +15,14 @@ NETWORK = "10.93.0"
 
 
 def run(*command):
-    """A command that must succeed, or the test fails with what it said."""
+    """Run a command and return its stdout; if it fails, fail the test with its stderr."""
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, f"{' '.join(command)}: {result.stderr.strip()}; these tests need root and iproute2"
     return result.stdout
 
 
 class Hosts:
-    """`Hosts("host-a", "host-b")`; `close` ends whatever runs on them and removes them."""
+    """`Hosts("host-a", "host-b")`; `close` kills the processes on the hosts and removes the hosts."""
 
     def __init__(self, *names):
         self.names = names
@@ -32,15 +32,15 @@ class Hosts:
             run("ip", "netns", "add", self.switch)
             run("ip", "-n", self.switch, "link", "add", "bridge", "type", "bridge")
             run("ip", "-n", self.switch, "link", "set", "bridge", "up")
-            known = "".join(f"{NETWORK}.{number} {name}\n" for number, name in enumerate(names, start=1))
+            host_lines = "".join(f"{NETWORK}.{number} {name}\n" for number, name in enumerate(names, start=1))
             for number, name in enumerate(names, start=1):
                 space = self.space(name)
                 run("ip", "netns", "add", space)
                 etc = Path("/etc/netns") / space
                 etc.mkdir(parents=True)
-                (etc / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
-                plug = ("type", "veth", "peer", "name", "eth0", "netns", space)
-                run("ip", "-n", self.switch, "link", "add", name, *plug)
+                (etc / "hosts").write_text(f"127.0.0.1 localhost\n{host_lines}")
+                peer = ("type", "veth", "peer", "name", "eth0", "netns", space)
+                run("ip", "-n", self.switch, "link", "add", name, *peer)
                 run("ip", "-n", self.switch, "link", "set", name, "master", "bridge", "up")
                 run("ip", "-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
                 run("ip", "-n", space, "link", "set", "lo", "up")
@@ -50,15 +50,15 @@ class Hosts:
             raise
 
     def space(self, name):
-        """The network namespace of a host."""
+        """Return the network namespace of a host."""
         return f"moonlight-{os.getpid()}-{name}"
 
     def start(self, name, command, log, **options):
-        """A command on a host, its output in the file `log`."""
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
+        """Start a command on a host, with its output in the file `log`."""
+        set_hostname = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name]
         with Path(log).open("a") as out:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.space(name), *named, *map(str, command)],
+                ["ip", "netns", "exec", self.space(name), *set_hostname, *map(str, command)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 **options,
@@ -67,19 +67,19 @@ class Hosts:
         return process
 
     def processes_of(self, name):
-        """Every process of a host."""
+        """Return all processes of a host."""
         return [psutil.Process(int(pid)) for pid in run("ip", "netns", "pids", self.space(name)).split()]
 
     def cut(self, name):
-        """Pull the cable of a host."""
+        """Disconnect a host from the network."""
         run("ip", "-n", self.switch, "link", "set", name, "down")
 
     def mend(self, name):
-        """And put it back."""
+        """Reconnect a host to the network."""
         run("ip", "-n", self.switch, "link", "set", name, "up")
 
     def limit(self, name, megabits):
-        """Let a host send no faster."""
+        """Limit the rate at which a host sends."""
         shaper = ("tbf", "rate", f"{megabits}mbit", "burst", "256kb", "latency", "500ms")
         run("tc", "-n", self.space(name), "qdisc", "add", "dev", "eth0", "root", *shaper)
 

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: what its real client needs to publish a model."""
+"""A local server that replaces the Hugging Face Hub: the endpoints that its real client needs to publish a model."""
 
 import base64
 import hashlib
@@ -22,30 +22,30 @@ class Repository:
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": dict(JUST_MADE)})
     """Files of the newest commit of every branch."""
     lfs: set[str] = field(default_factory=set)
-    """SHA-256 of the contents that came as LFS files."""
+    """SHA-256 of the contents that were uploaded as LFS files."""
     commits: list[tuple[str, str, list[str]]] = field(default_factory=list)
     """Branch, summary, and names of the files added or deleted."""
 
 
 class Hub:
-    """Serves until `close`. Whoever asks must hold `token` and may write to `owner` alone."""
+    """Serve until `close`. Clients must send `token`, and may write only to `owner`."""
 
     def __init__(self, token, owner):
         self.token, self.owner = token, owner
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        """Large files that arrived, committed or not."""
+        """Large files that were uploaded, committed or not."""
         self.requests: list[tuple[str, str]] = []
         """Method and path of every request."""
         self.leaks: list[str] = []
-        """Requests to the storage that carried the token, which is meant for the Hub alone."""
+        """Requests to the storage that carried the token, which clients may send only to the Hub."""
         self.faults: dict[tuple[str, str], int | str] = {}
-        """By method and a part of the path: a status to answer, `drop` the connection once, or `stall` for good."""
+        """By method and a part of the path: a status to return, `drop` to close the connection once, or `stall`."""
         self.corrupt = False
-        """Store large files with a byte changed, as no Hub should."""
+        """Whether to store large files with one byte changed."""
         self.stalled, self.closed = threading.Event(), threading.Event()
         self.failures: list[str] = []
-        """What went wrong in this program itself."""
+        """Tracebacks of errors in this server itself."""
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.daemon_threads = True
@@ -59,15 +59,15 @@ class Hub:
         self.server.server_close()
 
     def count(self, method, part):
-        """How many requests of `method` had `part` in their path."""
-        return sum(seen == method and part in path for seen, path in self.requests)
+        """Return the number of requests of `method` with `part` in their path."""
+        return sum(used == method and part in path for used, path in self.requests)
 
 
 class _Server(ThreadingHTTPServer):
     hub: Hub
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exception(), ConnectionError):  # which a killed client leaves
+        if not isinstance(sys.exception(), ConnectionError):  # a killed client causes one
             self.hub.failures.append(traceback.format_exc())
 
 
@@ -120,10 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
             self.hub.requests.append((self.command, path))
-            found = [key for key in self.hub.faults if key[0] == self.command and key[1] in path]
-            fault = self.hub.faults[found[0]] if found else None
+            matches = [key for key in self.hub.faults if key[0] == self.command and key[1] in path]
+            fault = self.hub.faults[matches[0]] if matches else None
             if fault == "drop":
-                del self.hub.faults[found[0]]
+                del self.hub.faults[matches[0]]
         if fault is not None:
             return self.fail(fault)
         if path.startswith("/storage/"):
@@ -201,10 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def batch(self, value):
         objects = []
-        for wanted in value["objects"]:
-            entry = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.hub.objects:
-                entry["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{wanted['oid']}"}}
+        for requested in value["objects"]:
+            entry = {"oid": requested["oid"], "size": requested["size"]}
+            if requested["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{requested['oid']}"}}
             objects.append(entry)
         self.answer(200, {"transfer": "basic", "objects": objects})
 
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(200, {})
 
     def commit(self, repository, revision, body):
-        name = next(name for name, known in self.hub.repositories.items() if known is repository)
+        name = next(name for name, candidate in self.hub.repositories.items() if candidate is repository)
         lines = [json.loads(line) for line in body.splitlines()]
         names, files = [], dict(repository.branches[revision])
         for line in lines[1:]:

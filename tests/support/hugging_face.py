@@ -1,4 +1,4 @@
-"""Hugging Face folders of random models, made by transformers, for the tests of import."""
+"""Hugging Face folders of random models, written by transformers, for the tests of import."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ SHAPE: dict[str, Any] = {
 
 
 def make_folder(path: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "50GB", **shape: Any) -> Path:
-    """A random model with router biases that matter, as `save_pretrained` writes it."""
+    """Write a random model with nonzero router biases by `save_pretrained`."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     from transformers.utils import logging
 
@@ -53,8 +53,8 @@ def make_folder(path: Path, dtype: torch.dtype = torch.float32, max_shard_size: 
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of every tensor; router biases as float32, which is what exports hold."""
-    found = {}
+    """Return dtype, shape and bytes of every tensor; router biases as float32, their dtype in exports."""
+    tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
@@ -62,30 +62,33 @@ def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
                 if name.endswith("e_score_correction_bias"):
                     tensor = tensor.float()
                 raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-                found[name] = (str(tensor.dtype), tuple(tensor.shape), raw)
-    return found
+                tensors[name] = (str(tensor.dtype), tuple(tensor.shape), raw)
+    return tensors
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Set keys of config.json; what is set to `...` is removed."""
+    """Set keys of config.json, and remove the keys whose value is `...`."""
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    hf_config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in hf_config.items() if value is not ...}))
 
 
 def change_tensors(folder: Path, change: Any) -> None:
-    """Rewrite model.safetensors after `change` was applied to the dictionary of its tensors."""
+    """Apply `change` to the dictionary of tensors in model.safetensors, and rewrite the file."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def forward(run, tokens):
-    """Logits [batch, sequence, vocabulary] and the experts chosen by each router, with biases that matter."""
+def forward(config, tokens):
+    """Return logits [batch, sequence, vocabulary], the experts that each router chose, and the weights.
+
+    Router biases are nonzero.
+    """
     from moonlight.train.forward_backward import find_routers
 
-    (model,), _ = build(run)
+    (model,), _ = build(config)
     for router in find_routers([model]):
         generator = torch.Generator().manual_seed(router.layer_number)
         router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=generator))
@@ -103,13 +106,15 @@ def forward(run, tokens):
     return logits.numpy(), choices, collect([model])
 
 
-def fuse_experts(state, model):
-    """transformers' in-memory form: the experts of a layer stacked, gate over up."""
+def fuse_experts(state, model_config):
+    """Return the state dict in transformers' in-memory form: the experts of a layer stacked, gate above up."""
     fused = {name: value for name, value in state.items() if ".mlp.experts." not in name}
-    for layer in range(model.first_k_dense_replace, model.num_hidden_layers):
+    for layer in range(model_config.first_k_dense_replace, model_config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
         stack = {
-            kind: torch.stack([state[f"{prefix}{expert}.{kind}_proj.weight"] for expert in range(model.num_experts)])
+            kind: torch.stack(
+                [state[f"{prefix}{expert}.{kind}_proj.weight"] for expert in range(model_config.num_experts)]
+            )
             for kind in ("gate", "up", "down")
         }
         fused[f"{prefix}gate_up_proj"] = torch.cat([stack["gate"], stack["up"]], dim=1)

@@ -1,4 +1,4 @@
-"""Where kernels and their twins are tested, and how near they must come to float64."""
+"""Device and tolerances of the tests of kernels, and references for them."""
 
 import pytest
 import torch
@@ -8,21 +8,21 @@ from moonlight.kernels import jit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Kernels are compiled on a GPU, and run in Triton's interpreter on a CPU (conftest.py)."""
 DTYPES = (torch.float32, torch.bfloat16)
-needs_triton = pytest.mark.skipif(jit.triton is None, reason="there is no Triton here")
+needs_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
 """The `pytestmark` of every file that launches kernels."""
 
 
 def random(*shape, seed=0, dtype=torch.float32, scale=1.0, device=DEVICE):
-    """Normal numbers, the same on every device."""
+    """Return normal numbers that are the same on every device."""
     return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
 
 
 def assert_near(result, expected, function, size=None):
-    """Compare what `function` gave with float64.
+    """Compare the result of `function` with float64.
 
-    A result in bfloat16 is rounded once, to half of 2^-8 of its size; Triton's interpreter truncates instead of
-    rounding. Float32 arithmetic leaves a few units of 2^-24 of `size`: what the terms of a sum add up to, where that
-    is more than the result.
+    A bfloat16 result is rounded once, to half of 2^-8 of its size; Triton's interpreter truncates instead of rounding.
+    Float32 arithmetic leaves an error of a few units of 2^-24 of `size`. For a sum, `size` is the sum of the absolute
+    terms, if that exceeds the result.
     """
     assert result.shape == expected.shape
     rounding = 0.0

@@ -1,4 +1,4 @@
-"""The data sets of the paper's benchmarks in small: the columns and splits of each, with rows made here."""
+"""Small versions of the datasets of the paper's benchmarks: their columns and splits, with synthetic rows."""
 
 import json
 
@@ -6,7 +6,7 @@ LETTERS = "ABCD"
 
 
 def _choices(number, names=LETTERS):
-    return {letter: f"{number + 7 * place} {letter.lower()}" for place, letter in enumerate(names)}
+    return {letter: f"{number + 7 * index} {letter.lower()}" for index, letter in enumerate(names)}
 
 
 def _mmlu(number, config):
@@ -125,14 +125,14 @@ ROWS = {
     "ceval": _ceval,
     "cmmlu": _cmmlu,
 }
-"""Name of a benchmark -> the row of a number and a configuration."""
+"""Name of a benchmark -> function of a number and a dataset configuration that returns a row."""
 
 
 def write_set(data_dir, name, configs):
-    """Write the set of a benchmark as `hf download` lays sets down.
+    """Write the dataset of a benchmark in the layout of `hf download`.
 
     Args:
-        configs: what the harness says of each of its tasks.
+        configs: the harness's configuration of each of the benchmark's tasks.
     """
     folder = data_dir / configs[0]["dataset_path"]
     card = ["---", "configs:"]
@@ -144,9 +144,9 @@ def write_set(data_dir, name, configs):
             path = folder / config / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             # Enough for five examples of each of MMLU-pro's categories; MBPP's examples are its problems 2 to 4.
-            many = 5 * len(MMLU_PRO) if name == "mmlu-pro" else 6
+            num_rows = 5 * len(MMLU_PRO) if name == "mmlu-pro" else 6
             first = {"prompt": 1, "test": 11}[split] if name == "mbpp" else 100 * start
-            rows = [ROWS[name](number, config) for number in range(first, first + many)]
+            rows = [ROWS[name](number, config) for number in range(first, first + num_rows)]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             card += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*card, "---", ""]))

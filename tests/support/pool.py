@@ -1,6 +1,6 @@
-"""Persistent worker processes for tests that need a world of several ranks.
+"""Persistent worker processes for tests of several ranks.
 
-Starting a process costs seconds of imports, so the workers stay and only their process groups change from call to call.
+Starting a process costs seconds of imports, so the workers persist and only their process groups change between calls.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ TIMEOUT_S = 240
 
 
 def _serve(pipe: Connection) -> None:
-    """Run calls until the pipe closes: each joins a fresh world, answers, and leaves it."""
+    """Run calls until the pipe closes. Each call creates its process group, answers, and destroys the group."""
     os.environ["OMP_NUM_THREADS"] = "1"
     from moonlight import parallel
 
@@ -47,15 +47,15 @@ class Pool:
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(NUM_WORKERS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            parent_end, worker_end = context.Pipe()
+            process = context.Process(target=_serve, args=(worker_end,), daemon=True)
             process.start()
-            theirs.close()
-            self.pipes.append(ours)
+            worker_end.close()
+            self.pipes.append(parent_end)
             self.processes.append(process)
 
     def run(self, world_size: int, function: Callable, *args: Any) -> list[Any]:
-        """Answers of ranks 0 .. world_size - 1; an exception on any rank is raised here with its traceback."""
+        """Return the answers of ranks 0 to world_size - 1; raise the exception of any rank with its traceback."""
         with tempfile.TemporaryDirectory() as folder:
             rendezvous = str(Path(folder) / "rendezvous")
             for rank, pipe in enumerate(self.pipes[:world_size]):

@@ -1,4 +1,4 @@
-"""Slow, obvious twins: one matrix at a time, in float64, as the papers write it."""
+"""Slow, obvious references: one matrix at a time, in float64, as written in the papers."""
 
 import math
 
@@ -8,7 +8,7 @@ from moonlight.optim.newton_schulz import COEFFICIENTS
 
 
 def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
-    """X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X."""
+    """Iterate X0 = M / ||M||_F, then X <- a X + b (X X^T) X + c (X X^T)^2 X."""
     first, then = COEFFICIENTS[name]
     x = matrix.astype(np.float64)
     if x.shape[0] > x.shape[1]:
@@ -22,7 +22,7 @@ def slow_newton_schulz(matrix: np.ndarray, steps: int, name: str) -> np.ndarray:
 
 
 def slow_scale(orthogonal: np.ndarray, matching: str = "adjusted_lr", hidden_size: int = 0) -> np.ndarray:
-    """The update of an orthogonal matrix: an RMS of 0.2 by its shape or by itself, or scaled alike for any shape."""
+    """Scale an orthogonal matrix: to RMS 0.2 by its shape or by its measured RMS, or by one factor for all shapes."""
     if matching == "update_norm":
         rms = math.sqrt(np.mean(orthogonal**2))
         return 0.2 * orthogonal / rms if rms else orthogonal
@@ -47,8 +47,8 @@ class SlowMuon:
         self.nesterov, self.steps, self.name = nesterov, steps, name
         self.matching, self.hidden_size = matching, hidden_size
 
-    def step(self, gradient: np.ndarray, learning_rate: float, decay: float = 0.1, mu: float = 0.95) -> None:
-        self.momentum = mu * self.momentum + gradient
-        direction = gradient + mu * self.momentum if self.nesterov else self.momentum
+    def step(self, grad: np.ndarray, learning_rate: float, decay: float = 0.1, mu: float = 0.95) -> None:
+        self.momentum = mu * self.momentum + grad
+        direction = grad + mu * self.momentum if self.nesterov else self.momentum
         update = slow_scale(slow_newton_schulz(direction, self.steps, self.name), self.matching, self.hidden_size)
         self.weight = self.weight - learning_rate * (update + decay * self.weight)

@@ -1,4 +1,4 @@
-"""What the tests of ladders and ablations share: a small recipe, and a command that is interrupted twice."""
+"""Helpers for the tests of ladders and ablations: a small recipe, and a command that is interrupted twice."""
 
 import dataclasses
 import json
@@ -18,30 +18,30 @@ PATIENCE_S = 120
 
 
 def write_recipe(path, data_folder, tokenizer_folder, **model):
-    """A recipe of four steps with 1,024 ids."""
-    run = recipe(train_steps=4, threads_per_process=1, save_every_steps=2)
-    run = replace(
-        run,
-        model=replace(run.model, vocab_size=1024, **model),
-        data=replace(run.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
+    """Write a recipe of four steps with 1,024 ids."""
+    config = recipe(train_steps=4, threads_per_process=1, save_every_steps=2)
+    config = replace(
+        config,
+        model=replace(config.model, vocab_size=1024, **model),
+        data=replace(config.data, path=str(data_folder), tokenizer=str(tokenizer_folder)),
     )
-    path.write_text(to_yaml(run))
+    path.write_text(to_yaml(config))
 
 
 def command(*arguments):
-    """`moonlight` with arguments, to be run in a process."""
+    """Return the command line of `moonlight` with arguments."""
     return [sys.executable, "-m", "moonlight.cli", *map(str, arguments)]
 
 
 def call(*arguments):
-    """Run it to its end."""
+    """Run `moonlight` with arguments to its end."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    whole = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE_S}
-    return subprocess.run(command(*arguments), **whole)
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE_S}
+    return subprocess.run(command(*arguments), **options)
 
 
 def ended(study):
-    """Names of the runs that its results have, in their order."""
+    """Return the names of the finished runs, in the order of the results."""
     path = study.folder_path / "results.json"
     entries = json.loads(path.read_text())["points"] if path.exists() else []
     keys = [field.name for field in dataclasses.fields(study.point_type)]
@@ -49,9 +49,9 @@ def ended(study):
 
 
 def call_interrupted(study, *arguments, ends=(signal.SIGKILL, signal.SIGTERM)):
-    """Kill the command after its first result, ask it to stop after its second, then run it to its end.
+    """Kill the command after its first result, stop it after its second, then run it to its end.
 
-    What had ended before must stay as it was, and no run may be done twice.
+    Finished runs must stay unchanged, and no run may execute twice.
     """
 
     def events(name):
@@ -59,15 +59,15 @@ def call_interrupted(study, *arguments, ends=(signal.SIGKILL, signal.SIGTERM)):
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done: dict[str, bytes] = {}
-    for number, end in enumerate(ends, start=1):
+    for count, end in enumerate(ends, start=1):
         process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE)
         deadline = time.monotonic() + PATIENCE_S
-        while len(ended(study)) < number and process.poll() is None and time.monotonic() < deadline:
+        while len(ended(study)) < count and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(end)
         process.communicate(timeout=PATIENCE_S)
         done |= {name: events(name) for name in ended(study) if name not in done}
-        assert number <= len(done)
+        assert count <= len(done)
     process = call(*arguments)
     assert len(ended(study)) == len(set(ended(study)))
     for name, before in done.items():
@@ -76,6 +76,6 @@ def call_interrupted(study, *arguments, ends=(signal.SIGKILL, signal.SIGTERM)):
 
 
 def steps_of(study, name):
-    """Steps in the metrics of a run."""
+    """Return the steps in the metrics of a run."""
     lines = (study.folder_path / "points" / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]

@@ -1,4 +1,4 @@
-"""Optimizer steps on gradients that are given, not computed: the same whole gradient whatever the layout."""
+"""Optimizer steps on synthetic gradients: the full gradient is the same in every layout."""
 
 import hashlib
 import itertools
@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.support.layouts import Piece, Recipe, build, collect, flatten
+from moonlight.config.run import RunConfig
+from tests.support.layouts import Chunk, build, collect, flatten
 
 Gradient = Callable[[str, tuple[int, ...], int], torch.Tensor]
-"""(parameter, whole shape, step) -> the world's gradient of the whole parameter, float32."""
+"""(parameter key, full shape, step) -> the gradient of the full parameter summed over all ranks, float32."""
 
 
 def normal_gradient(key: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
-    """Normal numbers that depend on the parameter's name and the step alone."""
+    """Return normal numbers that depend only on the parameter's name and the step."""
     digest = hashlib.sha256(f"{key} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randn(shape, generator=generator) * 0.01
 
 
 def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
-    """Give every rank its share of the whole gradients, so that the shares add up to them, and exchange them.
+    """Give every rank its term of the full gradients, and reduce the terms.
 
-    Shares are a power of two each, in worlds of 1, 2 and 4: their sum is exact.
+    Each term is the gradient divided by the number of ranks. That is 1, 2 or 4, so the sum is exact.
     """
     from moonlight.model.shards import local_shards, to_hf_axes, to_hf_layout
     from moonlight.optim.parameters import data_parallel_group, tensor_parallel_group
@@ -37,69 +38,72 @@ def feed(optimizer: Any, gradient: Gradient, step: int) -> None:
         if parameter.tp_mode == "replicated":
             ranks *= tensor_parallel_group(parameter.is_expert).size()
         row = 0
-        for piece in local_shards(parameter.sharded_param):
-            where = tuple(
-                slice(start, start + size) for start, size in zip(piece.global_offset, piece.local_shape, strict=True)
+        for shard in local_shards(parameter.sharded_param):
+            index = tuple(
+                slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
             )
-            whole = to_hf_layout(gradient(parameter.key, to_hf_axes(piece.global_shape), step))
-            part = whole[where].reshape(-1, parameter.columns)
-            parameter.grad_2d[row : row + len(part)] = part / ranks
-            row += len(part)
+            full = to_hf_layout(gradient(parameter.key, to_hf_axes(shard.global_shape), step))
+            rows = full[index].reshape(-1, parameter.columns)
+            parameter.grad_2d[row : row + len(rows)] = rows / ranks
+            row += len(rows)
     data_parallel.finish_grad_sync()
 
 
-def state_after(run: Recipe, steps: int) -> dict[str, Any]:
-    """Weights, masters, momenta and their bytes on this rank after steps at a small learning rate."""
-    models, optimizer = build(run)
-    for number in range(1, steps + 1):
-        feed(optimizer, normal_gradient, number)
+def state_after(config: RunConfig, steps: int) -> dict[str, Any]:
+    """Return weights, masters, momenta and state bytes on this rank after steps at a small learning rate."""
+    model_chunks, optimizer = build(config)
+    for step in range(1, steps + 1):
+        feed(optimizer, normal_gradient, step)
         norm = math.hypot(*optimizer.gradient_norms().values())
-        optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=number, gradient_norm=norm)
+        optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=step, gradient_norm=norm)
         optimizer.data_parallel.finish_param_sync()
     return {
-        "weights": collect(models),
+        "weights": collect(model_chunks),
         "masters": flatten(optimizer.master_state_dict()),
         "momenta": flatten(optimizer.optimizer_state_dict()),
         "bytes": optimizer.state_bytes(),
     }
 
 
-def weights_after(run: Recipe, steps: int, gradient: Gradient = normal_gradient) -> dict[str, Any]:
-    """Weights before and after every step, the norms, and how many matrices this rank orthogonalised in the last."""
+def weights_after(config: RunConfig, steps: int, gradient: Gradient = normal_gradient) -> dict[str, Any]:
+    """Return the weights before and after every step, the gradient norms, and two counts of this rank.
+
+    The counts are of matrices orthogonalized in the last step, and of owned shards that split a matrix.
+    """
     from moonlight.optim import newton_schulz
 
-    models, optimizer = build(run)
-    history: list[list[Piece]] = [collect(models)]
+    model_chunks, optimizer = build(config)
+    history: list[list[Chunk]] = [collect(model_chunks)]
     norms: list[float] = []
     count = 0
-    real = newton_schulz.orthogonalize
+    original = newton_schulz.orthogonalize
 
     def counting(matrices: torch.Tensor, *args: Any) -> torch.Tensor:
         nonlocal count
         count += matrices[..., 0, 0].numel()
-        return real(matrices, *args)
+        return original(matrices, *args)
 
     newton_schulz.orthogonalize = counting
     try:
-        for number in range(1, steps + 1):
+        for step in range(1, steps + 1):
             count = 0
-            feed(optimizer, gradient, number)
+            feed(optimizer, gradient, step)
             norms.append(math.hypot(*optimizer.gradient_norms().values()))
-            optimizer.step(learning_rate=1.0, weight_decay=0.1, step=number, gradient_norm=norms[-1])
+            optimizer.step(learning_rate=1.0, weight_decay=0.1, step=step, gradient_norm=norms[-1])
             optimizer.data_parallel.finish_param_sync()
-            history.append(collect(models))
+            history.append(collect(model_chunks))
     finally:
-        newton_schulz.orthogonalize = real
-    return {"history": history, "norms": norms, "matrices": count, "cut": _number_cut(optimizer)}
+        newton_schulz.orthogonalize = original
+    return {"history": history, "norms": norms, "matrices": count, "split": _count_split_shards(optimizer)}
 
 
-def _number_cut(optimizer: Any) -> int:
-    """Owned rows that are a part of a matrix only."""
+def _count_split_shards(optimizer: Any) -> int:
+    """Count the owned shards that hold only part of a matrix."""
     return sum(owned.shard.is_split for owned in optimizer.owned)
 
 
 def updates(weights: list[dict[str, np.ndarray]], weight_decay: float = 0.1) -> list[dict[str, np.ndarray]]:
-    """What each step subtracted at learning rate 1, decay apart, float64."""
+    """Return what each step subtracted at learning rate 1, without the weight decay, float64."""
     return [
         {key: (1 - weight_decay) * old[key].astype(np.float64) - new[key] for key in old if not key.endswith("bias")}
         for old, new in itertools.pairwise(weights)
@@ -107,5 +111,5 @@ def updates(weights: list[dict[str, np.ndarray]], weight_decay: float = 0.1) -> 
 
 
 def zero_experts(key: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
-    """Gradients of a batch that no routed expert saw."""
+    """Return the gradients of a batch that was routed to no expert."""
     return torch.zeros(shape) if ".experts." in key else normal_gradient(key, shape, step)

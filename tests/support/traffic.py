@@ -2,12 +2,13 @@
 
 
 def exchange(optimizer):
-    """Gradients to their owners, the update, and weights back, of every bucket."""
+    """Reduce gradients to their owners, update, and gather the weights, for every bucket."""
     optimizer.data_parallel.zero_grad_buffer()
     optimizer.data_parallel.finish_grad_sync()
     optimizer.step(learning_rate=1e-3, weight_decay=0.1, step=1, gradient_norm=1.0)
     optimizer.data_parallel.finish_param_sync()
 
 
-def both(traffic):
-    return traffic.sent, traffic.received
+def both(stats):
+    """Return the bytes sent and received."""
+    return stats.sent, stats.received

@@ -1,4 +1,4 @@
-"""Runs killed with SIGKILL at random moments, restarted until they end: the same bits as one never killed."""
+"""Runs killed with SIGKILL at random moments and restarted must end bit-identical to an uninterrupted run."""
 
 import os
 import random
@@ -20,12 +20,12 @@ from tests.support.layouts import make_run, train_run
 from tests.support.suites import quick
 
 STEPS, MAX_KILLS = 60, 2
-FIRST = (0, 1, 2)
-"""Under our launcher, under torchrun, and with the launcher killed too."""
+KINDS = (0, 1, 2)
+"""One of each kind: under our launcher, under torchrun, and with the launcher killed too."""
 
 
-def make(runs, data_folder, tokenizer_folder):
-    run = make_run(
+def make_config(runs, data_folder, tokenizer_folder):
+    config = make_run(
         runs,
         data_folder,
         tokenizer_folder,
@@ -36,14 +36,14 @@ def make(runs, data_folder, tokenizer_folder):
         threads_per_process=1,
         max_restarts=MAX_KILLS,
     )
-    return replace(run, model=replace(run.model, num_hidden_layers=2))
+    return replace(config, model=replace(config.model, num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(pool, data_folder, tokenizer_folder, tmp_path_factory):
-    run = make(tmp_path_factory.mktemp("whole"), data_folder, tokenizer_folder)
-    pool.run(2, train_run, run)
-    return run
+    config = make_config(tmp_path_factory.mktemp("uninterrupted"), data_folder, tokenizer_folder)
+    pool.run(2, train_run, config)
+    return config
 
 
 def last_step(folder):
@@ -52,102 +52,100 @@ def last_step(folder):
 
 
 def saved_step(folder):
-    """Of the newest complete checkpoint."""
-    return max((int(there.name.removeprefix("step-")) for there in complete_checkpoints(folder)), default=0)
+    """Return the step of the newest complete checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)), default=0)
 
 
 def is_saving(folder):
     return any((folder / "checkpoints").glob(".step-*.part"))
 
 
-def kill_somewhere(process, folder, choice, during_save):
-    """Kill one process, or both, at a random moment later on; None if the run ended before.
+def kill_at_random(process, folder, rng, during_save):
+    """Kill one process, or both, at a random later moment.
 
-    Returns the step of the newest checkpoint there was just before.
+    Return the step of the newest checkpoint just before the kill; None if the run ended first.
     """
-    target = last_step(folder) + choice.randint(1, STEPS // 4)
+    target = last_step(folder) + rng.randint(1, STEPS // 4)
     if not wait_until(lambda: last_step(folder) >= target, process):
         return None
     if during_save:
         if not wait_until(lambda: is_saving(folder), process):
             return None
-        time.sleep(choice.random() / 50)
+        time.sleep(rng.random() / 50)
     else:
-        time.sleep(choice.random() / 5)
+        time.sleep(rng.random() / 5)
     victims = workers(process)
-    whom = choice.choice([[0], [1], [0, 1]])
+    ranks = rng.choice([[0], [1], [0, 1]])
     saved = saved_step(folder)
-    for rank in whom:
+    for rank in ranks:
         if rank in victims:
             os.kill(victims[rank].pid, signal.SIGKILL)
     return saved
 
 
-def has_gone(process_list):
-    return not any(there.is_running() and there.status() != psutil.STATUS_ZOMBIE for there in process_list)
+def all_ended(process_list):
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in process_list)
 
 
-def run_until_finished(number, runs, data_folder, tokenizer_folder):
-    """Run number `number`, killed once or twice and restarted; returns its recipe and how often it was killed."""
-    choice = random.Random(number)
-    run = make(runs, data_folder, tokenizer_folder)
-    recipe, folder = runs / "recipe.yaml", runs / run.name
+def run_until_finished(case, runs, data_folder, tokenizer_folder):
+    """Run one case, killed once or twice and restarted; return its config and the number of kills."""
+    rng = random.Random(case)
+    config = make_config(runs, data_folder, tokenizer_folder)
+    recipe, folder = runs / "recipe.yaml", runs / config.name
     runs.mkdir(exist_ok=True)
-    recipe.write_text(to_yaml(run))
-    torchrun_restarts = MAX_KILLS if number % 3 == 1 else None
+    recipe.write_text(to_yaml(config))
+    torchrun_restarts = MAX_KILLS if case % 3 == 1 else None
     process = start(recipe, torchrun_restarts=torchrun_restarts)
     kills = 0
     try:
-        for _ in range(choice.choice([1, 1, MAX_KILLS])):
-            saved = kill_somewhere(process, folder, choice, during_save=choice.random() < 0.5)
+        for _ in range(rng.choice([1, 1, MAX_KILLS])):
+            saved = kill_at_random(process, folder, rng, during_save=rng.random() < 0.5)
             if saved is None:
                 break
             kills += 1
-            starts = kills  # one before each kill
-            if number % 3 == 2:  # the launcher too, so that its command must be given again
+            starts = kills  # one start precedes each kill
+            if case % 3 == 2:  # the launcher too, so that the command must be rerun
                 before = list(workers(process).values())
                 os.kill(process.pid, signal.SIGKILL)
                 process.communicate()
-                assert wait_until_gone(before)
+                assert wait_until_ended(before)
                 process = start(recipe)
-            again = wait_until(lambda known=starts: len(starts_of(folder)) > known, process)
-            assert again or process.returncode == 0, end(process)
-            if again:  # no progress lost beyond the last save
-                assert starts_of(folder)[starts]["step"] >= saved
+            restarted = wait_until(lambda count=starts: len(start_events(folder)) > count, process)
+            assert restarted or process.returncode == 0, end(process)
+            if restarted:  # no progress was lost beyond the last save
+                assert start_events(folder)[starts]["step"] >= saved
         errors = end(process)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    return run, kills
+    return config, kills
 
 
-def starts_of(folder):
+def start_events(folder):
     return [event for event in read_events(folder) if event["event"] in ("started", "resumed")]
 
 
-def wait_until_gone(process_list):
+def wait_until_ended(process_list):
     deadline = time.monotonic() + 60
-    while not has_gone(process_list) and time.monotonic() < deadline:
+    while not all_ended(process_list) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return has_gone(process_list)
+    return all_ended(process_list)
 
 
-def check_run(number, uninterrupted, data_folder, tokenizer_folder, place: Path):
-    run, kills = run_until_finished(number, place, data_folder, tokenizer_folder)
-    check_same(uninterrupted, run)
-    assert read_events(place / run.name)[-1]["event"] == "finished"
+def check_run(case, uninterrupted, data_folder, tokenizer_folder, runs_folder: Path):
+    config, kills = run_until_finished(case, runs_folder, data_folder, tokenizer_folder)
+    check_same(uninterrupted, config)
+    assert read_events(runs_folder / config.name)[-1]["event"] == "finished"
     return kills
 
 
-@pytest.mark.parametrize("number", quick(FIRST, 0))
-def test_killed_and_restarted(uninterrupted, data_folder, tokenizer_folder, tmp_path, number):
-    assert check_run(number, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(number)) > 0
+@pytest.mark.parametrize("case", quick(KINDS, 0))
+def test_killed_and_restarted(uninterrupted, data_folder, tokenizer_folder, tmp_path, case):
+    assert check_run(case, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(case)) > 0
 
 
 @pytest.mark.faults
 def test_fifty_killed_and_restarted(uninterrupted, data_folder, tokenizer_folder, tmp_path):
-    kills = [
-        check_run(number, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(number)) for number in range(50)
-    ]
+    kills = [check_run(case, uninterrupted, data_folder, tokenizer_folder, tmp_path / str(case)) for case in range(50)]
     print(f"{sum(kills)} kills of {len(kills)} runs")
     assert sum(kills) >= len(kills)

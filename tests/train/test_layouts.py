@@ -1,4 +1,4 @@
-"""Every layout against one process: initial weights, gradients tensor by tensor, losses."""
+"""Every layout must equal one process: initial weights, gradients tensor by tensor, losses."""
 
 import hashlib
 import itertools
@@ -11,7 +11,7 @@ from tests.support.comparisons import check_gradients
 from tests.support.layouts import LAYOUTS, assemble, first_gradients, recipe, train_losses
 from tests.support.suites import quick, slow
 
-OTHERS = [name for name in LAYOUTS if name != "1"]
+OTHER_LAYOUTS = [name for name in LAYOUTS if name != "1"]
 
 
 def one_process(pool, masked: float = 0.0) -> dict:
@@ -29,7 +29,9 @@ def masked_reference(pool):
     return one_process(pool, 0.8)
 
 
-@pytest.mark.parametrize("layout", quick(OTHERS, "DP4", "TP2-ETP2", "PP2-interleaved", "EP2xTP2-ETP2-4", "EP2xPP2"))
+@pytest.mark.parametrize(
+    "layout", quick(OTHER_LAYOUTS, "DP4", "TP2-ETP2", "PP2-interleaved", "EP2xTP2-ETP2-4", "EP2xTP2xPP2")
+)
 def test_first_step_gradients_equal_one_process(pool, reference, layout):
     world_size, parallel = LAYOUTS[layout]
     answers = pool.run(world_size, first_gradients, recipe(parallel))
@@ -50,10 +52,12 @@ def test_first_step_gradients_equal_one_process(pool, reference, layout):
         (4, "DP2", 0.8),
     ),
 )
-def test_loss_is_the_same_however_the_batch_is_cut(pool, reference, masked_reference, layout, micro_batch_size, masked):
+def test_loss_and_gradients_do_not_depend_on_batch_splits(
+    pool, reference, masked_reference, layout, micro_batch_size, masked
+):
     world_size, parallel = LAYOUTS[layout]
-    run = recipe(parallel, micro_batch_size=micro_batch_size)
-    answers = pool.run(world_size, first_gradients, run, masked)
+    config = recipe(parallel, micro_batch_size=micro_batch_size)
+    answers = pool.run(world_size, first_gradients, config, masked)
     check_gradients(answers, masked_reference if masked else reference)
 
 
@@ -66,7 +70,7 @@ def reference_losses(pool):
 
 @pytest.mark.parametrize(
     ("layout", "steps"),
-    [*((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")), *(slow(name, 20) for name in OTHERS)],
+    [*((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")), *(slow(name, 20) for name in OTHER_LAYOUTS)],
 )
 def test_losses_equal_one_process(pool, reference_losses, layout, steps):
     world_size, parallel = LAYOUTS[layout]
@@ -75,17 +79,17 @@ def test_losses_equal_one_process(pool, reference_losses, layout, steps):
 
 
 def test_initial_weights_follow_from_seed_and_hugging_face_name(reference):
-    """Drawn again here from nothing but the recipe's seed and the name that the tensor has in an exported folder."""
-    run = recipe()
+    """Each matrix must follow only from the recipe's seed and the tensor's name in an exported folder."""
+    config = recipe()
 
-    def drawn(name, shape, seed=run.train.seed):
+    def draw(name, shape, seed=config.train.seed):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return run.model.initializer_range * torch.randn(shape, generator=generator).numpy()
+        return config.model.initializer_range * torch.randn(shape, generator=generator).numpy()
 
     weights = reference["weights"]
     up = weights["decoder.layers.2.mlp.experts.up_proj"][5]
-    np.testing.assert_array_equal(up, drawn("model.layers.2.mlp.experts.5.up_proj.weight", up.shape))
+    np.testing.assert_array_equal(up, draw("model.layers.2.mlp.experts.5.up_proj.weight", up.shape))
     gate, _ = np.split(weights["decoder.layers.0.mlp.linear_fc1.weight"], 2)
-    np.testing.assert_array_equal(gate, drawn("model.layers.0.mlp.gate_proj.weight", gate.shape))
-    assert (gate != drawn("model.layers.0.mlp.gate_proj.weight", gate.shape, seed=6)).any()
+    np.testing.assert_array_equal(gate, draw("model.layers.0.mlp.gate_proj.weight", gate.shape))
+    assert (gate != draw("model.layers.0.mlp.gate_proj.weight", gate.shape, seed=6)).any()

@@ -1,4 +1,4 @@
-"""A run that was stopped and continued against one that never stopped: the same bits."""
+"""A run that was stopped and resumed must be bit-identical to an uninterrupted run."""
 
 import subprocess
 import sys
@@ -29,36 +29,37 @@ SMALL_STATE = {"momentum_dtype": "bfloat16", "master_weights": "split"}
         ("EP2xTP2-4", "float32", {"momentum_dtype": "bfloat16"}),
     ],
 )
-def test_stopped_and_continued_is_bit_identical(
-    pool, data_folder, tokenizer_folder, tmp_path, layout, dtype, optimizer
-):
+def test_stopped_and_resumed_is_bit_identical(pool, data_folder, tokenizer_folder, tmp_path, layout, dtype, optimizer):
     world_size, _ = LAYOUTS[layout]
 
-    def run_in(folder):
-        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype, validation_sequences=4)
-        return replace(run, optimizer=replace(run.optimizer, **optimizer))
+    def make_config(folder):
+        config = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout, dtype=dtype, validation_sequences=4)
+        return replace(config, optimizer=replace(config.optimizer, **optimizer))
 
-    whole, parts = run_in("whole"), run_in("parts")
-    pool.run(world_size, train_run, whole)
+    uninterrupted, parts = make_config("uninterrupted"), make_config("parts")
+    pool.run(world_size, train_run, uninterrupted)
     pool.run(world_size, train_run, replace(parts, train=replace(parts.train, stop_at_step=5)))
     assert outcome(parts)[0] == 5
     pool.run(world_size, train_run, parts)
-    check_same(whole, parts)
+    check_same(uninterrupted, parts)
 
 
-def test_continued_under_another_layout_sees_the_same_data(pool, data_folder, tokenizer_folder, tmp_path):
-    """Losses agree to 1e-5 for the steps right after a change of layout; float32 Newton-Schulz, no rounding noise."""
+def test_resuming_in_another_layout_sees_the_same_data(pool, data_folder, tokenizer_folder, tmp_path):
+    """Losses must agree to 1e-5 in the steps after a change of layout.
 
-    def run_of(folder, layout):
-        run = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout)
-        return replace(run, name="same", optimizer=replace(run.optimizer, newton_schulz_dtype="float32"))
+    Newton-Schulz runs in float32 to avoid rounding noise.
+    """
 
-    whole = run_of("whole", "1")
-    pool.run(1, train_run, whole)
-    before, after = run_of("parts", "DP2"), run_of("parts", "EP2xPP2")
+    def make_config(folder, layout):
+        config = make_run(tmp_path / folder, data_folder, tokenizer_folder, layout)
+        return replace(config, name="same", optimizer=replace(config.optimizer, newton_schulz_dtype="float32"))
+
+    uninterrupted = make_config("uninterrupted", "1")
+    pool.run(1, train_run, uninterrupted)
+    before, after = make_config("parts", "DP2"), make_config("parts", "EP2xPP2")
     pool.run(2, train_run, replace(before, train=replace(before.train, stop_at_step=4)))
     pool.run(4, train_run, after)
-    expected = [entry["loss/train"] for entry in read_metrics(tmp_path / "whole" / "same")]
+    expected = [entry["loss/train"] for entry in read_metrics(tmp_path / "uninterrupted" / "same")]
     assert [entry["loss/train"] for entry in read_metrics(tmp_path / "parts" / "same")] == pytest.approx(
         expected, rel=1e-5
     )
@@ -70,11 +71,11 @@ def pretrain(recipe_file):
 
 
 @pytest.mark.slow
-def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path):
-    """kill -9 of the command, twice, at moments a run of 40 steps may be in; its workers must end with it."""
+def test_killed_run_is_bit_identical(pool, data_folder, tokenizer_folder, tmp_path):
+    """The command is killed by SIGKILL twice at random moments of a 40-step run; its workers must end with it."""
     runs = {}
-    for name in ("whole", "killed"):
-        run = make_run(
+    for name in ("uninterrupted", "killed"):
+        config = make_run(
             tmp_path / name,
             data_folder,
             tokenizer_folder,
@@ -83,8 +84,8 @@ def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path)
             save_every_steps=5,
             validate_every_steps=20,
         )
-        runs[name] = replace(run, train=replace(run.train, threads_per_process=1))
-    pool.run(2, train_run, runs["whole"])
+        runs[name] = replace(config, train=replace(config.train, threads_per_process=1))
+    pool.run(2, train_run, runs["uninterrupted"])
 
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(to_yaml(runs["killed"]))
@@ -96,4 +97,4 @@ def test_killed_run_ends_the_same(pool, data_folder, tokenizer_folder, tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "resuming after step" in errors
-    check_same(runs["whole"], runs["killed"])
+    check_same(runs["uninterrupted"], runs["killed"])

@@ -1,4 +1,4 @@
-"""`moonlight sft`: killed and started again it ends with the same bits; what it cannot use it says in one line."""
+"""`moonlight sft`: a killed and resumed run is bit-identical, and invalid input ends with one error line."""
 
 import subprocess
 import sys
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Conversations, a run to begin with, and a recipe."""
+class SftInputs:
+    """Conversations, an initial checkpoint, and a recipe."""
 
     folder: Path
     recipe: Path
@@ -33,14 +33,14 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_run, tokenizer_folder, tmp_path_factory):
+def inputs(tiny_run, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     write_chats(folder / "chats.jsonl")
     prepare_chat([folder / "chats.jsonl"], tokenizer_folder, folder / "data", sequence_length=64, validation_share=0.2)
     tiny = load_recipe(tiny_run.folder / "config.yaml")
-    run = tuning_recipe(folder / "data", tokenizer_folder, 64, parallel=LAYOUTS["EP2"][1])
+    config = tuning_recipe(folder / "data", tokenizer_folder, 64, parallel=LAYOUTS["EP2"][1])
     train_config = replace(
-        run.train,
+        config.train,
         initial_checkpoint=str(tiny_run.folder),
         train_steps=0,
         epochs=6,
@@ -50,21 +50,21 @@ def place(tiny_run, tokenizer_folder, tmp_path_factory):
         validate_every_steps=10,
         threads_per_process=1,
     )
-    run = replace(
-        run,
+    config = replace(
+        config,
         name="tuned",
-        runs_folder=str(folder / "whole"),
+        runs_folder=str(folder / "uninterrupted"),
         model=tiny.model,
-        data=replace(run.data, conversations=True),
-        parallel=replace(run.parallel, num_processes=2),
+        data=replace(config.data, conversations=True),
+        parallel=replace(config.parallel, num_processes=2),
         train=train_config,
     )
-    (folder / "recipe.yaml").write_text(to_yaml(run))
-    return Place(folder, folder / "recipe.yaml", folder / "data")
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    return SftInputs(folder, folder / "recipe.yaml", folder / "data")
 
 
-def sft(place, *overrides):
-    command = [sys.executable, "-m", "moonlight.cli", "sft", str(place.recipe), *overrides]
+def sft(inputs, *overrides):
+    command = [sys.executable, "-m", "moonlight.cli", "sft", str(inputs.recipe), *overrides]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
     )
@@ -76,33 +76,33 @@ def finish(process):
     return out, errors
 
 
-def test_epochs_become_steps(place):
-    run = run_folder.resolve_train_steps(load_recipe(place.recipe))
-    windows = run_folder.check_data(run)["data"]["splits"]["train"]["windows"]
-    assert run.train.train_steps == -(-6 * windows // 4) > 12
+def test_epochs_become_steps(inputs):
+    config = run_folder.resolve_train_steps(load_recipe(inputs.recipe))
+    windows = run_folder.check_data(config)["data"]["splits"]["train"]["windows"]
+    assert config.train.train_steps == -(-6 * windows // 4) > 12
 
 
 @pytest.mark.slow
-def test_killed_tuning_ends_the_same(place):
-    """kill -9 of the command, twice; its workers end with it, and the loss falls."""
-    out, _ = finish(sft(place))
+def test_killed_tuning_is_bit_identical(inputs):
+    """The command is killed by SIGKILL twice; its workers must end with it, and the loss must fall."""
+    out, _ = finish(sft(inputs))
     assert "held-out loss" in out and "bits per byte" not in out
-    assert "this run is already finished" in finish(sft(place))[0]
-    killed = f"runs_folder={place.folder / 'killed'}"
-    metrics = place.folder / "killed" / "tuned"
+    assert "this run is already finished" in finish(sft(inputs))[0]
+    killed = f"runs_folder={inputs.folder / 'killed'}"
+    metrics = inputs.folder / "killed" / "tuned"
     for steps in (3, 9):
-        process = sft(place, killed)
+        process = sft(inputs, killed)
         kill_after(process, metrics, steps)
-    _, errors = finish(sft(place, killed))
+    _, errors = finish(sft(inputs, killed))
     assert "resuming after step" in errors
-    whole = run_folder.resolve_train_steps(load_recipe(place.recipe))
-    check_same(whole, replace(whole, runs_folder=str(place.folder / "killed")))
-    losses = [entry["loss/train"] for entry in read_metrics(place.folder / "whole" / "tuned")]
+    uninterrupted = run_folder.resolve_train_steps(load_recipe(inputs.recipe))
+    check_same(uninterrupted, replace(uninterrupted, runs_folder=str(inputs.folder / "killed")))
+    losses = [entry["loss/train"] for entry in read_metrics(inputs.folder / "uninterrupted" / "tuned")]
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_path):
-    """The same weights by way of a Hugging Face folder give the same losses; AdamW parts from Muon after a step."""
+def test_an_imported_model_is_tuned_like_our_own_checkpoint(inputs, tiny_run, tmp_path):
+    """The same weights through a Hugging Face folder must give equal losses; AdamW must differ after one step."""
     export(tiny_run.folder, tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "imported")
     losses = {}
@@ -112,7 +112,7 @@ def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_p
         ("adamw", "optimizer.name=adamw"),
     ):
         short = ("parallel.num_processes=1", "parallel.expert_parallel_size=1", "train.stop_at_step=3")
-        finish(sft(place, f"runs_folder={tmp_path / name}", *short, override))
+        finish(sft(inputs, f"runs_folder={tmp_path / name}", *short, override))
         losses[name] = [entry["loss/train"] for entry in read_metrics(tmp_path / name / "tuned")]
     assert losses["imported"] == losses["own"] and len(losses["own"]) == 3
     assert losses["adamw"][0] == losses["own"][0] and losses["adamw"][2] != losses["own"][2]
@@ -131,21 +131,24 @@ def test_an_imported_model_is_tuned_as_our_own_checkpoint(place, tiny_run, tmp_p
         ("sft", ("schedule.warmup_steps=500",), ["train.epochs", "steps of", "fewer than schedule.warmup_steps (500)"]),
     ],
 )
-def test_refused(place, refuses, tmp_path, command, override, words):
-    refuses([command, place.recipe, f"runs_folder={tmp_path}", *override], *words)
+def test_invalid_settings_are_refused(inputs, refuses, tmp_path, command, override, words):
+    refuses([command, inputs.recipe, f"runs_folder={tmp_path}", *override], *words)
 
 
-def test_conversations_and_text_are_not_taken_for_each_other(place, refuses, data_folder, tokenizer_folder, tmp_path):
-    arguments = ["sft", place.recipe, f"runs_folder={tmp_path}", "train.epochs=0", "train.train_steps=5"]
+def test_conversations_and_text_are_not_confused(inputs, refuses, data_folder, tokenizer_folder, tmp_path):
+    arguments = ["sft", inputs.recipe, f"runs_folder={tmp_path}", "train.epochs=0", "train.train_steps=5"]
     refuses([*arguments, f"data.path={data_folder}"], "holds text", "for `moonlight pretrain`")
-    text = make_run(tmp_path, place.data, tokenizer_folder)
-    recipe = place.folder / "text.yaml"
-    recipe.write_text(to_yaml(text))
+    text_config = make_run(tmp_path, inputs.data, tokenizer_folder)
+    recipe = inputs.folder / "text.yaml"
+    recipe.write_text(to_yaml(text_config))
     refuses(["pretrain", recipe], "holds conversations", "for `moonlight sft`")
 
 
-def test_the_recipe_of_the_16b_model_is_the_papers():
-    """Muon after Muon, two epochs at 4K, 5e-5 to 0; epochs become steps by the data, so a plan needs their number."""
+def test_the_16b_recipe_matches_the_paper():
+    """The recipe must use Muon, two epochs at 4K tokens and a learning rate from 5e-5 to 0.
+
+    The data sets the number of steps of an epoch, so a schedule without data needs `train.train_steps`.
+    """
     config = load_recipe(ROOT / "configs" / "sft" / "moonlight_16b_a3b.yaml", ["train.train_steps=1000"])
     assert (config.optimizer.name, config.train.epochs, config.data.sequence_length) == ("muon", 2, 4096)
     timeline = RunSchedule(config)

@@ -1,4 +1,4 @@
-"""Loss spikes: their score against numpy, and what each policy does with data that has a poisoned stretch."""
+"""Loss spikes: scores must equal numpy, and each policy must handle data with noise documents."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ WINDOW, THRESHOLD, STEPS = 8, 8.0, 40
 
 @pytest.fixture(scope="module")
 def poisoned(tokenizer_folder, tmp_path_factory):
-    """Monotonous text, easy to learn, with three documents of noise somewhere in it."""
+    """Repetitive text that is easy to learn, with three documents of noise at random positions."""
     folder = tmp_path_factory.mktemp("poisoned")
     generator = np.random.default_rng(3)
     noise = ["".join(map(chr, generator.integers(33, 0x2000, 60))) for _ in range(3)]
@@ -36,28 +36,28 @@ def poisoned(tokenizer_folder, tmp_path_factory):
 def train(pool, runs, poisoned, tokenizer_folder, layout="1", **settings):
     settings = {"spike_window": WINDOW, "spike_threshold": THRESHOLD, "validate_every_steps": 1000} | settings
     settings = {"train_steps": STEPS, "save_every_steps": 4, "keep_checkpoints": 0, "rollback_steps": 3} | settings
-    run = make_run(runs, poisoned, tokenizer_folder, layout, **settings)
-    run = replace(run, schedule=replace(run.schedule, lr=1e-2, decay="constant"))
-    pool.run(run.parallel.num_processes, train_run, run)
-    return run, Path(run.runs_folder) / run.name
+    config = make_run(runs, poisoned, tokenizer_folder, layout, **settings)
+    config = replace(config, schedule=replace(config.schedule, lr=1e-2, decay="constant"))
+    pool.run(config.parallel.num_processes, train_run, config)
+    return config, Path(config.runs_folder) / config.name
 
 
 def numpy_scores(losses, skipped=()):
-    """The score of each step by its definition; None where the window is not full."""
-    scores, kept = [], []
+    """Return the score of each step by its definition; None if the window is not full."""
+    scores, accepted = [], []
     for step, loss in enumerate(losses, start=1):
-        recent = np.array(kept[-WINDOW:])
+        recent = np.array(accepted[-WINDOW:])
         score = None
         if len(recent) == WINDOW:
             center = np.median(recent)
             score = (loss - center) / (1.4826 * np.median(np.abs(recent - center)) + 0.01)
         scores.append(score)
         if step not in skipped:
-            kept.append(loss)
+            accepted.append(loss)
     return scores
 
 
-def test_scores_equal_numpy_and_find_the_poison(pool, poisoned, tokenizer_folder, tmp_path):
+def test_scores_equal_numpy_and_detect_the_noise(pool, poisoned, tokenizer_folder, tmp_path):
     _, folder = train(pool, tmp_path, poisoned, tokenizer_folder)
     entries = read_metrics(folder)
     expected = numpy_scores([entry["loss/train"] for entry in entries])
@@ -70,8 +70,8 @@ def test_scores_equal_numpy_and_find_the_poison(pool, poisoned, tokenizer_folder
     assert all(entry["optim/skipped_steps"] == 0 for entry in entries)
 
 
-def test_a_skipped_spike_moves_nothing(pool, poisoned, tokenizer_folder, tmp_path):
-    """Checkpoints before and after such a step differ in where the run stands alone."""
+def test_a_skipped_spike_changes_no_tensor(pool, poisoned, tokenizer_folder, tmp_path):
+    """Checkpoints before and after a skipped step may differ only in the training state."""
     settings = {"spike_policy": "skip", "save_every_steps": 1}
     _, folder = train(pool, tmp_path, poisoned, tokenizer_folder, "DP2", **settings)
     entries = read_metrics(folder)
@@ -88,32 +88,33 @@ def test_a_skipped_spike_moves_nothing(pool, poisoned, tokenizer_folder, tmp_pat
 
 
 def test_a_rollback_equals_a_run_that_never_saw_the_data(pool, poisoned, tokenizer_folder, tmp_path):
-    """The twin has no policy: it is stopped where the other went back, and started again past the data."""
+    """The reference has no policy. It stops at each step of a rollback, and resumes after the skipped data."""
     settings = {"spike_policy": "rollback", "max_rollbacks_in_a_row": 9}
-    run, folder = train(pool, tmp_path / "first", poisoned, tokenizer_folder, "DP2", **settings)
+    config, folder = train(pool, tmp_path / "first", poisoned, tokenizer_folder, "DP2", **settings)
     events = read_events(folder)
-    passed: list[tuple[int, int]] = []
+    skipped_data: list[tuple[int, int]] = []
     for event in events:
         if event["event"] == "rolled back":
-            assert event["step"] == (event["spike"] - 3) // 4 * 4  # the newest of every fourth, three steps back
-            passed = [(step, sequences) for step, sequences in passed if step < event["step"]]
-            passed.append((event["step"], event["passed_over_sequences"]))
-    assert passed and not any(event["event"] == "skipped" for event in events)
-    for step, sequences in passed:
-        _, twin = train(pool, tmp_path / "twin", poisoned, tokenizer_folder, "DP2", stop_at_step=step)
+            # The newest checkpoint (every fourth step) at least three steps back.
+            assert event["step"] == (event["spike"] - 3) // 4 * 4
+            skipped_data = [(step, sequences) for step, sequences in skipped_data if step < event["step"]]
+            skipped_data.append((event["step"], event["passed_over_sequences"]))
+    assert skipped_data and not any(event["event"] == "skipped" for event in events)
+    for step, sequences in skipped_data:
+        _, reference = train(pool, tmp_path / "reference", poisoned, tokenizer_folder, "DP2", stop_at_step=step)
         in_state(lambda content, n=sequences: content["state"].update(passed_over_sequences=n))(
-            resolve_checkpoint(twin)
+            resolve_checkpoint(reference)
         )
-    twin_run, _ = train(pool, tmp_path / "twin", poisoned, tokenizer_folder, "DP2")
-    (_, tensors, metrics), (_, twin_tensors, twin_metrics) = outcome(run), outcome(twin_run)
-    assert metrics == twin_metrics and [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
-    assert all(tensor.equal(twin_tensors[key]) for key, tensor in tensors.items())
+    reference_config, _ = train(pool, tmp_path / "reference", poisoned, tokenizer_folder, "DP2")
+    (_, tensors, metrics), (_, reference_tensors, reference_metrics) = outcome(config), outcome(reference_config)
+    assert metrics == reference_metrics and [entry["step"] for entry in metrics] == list(range(1, STEPS + 1))
+    assert all(tensor.equal(reference_tensors[key]) for key, tensor in tensors.items())
     state = read_state(resolve_checkpoint(folder))["state"]
-    assert state["passed_over_sequences"] == passed[-1][1] and state["skipped_steps"] == 0
+    assert state["passed_over_sequences"] == skipped_data[-1][1] and state["skipped_steps"] == 0
 
 
 def test_too_many_rollbacks_in_a_row_end_the_training(pool, poisoned, tokenizer_folder, tmp_path):
-    """With so low a threshold every loss above the one before is a spike: no six steps pass without one."""
+    """With this low threshold every rise of the loss is a spike, so at least one occurs in any six steps."""
     settings = {"spike_threshold": 1e-9, "spike_window": 1, "save_every_steps": 1, "rollback_steps": 6}
     settings |= {"max_rollbacks_in_a_row": 2, "max_skipped_steps_in_a_row": 100, "spike_policy": "rollback"}
     words = r"UserError: .* another loss spike at step \d+ after 2 rollbacks in a row \(train.max_rollbacks_in_a_row\)"

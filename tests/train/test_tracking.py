@@ -1,4 +1,4 @@
-"""Weights & Biases: the real package, offline; without a key or a network training goes on after one warning."""
+"""Weights & Biases, the real package offline: without a key or a network, training continues after one warning."""
 
 import os
 import pty
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pretrain(tiny_run, folder, environment):
-    """A run of four steps that asks for Weights & Biases."""
+    """Train four steps with Weights & Biases enabled."""
     command = [sys.executable, "-m", "moonlight.cli", "pretrain", str(tiny_run.recipe)]
     command += [f"runs_folder={folder}", "name=tracked", "monitor.wandb_project=moonlight-tests"]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
@@ -43,7 +43,7 @@ def test_offline(tiny_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_key_training_goes_on(tiny_run, tmp_path):
+def test_without_a_key_training_continues(tiny_run, tmp_path):
     done = pretrain(tiny_run, tmp_path, {})
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "warning" in line]
@@ -57,64 +57,64 @@ def test_unreachable(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_log, "INIT_TIMEOUT_SECONDS", 3.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    said = []
-    run = replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests"))
-    there = wandb_log.WandbLogger(tmp_path, run, said.append)
+    messages = []
+    config = replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests"))
+    logger = wandb_log.WandbLogger(tmp_path, config, messages.append)
     for step in range(1, 5):
         started = time.monotonic()
-        there.write({"loss/train": 1.0}, step)
+        logger.write({"loss/train": 1.0}, step)
         assert time.monotonic() - started < 0.1
-    there.close(finished=True)
-    assert len(said) == 1 and "Weights & Biases" in said[0] and "metrics.jsonl" in said[0]
-    there.write({"loss/train": 1.0}, 5)
-    assert len(said) == 1
+    logger.close(finished=True)
+    assert len(messages) == 1 and "Weights & Biases" in messages[0] and "metrics.jsonl" in messages[0]
+    logger.write({"loss/train": 1.0}, 5)
+    assert len(messages) == 1
 
 
 def on_a_terminal(folder):
-    """A run's tracking without a key, in a process whose input and output are a terminal; what it says and its code."""
+    """Log without a key in a process on a terminal; return its output and exit code."""
     program = (
         "import sys; from pathlib import Path; from dataclasses import replace\n"
         "from tests.support.layouts import recipe; from moonlight.config.monitor import MonitorConfig\n"
         "from moonlight.train.wandb_log import WandbLogger\n"
-        "run = replace(recipe(), monitor=MonitorConfig(wandb_project='moonlight-tests'))\n"
-        f"there = WandbLogger(Path({str(folder)!r}), run, print)\n"
-        "there.write({'loss/train': 1.0}, 1); there.close(finished=True)\n"
+        "config = replace(recipe(), monitor=MonitorConfig(wandb_project='moonlight-tests'))\n"
+        f"logger = WandbLogger(Path({str(folder)!r}), config, print)\n"
+        "logger.write({'loss/train': 1.0}, 1); logger.close(finished=True)\n"
     )
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment = inherited | {"HOME": str(folder), "NETRC": str(folder / "netrc")}
-    ours, theirs = pty.openpty()
+    parent_end, child_end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdin=child_end, stdout=child_end, stderr=child_end
     )
-    os.close(theirs)
-    said = b""
-    while select.select([ours], [], [], 60)[0]:
+    os.close(child_end)
+    output = b""
+    while select.select([parent_end], [], [], 60)[0]:
         try:
-            said += os.read(ours, 4096)
-        except OSError:  # its other end was closed
+            output += os.read(parent_end, 4096)
+        except OSError:  # the other end was closed
             break
-    os.close(ours)
-    return said.decode(), process.wait(10)
+    os.close(parent_end)
+    return output.decode(), process.wait(10)
 
 
-def test_nobody_is_asked_for_a_key(tmp_path):
+def test_there_is_no_prompt_for_a_key(tmp_path):
     started = time.monotonic()
-    said, code = on_a_terminal(tmp_path)
-    assert code == 0 and "API key" in said and "choice" not in said.lower(), said
+    output, code = on_a_terminal(tmp_path)
+    assert code == 0 and "API key" in output and "choice" not in output.lower(), output
     assert time.monotonic() - started < 30
 
 
-def test_a_run_that_is_stopped_does_not_wait_for_a_network(tmp_path, monkeypatch):
+def test_a_stopped_run_does_not_wait_for_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_log, "LEAVE_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    said = []
-    there = wandb_log.WandbLogger(
-        tmp_path, replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests")), said.append
+    messages = []
+    logger = wandb_log.WandbLogger(
+        tmp_path, replace(recipe(), monitor=MonitorConfig(wandb_project="moonlight-tests")), messages.append
     )
     started = time.monotonic()
-    there.close(finished=False)
-    assert time.monotonic() - started < 2 and len(said) == 1
+    logger.close(finished=False)
+    assert time.monotonic() - started < 2 and len(messages) == 1
 
 
 def test_a_missing_package_is_named_before_work_starts(monkeypatch):

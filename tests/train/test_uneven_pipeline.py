@@ -1,4 +1,4 @@
-"""Pipelines whose last stage has one layer less, the head counting as one: trained, saved and refused."""
+"""Pipelines whose last stage has one layer less, because the head counts as a layer: training, saving, refusals."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from tests.support.comparisons import check_gradients
 from tests.support.layouts import assemble, first_gradients, recipe, restart, train_losses
 from tests.support.suites import quick
 
-CUTS = {
+CASES = {
     "7 on PP2": (7, ParallelConfig(pipeline_parallel_size=2)),
     "7 on PP4": (7, ParallelConfig(pipeline_parallel_size=4)),
     "3 on PP2": (3, ParallelConfig(pipeline_parallel_size=2)),
@@ -22,9 +22,9 @@ CUTS = {
 }
 
 
-def run_of(num_layers, parallel=ParallelConfig()):  # noqa: B008
-    run = recipe(parallel)
-    return replace(run, model=replace(run.model, num_hidden_layers=num_layers))
+def make_config(num_layers, parallel=ParallelConfig()):  # noqa: B008
+    config = recipe(parallel)
+    return replace(config, model=replace(config.model, num_hidden_layers=num_layers))
 
 
 def num_processes(parallel):
@@ -33,22 +33,22 @@ def num_processes(parallel):
 
 @pytest.fixture(scope="module")
 def reference(pool):
-    """First gradients by one process, by the number of layers."""
-    found = {}
+    """Gradients of the first step on one process, by number of layers."""
+    cache = {}
 
-    def of(num_layers):
-        if num_layers not in found:
-            (answer,) = pool.run(1, first_gradients, run_of(num_layers))
-            found[num_layers] = answer | {"gradients": assemble([answer["gradients"]])}
-        return found[num_layers]
+    def compute(num_layers):
+        if num_layers not in cache:
+            (answer,) = pool.run(1, first_gradients, make_config(num_layers))
+            cache[num_layers] = answer | {"gradients": assemble([answer["gradients"]])}
+        return cache[num_layers]
 
-    return of
+    return compute
 
 
-@pytest.mark.parametrize("cut", quick(CUTS, "7 on PP4", "3 on PP2 with EP2", "7 on PP2 with TP2"))
-def test_gradients_equal_one_process(pool, reference, cut):
-    num_layers, parallel = CUTS[cut]
-    answers = pool.run(num_processes(parallel), first_gradients, run_of(num_layers, parallel))
+@pytest.mark.parametrize("case", quick(CASES, "7 on PP4", "3 on PP2 with EP2", "7 on PP2 with TP2"))
+def test_gradients_equal_one_process(pool, reference, case):
+    num_layers, parallel = CASES[case]
+    answers = pool.run(num_processes(parallel), first_gradients, make_config(num_layers, parallel))
     check_gradients(answers, reference(num_layers))
 
 
@@ -56,12 +56,12 @@ def test_gradients_equal_one_process(pool, reference, cut):
     ("writer", "reader"),
     quick([("7 on PP4", None), (None, "7 on PP4"), ("7 on PP4", "7 on PP2")], ("7 on PP4", "7 on PP2")),
 )
-def test_checkpoints_load_across(pool, tmp_path, writer, reader):
-    one = (7, ParallelConfig())
-    (expected,) = pool.run(1, train_losses, run_of(7), 4)
-    for cut, steps, load in ((writer, 2, False), (reader, 2, True)):
-        num_layers, parallel = CUTS[cut] if cut else one
-        answers = pool.run(num_processes(parallel), restart, run_of(num_layers, parallel), tmp_path, steps, load)
+def test_checkpoints_load_in_other_layouts(pool, tmp_path, writer, reader):
+    one_process = (7, ParallelConfig())
+    (expected,) = pool.run(1, train_losses, make_config(7), 4)
+    for case, steps, load in ((writer, 2, False), (reader, 2, True)):
+        num_layers, parallel = CASES[case] if case else one_process
+        answers = pool.run(num_processes(parallel), restart, make_config(num_layers, parallel), tmp_path, steps, load)
     assert answers[0] == pytest.approx(expected[2:], rel=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_layers_of_stages():
     assert stage_layers(4, 1, 1) == [[range(4)]]
 
 
-def test_what_cannot_be_divided():
-    wanted = r"num_hidden_layers is 4: it, or one more \(the head .*\), must be a multiple of .* \(3\)"
-    with pytest.raises(UserError, match=wanted):
+def test_indivisible_layers_are_refused():
+    words = r"num_hidden_layers is 4: it, or one more \(the head .*\), must be a multiple of .* \(3\)"
+    with pytest.raises(UserError, match=words):
         recipe(ParallelConfig(pipeline_parallel_size=3))

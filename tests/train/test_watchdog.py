@@ -1,4 +1,4 @@
-"""A process that hangs ends by itself, says where, and the run goes on."""
+"""A hanging process must end, report its stacks, and let the run resume."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ from tests.support.suites import quick
 
 @pytest.mark.parametrize("restarts", quick([0, 1], 1))
 def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_path, restarts):
-    """With a restart, the frozen process is removed too, and the run ends as if nothing had been."""
-    run = make_run(
+    """With a restart, the frozen process must be killed too, and the run must finish."""
+    config = make_run(
         tmp_path,
         data_folder,
         tokenizer_folder,
@@ -30,7 +30,7 @@ def test_a_frozen_process_ends_the_others(data_folder, tokenizer_folder, tmp_pat
         max_restarts=restarts,
     )
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
-    recipe.write_text(to_yaml(run))
+    recipe.write_text(to_yaml(config))
     process = start(recipe)
     assert wait_until(reached(folder, 12), process)
     frozen = workers(process)[1]
