@@ -84,14 +84,18 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
                     times.append(cpu_seconds(partial(call, start % len(peer))))
     # The first round warms the page cache.
     seconds = {case: [times[1:] for times in pair] for case, pair in cases.items()}
-    milliseconds = {case: [[1e3 * second for second in times] for times in pair] for case, pair in seconds.items()}
+
+    def ratio(title: str, case: str) -> BenchResult:
+        ours, peer = ([1e3 * second for second in times] for times in seconds[case])
+        return time_ratio(title, ours, peer, 1.0, is_correct)
+
     rates = [BATCH * BATCHES * LENGTH / second for second in seconds["windows"][0]]
     peer_rate = BATCH * BATCHES * LENGTH / statistics.median(seconds["windows"][1])
     results = [
         _rate_result(rates, is_correct),
-        time_ratio(f"{BATCHES} batches, GPTDataset", *milliseconds["windows"], 1.0, is_correct),
-        time_ratio(f"resume, {RESUME_BATCHES} batches, GPTDataset", *milliseconds["resume"], 1.0, is_correct),
-        time_ratio(f"mixture, {BATCHES} batches, BlendedDataset", *milliseconds["mix"], 1.0, is_correct),
+        ratio(f"{BATCHES} batches, GPTDataset", "windows"),
+        ratio(f"resume, {RESUME_BATCHES} batches, GPTDataset", "resume"),
+        ratio(f"mixture, {BATCHES} batches, BlendedDataset", "mix"),
     ]
     notes = [
         f"one core; batches of {BATCH} windows of {LENGTH:,} tokens; CPU time; {tokens / 1e6:.0f}M tokens per source",
@@ -100,7 +104,7 @@ def bench_loader(rounds: int, tokens: int, json_path: Path | None = None) -> boo
         f"windows compared with documents joined one by one: {'the same tokens' if is_correct else 'DIFFERENT'}",
     ]
     if "datasets" in seconds:
-        results.append(time_ratio(f"{BATCHES} batches, datasets", *milliseconds["datasets"], 1.0, is_correct))
+        results.append(ratio(f"{BATCHES} batches, datasets", "datasets"))
     else:
         notes.append("datasets: skipped (python -m pip install datasets)")
     return print_results("Loader", results, hardware("cpu"), notes, json_path)

@@ -5,8 +5,10 @@ On a CPU the time is that of the one computing thread, so other processes on the
 """
 
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,7 +119,7 @@ def _steps(
         for _, parameters in optimizers.values():
             set_gradients(parameters, gradients)
 
-    steps = [optimizer.step for optimizer, _ in optimizers.values()]
+    steps: list[Callable[[], Any]] = [optimizer.step for optimizer, _ in optimizers.values()]
     times = interleaved(rounds, device, steps, before=reset_gradients)
     our_weights = stack_weights(optimizers["ours"][1])
     movement = distance(weights, our_weights)

@@ -1,21 +1,25 @@
 """Read a checkpoint's index, which torch stores as a pickle, and its tensors, without running code from the files."""
 
+import contextlib
+import io
 import math
 import os
 import pickle
 import struct
 import warnings
 import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.utils import _ReaderView
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from moonlight.dist_checkpoint.direct_io import read_direct
@@ -187,7 +191,7 @@ def _values_start(path: Path, offset: int, length: int, nbytes: int) -> int:
         ValueError: the archive is compressed, or does not hold `nbytes` bytes of values.
     """
     with path.open("rb") as file:
-        with zipfile.ZipFile(_FileView(file, offset, length)) as archive:
+        with zipfile.ZipFile(_Window(file, offset, length)) as archive:
             (values,) = [entry for entry in archive.infolist() if entry.filename.partition("/")[2].startswith("data/")]
         if values.compress_type != zipfile.ZIP_STORED or values.file_size != nbytes:
             raise ValueError
@@ -196,11 +200,30 @@ def _values_start(path: Path, offset: int, length: int, nbytes: int) -> int:
         return offset + values.header_offset + 30 + name_length + extra_length
 
 
-class _FileView(_ReaderView):
-    """Torch's view of a part of a file. Its `seek` subtracts an offset from the end; zipfile's offsets are negative."""
+class _Window(io.RawIOBase):
+    """A file object over `length` bytes of another file, from `offset`."""
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return super().seek(-offset if whence == os.SEEK_END else offset, whence)
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (0, self._position, self._length)[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        read = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])  # type: ignore[attr-defined]
+        self._position += read
+        return read
 
 
 class IndexReader(FileSystemReader):
@@ -211,12 +234,33 @@ class IndexReader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         stored = StoredTensors(Path(self.path))
+        sizes = {
+            (key, offset): sizes
+            for key in {item.storage_index.fqn for item in plan.items}
+            for offset, sizes in stored.chunks(key).items()
+        }
+        requested: dict[tuple[str, tuple[int, ...]], list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            key, offset = item.storage_index.fqn, tuple(item.storage_index.offset or ())
-            values = stored.mmap_chunk(key, offset, stored.chunks(key)[offset])
-            target = planner.resolve_tensor(item)
-            target.copy_(narrow_tensor_by_index(values, item.storage_offsets, item.lengths))
-            planner.commit_tensor(item, target)
+            assert item.storage_index.offset is not None
+            requested[item.storage_index.fqn, tuple(item.storage_index.offset)].append(item)
+        for (key, offset), items in requested.items():
+            values = stored.mmap_chunk(key, offset, sizes[key, offset])
+            for item in items:
+                target = planner.resolve_tensor(item)
+                target.copy_(narrow_tensor_by_index(values, item.storage_offsets, item.lengths))
+                planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+@contextlib.contextmanager
+def reraise_cause() -> Iterator[None]:
+    """Raise the error that stopped torch's distributed checkpoint, instead of its collection of all ranks' errors."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error

@@ -20,18 +20,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from moonlight.dist_checkpoint.chunks import LazyTensor, LocalChunks
 from moonlight.dist_checkpoint.direct_io import DirectFile
-from moonlight.dist_checkpoint.index import INDEX_FILE, IndexReader, global_shapes, is_covered, read_index
+from moonlight.dist_checkpoint.index import (
+    INDEX_FILE,
+    IndexReader,
+    global_shapes,
+    is_covered,
+    read_index,
+    reraise_cause,
+)
 from moonlight.errors import UserError
 from moonlight.files import fsync, xxh3_checksum
 
@@ -74,18 +79,23 @@ def plan_save(state: Mapping[str, LocalChunks | LazyTensor]) -> WritePlan:
     Without a process group, this process holds and writes all chunks.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    world = _world()
-    planner.set_up_planner(dict(state), None, world.is_coordinator)
-    gathered = world.gather_object(planner.create_local_plan())
-    plans: list[SavePlan] = []
+    planner.set_up_planner(dict(state), None, _rank() == 0)
+    local = planner.create_local_plan()
+    gathered: list[Any] = [local] * _world_size()
+    if dist.is_initialized():
+        dist.gather_object(local, gathered if _rank() == 0 else None)
+    plans: list[Any] = [None] * _world_size()
     index = None
-    if gathered is not None:
+    if _rank() == 0:
         plans, index = planner.create_global_plan(gathered)
         for key, entry in index.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata) and is_covered(entry), (
                 f"{key}: no rank holds some of its elements"
             )
-    return WritePlan(world.scatter_object(plans), plans, index)
+    scattered = [plans[0]]
+    if dist.is_initialized():
+        dist.scatter_object_list(scattered, plans)
+    return WritePlan(scattered[0], plans if index else [], index)
 
 
 def write_file(
@@ -106,7 +116,7 @@ def write_file(
     Raises:
         OSError: the file cannot be written, or `is_canceled` returned True; the file is deleted.
     """
-    path = folder / f"__{_world().get_rank()}_0.distcp"
+    path = folder / f"__{_rank()}_0.distcp"
     spans = []
     try:
         with DirectFile(path) as raw, _without_crc32(), ThreadPoolExecutor(TRANSPOSE_THREADS) as pool:
@@ -160,8 +170,10 @@ def save_tensors(folder: Path, state: Mapping[str, LocalChunks | LazyTensor]) ->
     """
     plan = plan_save(state)
     local_file = write_file(folder, plan.local, lambda index: state[index.fqn].__get_tensor_shard__(index))
-    written = _world().all_gather_object(local_file)
-    return write_index(folder, plan, written) if plan.metadata else {}
+    written: list[Any] = [local_file] * _world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(written, local_file)
+    return write_index(folder, plan, written) if _rank() == 0 else {}
 
 
 class _IndexWriter(dcp.FileSystemWriter):
@@ -262,9 +274,12 @@ class _Transposer:
         return raw.data
 
 
-def _world() -> _DistWrapper:
-    """Return the object collectives of all ranks; of this process alone without a process group."""
-    return _DistWrapper(None, use_dist=dist.is_initialized(), coordinator_rank=0)
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -289,9 +304,20 @@ def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = 
     Raises:
         UserError: the checkpoint cannot be read, or names or shapes of its tensors differ from those of all ranks.
     """
-    stored = global_shapes(read_index(folder))
-    shapes = _world().all_gather_object({key: chunks.shape for key, chunks in state.items()})
-    expected = {key: shape for rank_shapes in shapes for key, shape in rank_shapes.items()}
+    _check_names_and_shapes(folder, global_shapes(read_index(folder)), state, strict)
+    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with reraise_cause():
+        dcp.load(state, storage_reader=IndexReader(folder), planner=planner)
+
+
+def _check_names_and_shapes(
+    folder: Path, stored: dict[str, tuple[int, ...]], state: dict[str, LocalChunks], strict: bool
+) -> None:
+    """Compare the global tensors of a checkpoint with those of all ranks; all ranks raise the same error."""
+    shapes = {key: chunks.shape for key, chunks in state.items()}
+    gathered = [shapes] * dist.get_world_size()
+    dist.all_gather_object(gathered, shapes)
+    expected = {key: shape for rank_shapes in gathered for key, shape in rank_shapes.items()}
     if missing := expected.keys() - stored.keys():
         raise UserError(
             f"checkpoint {folder} lacks {_names(missing)}, which the run needs: was a parameter frozen when it was "
@@ -305,12 +331,6 @@ def load_tensors(folder: Path, state: dict[str, LocalChunks], *, strict: bool = 
     for key, shape in expected.items():
         if stored[key] != shape:
             raise UserError(f"checkpoint {folder} holds {key} with shape {stored[key]}, the run has {shape}")
-    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        dcp.load(state, storage_reader=IndexReader(folder), planner=planner)
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))  # torch collects the errors of all ranks
-        raise cause from error
 
 
 def _names(keys: set[str]) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations  # kernels use `tl.constexpr`, which does not
 import math
 
 import torch
+from torch import Tensor
 
 from moonlight.kernels.blocks import float_block, row_blocks, store
 from moonlight.kernels.jit import jit, tl, triton
 
 SUM_COLUMNS, GRADIENT_COLUMNS, NUM_WARPS = 4096, 4096, 8
 
-Tensor = torch.Tensor
 Sums = tuple[Tensor, Tensor, Tensor]
 
 

@@ -10,14 +10,13 @@ Multiplications and additions round separately, except for sums with a factor, w
 from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
+from torch import Tensor
 
 from moonlight.kernels.jit import jit, tl, triton
 
 BLOCK = 4096
 """Elements per program."""
 NUM_WARPS = 8
-
-Tensor = torch.Tensor
 
 
 def fused_momentum(

@@ -6,6 +6,7 @@ All arithmetic is float32. A float32 residual stream may have a bfloat16 gain.
 from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
+from torch import Tensor
 
 from moonlight.kernels.blocks import dense_rows, float_block, new_like, row_blocks, store
 from moonlight.kernels.jit import jit, tl, triton
@@ -16,7 +17,6 @@ BACKWARD_PROGRAMS = 264
 """Number of partial sums of the gain's gradient: two programs on each of 132 multiprocessors. A constant, so that the
 order of the sum depends on the shape alone."""
 
-Tensor = torch.Tensor
 Normed = tuple[Tensor, Tensor]
 """(norm, reciprocals) as in `rms_norm`."""
 Added = tuple[Tensor, Tensor, Tensor]

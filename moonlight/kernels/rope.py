@@ -8,14 +8,13 @@ keys have the same order, so it does not change their products.
 from __future__ import annotations  # kernels use `tl.constexpr`, which does not exist without Triton
 
 import torch
+from torch import Tensor
 
 from moonlight.kernels.blocks import dense_rows, new_like, row_blocks
 from moonlight.kernels.jit import jit, tl, triton
 
 TILE_HEADS, NUM_WARPS = 32, 4
 """Heads per program, of one or several tokens."""
-
-Tensor = torch.Tensor
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations  # kernels use `tl.constexpr`, which does not
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moonlight.kernels.blocks import dense_rows, float_block, new_like, row_blocks, store
 from moonlight.kernels.jit import jit, tl, triton
 
 ROWS, COLUMNS, NUM_WARPS = 4, 512, 4
 
-Tensor = torch.Tensor
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor]
 """(grad_gate, grad_up, grad_probabilities, inner) as in `swiglu_backward`."""
 Pair = tuple[Tensor, Tensor]

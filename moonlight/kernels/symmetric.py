@@ -8,6 +8,7 @@ from __future__ import annotations  # kernels use `tl.constexpr`, which does not
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moonlight.kernels.jit import jit, tl, triton
 
@@ -28,8 +29,6 @@ class Tiling:
 
 TILING = Tiling()
 """Two programs fit on a multiprocessor of Hopper, so one computes while the other stores. Has not been measured."""
-
-Tensor = torch.Tensor
 
 
 def symmetric_product(

@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 
 from moonlight.config.run import RunConfig
 from moonlight.config.timeline import StepSchedule
+from moonlight.model.attention import CausalAttention
 from moonlight.model.router import update_expert_bias
 from moonlight.optim.distributed_muon import DistributedMuon
 from moonlight.optim.parameters import data_parallel_group
@@ -59,6 +60,28 @@ class StepResult:
         return max(self.max_logits, default=-math.inf)
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """Loss and gradient norms of a step, and the decisions that follow from them. Equal on every rank."""
+
+    loss: float
+    norm: float
+    norms: dict[str, float]
+    skip: bool
+    is_spike: bool
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Attention logits that this rank recorded in a step."""
+
+    attentions: Sequence[CausalAttention]
+    maxima: torch.Tensor
+    """float32 [layers, heads] of this rank."""
+    max_logits: tuple[float, ...]
+    """Of each layer of the model."""
+
+
 def train_step(
     model_chunks: Sequence[GPTModel],
     optimizer: DistributedMuon,
@@ -75,9 +98,47 @@ def train_step(
         spike_limit: a loss above it is a spike.
         before_update: called before any state changes.
     """
-    is_monitored, use_clip = is_due(schedule.step, config.monitor.every_steps), config.optimizer.qk_clip > 0
+    is_monitored = is_due(schedule.step, config.monitor.every_steps)
+    gradients = _compute_gradients(model_chunks, optimizer, config, batches, spike_limit, is_monitored)
+    before_update()
+    logits = _collect_logits(model_chunks, config, is_monitored)
+    update_rms: dict[str, float] = {}
+    clipped_heads = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
+    if not gradients.skip:
+        update_rms, clipped_heads = _update(optimizer, config, schedule, gradients.norm, logits)
+    if config.optimizer.qk_clip > 0:
+        dist.all_reduce(clipped_heads, group=_head_group())
+    bias_update_rate = 0.0 if gradients.skip else schedule.router_bias_update_rate
+    max_load, aux_loss, dead_experts, monitors = _update_routers(
+        model_chunks, optimizer, config, schedule, bias_update_rate, is_monitored
+    )
+    return StepResult(
+        loss=gradients.loss,
+        aux_loss=aux_loss,
+        gradient_norm=gradients.norm,
+        skipped=gradients.skip,
+        is_spike=gradients.is_spike,
+        gradient_norms=gradients.norms,
+        update_rms=update_rms,
+        max_load=max_load,
+        dead_experts=dead_experts,
+        clipped_heads=int(clipped_heads.item()),
+        max_logits=logits.max_logits if logits else (),
+        monitors=monitors,
+    )
+
+
+def _compute_gradients(
+    model_chunks: Sequence[GPTModel],
+    optimizer: DistributedMuon,
+    config: RunConfig,
+    batches: Sequence[MicroBatch],
+    spike_limit: float,
+    is_monitored: bool,
+) -> _Gradients:
+    """Run the batch forward and backward, and decide with all ranks whether the step is skipped."""
+    recorded_batches = len(batches) if config.optimizer.qk_clip > 0 else int(is_monitored)
     optimizer.data_parallel.zero_grad_buffer()
-    recorded_batches = len(batches) if use_clip else int(is_monitored)
     loss_tensor, _ = forward_backward(model_chunks, config, batches, recorded_batches=recorded_batches)
     norms = optimizer.gradient_norms()
     norm, loss = math.hypot(*norms.values()), loss_tensor.item()
@@ -85,50 +146,7 @@ def train_step(
     not_finite, is_above = _any_rank(not is_finite, loss > spike_limit)
     is_spike = is_above and not not_finite
     skip = not_finite or (is_spike and config.train.spike_policy != "none")
-    before_update()
-
-    attentions = find_attentions(model_chunks)
-    head_group = parallel_state.get_model_parallel_group()  # its ranks together have every head once
-    max_logits: tuple[float, ...] = ()
-    if use_clip or is_monitored:
-        maxima = collect_max_logits(attentions, data_parallel_group(expert=False))
-        max_logits = logits_by_layer(maxima, attentions, config.model, head_group)
-    update_rms: dict[str, float] = {}
-    clipped_heads = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
-    if not skip:
-        factors = None
-        if use_clip:
-            gammas = logit_factors(maxima, config.optimizer.qk_clip)
-            clipped_heads = (gammas < 1).sum()
-            factors = row_factors(attentions, gammas, config.model)
-        update_sums = optimizer.step(
-            learning_rate=schedule.learning_rate,
-            weight_decay=config.optimizer.weight_decay,
-            step=schedule.step,
-            gradient_norm=norm,
-            row_factors=factors,
-        )
-        update_rms = root_mean_squares(update_sums)
-    if use_clip:
-        dist.all_reduce(clipped_heads, group=head_group)
-    bias_update_rate = 0.0 if skip else schedule.router_bias_update_rate
-    max_load, aux_loss, dead_experts, monitors = _update_routers(
-        model_chunks, optimizer, config, schedule, bias_update_rate, is_monitored
-    )
-    return StepResult(
-        loss=loss,
-        aux_loss=aux_loss,
-        gradient_norm=norm,
-        skipped=skip,
-        is_spike=is_spike,
-        gradient_norms=norms,
-        update_rms=update_rms,
-        max_load=max_load,
-        dead_experts=dead_experts,
-        clipped_heads=int(clipped_heads.item()),
-        max_logits=max_logits,
-        monitors=monitors,
-    )
+    return _Gradients(loss=loss, norm=norm, norms=norms, skip=skip, is_spike=is_spike)
 
 
 def _any_rank(*flags: bool) -> tuple[bool, ...]:
@@ -136,6 +154,45 @@ def _any_rank(*flags: bool) -> tuple[bool, ...]:
     tensor = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tuple(bool(flag) for flag in tensor.tolist())
+
+
+def _collect_logits(model_chunks: Sequence[GPTModel], config: RunConfig, is_monitored: bool) -> _Logits | None:
+    """Reduce the recorded attention logits over all ranks; None if the step records none."""
+    if not (config.optimizer.qk_clip > 0 or is_monitored):
+        return None
+    attentions = find_attentions(model_chunks)
+    maxima = collect_max_logits(attentions, data_parallel_group(expert=False))
+    max_logits = logits_by_layer(maxima, attentions, config.model, _head_group())
+    return _Logits(attentions, maxima, max_logits)
+
+
+def _head_group() -> dist.ProcessGroup:
+    """Return the tensor- and pipeline-parallel ranks, which together have every head once."""
+    return parallel_state.get_model_parallel_group()
+
+
+def _update(
+    optimizer: DistributedMuon, config: RunConfig, schedule: StepSchedule, gradient_norm: float, logits: _Logits | None
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Update the weights.
+
+    Returns:
+        RMS of the update by parameter group, and the number of this rank's heads that `qk_clip` scaled down: int64 [].
+    """
+    clipped_heads, factors = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device()), None
+    if config.optimizer.qk_clip > 0:
+        assert logits is not None
+        gammas = logit_factors(logits.maxima, config.optimizer.qk_clip)
+        clipped_heads = (gammas < 1).sum()
+        factors = row_factors(logits.attentions, gammas, config.model)
+    update_sums = optimizer.step(
+        learning_rate=schedule.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        step=schedule.step,
+        gradient_norm=gradient_norm,
+        row_factors=factors,
+    )
+    return root_mean_squares(update_sums), clipped_heads
 
 
 def _update_routers(

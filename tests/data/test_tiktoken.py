@@ -244,7 +244,7 @@ def repeat_token(config):
         (lambda folder: write_ranks(folder / "tiktoken.model", {b"a": 0}), "it has no token for the byte 0x00"),
         (lambda folder: (folder / "tiktoken.model").write_bytes(b""), "it has no token for the byte 0x00"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "names no special tokens"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "is corrupt: a JSON object is peer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "is corrupt: a JSON object is expected"),
         (in_config(lambda config: config.update(added_tokens_decoder={"5": {"content": "x"}})), "has '5' in added_tok"),
         (
             in_config(lambda config: config.update(added_tokens_decoder={"9" * 20: {"content": "x"}})),
