@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.layouts import LAYOUTS, load_frozen, recipe, restart, train_losses
-from tests.support.suites import quick
+from tests.support.suites import quick, slow
 
 NAMES = list(LAYOUTS)
 PAIRS = list(zip(NAMES, NAMES[1:] + NAMES[:1], strict=True))
@@ -55,7 +55,9 @@ def test_every_ordered_pair_of_layouts(pool, saved, expected, writer, reader):
     check(pool, saved, expected, writer, reader)
 
 
-@pytest.mark.parametrize("options", [{"momentum_dtype": "bfloat16", "master_weights": "split"}, {"name": "adamw"}])
+@pytest.mark.parametrize(
+    "options", [{"momentum_dtype": "bfloat16", "master_weights": "split"}, slow({"name": "adamw"})]
+)
 def test_other_optimizer_states_resume_in_another_layout(pool, tmp_path, options):
     """Losses must agree; bfloat16 weights round differently in another layout, so their tolerance is wider."""
     dtype = "bfloat16" if "master_weights" in options else "float32"

@@ -70,7 +70,7 @@ def reference_losses(pool):
 
 @pytest.mark.parametrize(
     ("layout", "steps"),
-    [*((name, 10) for name in ("DP2", "TP2", "PP2", "EP2xTP2-ETP2-4")), *(slow(name, 20) for name in OTHER_LAYOUTS)],
+    [*((name, 10) for name in ("TP2", "EP2xTP2-ETP2-4")), *(slow(name, 20) for name in OTHER_LAYOUTS)],
 )
 def test_losses_equal_one_process(pool, reference_losses, layout, steps):
     world_size, parallel = LAYOUTS[layout]

@@ -95,7 +95,7 @@ def train_uninterrupted(pool, config_in, tmp_path, **train):
 
 @pytest.mark.parametrize(
     ("layouts", "stops", "validation_sequences"),
-    [(("DP2", "TP2"), (5, 0), 16), slow(("DP2", "EP2xDP2", "TP2"), (3, 7, 0), 0)],
+    [slow(("DP2", "TP2"), (5, 0), 16), slow(("DP2", "EP2xDP2", "TP2"), (3, 7, 0), 0)],
 )
 def test_resuming_in_another_layout_reads_the_same(pool, config_in, tmp_path, layouts, stops, validation_sequences):
     """Token counts must be equal, and losses agree to 1e-5, with 16 validation sequences and with all."""
