@@ -30,14 +30,14 @@ quickstart-chat: quickstart
 
 # Every subject: one case of each mechanism.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not full and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not full and not faults"
 
 # Further layouts, dtypes and sizes, and the longest interruptions. CI runs it after `make test`.
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not full and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not full and not faults"
 
 test-full: install
-	$(BIN)/python -m pytest -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not faults"
 
 # Runs killed, checkpoints damaged, links cut. The hosts of tests/pretrain/test_two_hosts.py are network namespaces: Linux, root.
 test-faults: install

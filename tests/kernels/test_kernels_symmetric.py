@@ -19,6 +19,7 @@ from moonlight.kernels.symmetric import Tiling, _upper_tile, symmetric_product
 from moonlight.optim import gram_newton_schulz
 from moonlight.optim.newton_schulz import COEFFICIENTS, orthogonalize, orthogonalize_all
 from tests.support.kernels import DEVICE, needs_triton, random, torch_symmetric_product
+from tests.support.suites import slow
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("one_thread")]
 TILING = Tiling(side=16, depth=16, group=2)
@@ -111,7 +112,7 @@ def _tiles_kernel(rows, columns, tiles, GROUP: tl.constexpr):
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("tiles", [1, 2, 7, 8, 11, 29])
+@pytest.mark.parametrize("tiles", [1, 2, 7, 8, 11, slow(29)])
 def test_every_tile_of_the_triangle_has_one_index(tiles, group):
     count = tiles * (tiles + 1) // 2
     rows, columns = torch.full((2, count), -1, dtype=torch.int32, device=DEVICE)
@@ -158,7 +159,7 @@ def gram_newton_schulz_in_torch(matrix: torch.Tensor, name: str, num_steps: int)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("shape", [(352, 512), (256, 1024), (1024, 64), (400, 400)])
+@pytest.mark.parametrize("shape", [(352, 512), slow((256, 1024)), (1024, 64), slow((400, 400))])
 @pytest.mark.parametrize("name", sorted(COEFFICIENTS))
 def test_float16_on_gram_matrices_is_more_exact_than_the_plain_loop(name, shape, spectrum):
     num_steps = 10 if name == "deepseekv4" else 5
@@ -170,7 +171,7 @@ def test_float16_on_gram_matrices_is_more_exact_than_the_plain_loop(name, shape,
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("num_steps", [6, 7, 8])
+@pytest.mark.parametrize("num_steps", [slow(6), slow(7), 8])
 @pytest.mark.parametrize("name", ["moonlight", "polar_express"])
 def test_more_steps_are_safe_too(name, num_steps, spectrum):
     matrix = random_matrix(spectrum, 256, 384)
@@ -196,8 +197,8 @@ def small_tiles(*operands, **factors):
     symmetric_product(*operands, **factors, tiling=TILING)
 
 
-@pytest.mark.parametrize("shape", [(2, 40, 56), (1, 56, 40), (2, 33, 33)])
-@pytest.mark.parametrize("name", ["moonlight", "polar_express"])
+@pytest.mark.parametrize("shape", [(2, 40, 56), (1, 56, 40), slow((2, 33, 33))])
+@pytest.mark.parametrize("name", ["moonlight", slow("polar_express")])
 def test_the_kernels_equal_the_torch_version(shape, name, monkeypatch):
     """The full GPU path (normalize, iterate, round), with tensors of several owners, must equal the torch version."""
     import moonlight.kernels.symmetric as kernels

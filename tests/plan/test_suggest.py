@@ -69,17 +69,23 @@ def test_no_layout_divides():
         suggest(config, 13, HardwareModel())
 
 
+def suggest_command(*arguments):
+    command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "512", "--suggest", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
 def test_the_command(refuses):
-    command = [sys.executable, "-m", "moonlight.cli", "plan", str(BIG), "--gpus", "512", "--suggest"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    process = suggest_command()
     assert process.returncode == 0 and not process.stderr
     assert "excluded layouts, by reason:" in process.stdout
     assert "settings of the first layout: those of the recipe" in process.stdout
     assert max(map(len, process.stdout.splitlines())) <= 100
-    changed = [*command, "parallel.tensor_parallel_size=4"]
-    process = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert "\nsettings of the first layout: parallel.tensor_parallel_size=1\n" in process.stdout
-    process = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert len(json.loads(process.stdout)["best"]) == 10
     refuses(["plan", BIG, "--gpus", "8", "--gpu-memory", "20", "--suggest"], "fits on no layout of 8 h100 GPUs")
     refuses(["plan", BIG, "--gpus", "2039", "--suggest"], "no layout divides 2039 GPUs", "nearby counts that work")
+
+
+@pytest.mark.slow
+def test_the_command_reports_changed_settings_and_json():
+    process = suggest_command("parallel.tensor_parallel_size=4")
+    assert "\nsettings of the first layout: parallel.tensor_parallel_size=1\n" in process.stdout
+    assert len(json.loads(suggest_command("--json").stdout)["best"]) == 10

@@ -314,6 +314,7 @@ def test_any_values_can_be_drawn(values, browser, tmp_path):
         assert page.locator("figure").count() or values == [None]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_open_within_two_seconds(browser, tmp_path):
     """The page of 300 MB of metrics (26 layers of 64 experts) is small and opens fast. The test takes about 25 s."""
     folder = write_history(tmp_path / "run", Shape(steps=100_000, layers=26, experts=64, trouble=True))

@@ -86,6 +86,18 @@ def test_shipped_ablations_cover_the_papers():
     assert all(config.model.intermediate_size == 4 * config.model.hidden_size for config in configs)
 
 
+def test_ablation_trains_each_variant(write, small_corpus, tokenizer_folder, tmp_path):
+    """An ablation of two variants and one seed."""
+    path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"train.validation_sequences": 64}, seeds=[1])
+    ablation = load_ablation(path)
+    process = call("ablate", path)
+    assert process.returncode == 0, process.stderr
+    check_trained(ablation, 2)
+    text = (ablation.folder_path / "results.md").read_text()
+    assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
+
+
+@pytest.mark.slow
 def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_folder, tmp_path):
     """An ablation of two variants and one seed, killed after its first result, trains no run again."""
     path = write_short(write, small_corpus, tokenizer_folder, tmp_path, {"train.validation_sequences": 64}, seeds=[1])
@@ -93,8 +105,6 @@ def test_killed_ablation_trains_no_run_twice(write, small_corpus, tokenizer_fold
     process = call_interrupted(ablation, "ablate", path, ends=(signal.SIGKILL,))
     assert process.returncode == 0, process.stderr
     check_trained(ablation, 2)
-    text = (ablation.folder_path / "results.md").read_text()
-    assert "| large | 0.008 |" in text and "RMS of the weights at the end" in text and "SVD entropy" in text
 
 
 def write_short(write, small_corpus, tokenizer_folder, tmp_path, settings=None, **keys):

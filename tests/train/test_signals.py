@@ -5,6 +5,8 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from moonlight.config.load import to_yaml
 from moonlight.dist_checkpoint.state import latest_checkpoint, resolve_checkpoint
 from moonlight.errors import CODE_KILLED, CODE_STOPPED
@@ -64,6 +66,7 @@ def test_a_signal_to_one_process_saves_all_and_resuming_is_bit_identical(pool, d
     assert resumed["step"] == saved and resumed["world_size"] == 2 and resumed["restart"] == 0
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_signals_to_save_and_stop(data_folder, tokenizer_folder, tmp_path):
     config = make_run(tmp_path, data_folder, tokenizer_folder, "DP2", threads_per_process=1, **ENDLESS)
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "DP2"
