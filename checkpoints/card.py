@@ -27,6 +27,7 @@ from moonlight.plan.flops import count_parameters
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PLACEHOLDERS = re.compile(r"\[(?i:more information needed)\]|\b(?:TODO|TBD|FIXME)\b|\{\{.*?\}\}")
+"""Text that marks a card as unfinished: `moonlight release` refuses such a card."""
 _LOCAL_PATHS = re.compile(r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|var|opt)/|[A-Z]:\\)[^\s`|)]*")
 
 _NATIVE_MLA_WIDTH = 576

@@ -177,6 +177,7 @@ class StoredTensors:
             if sum(location[1:]) > path.stat().st_size:
                 raise EOFError
         except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError):
+            # All that zipfile raises for damaged bytes; NotImplementedError for a damaged version number.
             raise CorruptCheckpointError(f"checkpoint file {path} is invalid: {key} in it is not a tensor") from None
         self._locations[key, offset] = location
         return location

@@ -70,11 +70,16 @@ def add_rms_norm_torch(residual: Tensor, update: Tensor, weight: Tensor, eps: fl
     return _forward_torch(residual, update, weight, eps)
 
 
-def _forward_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Added:
-    """Return (sum, or `x` without an update; norm; reciprocals)."""
+def _operands(x: Tensor, update: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return `x` and the update as matrices, and the outputs: sum (`x` without an update), norm and reciprocals."""
     matrix, added = _matrix(x), None if update is None else _matrix(update)
     total = matrix if added is None else new_like(matrix)
-    normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
+    return matrix, added, total, new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
+
+
+def _forward_torch(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Added:
+    """Return (sum, or `x` without an update; norm; reciprocals)."""
+    matrix, added, total, normed, reciprocal = _operands(x, update, weight)
     gain = weight.float()
     for rows in row_blocks(*matrix.shape):
         if added is not None:
@@ -128,9 +133,7 @@ def add_rms_norm_triton(residual: Tensor, update: Tensor, weight: Tensor, eps: f
 
 def _forward_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Added:
     """Return (sum, or `x` without an update; norm; reciprocals)."""
-    matrix, added = _matrix(x), None if update is None else _matrix(update)
-    total = matrix if added is None else new_like(matrix)
-    normed, reciprocal = new_like(matrix, weight.dtype), new_like(matrix[:, 0], torch.float32)
+    matrix, added, total, normed, reciprocal = _operands(x, update, weight)
     rows, hidden = matrix.shape
     tile = _tile(hidden)
     with torch.cuda.device_of(matrix):

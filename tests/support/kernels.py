@@ -1,15 +1,15 @@
 """Device and tolerances of the tests of kernels, and references for them."""
 
+import sys
+
 import pytest
 import torch
-
-from moonlight.kernels import jit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Kernels are compiled on a GPU, and run in Triton's interpreter on a CPU (conftest.py)."""
 DTYPES = (torch.float32, torch.bfloat16)
-needs_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
-"""The `pytestmark` of every file that launches kernels."""
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
+"""The `pytestmark` of every file that launches kernels. On Linux, they fail without Triton."""
 
 
 def random(*shape, seed=0, dtype=torch.float32, scale=1.0, device=DEVICE):
